@@ -1,0 +1,305 @@
+"""DC-AE: the deep-compression autoencoder, 32x smaller on each side, 32 channels (arXiv 2410.10733).
+
+Shapes: B batch, C channels, H W pixels, h = H/32 and w = W/32 latent cells, N = h·w positions.
+Images are RGB in [-1, 1]; latents are what the encoder gives, *before* `scaling_factor`.
+Attribute names are the published tensor names, so a checkpoint loads without a name map.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sana_cli.kernels.linear_attention import relu_linear_attention
+
+Stages = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class DCAEConfig:
+    """The published `vae/config.json`; keys that old files lack have the library's defaults."""
+
+    in_channels: int = 3
+    latent_channels: int = 32
+    attention_head_dim: int = 32
+    encoder_block_types: str | tuple[str, ...] = "ResBlock"
+    decoder_block_types: str | tuple[str, ...] = "ResBlock"
+    encoder_block_out_channels: Stages = (128, 256, 512, 512, 1024, 1024)
+    decoder_block_out_channels: Stages = (128, 256, 512, 512, 1024, 1024)
+    encoder_layers_per_block: Stages = (2, 2, 2, 3, 3, 3)
+    decoder_layers_per_block: Stages = (3, 3, 3, 3, 3, 3)
+    encoder_qkv_multiscales: tuple[Stages, ...] = ((), (), (), (5,), (5,), (5,))
+    decoder_qkv_multiscales: tuple[Stages, ...] = ((), (), (), (5,), (5,), (5,))
+    upsample_block_type: str = "pixel_shuffle"
+    downsample_block_type: str = "pixel_unshuffle"
+    decoder_norm_types: str | tuple[str, ...] = "rms_norm"
+    decoder_act_fns: str | tuple[str, ...] = "silu"
+    encoder_out_shortcut: bool = True
+    decoder_in_shortcut: bool = True
+    decoder_conv_act_fn: str = "relu"
+    scaling_factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        for side in ("encoder", "decoder"):
+            stages = len(getattr(self, f"{side}_block_out_channels"))
+            for name in ("block_types", "layers_per_block", "qkv_multiscales"):
+                value = getattr(self, f"{side}_{name}")
+                if not isinstance(value, str) and len(value) != stages:
+                    raise ValueError(f"{side}_{name} has {len(value)} entries for {stages} stages")
+            unknown = set(each(getattr(self, f"{side}_block_types"), stages)) - set(BLOCKS)
+            if unknown:
+                raise ValueError(f"{side}_block_types has {sorted(unknown)}, not {sorted(BLOCKS)}")
+        if set(each(self.decoder_norm_types, 1)) != {"rms_norm"}:
+            raise ValueError(f"decoder_norm_types is {self.decoder_norm_types!r}, not 'rms_norm'")
+        if set(each(self.decoder_act_fns, 1)) != {"silu"}:
+            raise ValueError(f"decoder_act_fns is {self.decoder_act_fns!r}, not 'silu'")
+        if self.decoder_conv_act_fn not in ACTIVATIONS:
+            raise ValueError(f"decoder_conv_act_fn is {self.decoder_conv_act_fn!r}")
+
+    @property
+    def compression(self) -> int:
+        """Pixels per latent cell, on each side."""
+        return 2 ** (len(self.decoder_block_out_channels) - 1)
+
+
+class DCAE(nn.Module):
+    """Encoder and decoder. `decode(encode(x))` is close to x; both are deterministic."""
+
+    def __init__(self, config: DCAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+
+    def encode(self, image: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1], H and W multiples of 32 -> (B, 32, h, w)."""
+        return self.encoder(image)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """(B, 32, h, w) -> (B, 3, H, W), about [-1, 1] but not clamped."""
+        return self.decoder(latents)
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: DCAEConfig) -> None:
+        super().__init__()
+        widths, layers = config.encoder_block_out_channels, config.encoder_layers_per_block
+        types = each(config.encoder_block_types, len(widths))
+        unshuffle = config.downsample_block_type == "pixel_unshuffle"
+        self.conv_in: nn.Module
+        if layers[0] > 0:
+            self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        else:
+            self.conv_in = Downsample(config.in_channels, widths[1], unshuffle, shortcut=False)
+        self.down_blocks = nn.ModuleList()
+        for i, (width, depth) in enumerate(zip(widths, layers, strict=True)):
+            head_dim, scales = config.attention_head_dim, config.encoder_qkv_multiscales[i]
+            stage = [BLOCKS[types[i]](width, head_dim, scales) for _ in range(depth)]
+            if i < len(widths) - 1 and depth > 0:
+                stage.append(Downsample(width, widths[i + 1], unshuffle))
+            self.down_blocks.append(nn.Sequential(*stage))
+        self.conv_out = nn.Conv2d(widths[-1], config.latent_channels, 3, padding=1)
+        self.shortcut = config.encoder_out_shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for stage in self.down_blocks:
+            x = stage(x)
+        z = self.conv_out(x)
+        return z + group_mean(x, z.shape[1]) if self.shortcut else z
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: DCAEConfig) -> None:
+        super().__init__()
+        widths, layers = config.decoder_block_out_channels, config.decoder_layers_per_block
+        types = each(config.decoder_block_types, len(widths))
+        interpolate = config.upsample_block_type == "interpolate"
+        self.conv_in = nn.Conv2d(config.latent_channels, widths[-1], 3, padding=1)
+        self.repeats = widths[-1] // config.latent_channels
+        self.shortcut = config.decoder_in_shortcut
+        # Numbered by resolution as published: up_blocks.0 is the full one and runs last.
+        self.up_blocks = nn.ModuleList()
+        for i, (width, depth) in enumerate(zip(widths, layers, strict=True)):
+            stage: list[nn.Module] = []
+            if i < len(widths) - 1 and depth > 0:
+                stage.append(Upsample(widths[i + 1], width, interpolate))
+            head_dim, scales = config.attention_head_dim, config.decoder_qkv_multiscales[i]
+            stage += [BLOCKS[types[i]](width, head_dim, scales) for _ in range(depth)]
+            self.up_blocks.append(nn.Sequential(*stage))
+        width = widths[0] if layers[0] > 0 else widths[1]
+        self.norm_out = ChannelRMSNorm(width)
+        self.conv_act = ACTIVATIONS[config.decoder_conv_act_fn]
+        self.conv_out: nn.Module
+        if layers[0] > 0:
+            self.conv_out = nn.Conv2d(width, config.in_channels, 3, padding=1)
+        else:  # DC-AE-Lite: the last doubling is the output convolution itself
+            self.conv_out = Upsample(width, config.in_channels, interpolate, shortcut=False)
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.conv_in(z)
+        if self.shortcut:
+            x = x + z.repeat_interleave(self.repeats, dim=1)
+        for stage in reversed(self.up_blocks):
+            x = stage(x)
+        return self.conv_out(self.conv_act(self.norm_out(x)))
+
+
+class ResBlock(nn.Module):
+    """x + norm(conv(silu(conv(x)))), the block of the three high-resolution stages."""
+
+    def __init__(self, width: int, head_dim: int, scales: Stages) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.norm = ChannelRMSNorm(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.norm(self.conv2(F.silu(self.conv1(x))))
+
+
+class EfficientViTBlock(nn.Module):
+    """Multi-scale linear attention, then a gated convolution; each adds to its input."""
+
+    def __init__(self, width: int, head_dim: int, scales: Stages) -> None:
+        super().__init__()
+        self.attn = MultiscaleLinearAttention(width, head_dim, scales)
+        self.conv_out = GLUMBConv(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv_out(self.attn(x))
+
+
+class MultiscaleLinearAttention(nn.Module):
+    """ReLU linear attention over q, k, v and over their depthwise-aggregated copies (EfficientViT).
+
+    The published layout cuts the concatenated channels [q | k | v] into consecutive groups of
+    3·head_dim, each a head with its own (q, k, v): the names of the three linears do not say
+    which role a channel plays.
+    """
+
+    def __init__(self, width: int, head_dim: int, scales: Stages) -> None:
+        super().__init__()
+        if width % head_dim:
+            raise ValueError(f"an attention stage of {width} channels needs a multiple of {head_dim}")
+        self.head_dim = head_dim
+        self.to_q = nn.Linear(width, width, bias=False)
+        self.to_k = nn.Linear(width, width, bias=False)
+        self.to_v = nn.Linear(width, width, bias=False)
+        heads = width // head_dim
+        self.to_qkv_multiscale = nn.ModuleList(
+            MultiscaleAggregation(3 * width, 3 * heads, kernel) for kernel in scales
+        )
+        self.to_out = nn.Linear(width * (1 + len(scales)), width, bias=False)
+        self.norm_out = ChannelRMSNorm(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, _, height, width = x.shape
+        tokens = x.movedim(1, -1)
+        projected = [linear(tokens) for linear in (self.to_q, self.to_k, self.to_v)]
+        qkv = torch.cat(projected, dim=-1).movedim(-1, 1)
+        qkv = torch.cat([qkv, *(scale(qkv) for scale in self.to_qkv_multiscale)], dim=1)
+        heads = qkv.unflatten(1, (-1, 3, self.head_dim)).flatten(-2)  # (B, heads, 3, d, N)
+        # The reference turns to a quadratic form at N <= d; the two are equal but for rounding.
+        out = relu_linear_attention(*heads.unbind(2))
+        out = out.flatten(1, 2).unflatten(-1, (height, width))
+        out = self.to_out(out.movedim(1, -1)).movedim(-1, 1)
+        return x + self.norm_out(out)
+
+
+class MultiscaleAggregation(nn.Module):
+    def __init__(self, channels: int, groups: int, kernel: int) -> None:
+        super().__init__()
+        self.proj_in = nn.Conv2d(
+            channels, channels, kernel, padding=kernel // 2, groups=channels, bias=False
+        )
+        self.proj_out = nn.Conv2d(channels, channels, 1, groups=groups, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj_out(self.proj_in(x))
+
+
+class GLUMBConv(nn.Module):
+    """Inverted bottleneck with a gate: 1x1 up, depthwise 3x3, value·silu(gate), 1x1 down."""
+
+    def __init__(self, width: int, expand: int = 4) -> None:
+        super().__init__()
+        hidden = expand * width
+        self.conv_inverted = nn.Conv2d(width, 2 * hidden, 1)
+        self.conv_depth = nn.Conv2d(2 * hidden, 2 * hidden, 3, padding=1, groups=2 * hidden)
+        self.conv_point = nn.Conv2d(hidden, width, 1, bias=False)
+        self.norm = ChannelRMSNorm(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.conv_depth(F.silu(self.conv_inverted(x))).chunk(2, dim=1)
+        return x + self.norm(self.conv_point(value * F.silu(gate)))
+
+
+class Downsample(nn.Module):
+    """Halve each side; the shortcut folds 2x2 pixels into channels and averages groups of them."""
+
+    def __init__(self, width: int, out: int, unshuffle: bool, shortcut: bool = True) -> None:
+        super().__init__()
+        self.unshuffle, self.shortcut, self.out = unshuffle, shortcut, out
+        if unshuffle:
+            self.conv = nn.Conv2d(width, out // 4, 3, padding=1)
+        else:
+            self.conv = nn.Conv2d(width, out, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        if self.unshuffle:
+            y = F.pixel_unshuffle(y, 2)
+        return y + group_mean(F.pixel_unshuffle(x, 2), self.out) if self.shortcut else y
+
+
+class Upsample(nn.Module):
+    """Double each side; the shortcut repeats channels and unfolds them into 2x2 pixels."""
+
+    def __init__(self, width: int, out: int, interpolate: bool, shortcut: bool = True) -> None:
+        super().__init__()
+        self.interpolate, self.shortcut = interpolate, shortcut
+        self.repeats = out * 4 // width
+        self.conv = nn.Conv2d(width, out if interpolate else out * 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.interpolate:
+            y = self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+        else:
+            y = F.pixel_shuffle(self.conv(x), 2)
+        if self.shortcut:
+            y = y + F.pixel_shuffle(x.repeat_interleave(self.repeats, dim=1), 2)
+        return y
+
+
+class ChannelRMSNorm(nn.Module):
+    """RMSNorm over the channels of each pixel, with weight and bias; the statistic in float32."""
+
+    def __init__(self, width: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = torch.rsqrt(x.float().pow(2).mean(1, keepdim=True) + self.eps)
+        x = (x * scale).to(self.weight.dtype)
+        return x * self.weight[:, None, None] + self.bias[:, None, None]
+
+
+def group_mean(x: Tensor, groups: int) -> Tensor:
+    """(B, C, H, W) -> (B, groups, H, W): the mean of each run of C/groups channels."""
+    return x.unflatten(1, (groups, -1)).mean(dim=2)
+
+
+def each(value: str | tuple[str, ...], stages: int) -> tuple[str, ...]:
+    """A setting given once stands for every stage."""
+    return (value,) * stages if isinstance(value, str) else value
+
+
+BLOCKS: dict[str, type[nn.Module]] = {
+    "ResBlock": ResBlock,
+    "EfficientViTBlock": EfficientViTBlock,
+}
+ACTIVATIONS = {"relu": F.relu, "silu": F.silu}
