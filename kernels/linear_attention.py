@@ -15,7 +15,7 @@ EPS = 1e-15  # as diffusers; only reached where every feature of a query is zero
 
 
 def relu_linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """q, k, v (B, heads, d, N) in any float dtype -> (B, heads, d, N) in the dtype of q.
+    """q, k, v (B, heads, d, N) in any float dtype -> (B, heads, d, N) in the dtype of v.
 
     The sums run over thousands of positions, so they are taken in float32.
     """
@@ -23,4 +23,4 @@ def relu_linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     ones = torch.ones_like(value[:, :, :1])
     state = torch.cat([value, ones], dim=2) @ key.transpose(-1, -2)  # (B, heads, d+1, d)
     weighted = state @ query
-    return (weighted[:, :, :-1] / (weighted[:, :, -1:] + EPS)).to(q.dtype)
+    return (weighted[:, :, :-1] / (weighted[:, :, -1:] + EPS)).to(v.dtype)
