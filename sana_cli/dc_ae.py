@@ -182,7 +182,9 @@ class MultiscaleLinearAttention(nn.Module):
     def __init__(self, width: int, head_dim: int, scales: Stages) -> None:
         super().__init__()
         if width % head_dim:
-            raise ValueError(f"an attention stage of {width} channels needs a multiple of {head_dim}")
+            raise ValueError(
+                f"an attention stage of {width} channels needs a multiple of {head_dim}"
+            )
         self.head_dim = head_dim
         self.to_q = nn.Linear(width, width, bias=False)
         self.to_k = nn.Linear(width, width, bias=False)

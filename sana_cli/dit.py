@@ -50,9 +50,13 @@ class DiTConfig:
             ("cross_attention_dim", self.width),
         ):
             if getattr(self, name) != only:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; every Sana model has {only!r}")
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}; every Sana model has {only!r}"
+                )
         if self.num_cross_attention_heads * self.cross_attention_head_dim != self.width:
-            raise ValueError("num_cross_attention_heads x cross_attention_head_dim is not the width")
+            raise ValueError(
+                "num_cross_attention_heads x cross_attention_head_dim is not the width"
+            )
         if self.qk_norm not in (None, "rms_norm_across_heads"):
             raise ValueError(f"qk_norm is {self.qk_norm!r}, not null or 'rms_norm_across_heads'")
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sana_cli.dc_ae import DCAE, ChannelRMSNorm, DCAEConfig
-from training.optim import Average, Muon, load_state, save_state, schedule
+from training.optim import Average, Muon, load_state, open_log, save_state, schedule
 from training.scenes import draw, training_scene
 
 CONFIG = DCAEConfig(
@@ -65,7 +65,7 @@ def train(folder: Path, steps: int, lr: float, seed: int) -> None:
     optimiser, average = Muon(model, lr), Average(model, 0.998)
     state = folder / "autoencoder.safetensors"
     note = load_state(state, model, average, optimiser) or {"step": 0, "seconds": 0.0}
-    log = (folder / "autoencoder.jsonl").open("a")
+    log = open_log(folder / "autoencoder.jsonl", note["step"])
     began = time.monotonic() - note["seconds"]
     shown: list[float] = []
     for step in range(note["step"], steps):
@@ -86,10 +86,12 @@ def train(folder: Path, steps: int, lr: float, seed: int) -> None:
         shown.append(l1.item())
         if (step + 1) % 25 == 0 or step + 1 == steps:
             row = {"step": step + 1, "l1": round(sum(shown) / len(shown), 5)}
-            row |= {"std": round(latents.std().item(), 3), "seconds": round(time.monotonic() - began)}
+            row |= {
+                "std": round(latents.std().item(), 3),
+                "seconds": round(time.monotonic() - began),
+            }
             print(json.dumps(row), file=log, flush=True)
             shown = []
         if (step + 1) % 250 == 0 or step + 1 == steps:
             note = {"step": step + 1, "seconds": time.monotonic() - began}
             save_state(state, model, average, optimiser, note)
-

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from sana_cli.dc_ae import DCAE
 from sana_cli.dit import DiT, DiTConfig
 from training import autoencoder
-from training.optim import Average, Muon, load_state, save_state, schedule
+from training.optim import Average, Muon, averaged, load_state, open_log, save_state, schedule
 from training.scenes import Scene, describe, draw, training_scene
 from training.text import WIDTH, Reader, tokenise
 
@@ -34,14 +33,6 @@ FLOW_SHIFT = 3.0
 EMPTY_CAPTIONS = 0.1
 
 
-def averaged(path: Path, model: nn.Module) -> nn.Module:
-    """Load the averaged weights that a finished stage left."""
-    with safe_open(path, "pt") as file:
-        names = [n for n in file.keys() if n.startswith("average.")]  # noqa: SIM118
-        model.load_state_dict({n.removeprefix("average."): file.get_tensor(n) for n in names})
-    return model.eval().requires_grad_(False)
-
-
 def bank_scene(seed: int, index: int) -> Scene:
     return training_scene(np.random.default_rng((seed, 3, index)))
 
@@ -54,7 +45,9 @@ def encode_bank(folder: Path, vae: DCAE, pictures: int, seed: int) -> Tensor:
         if not path.is_file():
             rows = []
             for first in range(start, min(start + 2048, pictures), 16):
-                drawn = [draw(bank_scene(seed, i), autoencoder.SIDE) for i in range(first, first + 16)]
+                drawn = [
+                    draw(bank_scene(seed, i), autoencoder.SIDE) for i in range(first, first + 16)
+                ]
                 image = torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2)
                 image = image.contiguous(memory_format=torch.channels_last).float()
                 with torch.inference_mode():
@@ -99,7 +92,7 @@ def train(folder: Path, steps: int, lr: float, seed: int, pictures: int) -> None
     state = folder / "diffusion.safetensors"
     note = load_state(state, model, average, optimiser) or {"step": 0, "seconds": 0.0}
     began = time.monotonic() - note["seconds"]
-    log = (folder / "diffusion.jsonl").open("a")
+    log = open_log(folder / "diffusion.jsonl", note["step"])
     shown: list[float] = []
     for step in range(note["step"], steps):
         rng = np.random.default_rng((seed, 4, step))
@@ -126,7 +119,9 @@ def train(folder: Path, steps: int, lr: float, seed: int, pictures: int) -> None
         shown.append(loss.item())
         if (step + 1) % 25 == 0 or step + 1 == steps:
             row = {"step": step + 1, "loss": round(sum(shown) / len(shown), 5)}
-            print(json.dumps(row | {"seconds": round(time.monotonic() - began)}), file=log, flush=True)
+            print(
+                json.dumps(row | {"seconds": round(time.monotonic() - began)}), file=log, flush=True
+            )
             shown = []
         if (step + 1) % 100 == 0 or step + 1 == steps:
             note = {"step": step + 1, "seconds": time.monotonic() - began}

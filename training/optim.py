@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from safetensors import safe_open
@@ -53,7 +54,11 @@ class Muon(torch.optim.Optimizer):
                 state = self.state[parameter]
                 state["step"] = state.get("step", 0) + 1
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                update = self._matrix(parameter, state) if group["matrix"] else self._adam(parameter, state)
+                update = (
+                    self._matrix(parameter, state)
+                    if group["matrix"]
+                    else self._adam(parameter, state)
+                )
                 parameter.sub_(update, alpha=group["lr"])
 
     @staticmethod
@@ -126,6 +131,21 @@ def load_state(path: Path, model: nn.Module, average: Average, optimiser: Muon) 
                     int(value) if name == "step" else value
                 )
         return json.loads(file.metadata()["note"])
+
+
+def averaged(path: Path, model: nn.Module) -> nn.Module:
+    """Load the averaged weights that a finished stage left."""
+    with safe_open(path, "pt") as file:
+        names = [n for n in file.keys() if n.startswith("average.")]  # noqa: SIM118
+        model.load_state_dict({n.removeprefix("average."): file.get_tensor(n) for n in names})
+    return model.eval().requires_grad_(False)
+
+
+def open_log(path: Path, step: int) -> TextIO:
+    """The log of a stage, for appending, without rows later than the step it resumes at."""
+    rows = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    path.write_text("".join(row for row in rows if json.loads(row)["step"] <= step))
+    return path.open("a")
 
 
 def _parameters(optimiser: Muon) -> Iterable[nn.Parameter]:

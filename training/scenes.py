@@ -156,7 +156,11 @@ def _article(words: str) -> str:
 
 
 def _name(thing: Object, pick) -> str:
-    size = {None: "", "small": pick("small ", "little "), "medium": pick("medium ", "medium-sized ")}
+    size = {
+        None: "",
+        "small": pick("small ", "little "),
+        "medium": pick("medium ", "medium-sized "),
+    }
     size["large"] = pick("large ", "big ")
     colour = pick("gray", "grey") if thing.colour == "gray" else thing.colour
     return _article(f"{size[thing.size]}{colour} {thing.shape}")

@@ -11,12 +11,29 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from torch import nn
 from transformers import Gemma2Config, Gemma2Model
 
-from training.optim import Average, Muon, load_state, save_state, schedule
-from training.scenes import COLOURS, POSITIONS, RELATIONS, SHAPES, SIZES, Scene, describe, training_scene
+from training.optim import Average, Muon, load_state, open_log, save_state, schedule
+from training.scenes import (
+    COLOURS,
+    POSITIONS,
+    RELATIONS,
+    SHAPES,
+    SIZES,
+    Scene,
+    describe,
+    training_scene,
+)
 
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>"]
 WIDTH = 128
@@ -154,7 +171,7 @@ def train(folder: Path, steps: int, lr: float, seed: int) -> None:
     state = folder / "text.safetensors"
     note = load_state(state, model, average, optimiser) or {"step": 0, "seconds": 0.0}
     began = time.monotonic() - note["seconds"]
-    log = (folder / "text.jsonl").open("a")
+    log = open_log(folder / "text.jsonl", note["step"])
     for step in range(note["step"], steps):
         rng = np.random.default_rng((seed, 2, step))
         scenes = [training_scene(rng) for _ in range(BATCH)]
@@ -175,7 +192,10 @@ def train(folder: Path, steps: int, lr: float, seed: int) -> None:
         average.update(model, step)
         if (step + 1) % 25 == 0 or step + 1 == steps:
             row = {"step": step + 1, "loss": round(loss.item(), 4)}
-            row |= {"all_right": right.float().mean().item(), "seconds": round(time.monotonic() - began)}
+            row |= {
+                "all_right": right.float().mean().item(),
+                "seconds": round(time.monotonic() - began),
+            }
             print(json.dumps(row), file=log, flush=True)
         if (step + 1) % 250 == 0 or step + 1 == steps:
             note = {"step": step + 1, "seconds": time.monotonic() - began}

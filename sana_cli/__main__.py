@@ -1,0 +1,5 @@
+"""`python -m sana_cli`."""
+
+from sana_cli.app import main
+
+main()

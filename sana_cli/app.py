@@ -1,0 +1,94 @@
+"""The `sana` command: verbs, and the one place where errors become lines and exit codes.
+
+0 done · 1 other failure · 2 usage · 4 not enough memory · 5 model missing · 6 not enough disk ·
+7 bad picture · 130 interrupted · 143 terminated
+"""
+
+import signal
+import sys
+from types import FrameType
+from typing import Annotated
+
+import typer
+
+from sana_cli import __version__
+from sana_cli.commands import generate
+from sana_cli.errors import SanaError, UsageError
+
+app = typer.Typer(
+    name="sana",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode="rich",
+)
+app.command()(generate.generate)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"sana {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Draw pictures from text with the Sana models, from the shell.
+
+    [dim]sana generate "a red circle on a blue background" --model demo[/dim]
+    """
+
+
+def main() -> None:
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        code = app(standalone_mode=False)
+    except KeyboardInterrupt:
+        code = 130
+    except BrokenPipeError:
+        from sana_cli.ui import close_stdout_quietly
+
+        close_stdout_quietly()
+        code = 141  # what the shell reports for a writer whose reader left
+    except Exception as error:
+        code = _report(error)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _terminate(signum: int, frame: FrameType | None) -> None:
+    sys.exit(143)
+
+
+def _report(error: Exception) -> int:
+    """One line and a hint for anything a user can meet; the traceback only with --verbose."""
+    from sana_cli.ui import Talk
+
+    verbose = any(word in ("-v", "--verbose") for word in sys.argv[1:])
+    if verbose:
+        import traceback
+
+        traceback.print_exc()
+    if hasattr(error, "format_message"):  # Typer's own usage errors, whichever Click it carries
+        context = getattr(error, "ctx", None)
+        error = UsageError(error.format_message(), _help_of(context))
+    if not isinstance(error, SanaError):
+        error = _unforeseen(error, verbose)
+    Talk(color="--no-color" not in sys.argv).error(error)
+    return error.exit_code
+
+
+def _help_of(context: typer.Context | None) -> str:
+    return f"{context.command_path if context else 'sana'} --help shows every option"
+
+
+def _unforeseen(error: Exception, verbose: bool) -> SanaError:
+    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
+        found = SanaError("not enough memory", "ask for fewer pixels, or use --device cpu")
+        found.exit_code = 4
+        return found
+    hint = "this is a bug, please report the lines above" if verbose else "--verbose shows more"
+    return SanaError(f"{type(error).__name__}: {error}", hint)

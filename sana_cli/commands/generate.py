@@ -1,0 +1,391 @@
+"""`sana generate`: prompts in, pictures out."""
+
+import json
+import sys
+import time
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sana_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from sana_cli.names import Output
+    from sana_cli.pipeline import ModelFiles
+    from sana_cli.recipe import Recipe
+    from sana_cli.ui import Talk
+    from sana_cli.weights import Model
+
+DEFAULT_STEPS = 20
+DEFAULT_GUIDANCE = 4.5
+MOST_STEPS = 1000
+LONGEST_PROMPT = 20_000  # characters; 300 tokens are read of them
+STAGES = ("load", "encode", "denoise", "decode", "save")
+
+
+class Fit(StrEnum):
+    trained = "trained"
+    exact = "exact"
+
+
+class SolverName(StrEnum):
+    flow_dpm = "flow-dpm"
+    flow_euler = "flow-euler"
+
+
+class Format(StrEnum):
+    png = "png"
+    jpeg = "jpeg"
+    webp = "webp"
+    avif = "avif"
+
+
+class Metadata(StrEnum):
+    full = "full"
+    none = "none"
+
+
+class DType(StrEnum):
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+def generate(
+    prompts: Annotated[
+        list[str],
+        typer.Argument(metavar="PROMPT...", help="What to draw; [b]-[/b] reads lines from stdin."),
+    ],
+    res: Annotated[
+        str | None,
+        typer.Option(
+            "-r",
+            "--res",
+            metavar="SIZE",
+            help="512, 1024, 2048, 4096, 1k, 2k, 4k, or an exact size such as 1280x720."
+            " [dim]default: what the model draws; 1024 if none is named[/dim]",
+        ),
+    ] = None,
+    ar: Annotated[
+        str | None,
+        typer.Option(metavar="W:H", help="Aspect ratio, as in 16:9; not with an exact size."),
+    ] = None,
+    fit: Annotated[
+        Fit,
+        typer.Option(
+            help="[b]trained[/b]: the nearest shape the model was trained on, resized and cropped to"
+            " an exact size. [b]exact[/b]: the next multiples of 32, cropped."
+        ),
+    ] = Fit.trained,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "-m",
+            "--model",
+            metavar="NAME|FOLDER",
+            help="A model's name, or a folder in the diffusers layout. [dim]default: by --res[/dim]",
+        ),
+    ] = None,
+    count: Annotated[
+        int | None,
+        typer.Option("-n", "--count", metavar="N", help="Pictures a prompt: seeds s, s+1, …"),
+    ] = None,
+    seed: Annotated[
+        str | None,
+        typer.Option(
+            "-s",
+            "--seed",
+            metavar="SEED",
+            help="7, 1,5,9 or 1..8. [dim]default: random, printed[/dim]",
+        ),
+    ] = None,
+    negative: Annotated[
+        str, typer.Option("--negative", metavar="TEXT", help="What to steer away from.")
+    ] = "",
+    steps: Annotated[
+        int, typer.Option("--steps", metavar="N", help="Denoising steps.")
+    ] = DEFAULT_STEPS,
+    guidance: Annotated[
+        float,
+        typer.Option(
+            "-g", "--guidance", metavar="SCALE", help="How closely to follow the prompt; 1 is off."
+        ),
+    ] = DEFAULT_GUIDANCE,
+    solver: Annotated[
+        SolverName, typer.Option(help="How the flow is integrated.")
+    ] = SolverName.flow_dpm,
+    instruction: Annotated[
+        bool | None,
+        typer.Option(
+            "--instruction/--no-instruction",
+            help="Put the models' prompt-enhancing instruction before the prompt. [dim]default: on,"
+            " but off for demo[/dim]",
+        ),
+    ] = None,
+    output: Annotated[
+        str | None,
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="PATH",
+            help="File, folder, template such as {slug}-{seed}.webp, or - for stdout."
+            " [dim]default: {slug}-{seed}.png[/dim]",
+        ),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("-f", "--force", help="Overwrite; otherwise the name gets -2, -3, …")
+    ] = False,
+    format: Annotated[
+        Format | None, typer.Option(help="[dim]default: by the output's suffix, else png[/dim]")
+    ] = None,
+    quality: Annotated[
+        int | None, typer.Option(metavar="1-100", help="Of JPEG, WebP and AVIF.")
+    ] = None,
+    metadata: Annotated[
+        Metadata, typer.Option(help="[b]none[/b] writes no recipe into the file.")
+    ] = Metadata.full,
+    device: Annotated[
+        str, typer.Option(metavar="NAME", help="auto, cpu, cuda, cuda:1 or mps.")
+    ] = "auto",
+    dtype: Annotated[DType, typer.Option(help="Precision of the networks.")] = DType.auto,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print recipes and plan as JSON; load nothing.")
+    ] = False,
+    json_output: Annotated[
+        bool, typer.Option("--json", help="One JSON document on stdout.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Only results and errors.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("-v", "--verbose", help="Say more, with tracebacks for errors.")
+    ] = False,
+    color: Annotated[bool, typer.Option("--color/--no-color", help="Colour on a terminal.")] = True,
+) -> None:
+    """Draw one or more pictures and print their paths.
+
+    [b]Examples[/b]
+
+    [dim]sana generate "a red circle on a blue background" --model demo
+
+    sana generate "a red fox in snow" --res 4096 --ar 16:9
+
+    sana generate "a fox" "an owl" -n 4 -s 7 -o 'birds/{slug}-{seed}.webp'
+
+    cat prompts.txt | sana generate - --json | jq -r '.images[].path'
+
+    sana generate "a fox" -o - > fox.png[/dim]
+    """
+    started = time.perf_counter()
+    from sana_cli.names import parse_output
+    from sana_cli.recipe import Recipe, parse_seeds
+    from sana_cli.shapes import Request, parse_aspect, parse_resolution, place
+    from sana_cli.ui import Talk
+    from sana_cli.weights import choose_model, find_folder
+
+    # What can be wrong with the call is found before anything heavy is imported.
+    talk = Talk(quiet, verbose, color)
+    request = parse_resolution(res) if res is not None else None
+    aspect = parse_aspect(ar) if ar is not None else None
+    seeds = parse_seeds(seed, count)
+    target = parse_output(output, format.value if format else None)
+    texts = _read_prompts(prompts)
+    _check_numbers(steps, guidance, negative, quality, target.format)
+    if target.to_stdout and not dry_run:
+        _check_stdout(len(texts) * len(seeds), json_output)
+    chosen = choose_model(model, request)
+    canvas = None
+    if chosen.side is not None:
+        canvas = place(request or Request(side=chosen.side), aspect, fit.value, chosen.side)
+    folder = find_folder(chosen)
+
+    from sana_cli.device import choose_device, choose_dtypes
+    from sana_cli.pipeline import open_model
+    from sana_cli.text_encoder import INSTRUCTION
+
+    files = open_model(folder, chosen.variant)
+    if canvas is None:
+        canvas = place(request or Request(side=files.side), aspect, fit.value, files.side)
+    where = choose_device(device)
+    text_dtype, dit_dtype, vae_dtype = choose_dtypes(dtype.value, where, chosen.variant)
+    instructed = chosen.instruction if instruction is None else instruction
+    recipes = [
+        Recipe(
+            prompt=text,
+            negative=negative,
+            instruction=INSTRUCTION if instructed else "",
+            seed=one,
+            steps=steps,
+            guidance=guidance,
+            solver=solver.value,
+            flow_shift=files.flow_shift,
+            width=canvas.width,
+            height=canvas.height,
+            native_width=canvas.native_width,
+            native_height=canvas.native_height,
+            fit=fit.value,
+            model=chosen.name,
+            revision=chosen.revision,
+            text_dtype=text_dtype,
+            dit_dtype=dit_dtype,
+            vae_dtype=vae_dtype,
+        )
+        for text in texts
+        for one in seeds
+    ]
+    _announce(talk, chosen, recipes, where)
+    if dry_run:
+        _print_plan(recipes, target, where, folder)
+    else:
+        encoding = (metadata is Metadata.full, quality, force)
+        _draw(recipes, files, where, target, encoding, json_output, talk, started)
+
+
+def _announce(talk: "Talk", chosen: "Model", recipes: list["Recipe"], where: str) -> None:
+    """Every choice that was made, the user's and ours, in two lines."""
+    first = recipes[0]
+    source = chosen.repo or ("bundled" if chosen.about else chosen.folder)
+    talk.say(f"model {chosen.name} ({source}), licence {chosen.licence}")
+    precisions = {"text": first.text_dtype, "dit": first.dit_dtype, "vae": first.vae_dtype}
+    same = len(set(precisions.values())) == 1
+    precision = first.dit_dtype if same else ", ".join(f"{k} {v}" for k, v in precisions.items())
+    size = f"{first.width}x{first.height}"
+    if (first.width, first.height) != (first.native_width, first.native_height):
+        size += f" (drawn at {first.native_width}x{first.native_height})"
+    seeds = sorted({recipe.seed for recipe in recipes})
+    span = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {seeds[0]} to {seeds[-1]}"
+    talk.say(
+        f"{size}, {span}, {first.steps} steps of {first.solver}, guidance {first.guidance:g},"
+        f" instruction {'on' if first.instruction else 'off'}, on {where} in {precision}"
+    )
+
+
+def _print_plan(recipes: list["Recipe"], target: "Output", where: str, folder: Path) -> None:
+    document = {
+        "device": where,
+        "folder": str(folder),
+        "download_bytes": 0,  # a model that is not here has already been refused
+        "weight_bytes": sum(path.stat().st_size for path in folder.rglob("*.safetensors")),
+        "paths": []
+        if target.to_stdout
+        else [str(target.path(r, i)) for i, r in enumerate(recipes, 1)],
+        "recipes": [recipe.as_dict() for recipe in recipes],
+    }
+    sys.stdout.write(json.dumps(document, indent=2) + "\n")
+
+
+def _draw(
+    recipes: list["Recipe"],
+    files: "ModelFiles",
+    where: str,
+    target: "Output",
+    encoding: tuple[bool, int | None, bool],
+    json_output: bool,
+    talk: "Talk",
+    started: float,
+) -> None:
+    from sana_cli import images
+    from sana_cli.pipeline import Picture, draw
+    from sana_cli.ui import Bars, write_stdout
+
+    with_recipe, quality, force = encoding
+    seconds = dict.fromkeys(STAGES, 0.0)
+    peaks: dict[str, int] = {}
+    rows: list[dict[str, Any]] = []
+    written: set[Path] = set()
+    with Bars(talk, STAGES[1:4]) as bars:
+        for event in draw(recipes, files, where):
+            if not isinstance(event, Picture):
+                seconds[event.stage] += event.seconds
+                if event.stage in bars.tasks:
+                    bars.update(event.stage, event.done, event.total)
+                if event.peak_bytes:
+                    peaks[event.stage] = event.peak_bytes
+                continue
+            recipe = recipes[event.index]
+            if event.note:
+                talk.warn(event.note)
+            began = time.perf_counter()
+            data = images.encode(
+                event.pixels, target.format, quality, recipe if with_recipe else None
+            )
+            if target.to_stdout:
+                write_stdout(data)
+                continue
+            path = target.path(recipe, event.index + 1)
+            # --force replaces what was there before, never another picture of this run.
+            path = images.write(path, data, force and path not in written)
+            written.add(path)
+            seconds["save"] += time.perf_counter() - began
+            size = {"width": recipe.width, "height": recipe.height}
+            row = {"path": str(path), "seed": recipe.seed, **size, "model": recipe.model}
+            rows.append(row | {"recipe": recipe.as_dict()})
+            if not json_output:
+                sys.stdout.write(f"{path}\n")
+                sys.stdout.flush()
+    seconds["total"] = time.perf_counter() - started
+    if json_output:
+        rounded = {stage: round(value, 4) for stage, value in seconds.items()}
+        document = {"images": rows, "seconds": rounded, "peak_bytes": peaks}
+        sys.stdout.write(json.dumps(document) + "\n")
+    talk.detail(", ".join(f"{stage} {value:.2f} s" for stage, value in seconds.items()))
+
+
+def _read_prompts(words: list[str]) -> list[str]:
+    """Prompts from the command line, with `-` replaced by the lines of stdin."""
+    texts: list[str] = []
+    if words.count("-") > 1:
+        raise UsageError("stdin can be read only once", "give a single -")
+    for word in words:
+        texts += _stdin_lines() if word == "-" else [word]
+    for text in texts:
+        if not text.strip():
+            raise UsageError("a prompt is empty", 'say what to draw: sana generate "a red fox"')
+        if "\0" in text or len(text) > LONGEST_PROMPT:
+            raise UsageError(
+                f"a prompt is longer than {LONGEST_PROMPT} characters or holds a NUL", "shorten it"
+            )
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise UsageError("a prompt is not valid UTF-8 text") from None
+    return texts
+
+
+def _stdin_lines() -> list[str]:
+    try:
+        content = sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError:
+        raise UsageError("stdin is not UTF-8 text", "pipe one prompt a line into sana") from None
+    lines = [line.strip() for line in content.splitlines() if line.strip()]
+    if not lines:
+        raise UsageError("stdin holds no prompt", "pipe one prompt a line into sana")
+    return lines
+
+
+def _check_numbers(
+    steps: int, guidance: float, negative: str, quality: int | None, format: str
+) -> None:
+    if not 1 <= steps <= MOST_STEPS:
+        raise UsageError(f"--steps {steps} is not between 1 and {MOST_STEPS}")
+    if not 1 <= guidance <= 100:
+        raise UsageError(f"--guidance {guidance} is not between 1 and 100", "1 switches it off")
+    if negative.strip() and guidance == 1:
+        raise UsageError(
+            "--negative has no effect at --guidance 1", "raise --guidance, or leave it out"
+        )
+    if quality is not None:
+        if format == "png":
+            raise UsageError("--quality has no effect on PNG", "add --format webp, or leave it out")
+        if not 1 <= quality <= 100:
+            raise UsageError(f"--quality {quality} is not between 1 and 100")
+
+
+def _check_stdout(pictures: int, json_output: bool) -> None:
+    if pictures > 1:
+        raise UsageError("-o - writes one picture", "ask for one, or use -o FOLDER/")
+    if json_output:
+        raise UsageError("-o - and --json both write to stdout", "leave one of them out")
+    if sys.stdout.isatty():
+        raise UsageError("-o - would write an image to the terminal", "redirect it: > picture.png")

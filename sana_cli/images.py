@@ -1,0 +1,145 @@
+"""Pixels to image files with the recipe inside, written whole or not at all."""
+
+import errno
+import io
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from sana_cli import __version__
+from sana_cli.errors import DiskFull, SanaError
+from sana_cli.recipe import Recipe
+
+FORMATS = {"png": ".png", "jpeg": ".jpg", "webp": ".webp", "avif": ".avif"}
+SUFFIXES = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp", ".avif": "avif"}
+DEFAULT_QUALITY = {"jpeg": 92, "webp": 90, "avif": 80}
+
+IMAGE_DESCRIPTION = 0x010E
+EXIF_FOLDER = 0x8769
+USER_COMMENT = 0x9286
+
+
+def encode(pixels: np.ndarray, format: str, quality: int | None, recipe: Recipe | None) -> bytes:
+    """The file's bytes. uint8 RGB (height, width, 3); a recipe of None writes no metadata."""
+    from PIL import Image, PngImagePlugin
+
+    image = Image.fromarray(pixels)
+    buffer = io.BytesIO()
+    if format == "png":
+        text = PngImagePlugin.PngInfo()
+        if recipe is not None:
+            _add_text(text, "parameters", parameters(recipe))
+            _add_text(text, "sana", recipe_json(recipe))
+        image.save(buffer, "PNG", pnginfo=text, compress_level=6)
+    else:
+        exif = Image.Exif()
+        if recipe is not None:
+            exif[IMAGE_DESCRIPTION] = recipe_json(recipe)
+            comment = b"UNICODE\0" + parameters(recipe).encode("utf-16-be")
+            exif.get_ifd(EXIF_FOLDER)[USER_COMMENT] = comment
+        options = {"quality": quality if quality is not None else DEFAULT_QUALITY[format]}
+        if recipe is not None:
+            image.save(buffer, format.upper(), exif=exif, **options)
+        else:
+            image.save(buffer, format.upper(), **options)
+    return buffer.getvalue()
+
+
+def _add_text(info, key: str, text: str) -> None:  # type: ignore[no-untyped-def]
+    try:
+        text.encode("latin-1")
+    except UnicodeEncodeError:
+        info.add_itxt(key, text)
+    else:
+        info.add_text(key, text)
+
+
+def recipe_json(recipe: Recipe) -> str:
+    """The recipe in ASCII JSON, with the version of the program beside it."""
+    return json.dumps({"sana": __version__, **recipe.as_dict()})
+
+
+def parameters(recipe: Recipe) -> str:
+    """The text that A1111 and the tools after it read: prompt, negative, `Name: value` pairs."""
+    pairs = {
+        "Steps": recipe.steps,
+        "Sampler": recipe.solver,
+        "CFG scale": recipe.guidance,
+        "Seed": recipe.seed,
+        "Size": f"{recipe.width}x{recipe.height}",
+        "Model": recipe.model,
+        "Flow shift": recipe.flow_shift,
+        "Version": f"sana {__version__}",
+    }
+    lines = [recipe.prompt]
+    if recipe.negative:
+        lines.append(f"Negative prompt: {recipe.negative}")
+    lines.append(", ".join(f"{name}: {_quoted(value)}" for name, value in pairs.items()))
+    return "\n".join(lines)
+
+
+def _quoted(value: object) -> str:
+    """Values with a comma, colon or newline are JSON strings, as the readers expect."""
+    text = str(value)
+    return json.dumps(text, ensure_ascii=False) if any(c in text for c in ',:\n"') else text
+
+
+def write(path: Path, data: bytes, force: bool) -> Path:
+    """Put `data` at `path`, or at `path` with -2, -3 … if that exists and `force` is not set.
+
+    The file appears complete or not at all, and an existing one is never lost half-way. Returns
+    the path written. DiskFull or SanaError if it cannot be.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(prefix=".sana-", suffix=".partial", dir=path.parent)
+        partial = Path(name)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(partial, 0o666 & ~_umask())
+            return _publish(partial, path, force)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFull(
+                f"no space left to write {path}", "free some, or use -o elsewhere"
+            ) from None
+        raise SanaError(f"{path} cannot be written: {error.strerror or error}", "use -o") from None
+
+
+def _publish(partial: Path, path: Path, force: bool) -> Path:
+    if force:
+        os.replace(partial, path)
+        return path
+    number = 1
+    while True:
+        target = path if number == 1 else path.with_name(f"{path.stem}-{number}{path.suffix}")
+        try:
+            os.link(partial, target)  # fails if the name is taken, unlike a rename
+            return target
+        except FileExistsError:
+            number += 1
+        except OSError as error:
+            # File systems without hard links: claim the name, then move over the claim.
+            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
+                raise
+            try:
+                os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+            except FileExistsError:
+                number += 1
+                continue
+            os.replace(partial, target)
+            return target
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,239 @@
+"""Text states -> latents -> pixels, one stage at a time: load a network, use it, give it back.
+
+`draw` is a generator: it says what it has done as it goes, and hands out each picture as soon as
+it is decoded. It never prints.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sana_cli.checkpoint import load_weights, on_meta, read_config, read_json, weight_files
+from sana_cli.dc_ae import DCAE, DCAEConfig
+from sana_cli.device import peak_bytes
+from sana_cli.dit import DiT, DiTConfig
+from sana_cli.errors import BadPicture, BrokenModel
+from sana_cli.recipe import Recipe
+from sana_cli.solver import SOLVERS
+from sana_cli.text_encoder import TextEncoder
+
+STAGES = ("encode", "denoise", "decode")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """`done` of `total` units of a stage ("load", "encode", "denoise", "decode") took `seconds`."""
+
+    stage: str
+    done: int
+    total: int
+    seconds: float
+    peak_bytes: int = 0  # when the stage's last unit is done: the most memory held so far
+
+
+@dataclass(frozen=True)
+class Picture:
+    """uint8 RGB (height, width, 3) of the recipe at `index`, and what had to be done for it."""
+
+    index: int
+    pixels: np.ndarray
+    note: str | None = None
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A model's folder and the facts in its small files that a recipe depends on."""
+
+    folder: Path
+    variant: str
+    dit: DiTConfig
+    vae: DCAEConfig
+    flow_shift: float
+
+    @property
+    def side(self) -> int:
+        return self.dit.sample_size * self.vae.compression
+
+
+def open_model(folder: Path, variant: str) -> ModelFiles:
+    """Read every config of a model, no weights. BrokenModel names what is wrong."""
+    index = read_json(folder / "model_index.json")
+    kind = index.get("_class_name")
+    if kind not in (None, "SanaPipeline"):
+        raise BrokenModel(f"{folder} holds a {kind}", "only SanaPipeline folders can be drawn")
+    dit = read_config(DiTConfig, folder / "transformer" / "config.json")
+    vae = read_config(DCAEConfig, folder / "vae" / "config.json")
+    if dit.in_channels != vae.latent_channels or dit.out_channels != vae.latent_channels:
+        raise BrokenModel(
+            f"{folder}: the transformer and the autoencoder differ in latent channels"
+        )
+    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+    # Flow-DPM configs call it flow_shift, Flow-Euler ones shift.
+    shift = scheduler.get("flow_shift", scheduler.get("shift"))
+    if not isinstance(shift, int | float) or isinstance(shift, bool) or not 0 < shift < 1000:
+        raise BrokenModel(f"{folder / 'scheduler'}: the flow shift is {shift!r}")
+    return ModelFiles(folder, variant, dit, vae, float(shift))
+
+
+def draw(recipes: list[Recipe], files: ModelFiles, device: str) -> Iterator[Progress | Picture]:
+    """Draw every recipe, all with one model and one precision: encode, denoise, then decode all."""
+    texts = yield from _encode(recipes, files, device)
+    latents = yield from _denoise(recipes, texts, files, device)
+    yield from _decode(recipes, latents, files, device)
+
+
+# --- text --------------------------------------------------------------------------------------
+
+Texts = dict[tuple[str, str], Tensor]
+
+
+def _encode(recipes: list[Recipe], files: ModelFiles, device: str) -> Iterator[Progress | Picture]:
+    """Each distinct (instruction, text) once; the states as float tensors (1, L, width)."""
+    began = time.perf_counter()
+    wanted = {(r.instruction, r.prompt): None for r in recipes}
+    wanted |= {("", r.negative): None for r in recipes if r.guidance > 1}
+    encoder = TextEncoder(files.folder, files.variant, _dtype(recipes[0].text_dtype), device)
+    yield _loaded(began)
+    texts: Texts = {}
+    for i, (instruction, text) in enumerate(wanted):
+        began = time.perf_counter()
+        texts[instruction, text] = encoder.encode(text, instruction)
+        yield _done("encode", i, len(wanted), began, device)
+    return texts
+
+
+# --- latents -----------------------------------------------------------------------------------
+
+
+def _denoise(
+    recipes: list[Recipe], texts: Texts, files: ModelFiles, device: str
+) -> Iterator[Progress | Picture]:
+    began = time.perf_counter()
+    part = files.folder / "transformer"
+    weights = weight_files(part, "diffusion_pytorch_model", files.variant)
+    dit = on_meta(DiT, files.dit)
+    load_weights(dit, weights, _dtype(recipes[0].dit_dtype)).to(device)
+    yield _loaded(began)
+    latents = []
+    total = sum(recipe.steps for recipe in recipes)
+    done = 0
+    for recipe in recipes:
+        guided = recipe.guidance > 1
+        conditions = [texts[recipe.instruction, recipe.prompt]]
+        if guided:
+            conditions.insert(0, texts["", recipe.negative])
+        caption, mask = _captions(dit, conditions)
+        solver = SOLVERS[recipe.solver]
+        schedule = solver.schedule(recipe.steps, recipe.flow_shift)
+        sample, previous = initial_noise(recipe, files).to(device), None
+        for i, timestep in enumerate(schedule.timesteps):
+            began = time.perf_counter()
+            batch = sample.expand(len(conditions), -1, -1, -1).to(_dtype(recipe.dit_dtype))
+            at = torch.full((len(conditions),), timestep, device=device)
+            velocity = dit(batch, at, caption, mask).float()
+            if guided:  # classifier-free guidance (arXiv 2207.12598)
+                without, given = velocity.chunk(2)
+                velocity = without + recipe.guidance * (given - without)
+            sample, previous = solver.step(schedule, i, sample, velocity, previous)
+            yield _done("denoise", done, total, began, device)
+            done += 1
+        latents.append(sample.cpu())
+    return latents
+
+
+def initial_noise(recipe: Recipe, files: ModelFiles) -> Tensor:
+    """float32 (1, 32, h, w), drawn on the CPU so that it is the same whatever the device."""
+    cell = files.vae.compression
+    shape = (1, files.dit.in_channels, recipe.native_height // cell, recipe.native_width // cell)
+    return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(recipe.seed))
+
+
+def _captions(dit: DiT, texts: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Projected texts (B, longest, D) and the mask of real tokens, None if all are."""
+    longest = max(text.shape[1] for text in texts)
+    dtype = dit.proj_out.weight.dtype
+    rows = [F.pad(text[0], (0, 0, 0, longest - text.shape[1])) for text in texts]
+    caption = dit.project_text(torch.stack(rows).to(dtype))
+    lengths = torch.tensor([text.shape[1] for text in texts], device=caption.device)
+    mask = torch.arange(longest, device=caption.device) < lengths[:, None]
+    return caption, None if bool(mask.all()) else mask
+
+
+# --- pixels ------------------------------------------------------------------------------------
+
+
+def _decode(
+    recipes: list[Recipe], latents: list[Tensor], files: ModelFiles, device: str
+) -> Iterator[Progress | Picture]:
+    began = time.perf_counter()
+    part = files.folder / "vae"
+    weights = weight_files(part, "diffusion_pytorch_model", files.variant)
+    decoder = on_meta(DCAE, files.vae).decoder  # the encoder's half stays on disk
+    load_weights(decoder, weights, _dtype(recipes[0].vae_dtype), only="decoder.")
+    decoder.to(device, memory_format=torch.channels_last)
+    yield _loaded(began)
+    for i, (recipe, latent) in enumerate(zip(recipes, latents, strict=True)):
+        began = time.perf_counter()
+        note = None
+        pixels = _pixels(decoder, latent.to(device), recipe, files.vae.scaling_factor)
+        if _is_bad(pixels) and recipe.vae_dtype != "float32":
+            decoder.float()
+            pixels = _pixels(decoder, latent.to(device), recipe, files.vae.scaling_factor)
+            decoder.to(_dtype(recipe.vae_dtype))
+            note = f"decoded again in float32: {recipe.vae_dtype} gave a bad picture"
+        if _is_bad(pixels):
+            raise BadPicture(
+                f"seed {recipe.seed} came out as {'NaN' if pixels.isnan().any() else 'one flat colour'}",
+                "try --dtype float32, another seed, or other weights",
+            )
+        picture = (pixels * 255).round().to(torch.uint8).cpu().numpy()
+        yield _done("decode", i, len(recipes), began, device)
+        yield Picture(i, picture, note)
+
+
+def _pixels(decoder: Any, latent: Tensor, recipe: Recipe, scaling: float) -> Tensor:
+    """float32 (height, width, 3) in [0, 1], resized or cropped to the size of the recipe."""
+    dtype = next(decoder.parameters()).dtype
+    image = decoder(latent.to(dtype) / scaling)
+    if recipe.fit == "trained":
+        image = _resize(image, recipe.height, recipe.width)
+    top = (image.shape[-2] - recipe.height) // 2
+    left = (image.shape[-1] - recipe.width) // 2
+    image = image[..., top : top + recipe.height, left : left + recipe.width]
+    return (image * 0.5 + 0.5).clamp(0, 1)[0].permute(1, 2, 0).float()
+
+
+def _resize(image: Tensor, height: int, width: int) -> Tensor:
+    """Bilinear to the smallest size that covers (height, width), as the reference does."""
+    ratio = max(height / image.shape[-2], width / image.shape[-1])
+    # Truncated as there, but never below the target by a rounding error, as can happen there.
+    size = (max(height, int(image.shape[-2] * ratio)), max(width, int(image.shape[-1] * ratio)))
+    if size == tuple(image.shape[-2:]):
+        return image
+    return F.interpolate(image, size=size, mode="bilinear", align_corners=False)
+
+
+def _is_bad(pixels: Tensor) -> bool:
+    return bool(pixels.isnan().any()) or float(pixels.max() - pixels.min()) < 1 / 255
+
+
+def _dtype(name: str) -> torch.dtype:
+    return getattr(torch, name)
+
+
+def _loaded(began: float) -> Progress:
+    return Progress("load", 1, 1, time.perf_counter() - began)
+
+
+def _done(stage: str, i: int, total: int, began: float, device: str) -> Progress:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+    peak = peak_bytes(device) if i + 1 == total else 0
+    return Progress(stage, i + 1, total, time.perf_counter() - began, peak)

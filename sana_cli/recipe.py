@@ -1,0 +1,74 @@
+"""The Recipe: everything that decides which picture comes out, and nothing else."""
+
+import random
+import re
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from sana_cli.errors import UsageError
+
+SEED_LIMIT = 2**32  # as other tools that read these files store it
+MOST_IMAGES = 100_000
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Two equal recipes give equal pictures on one machine, alone or in any batch."""
+
+    prompt: str
+    negative: str
+    instruction: str  # text put before the prompt; "" for none
+    seed: int
+    steps: int
+    guidance: float
+    solver: str
+    flow_shift: float
+    width: int  # of the picture, in pixels
+    height: int
+    native_width: int  # of what the network draws; resized or cropped to width x height
+    native_height: int
+    fit: str  # "trained" or "exact"
+    model: str
+    revision: str | None
+    text_dtype: str
+    dit_dtype: str
+    vae_dtype: str
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def parse_seeds(text: str | None, count: int | None) -> list[int]:
+    """`7` (and the count-1 after it), `1,5,9`, `1..8`, or None for a random one."""
+    if text is None:
+        # Not `secrets`: a picture's seed is no secret, and it is printed.
+        seeds = [random.randrange(SEED_LIMIT - MOST_IMAGES)]
+    else:
+        seeds = _parse_seed_list(text)
+    if count is not None:
+        if count < 1 or count > MOST_IMAGES:
+            raise UsageError(f"--count {count} is not between 1 and {MOST_IMAGES}")
+        if len(seeds) > 1:
+            raise UsageError("--count cannot be used with several seeds", "leave one of them out")
+        seeds = [seeds[0] + i for i in range(count)]
+    if max(seeds) >= SEED_LIMIT:
+        raise UsageError(f"seed {max(seeds)} is out of range", f"use 0 to {SEED_LIMIT - 1}")
+    return seeds
+
+
+def _parse_seed_list(text: str) -> list[int]:
+    words = text.strip()
+    span = re.fullmatch(r"(\d{1,20})\.\.(\d{1,20})", words)
+    if span:
+        first, last = int(span[1]), int(span[2])
+        if last < first or last - first >= MOST_IMAGES:
+            raise UsageError(f"--seed {text!r} is not a range of 1 to {MOST_IMAGES} seeds")
+        return list(range(first, last + 1))
+    if not re.fullmatch(r"\d{1,20}(,\d{1,20})*", words):
+        raise UsageError(
+            f"--seed {text!r} is not a seed", f"use 7, 1,5,9 or 1..8, each below {SEED_LIMIT}"
+        )
+    seeds = [int(word) for word in words.split(",")]
+    if len(set(seeds)) < len(seeds):
+        raise UsageError(f"--seed {text!r} names a seed twice")
+    return seeds

@@ -1,0 +1,99 @@
+"""Flow-DPM-Solver++ (2M) and Flow-Euler as pure functions of floats and tensors.
+
+The flow runs from noise at σ = 1 to the picture at σ = 0 with x_σ = (1-σ)·x₀ + σ·noise, and the
+network predicts the velocity v = noise - x₀ (arXiv 2410.10629, section 2.3 and appendix on
+Flow-DPM-Solver). The arithmetic is that of diffusers' `DPMSolverMultistepScheduler` with flow
+sigmas and `FlowMatchEulerDiscreteScheduler`.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+TRAIN_STEPS = 1000
+
+
+class Schedule(NamedTuple):
+    """`sigmas` has one entry more than `timesteps`: the last is 0. Both fall."""
+
+    sigmas: tuple[float, ...]
+    timesteps: tuple[float, ...]
+
+
+class Step(NamedTuple):
+    sample: Tensor
+    denoised: Tensor  # this step's estimate of x₀, which the next step extrapolates from
+
+
+@dataclass(frozen=True)
+class Solver:
+    schedule: Callable[[int, float], Schedule]
+    step: Callable[[Schedule, int, Tensor, Tensor, Tensor | None], Step]
+
+
+def shifted(sigma: float, shift: float) -> float:
+    """Move noise levels towards 1, as larger pictures need (SD3, arXiv 2403.03206, eq. 23)."""
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def flow_dpm_schedule(steps: int, shift: float) -> Schedule:
+    last = 1 / TRAIN_STEPS
+    alphas = [1 + i * (last - 1) / steps for i in range(steps)] + [last]
+    sigmas = [shifted(1 - alpha, shift) for alpha in alphas[:0:-1]]
+    # The network was trained on whole timesteps, so it is told the truncated one.
+    return Schedule(_float32([*sigmas, 0.0]), tuple(float(int(s * TRAIN_STEPS)) for s in sigmas))
+
+
+def flow_dpm_step(
+    schedule: Schedule, i: int, sample: Tensor, velocity: Tensor, previous: Tensor | None
+) -> Step:
+    """One multistep update from sigmas[i] to sigmas[i+1]; float32 in and out.
+
+    DPM-Solver++ (arXiv 2211.01095, algorithm 2) with α = 1-σ and λ = ln(α/σ). The first and the
+    last step are of first order; the last lands on x₀ itself.
+    """
+    sigma, target = schedule.sigmas[i], schedule.sigmas[i + 1]
+    denoised = sample - sigma * velocity
+    if target == 0:
+        return Step(denoised, denoised)
+    h = _log_snr(target) - _log_snr(sigma)
+    gain = -(1 - target) * math.expm1(-h)
+    moved = (target / sigma) * sample + gain * denoised
+    if previous is not None:
+        r = (_log_snr(sigma) - _log_snr(schedule.sigmas[i - 1])) / h
+        moved = moved + (0.5 * gain / r) * (denoised - previous)
+    return Step(moved, denoised)
+
+
+def flow_euler_schedule(steps: int, shift: float) -> Schedule:
+    # The reference shifts its training grid once and the grid of the run a second time.
+    low = shifted(1 / TRAIN_STEPS, shift)
+    grid = [1 + i * (low - 1) / max(steps - 1, 1) for i in range(steps)]
+    sigmas = _float32([shifted(value, shift) for value in grid])
+    return Schedule((*sigmas, 0.0), _float32([s * TRAIN_STEPS for s in sigmas]))
+
+
+def flow_euler_step(
+    schedule: Schedule, i: int, sample: Tensor, velocity: Tensor, previous: Tensor | None
+) -> Step:
+    sigma, target = schedule.sigmas[i], schedule.sigmas[i + 1]
+    return Step(sample + (target - sigma) * velocity, sample - sigma * velocity)
+
+
+def _log_snr(sigma: float) -> float:
+    return math.log(1 - sigma) - math.log(sigma)
+
+
+def _float32(values: list[float]) -> tuple[float, ...]:
+    """Rounded as the reference stores them."""
+    return tuple(torch.tensor(values, dtype=torch.float32).tolist())
+
+
+SOLVERS = {
+    "flow-dpm": Solver(flow_dpm_schedule, flow_dpm_step),
+    "flow-euler": Solver(flow_euler_schedule, flow_euler_step),
+}

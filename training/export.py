@@ -1,0 +1,69 @@
+"""Stage 4: the finished parts as a folder in the published layout, which diffusers loads too."""
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from torch import nn
+
+from training import autoencoder, diffusion, text
+from training.optim import averaged
+
+
+def export(run: Path, target: Path) -> None:
+    """Write `target` whole: the averaged weights of every stage in bfloat16, and the configs."""
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    scaling = json.loads((run / "scaling.json").read_text())["scaling_factor"]
+
+    shutil.copytree(run / "tokenizer", partial / "tokenizer")
+    vocabulary = Tokenizer.from_file(str(run / "tokenizer" / "tokenizer.json")).get_vocab_size()
+    encoder = averaged(run / "text.safetensors", text.Reader(vocabulary)).encoder
+    encoder.config.architectures = ["Gemma2Model"]
+    _write_part(partial / "text_encoder", "model", encoder, encoder.config.to_diff_dict())
+
+    dit = averaged(run / "diffusion.safetensors", diffusion.build())
+    config = {"_class_name": "SanaTransformer2DModel", **asdict(diffusion.CONFIG)}
+    _write_part(partial / "transformer", "diffusion_pytorch_model", dit, config)
+
+    vae = averaged(run / "autoencoder.safetensors", autoencoder.build())
+    config = {"_class_name": "AutoencoderDC", **asdict(autoencoder.CONFIG)}
+    config["scaling_factor"] = scaling
+    _write_part(partial / "vae", "diffusion_pytorch_model", vae, config)
+
+    scheduler = {
+        "_class_name": "DPMSolverMultistepScheduler",
+        "algorithm_type": "dpmsolver++",
+        "flow_shift": diffusion.FLOW_SHIFT,
+        "num_train_timesteps": 1000,
+        "prediction_type": "flow_prediction",
+        "solver_order": 2,
+        "use_flow_sigmas": True,
+    }
+    _write_json(partial / "scheduler" / "scheduler_config.json", scheduler)
+    index = {
+        "_class_name": "SanaPipeline",
+        "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
+        "text_encoder": ["transformers", "Gemma2Model"],
+        "tokenizer": ["transformers", "GemmaTokenizer"],
+        "transformer": ["diffusers", "SanaTransformer2DModel"],
+        "vae": ["diffusers", "AutoencoderDC"],
+    }
+    _write_json(partial / "model_index.json", index)
+    shutil.rmtree(target, ignore_errors=True)
+    partial.rename(target)
+
+
+def _write_part(folder: Path, stem: str, model: nn.Module, config: dict) -> None:
+    _write_json(folder / "config.json", config)
+    tensors = {k: v.to(torch.bfloat16).contiguous() for k, v in model.state_dict().items()}
+    save_file(tensors, folder / f"{stem}.safetensors", metadata={"format": "pt"})
+
+
+def _write_json(path: Path, value: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=2) + "\n")
