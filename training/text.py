@@ -86,7 +86,7 @@ def train_tokenizer(path: Path, seed: int = 0, captions: int = 20_000) -> None:
         "add_bos_token": True,
         "add_eos_token": False,
         "padding_side": "right",
-        "model_max_length": 512,
+        "model_max_length": 8192,
     }
     (path / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 

@@ -1,0 +1,58 @@
+"""Real parts for every test: a saved random model, the `sana` command, loopback nothing."""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+# Set before any import of the libraries that read them once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["NO_COLOR"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+
+
+@dataclass(frozen=True)
+class Run:
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def sana(capfd, monkeypatch):
+    """Run the command in this process: `sana("generate", …)` -> exit code, stdout, stderr."""
+    from sana_cli.app import main
+
+    def run(*words: str) -> Run:
+        monkeypatch.setattr(sys, "argv", ["sana", *words])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main()
+        out, err = capfd.readouterr()
+        return Run(stop.value.code or 0, out, err)
+
+    return run
+
+
+@pytest.fixture
+def process():
+    """Run the installed command as a shell would."""
+
+    def run(*words: str, **options) -> subprocess.CompletedProcess:
+        command = str(Path(sys.executable).with_name("sana"))
+        return subprocess.run([command, *words], capture_output=True, timeout=300, **options)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    """A random model of native side 512, saved by diffusers. Copy it before changing it."""
+    from reference import random_pipeline
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    random_pipeline(sample_size=16).save_pretrained(folder)
+    return folder
