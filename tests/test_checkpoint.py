@@ -1,0 +1,101 @@
+"""Published folders in every shape they come in, loaded strictly."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sana_cli.checkpoint import load_weights, on_meta, read_config, weight_files
+from sana_cli.dit import DiT, DiTConfig
+from sana_cli.errors import BrokenModel
+from sana_cli.pipeline import open_model
+
+STEM = "diffusion_pytorch_model"
+
+
+@pytest.fixture
+def part(tiny_model, tmp_path):
+    """A copy of a transformer folder, to break or rearrange."""
+    return shutil.copytree(tiny_model / "transformer", tmp_path / "transformer")
+
+
+def load(part, variant="", dtype=torch.float32):
+    config = read_config(DiTConfig, part / "config.json")
+    return load_weights(on_meta(DiT, config), weight_files(part, STEM, variant), dtype)
+
+
+def same_weights(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def test_shards_with_an_index_are_the_single_file(part):
+    whole = load(part)
+    tensors = load_file(part / f"{STEM}.safetensors")
+    names = sorted(tensors)
+    shards = {"00001": names[::2], "00002": names[1::2]}
+    places = {}
+    for number, mine in shards.items():
+        file = f"{STEM}-{number}-of-00002.safetensors"
+        save_file({name: tensors[name] for name in mine}, part / file)
+        places |= dict.fromkeys(mine, file)
+    (part / f"{STEM}.safetensors").unlink()
+    (part / f"{STEM}.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    assert same_weights(load(part), whole)
+
+
+def test_the_variant_is_preferred_and_cast(part):
+    tensors = {k: v.half() for k, v in load_file(part / f"{STEM}.safetensors").items()}
+    tensors["proj_out.bias"] += 1
+    save_file(tensors, part / f"{STEM}.fp16.safetensors")
+    model = load(part, "fp16")
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert not same_weights(model, load(part))
+    assert model.proj_out.bias.isclose(load(part).proj_out.bias + 1, atol=1e-2).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_tensor_is_real_and_has_the_dtype_asked_for(part, dtype):
+    model = load(part, dtype=dtype)
+    tensors = [*model.parameters(), *model.buffers()]
+    assert {t.dtype for t in tensors} == {dtype}
+    assert not any(t.is_meta or t.requires_grad for t in tensors)
+
+
+def test_old_configs_lack_the_later_keys(part):
+    config = json.loads((part / "config.json").read_text())
+    for key in ("interpolation_scale", "guidance_embeds", "guidance_embeds_scale", "qk_norm"):
+        config.pop(key, None)
+    config.pop("timestep_scale", None)
+    (part / "config.json").write_text(json.dumps(config))
+    assert read_config(DiTConfig, part / "config.json").qk_norm is None
+    load(part)
+
+
+def test_a_key_from_the_future_is_said_aloud(part):
+    config = json.loads((part / "config.json").read_text())
+    (part / "config.json").write_text(json.dumps({**config, "moe_experts": 4}))
+    with pytest.warns(UserWarning, match="moe_experts"):
+        read_config(DiTConfig, part / "config.json")
+
+
+def test_everything_that_does_not_fit_is_named_at_once(part):
+    tensors = load_file(part / f"{STEM}.safetensors")
+    del tensors["proj_out.bias"]
+    tensors["extra"] = torch.zeros(1)
+    tensors["proj_out.weight"] = torch.zeros(3, 3)
+    save_file(tensors, part / f"{STEM}.safetensors")
+    with pytest.raises(BrokenModel) as broken:
+        load(part)
+    for piece in ("missing proj_out.bias", "unexpected extra", "proj_out.weight has shape (3, 3)"):
+        assert piece in broken.value.message
+
+
+def test_a_scheduler_of_either_kind_gives_the_shift(tiny_model, tmp_path):
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    assert open_model(folder, "").flow_shift == 3.0
+    (folder / "scheduler" / "scheduler_config.json").write_text(
+        '{"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 6.0, "x": -Infinity}'
+    )
+    assert open_model(folder, "").flow_shift == 6.0

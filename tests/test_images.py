@@ -1,0 +1,150 @@
+"""Files: formats, metadata, safe and unused names, whole or not at all."""
+
+import io
+import json
+import os
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from sana_cli import images
+from sana_cli.errors import SanaError
+from sana_cli.names import parse_output, safe_name, slug
+from sana_cli.recipe import Recipe
+
+RECIPE = Recipe(
+    prompt="a red circle",
+    negative="",
+    instruction="",
+    seed=7,
+    steps=20,
+    guidance=4.5,
+    solver="flow-dpm",
+    flow_shift=3.0,
+    width=64,
+    height=32,
+    native_width=64,
+    native_height=32,
+    fit="trained",
+    model="demo",
+    revision=None,
+    text_dtype="float32",
+    dit_dtype="float32",
+    vae_dtype="float32",
+)
+PIXELS = np.random.default_rng(0).integers(0, 256, (32, 64, 3), np.uint8)
+
+
+def variation(**changes) -> Recipe:
+    return Recipe(**(RECIPE.as_dict() | changes))
+
+
+def test_png_keeps_every_pixel_and_the_recipe():
+    image = Image.open(io.BytesIO(images.encode(PIXELS, "png", None, RECIPE)))
+    np.testing.assert_array_equal(np.asarray(image), PIXELS)
+    stored = json.loads(image.text["sana"])
+    assert Recipe(**{k: v for k, v in stored.items() if k != "sana"}) == RECIPE
+    assert image.text["parameters"].splitlines()[0] == "a red circle"
+    assert "Seed: 7" in image.text["parameters"].splitlines()[-1]
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1))
+def test_any_prompt_survives_in_a_png(prompt):
+    recipe = variation(prompt=prompt)
+    image = Image.open(io.BytesIO(images.encode(PIXELS[:4, :4], "png", None, recipe)))
+    assert json.loads(image.text["sana"])["prompt"] == prompt
+
+
+@pytest.mark.parametrize("format", ["jpeg", "webp", "avif"])
+def test_other_formats_carry_both_texts_in_exif(format):
+    recipe = variation(prompt="a fox, “火” 🦊")
+    image = Image.open(io.BytesIO(images.encode(PIXELS, format, 90, recipe)))
+    assert image.size == (64, 32)
+    assert json.loads(image.getexif()[0x010E])["prompt"] == recipe.prompt
+    comment = image.getexif().get_ifd(0x8769)[0x9286]
+    assert comment.startswith(b"UNICODE\0")
+    assert comment[8:].decode("utf-16-be") == images.parameters(recipe)
+
+
+@pytest.mark.parametrize("format", ["png", "jpeg", "webp", "avif"])
+def test_no_metadata_means_none(format):
+    data = images.encode(PIXELS, format, None, None)
+    image = Image.open(io.BytesIO(data))
+    assert not dict(image.getexif())
+    assert not [key for key in ("parameters", "sana", "exif", "xmp") if image.info.get(key)]
+    assert b"red circle" not in data
+
+
+def test_lower_quality_is_smaller():
+    big, small = (images.encode(PIXELS, "webp", q, None) for q in (95, 20))
+    assert len(small) < len(big)
+
+
+def test_an_existing_file_is_kept_unless_forced(tmp_path):
+    path = tmp_path / "a.png"
+    assert images.write(path, b"one", force=False) == path
+    assert images.write(path, b"two", force=False) == tmp_path / "a-2.png"
+    assert images.write(path, b"three", force=False) == tmp_path / "a-3.png"
+    assert path.read_bytes() == b"one"
+    assert images.write(path, b"four", force=True) == path
+    assert path.read_bytes() == b"four"
+    assert sorted(os.listdir(tmp_path)) == ["a-2.png", "a-3.png", "a.png"]
+
+
+def test_a_failed_write_leaves_nothing_and_keeps_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.png"
+    path.write_bytes(b"old")
+
+    def broken(descriptor):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", broken)
+    with pytest.raises(SanaError):
+        images.write(path, b"new", force=True)
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["a.png"]
+
+
+def test_file_systems_without_hard_links_lose_nothing_either(tmp_path, monkeypatch):
+    def refuse(source, target):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    path = tmp_path / "a.png"
+    assert images.write(path, b"one", force=False) == path
+    assert images.write(path, b"two", force=False) == tmp_path / "a-2.png"
+    assert path.read_bytes() == b"one"
+
+
+@pytest.mark.parametrize(
+    ("output", "expected"),
+    [
+        (None, "a-red-circle-7.png"),
+        ("out.jpg", "out.jpg"),
+        ("{index:03}-{seed}.webp", "004-7.webp"),
+        ("{model}/{width}x{height}-{slug}", "demo/64x32-a-red-circle.png"),
+        ("fox/", "fox/a-red-circle-7.png"),
+        ("v1.5-{seed}.png", "v1.5-7.png"),
+    ],
+)
+def test_output_names(output, expected, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert str(parse_output(output, None).path(RECIPE, 4)) == expected
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])))
+def test_every_name_is_a_single_safe_file(text):
+    name = safe_name(f"{slug(text)}-{text}.png")
+    assert name.endswith(".png")
+    assert not set('<>:"/\\|?*\0') & set(name)
+    assert len(name.encode()) <= 250
+    assert name[0] not in " ." or name == ".png"
+
+
+@pytest.mark.parametrize("name", ["CON", "aux", "com1", "..", "", "..."])
+def test_names_that_systems_reserve_are_changed(name):
+    stem = safe_name(f"{name}.png")[: -len(".png")]
+    assert stem.lower() not in {"con", "aux", "com1", "", ".", ".."}

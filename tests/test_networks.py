@@ -1,0 +1,146 @@
+"""The networks against diffusers' modules, on the same random weights."""
+
+import pytest
+import torch
+from diffusers import AutoencoderDC, SanaTransformer2DModel
+from reference import LIKE_0_6B, LIKE_1_6B, random_pipeline
+
+from sana_cli.dc_ae import DCAE, DCAEConfig
+from sana_cli.dit import DiT, DiTConfig, TimestepEmbedder, position_table
+from sana_cli.kernels.linear_attention import relu_linear_attention
+
+RELEASED_DC_AE = {
+    "encoder_block_types": ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3,
+    "decoder_block_types": ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3,
+    "encoder_layers_per_block": (2, 2, 2, 3, 3, 3),
+    "upsample_block_type": "interpolate",
+    "downsample_block_type": "Conv",
+    "scaling_factor": 0.41407,
+}
+LITE_DC_AE = {
+    "encoder_block_types": ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3,
+    "decoder_block_types": "ResBlock",
+    "decoder_layers_per_block": (0, 3, 5, 4, 4, 4),
+    "decoder_qkv_multiscales": ((),) * 6,
+    "upsample_block_type": "pixel_shuffle",
+    "downsample_block_type": "Conv",
+    "decoder_conv_act_fn": "silu",
+}
+SMALL = {
+    "encoder_block_out_channels": (8, 8, 16, 32, 64, 64),
+    "decoder_block_out_channels": (8, 8, 16, 32, 64, 64),
+}
+
+
+def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return ((ours - theirs).norm() / theirs.norm()).item()
+
+
+def twins(config: dict) -> tuple[DiT, SanaTransformer2DModel]:
+    torch.manual_seed(0)
+    theirs = SanaTransformer2DModel(**config).eval().requires_grad_(False)
+    with torch.device("meta"):
+        ours = DiT(DiTConfig(**config))
+    ours.load_state_dict(theirs.state_dict(), assign=True)
+    return ours.eval().requires_grad_(False), theirs
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [{}, {"qk_norm": "rms_norm_across_heads"}, {"interpolation_scale": 2.0, "sample_size": 64}],
+    ids=["plain", "qk-norm", "positions"],
+)
+@pytest.mark.parametrize("width", [LIKE_0_6B, LIKE_1_6B], ids=["0.6B", "1.6B"])
+def test_transformer(kind, width):
+    config = {"num_layers": 2, "caption_channels": 96, **width, **kind}
+    ours, theirs = twins(config)
+    latents, text = torch.randn(2, 32, 5, 9), torch.randn(2, 7, 96)
+    mask = torch.ones(2, 7, dtype=torch.bool)
+    mask[0, 1:] = False
+    timestep = torch.tensor([817, 817])
+    expected = theirs(latents, text, timestep, encoder_attention_mask=mask.long()).sample
+    got = ours(latents, timestep, ours.project_text(text), mask)
+    assert relative_error(got, expected) < 1e-5
+
+
+@pytest.mark.parametrize("kind", [RELEASED_DC_AE, LITE_DC_AE], ids=["released", "lite"])
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (96, 160), (192, 224)])
+def test_autoencoder(kind, height, width):
+    torch.manual_seed(0)
+    theirs = AutoencoderDC(**kind, **SMALL).eval().requires_grad_(False)
+    ours = DCAE(DCAEConfig(**kind, **SMALL)).eval().requires_grad_(False)
+    ours.load_state_dict(theirs.state_dict())
+    image = torch.randn(2, 3, height, width)
+    latents = theirs.encode(image).latent
+    assert relative_error(ours.encode(image), latents) < 1e-5
+    assert relative_error(ours.decode(latents), theirs.decode(latents).sample) < 1e-5
+
+
+@pytest.mark.slow
+def test_transformer_at_the_full_size_of_the_0_6b():
+    """One guided step at 512x512 in the released configuration."""
+    config = {
+        "num_attention_heads": 36,
+        "num_layers": 28,
+        "num_cross_attention_heads": 16,
+        "cross_attention_head_dim": 72,
+        "cross_attention_dim": 1152,
+        "sample_size": 16,
+    }
+    ours, theirs = twins(config)
+    assert sum(p.numel() for p in ours.parameters()) == 591_747_872
+    latents, text = torch.randn(2, 32, 16, 16), torch.randn(2, 30, 2304)
+    timestep = torch.tensor([999, 999])
+    expected = theirs(latents, text, timestep).sample
+    got = ours(latents, timestep, ours.project_text(text))
+    assert relative_error(got, expected) < 1e-5
+
+
+@pytest.mark.slow
+def test_decoder_at_the_full_released_size():
+    torch.manual_seed(0)
+    theirs = AutoencoderDC(**RELEASED_DC_AE).eval().requires_grad_(False)
+    with torch.device("meta"):
+        ours = DCAE(DCAEConfig(**RELEASED_DC_AE))
+    ours.load_state_dict(theirs.state_dict(), assign=True)
+    assert sum(p.numel() for p in ours.parameters()) == 312_250_275
+    latents = torch.randn(1, 32, 16, 16) / 0.41407
+    assert relative_error(ours.decode(latents), theirs.decode(latents).sample) < 1e-5
+
+
+def test_linear_attention_is_attention_with_a_relu_kernel():
+    """The fast form against the quadratic definition, in float64 arithmetic."""
+    q, k, v = torch.randn(3, 2, 4, 8, 21, dtype=torch.float64).unbind(0)
+    weights = torch.relu(k).transpose(-1, -2) @ torch.relu(q)  # (keys, queries)
+    expected = v @ (weights / weights.sum(-2, keepdim=True))
+    torch.testing.assert_close(
+        relu_linear_attention(q, k, v), expected, rtol=1e-4, atol=1e-5, check_dtype=False
+    )
+
+
+def test_timestep_features_as_published():
+    embedder = TimestepEmbedder(256)
+    seen = []
+    embedder.linear_1.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][0]))
+    embedder(torch.tensor([999]))
+    expected = {0: 0.9996498, 1: 0.9637853, 127: 0.9942431, 128: -0.0264608, 255: 0.1071472}
+    for channel, value in expected.items():
+        assert seen[0][channel].item() == pytest.approx(value, abs=2e-5)
+
+
+def test_position_table_as_published():
+    table = position_table((64, 64), 2240, 64, 1.0)[0]
+    assert table[1, :3].tolist() == pytest.approx([0.8414710, 0.8325457, 0.8235499], abs=1e-6)
+    assert table[64, 1120:1123].tolist() == pytest.approx([0.841471, 0.8325457, 0.82355], abs=1e-6)
+    assert table.double().sum().item() == pytest.approx(3_507_131.5, rel=1e-6)
+
+
+def test_text_states_do_not_depend_on_padding(tiny_model):
+    """What the reference computes on 300 padded tokens, from the real tokens alone."""
+    from sana_cli.text_encoder import TextEncoder
+
+    encoder = TextEncoder(tiny_model, "", torch.float32, "cpu")
+    pipe = random_pipeline(sample_size=16)
+    theirs, mask, *_ = pipe.encode_prompt("a red circle", False)
+    ours = encoder.encode("a red circle")
+    torch.testing.assert_close(ours[0], theirs[0][mask[0].bool()], rtol=1e-4, atol=1e-5)

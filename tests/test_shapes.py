@@ -1,0 +1,100 @@
+"""Sizes: what a person may ask for and what the network is then asked to draw."""
+
+import pytest
+from diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha import (
+    ASPECT_RATIO_512_BIN,
+    ASPECT_RATIO_1024_BIN,
+)
+from diffusers.pipelines.pixart_alpha.pipeline_pixart_sigma import ASPECT_RATIO_2048_BIN
+from diffusers.pipelines.sana.pipeline_sana import ASPECT_RATIO_4096_BIN
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sana_cli.errors import UsageError
+from sana_cli.shapes import TRAINED_SHAPES, Canvas, Request, parse_aspect, parse_resolution, place
+
+TABLES = {
+    512: ASPECT_RATIO_512_BIN,
+    1024: ASPECT_RATIO_1024_BIN,
+    2048: ASPECT_RATIO_2048_BIN,
+    4096: ASPECT_RATIO_4096_BIN,
+}
+
+
+@pytest.mark.parametrize("side", TABLES)
+def test_the_trained_shapes_are_those_of_diffusers(side):
+    theirs = [(float(ratio), int(h), int(w)) for ratio, (h, w) in TABLES[side].items()]
+    assert list(TRAINED_SHAPES[side]) == theirs
+
+
+@pytest.mark.parametrize(
+    ("asked", "request_"),
+    [
+        ("512", Request(side=512)),
+        ("4k", Request(side=4096)),
+        (" 2K ", Request(side=2048)),
+        ("1280x720", Request(None, 1280, 720)),
+        ("1280×720", Request(None, 1280, 720)),
+    ],
+)
+def test_ways_to_write_a_resolution(asked, request_):
+    assert parse_resolution(asked) == request_
+
+
+@given(st.text(max_size=12))
+def test_any_text_is_a_resolution_or_a_usage_error(text):
+    try:
+        request = parse_resolution(text)
+    except UsageError:
+        return
+    assert all(value is None or value >= 32 for value in request)
+
+
+@pytest.mark.parametrize(
+    ("aspect", "canvas"),
+    [
+        ("1:1", Canvas(1024, 1024, 1024, 1024)),
+        ("16:9", Canvas(1344, 768, 1344, 768)),
+        ("2:3", Canvas(832, 1216, 832, 1216)),
+        ("1:4", Canvas(512, 2048, 512, 2048)),
+    ],
+)
+def test_an_aspect_takes_the_nearest_trained_shape(aspect, canvas):
+    assert place(Request(side=1024), parse_aspect(aspect), "trained", 1024) == canvas
+
+
+def test_an_exact_size_is_drawn_at_a_trained_shape_and_cropped():
+    assert place(Request(None, 1280, 720), None, "trained", 1024) == Canvas(1280, 720, 1344, 768)
+
+
+def test_fit_exact_draws_the_next_multiple_of_32():
+    assert place(Request(None, 1280, 720), None, "exact", 1024) == Canvas(1280, 720, 1280, 736)
+
+
+@given(
+    st.sampled_from(list(TABLES)),
+    st.floats(0.26, 3.9),
+    st.sampled_from(["trained", "exact"]),
+)
+def test_a_canvas_is_always_drawable_and_covers_the_picture(side, aspect, fit):
+    canvas = place(Request(side=side), aspect, fit, side)
+    assert canvas.native_width % 32 == canvas.native_height % 32 == 0
+    assert 0 <= canvas.native_width - canvas.width < 32
+    assert 0 <= canvas.native_height - canvas.height < 32
+    assert 0.8 < canvas.width * canvas.height / side**2 < 1.2
+
+
+@pytest.mark.parametrize(
+    ("request_", "aspect"),
+    [
+        (Request(side=4096), None),
+        (Request(None, 2048, 2048), None),
+        (Request(None, 1024, 32), None),
+        (Request(side=1024), 10.0),
+        (Request(None, 512, 512), 1.0),
+    ],
+    ids=["side", "area", "aspect of a size", "aspect", "both"],
+)
+def test_what_a_model_cannot_draw_is_refused(request_, aspect):
+    with pytest.raises(UsageError):
+        place(request_, aspect, "trained", 1024)

@@ -1,0 +1,181 @@
+"""Does a picture show what its scene says? Judged from the pixels alone, attribute by attribute.
+
+Every pixel takes the name of the nearest colour. The object of a colour is the largest connected
+patch of it; its shape is the one whose outline, scaled to the same area and put on the same
+centre, overlaps it best. Nothing here knows how the picture was made.
+"""
+
+from functools import cache
+
+import numpy as np
+from scipy import ndimage
+
+from training.scenes import COLOURS, POSITIONS, SHAPES, SIZES, Object, Scene, shape_distance
+
+NAMES = list(COLOURS)
+PALETTE = np.array(list(COLOURS.values()), np.float32)
+GRID = 96  # side of the square that outlines are compared in; the shape's area fills a fifth
+LEAST_OVERLAP = 0.8  # intersection over union, below which a patch is no shape at all
+LEAST_AREA = 0.012  # of the picture, for a patch to count as an object
+LEAST_COVER = 0.9  # of a background's pixels that must have its colour
+FAR_COLOUR = 60.0  # a patch's mean may be this far (in RGB) from the named colour
+
+
+def check(scene: Scene, pixels: np.ndarray) -> dict[str, bool]:
+    """Every attribute that the scene's caption may state -> whether uint8 RGB `pixels` show it."""
+    names = nearest_colours(pixels)
+    verdict = {"background": _background(scene, names, pixels)}
+    patches = [_patch(thing, scene, names) for thing in scene.objects]
+    if len(patches) == 2 and scene.objects[0].colour == scene.objects[1].colour:
+        patches = _two_patches(scene, names)
+    for i, (thing, patch) in enumerate(zip(scene.objects, patches, strict=True), 1):
+        verdict[f"colour {i}"] = patch is not None and _is_colour(thing.colour, patch, pixels)
+        verdict[f"shape {i}"] = patch is not None and shape_of(patch) == thing.shape
+    found = [patch for patch in patches if patch is not None]
+    if scene.relation:
+        whole = len(found) == 2 and _in_relation(scene.relation, *found)
+        verdict["relation"] = whole
+    else:
+        thing = scene.objects[0]
+        if thing.position:
+            verdict["position"] = bool(found) and position_of(found[0]) == thing.position
+        if thing.size:
+            verdict["size"] = bool(found) and size_of(found[0]) == thing.size
+    verdict["nothing else"] = _nothing_else(scene, names, found)
+    return verdict
+
+
+def nearest_colours(pixels: np.ndarray) -> np.ndarray:
+    """(H, W) indices into `NAMES`, of a picture lightly smoothed against single stray pixels."""
+    smooth = ndimage.uniform_filter(pixels.astype(np.float32), size=(3, 3, 1))
+    distance = [np.square(smooth - colour).sum(-1) for colour in PALETTE]
+    return np.argmin(distance, axis=0)
+
+
+def _background(scene: Scene, names: np.ndarray, pixels: np.ndarray) -> bool:
+    """Of each half (or the whole), the frame of pixels near the edge must have its colour."""
+    height, width = names.shape
+    frame = np.ones_like(names, bool)
+    edge = height // 24
+    frame[edge:-edge, edge:-edge] = False
+    if len(scene.background) == 1:
+        areas = [frame]
+    else:
+        middle = np.indices(names.shape)[scene.axis] * 2 - (height, width)[scene.axis]
+        margin = height // 12
+        areas = [frame & (middle < -margin), frame & (middle > margin)]
+    return all(
+        (names[area] == NAMES.index(colour)).mean() >= LEAST_COVER
+        and _is_colour(colour, area & (names == NAMES.index(colour)), pixels)
+        for area, colour in zip(areas, scene.background, strict=True)
+    )
+
+
+def _is_colour(colour: str, area: np.ndarray, pixels: np.ndarray) -> bool:
+    if not area.any():
+        return False
+    mean = pixels[area].astype(np.float32).mean(0)
+    return float(np.linalg.norm(mean - COLOURS[colour])) < FAR_COLOUR
+
+
+def _components(colour: str, names: np.ndarray) -> list[np.ndarray]:
+    """Connected patches of a colour, largest first, small ones left out."""
+    labels, count = ndimage.label(names == NAMES.index(colour))
+    sizes = ndimage.sum_labels(np.ones_like(names), labels, range(1, count + 1))
+    order = np.argsort(-np.asarray(sizes))
+    return [labels == i + 1 for i in order if sizes[i] >= LEAST_AREA * names.size]
+
+
+def _patch(thing: Object, scene: Scene, names: np.ndarray) -> np.ndarray | None:
+    if thing.colour in scene.background:
+        return None
+    patches = _components(thing.colour, names)
+    return patches[0] if patches else None
+
+
+def _two_patches(scene: Scene, names: np.ndarray) -> list[np.ndarray | None]:
+    """Two objects of one colour: told apart by the relation that they are said to be in."""
+    patches = _components(scene.objects[0].colour, names)[:2]
+    if len(patches) < 2:
+        return [patches[0] if patches else None, None]
+    first, second = patches
+    return [first, second] if _in_relation(scene.relation or "", first, second) else [second, first]
+
+
+def _centre(patch: np.ndarray) -> tuple[float, float]:
+    """(x, y) of the bounding box's centre, as fractions of the picture."""
+    rows, columns = np.nonzero(patch)
+    height, width = patch.shape
+    return (
+        (columns.min() + columns.max() + 1) / 2 / width,
+        (rows.min() + rows.max() + 1) / 2 / height,
+    )
+
+
+def _in_relation(relation: str, first: np.ndarray, second: np.ndarray) -> bool:
+    (x1, y1), (x2, y2) = _centre(first), _centre(second)
+    dx, dy = x2 - x1, y2 - y1
+    along, across = (dy, dx) if relation in ("above", "below") else (dx, dy)
+    if relation in ("below", "right of"):
+        along = -along
+    return along > 0.15 and abs(across) < along
+
+
+def position_of(patch: np.ndarray) -> str:
+    x, y = _centre(patch)
+    return min(POSITIONS, key=lambda name: np.hypot(x - POSITIONS[name][0], y - POSITIONS[name][1]))
+
+
+def size_of(patch: np.ndarray) -> str:
+    """By the radius that a shape of this kind and area has."""
+    area = patch.mean() / _unit_area(shape_of(patch) or "circle")
+    return min(SIZES, key=lambda name: abs(np.log(np.sqrt(area) / SIZES[name])))
+
+
+def shape_of(patch: np.ndarray) -> str | None:
+    """The best overlapping outline, None if none overlaps well."""
+    normal = _normalised(patch)
+    overlap = {
+        shape: float((normal & template).sum() / (normal | template).sum())
+        for shape, template in _templates().items()
+    }
+    best = max(overlap, key=lambda shape: overlap[shape])
+    return best if overlap[best] >= LEAST_OVERLAP else None
+
+
+def _normalised(patch: np.ndarray) -> np.ndarray:
+    """The patch resampled to (GRID, GRID) bool with its centroid in the middle and fixed area."""
+    rows, columns = np.nonzero(patch)
+    scale = np.sqrt(patch.sum() / (GRID * GRID / 5))
+    steps = (np.arange(GRID) - (GRID - 1) / 2) * scale
+    where = np.meshgrid(rows.mean() + steps, columns.mean() + steps, indexing="ij")
+    return ndimage.map_coordinates(patch.astype(np.float32), where, order=1) > 0.5
+
+
+@cache
+def _templates() -> dict[str, np.ndarray]:
+    axis = np.linspace(-1.6, 1.6, 512, dtype=np.float32)
+    u, v = np.meshgrid(axis, axis)
+    return {shape: _normalised(shape_distance(shape, u, v) < 0) for shape in SHAPES}
+
+
+@cache
+def _unit_area(shape: str) -> float:
+    axis = np.linspace(-1.6, 1.6, 512, dtype=np.float32)
+    u, v = np.meshgrid(axis, axis)
+    return float((shape_distance(shape, u, v) < 0).mean() * 3.2**2)
+
+
+def _nothing_else(scene: Scene, names: np.ndarray, found: list[np.ndarray]) -> bool:
+    """No other patch of a colour that is neither the background's nor an object found."""
+    taken = np.zeros_like(names, bool)
+    for patch in found:
+        taken |= ndimage.binary_dilation(patch, iterations=4)
+    ground = [NAMES.index(colour) for colour in scene.background]
+    stray = ~taken & ~np.isin(names, ground)
+    if len(ground) == 2:  # the seam between the halves takes in-between colours
+        middle = np.indices(names.shape)[scene.axis] * 2 - names.shape[scene.axis]
+        stray &= np.abs(middle) > names.shape[scene.axis] // 16
+    labels, count = ndimage.label(ndimage.binary_opening(stray, iterations=2))
+    sizes = ndimage.sum_labels(np.ones_like(names), labels, range(1, count + 1))
+    return not np.any(np.asarray(sizes) >= LEAST_AREA * names.size)
