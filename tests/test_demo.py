@@ -1,0 +1,98 @@
+"""The bundled model: draws what it is told, the same in diffusers, the same every time."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from reference import assert_same_picture, draw
+
+ROOT = Path(__file__).resolve().parents[1]
+DEMO = ROOT / "sana_cli" / "demo"
+sys.path.append(str(ROOT))  # last, for `training`: it is not part of the installed package
+
+
+def pixels(path: str) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "shape", "colour", "ground"),
+    [
+        ("a red circle on a blue background", "circle", "red", "blue"),
+        ("a large white star in the centre on purple", "star", "white", "purple"),
+    ],
+)
+def test_it_draws_what_it_is_told(sana, tmp_path, prompt, shape, colour, ground):
+    from training.checker import check
+    from training.scenes import Object, Scene
+
+    run = sana("generate", prompt, "-m", "demo", "-s", "1", "-o", f"{tmp_path}/")
+    assert run.code == 0, run.err
+    scene = Scene((Object(shape, colour, 0.5, 0.5, 0.2),), (ground,))
+    verdict = check(scene, pixels(run.out.strip()))
+    assert all(verdict.values()), verdict
+
+
+def test_it_follows_most_prompts_it_was_not_trained_on():
+    """A sample of `python -m training.evaluate`; the whole is in benchmarks/demo.json."""
+    from sana_cli.pipeline import Picture, open_model
+    from sana_cli.pipeline import draw as stages
+    from training.checker import check
+    from training.evaluate import held_out, recipe
+
+    files = open_model(DEMO, "")
+    prompts = held_out(12, 1) + held_out(8, 2)
+    recipes = [recipe(t, s, files.flow_shift, 20, 4.5) for s, (_, t) in enumerate(prompts)]
+    drawn = [e.pixels for e in stages(recipes, files, "cpu") if isinstance(e, Picture)]
+    right = [all(check(s, p).values()) for (s, _), p in zip(prompts, drawn, strict=True)]
+    assert sum(right[:12]) >= 8
+    assert sum(right[12:]) >= 3
+
+
+def test_diffusers_loads_it_and_draws_the_same(sana, tmp_path):
+    from diffusers import SanaPipeline
+
+    prompt = "a green star above a white ring on a purple background"
+    pipe = SanaPipeline.from_pretrained(DEMO, local_files_only=True).to(dtype=_float32())
+    (theirs,) = draw(
+        pipe,
+        seeds=[3],
+        prompt=prompt,
+        height=256,
+        width=256,
+        use_resolution_binning=False,
+        complex_human_instruction=None,
+    )
+    run = sana("generate", prompt, "-m", "demo", "-s", "3", "-o", f"{tmp_path}/")
+    assert_same_picture(pixels(run.out.strip()), theirs)
+
+
+def _float32():
+    import torch
+
+    return torch.float32
+
+
+def test_seeds_differ_and_repeat(sana, tmp_path):
+    call = ("generate", "a heart", "a red ring on white", "-m", "demo", "-s", "1,2", "--json")
+    first, again = (
+        json.loads(sana(*call, "-o", f"{tmp_path}/{n}/").out)["images"] for n in ("a", "b")
+    )
+    assert len(first) == 4
+    for one, other in zip(first, again, strict=True):
+        assert Path(one["path"]).read_bytes() == Path(other["path"]).read_bytes()
+    ones, twos = pixels(first[2]["path"]), pixels(first[3]["path"])
+    assert np.abs(ones.astype(int) - twos).mean() > 5
+    alone = sana("generate", "a red ring on white", "-m", "demo", "-s", "2", "-o", f"{tmp_path}/c/")
+    assert Path(alone.out.strip()).read_bytes() == Path(first[3]["path"]).read_bytes()
+
+
+def test_it_is_small_and_needs_nothing_else():
+    size = sum(path.stat().st_size for path in DEMO.rglob("*") if path.is_file())
+    assert size <= 25e6
+    assert not [name for name in os.listdir(DEMO) if name.endswith((".bin", ".pt"))]

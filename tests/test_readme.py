@@ -1,0 +1,56 @@
+"""What the README says is so."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from sana_cli.weights import known_models
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_quick_start_is_the_first_two_code_blocks():
+    (kind, install), (_, test) = BLOCKS[:2]
+    assert kind == "sh"
+    assert install.strip() == (
+        'python -m pip install . && sana generate "a red circle on a blue background" --model demo'
+    )
+    assert test.strip() == 'python -m pip install ".[test]" && pytest'
+
+
+def test_the_table_of_models_is_that_of_weights_toml():
+    table = README.split("<!-- models -->")[1].split("<!-- /models -->")[0].strip().splitlines()
+    expected = [
+        f"| `{m.name}` | {m.side}² | {m.repo or 'bundled'} | {m.licence} |"
+        for m in known_models().values()
+    ]
+    assert table[2:] == expected
+
+
+def demo_commands() -> list[str]:
+    lines = "\n".join(text for kind, text in BLOCKS[2:] if kind == "sh").splitlines()
+    return [line for line in lines if line.startswith("sana generate") and " demo" in line]
+
+
+@pytest.mark.parametrize("line", demo_commands())
+def test_every_command_on_the_demo_runs(sana, line, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = shlex.split(line.split(" > ")[0])[1:]
+    run = sana(*words, "--dry-run")
+    assert run.code == 0, run.err
+
+
+def test_every_file_it_names_exists():
+    tree = next(text for _, text in BLOCKS if text.startswith("sana_cli/app.py"))
+    names = [line.split()[0] for line in tree.splitlines()]
+    for name in names:
+        head, _, tail = name.partition("{")
+        parts = tail.rstrip(".py").rstrip("}").split(",") if tail else [""]
+        for part in parts:
+            assert (ROOT / f"{head}{part}{'.py' if tail else ''}").exists(), name
+    for link in re.findall(r"\]\(((?!http|#)[^)]+)\)", README):
+        assert (ROOT / link).exists(), link
