@@ -123,7 +123,8 @@ def slug(text: str) -> str:
 def safe_name(name: str) -> str:
     """A file name that every common file system takes, cut to length before its suffix."""
     name = re.sub(r'[<>:"/\\|?*\x00-\x1f]', "-", name)
-    stem, suffix = os.path.splitext(name)
+    stem, dot, ending = name.rpartition(".")
+    suffix = dot + ending
     stem = stem.strip(" .") or "image"
     if WINDOWS_DEVICES.fullmatch(stem.split(".")[0]):
         stem = f"_{stem}"

@@ -146,5 +146,6 @@ def test_every_name_is_a_single_safe_file(text):
 
 @pytest.mark.parametrize("name", ["CON", "aux", "com1", "..", "", "..."])
 def test_names_that_systems_reserve_are_changed(name):
-    stem = safe_name(f"{name}.png")[: -len(".png")]
+    stem, _, suffix = safe_name(f"{name}.png").rpartition(".")
+    assert suffix == "png"
     assert stem.lower() not in {"con", "aux", "com1", "", ".", ".."}
