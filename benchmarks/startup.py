@@ -23,7 +23,8 @@ import torch
 from diffusers import SanaPipeline
 pipe = SanaPipeline.from_pretrained({str(ROOT / "sana_cli" / "demo")!r}, torch_dtype=torch.float32)
 image = pipe({PROMPT!r}, height=256, width=256, use_resolution_binning=False,
-             complex_human_instruction=None, generator=torch.Generator("cpu").manual_seed(1)).images[0]
+             complex_human_instruction=None,
+             generator=torch.Generator("cpu").manual_seed(1)).images[0]
 image.save("picture.png")
 """
 SANA = str(Path(sys.executable).with_name("sana"))
@@ -39,9 +40,7 @@ PAIRS = {
 def measure(command: list[str], folder: str) -> tuple[float, int]:
     """(wall seconds, peak resident bytes) of one process."""
     began = time.perf_counter()
-    child = subprocess.Popen(
-        command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
+    child = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     assert child.stderr
     complaint = child.stderr.read()
     _, status, usage = os.wait4(child.pid, 0)

@@ -4,16 +4,17 @@
 7 bad picture · 130 interrupted · 143 terminated
 """
 
-import signal
+import errno
+import os
 import sys
-from types import FrameType
 from typing import Annotated
 
 import typer
 
 from sana_cli import __version__
 from sana_cli.commands import generate
-from sana_cli.errors import SanaError, UsageError
+from sana_cli.errors import DiskFull, SanaError, UsageError
+from sana_cli.signals import leaving_at_once
 
 app = typer.Typer(
     name="sana",
@@ -44,9 +45,10 @@ def root(
 
 
 def main() -> None:
-    signal.signal(signal.SIGTERM, _terminate)
+    _open_closed_streams()
     try:
-        code = app(standalone_mode=False)
+        with leaving_at_once():
+            code = app(standalone_mode=False)
     except KeyboardInterrupt:
         code = 130
     except BrokenPipeError:
@@ -59,8 +61,15 @@ def main() -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _terminate(signum: int, frame: FrameType | None) -> None:
-    sys.exit(143)
+def _open_closed_streams() -> None:
+    """Put the null device where a caller closed a standard stream, lest a file take its number."""
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        if getattr(sys, name) is None:
+            descriptor = os.open(os.devnull, os.O_RDWR)
+            if descriptor != number:
+                os.dup2(descriptor, number)
+                os.close(descriptor)
+            setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115
 
 
 def _report(error: Exception) -> int:
@@ -86,6 +95,8 @@ def _help_of(context: typer.Context | None) -> str:
 
 
 def _unforeseen(error: Exception, verbose: bool) -> SanaError:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DiskFull("no space left to write the result", "free some, or write elsewhere")
     if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
         found = SanaError("not enough memory", "ask for fewer pixels, or use --device cpu")
         found.exit_code = 4

@@ -11,7 +11,7 @@ import json
 import types
 import typing
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,6 +24,7 @@ from sana_cli.errors import BrokenModel
 Config = TypeVar("Config")
 WEIGHT_DTYPES = {torch.float32, torch.float16, torch.bfloat16, torch.float64}
 NAMES_SHOWN = 8
+LARGEST_NUMBER = 2**20  # no number of a config is negative, infinite or near this
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -39,22 +40,24 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_config(cls: type[Config], path: Path) -> Config:
-    """A config dataclass from the published file; keys that it lacks take the defaults."""
+def read_config(cls: type[Config], path: Path) -> tuple[Config, list[str]]:
+    """A config dataclass from the published file, and the keys there that it does not know.
+
+    Keys that the file lacks take the defaults: old files lack the later ones.
+    """
     values = read_json(path)
     kinds = typing.get_type_hints(cls)
     known: dict[str, Any] = {}
-    for key, value in values.items():
-        if key in kinds:
-            if not _fits(value, kinds[key]):
-                raise BrokenModel(f"{path}: {key} is {value!r}, which is no {kinds[key]}")
-            known[key] = _frozen(value)
-        elif not key.startswith("_"):
-            warnings.warn(f"{path} sets {key}, which this version does not know", stacklevel=2)
+    for key in kinds.keys() & values.keys():
+        if not _fits(values[key], kinds[key]):
+            raise BrokenModel(f"{path}: {key} is {values[key]!r}, which is no {kinds[key]}")
+        known[key] = _frozen(values[key])
     try:
-        return cls(**known)
+        config = cls(**known)
     except (ValueError, TypeError, ZeroDivisionError) as error:
         raise BrokenModel(f"{path}: {error}") from None
+    unknown = [key for key in values if key not in kinds and not key.startswith("_")]
+    return config, unknown
 
 
 def _fits(value: Any, kind: Any) -> bool:
@@ -71,8 +74,8 @@ def _fits(value: Any, kind: Any) -> bool:
     if isinstance(value, bool):
         return False
     if kind is float:
-        return isinstance(value, int | float)
-    return isinstance(value, kind) and (kind is not int or 0 <= value < 2**20)
+        return isinstance(value, int | float) and 0 <= value < LARGEST_NUMBER
+    return isinstance(value, kind) and (kind is not int or 0 <= value < LARGEST_NUMBER)
 
 
 def _frozen(value: Any) -> Any:
@@ -109,8 +112,9 @@ def _shards(folder: Path, index: Path) -> list[Path]:
     names = sorted({str(name) for name in places.values()})
     for name in names:
         # A shard lies beside its index: nothing outside the folder is ever opened.
-        if Path(name).name != name or not name.endswith(".safetensors"):
-            raise BrokenModel(f"{index} names {name!r}, which is no shard beside it")
+        plain = Path(name).name == name and len(name) < 250
+        if not plain or not name.endswith(".safetensors"):
+            raise BrokenModel(f"{index} names {name[:80]!r}, which is no shard beside it")
         if not (folder / name).is_file():
             raise BrokenModel(f"{folder / name} is missing", "is the download complete?")
     return [folder / name for name in names]
@@ -127,13 +131,14 @@ def load_weights(
     """
     expected = model.state_dict()
     loaded: dict[str, Tensor] = {}
+    seen: set[str] = set()
     problems: list[str] = []
     for path in files:
         for full_name, tensor in _tensors(path, only):
             name = full_name.removeprefix(prefix)
             if name not in expected:
                 problems.append(f"unexpected {only}{name}")
-            elif name in loaded:
+            elif name in seen:
                 problems.append(f"{only}{name} comes twice")
             elif tensor.shape != expected[name].shape:
                 has, wants = tuple(tensor.shape), tuple(expected[name].shape)
@@ -142,7 +147,8 @@ def load_weights(
                 problems.append(f"{only}{name} has dtype {tensor.dtype}")
             else:
                 loaded[name] = tensor.to(dtype)
-    problems += [f"missing {only}{name}" for name in expected if name not in loaded]
+            seen.add(name)
+    problems += [f"missing {only}{name}" for name in expected if name not in seen]
     if problems:
         problems.sort()
         shown = "; ".join(problems[:NAMES_SHOWN])
@@ -168,10 +174,17 @@ def _tensors(path: Path, only: str) -> Iterator[tuple[str, Tensor]]:
         ) from None
 
 
-def on_meta(cls: type[nn.Module], config: Any) -> Any:
-    """The network with shapes only: nothing is allocated until weights are assigned."""
+def on_meta(build: Callable[[Any], Any], config: Any, path: Path) -> Any:
+    """The network of a config with shapes only: nothing is allocated until weights are assigned.
+
+    `path` is where the config came from, to name it in the BrokenModel.
+    """
     try:
-        with torch.device("meta"):
-            return cls(config)
-    except (ValueError, RuntimeError, TypeError, IndexError, ZeroDivisionError) as error:
-        raise BrokenModel(f"the config describes no network: {error}") from None
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore"
+            )  # torch warns of sizes of zero; loading will refuse them
+            return build(config)
+    except Exception as error:  # anything: the numbers are a stranger's, the code a library's
+        reason = f"{error}".splitlines()[:1] or [type(error).__name__]
+        raise BrokenModel(f"{path} describes no network: {reason[0]}") from None

@@ -1,4 +1,4 @@
-"""DC-AE: the deep-compression autoencoder, 32x smaller on each side, 32 channels (arXiv 2410.10733).
+"""DC-AE: the deep-compression autoencoder, 32x smaller on each side (arXiv 2410.10733).
 
 Shapes: B batch, C channels, H W pixels, h = H/32 and w = W/32 latent cells, N = h·w positions.
 Images are RGB in [-1, 1]; latents are what the encoder gives, *before* `scaling_factor`.
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from sana_cli.kernels.linear_attention import relu_linear_attention
 
 Stages = tuple[int, ...]
+MOST_BLOCKS = 100
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,10 @@ class DCAEConfig:
             unknown = set(each(getattr(self, f"{side}_block_types"), stages)) - set(BLOCKS)
             if unknown:
                 raise ValueError(f"{side}_block_types has {sorted(unknown)}, not {sorted(BLOCKS)}")
+            if max(getattr(self, f"{side}_layers_per_block")) > MOST_BLOCKS:
+                raise ValueError(f"{side}_layers_per_block has more than {MOST_BLOCKS} in a stage")
+        if not self.scaling_factor > 0:
+            raise ValueError(f"scaling_factor is {self.scaling_factor}")
         if set(each(self.decoder_norm_types, 1)) != {"rms_norm"}:
             raise ValueError(f"decoder_norm_types is {self.decoder_norm_types!r}, not 'rms_norm'")
         if set(each(self.decoder_act_fns, 1)) != {"silu"}:

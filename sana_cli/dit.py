@@ -53,6 +53,16 @@ class DiTConfig:
                 raise ValueError(
                     f"{name} is {getattr(self, name)!r}; every Sana model has {only!r}"
                 )
+        for name, least, most in (
+            ("num_layers", 1, 1000),
+            ("sample_size", 1, 1024),
+            ("num_attention_heads", 1, 1024),
+            ("attention_head_dim", 1, 1024),
+        ):
+            if not least <= getattr(self, name) <= most:
+                raise ValueError(f"{name} is {getattr(self, name)}, not {least} to {most}")
+        if self.interpolation_scale == 0:
+            raise ValueError("interpolation_scale is 0")
         if self.num_cross_attention_heads * self.cross_attention_head_dim != self.width:
             raise ValueError(
                 "num_cross_attention_heads x cross_attention_head_dim is not the width"

@@ -15,7 +15,10 @@ from sana_cli.recipe import Recipe
 
 FORMATS = {"png": ".png", "jpeg": ".jpg", "webp": ".webp", "avif": ".avif"}
 SUFFIXES = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp", ".avif": "avif"}
+LARGEST_SIDE = {"jpeg": 65500, "webp": 16383, "avif": 65535}  # pixels; PNG takes any
 DEFAULT_QUALITY = {"jpeg": 92, "webp": 90, "avif": 80}
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 IMAGE_DESCRIPTION = 0x010E
 EXIF_FOLDER = 0x8769
@@ -107,7 +110,7 @@ def write(path: Path, data: bytes, force: bool) -> Path:
         finally:
             partial.unlink(missing_ok=True)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in FULL:
             raise DiskFull(
                 f"no space left to write {path}", "free some, or use -o elsewhere"
             ) from None

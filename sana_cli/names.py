@@ -3,12 +3,13 @@
 import os
 import re
 import string
+import tempfile
 import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
 from sana_cli.errors import UsageError
-from sana_cli.images import FORMATS, SUFFIXES
+from sana_cli.images import FORMATS, FULL, SUFFIXES
 from sana_cli.recipe import Recipe
 
 DEFAULT_TEMPLATE = "{slug}-{seed}"
@@ -55,7 +56,7 @@ def parse_output(output: str | None, format: str | None) -> Output:
         if "\0" in output:
             raise UsageError("--output holds a NUL character")
         expanded = os.path.expanduser(output)
-        if expanded.endswith(("/", os.sep)) or Path(expanded).is_dir():
+        if expanded.endswith(("/", os.sep)) or os.path.isdir(expanded):
             folder, template = expanded, DEFAULT_TEMPLATE
         else:
             folder, template = os.path.split(expanded)
@@ -74,6 +75,8 @@ def parse_output(output: str | None, format: str | None) -> Output:
         template += FORMATS[format or "png"]
     for text in (folder, template):
         _check_fields(text)
+    if len(template.encode()) > LONGEST_NAME_BYTES + 15:
+        raise UsageError("--output has too long a file name", "use at most 255 bytes")
     _check_writable(Path(folder.split("{")[0] or "."))
     return Output(folder, template, implied or format or "png")
 
@@ -99,7 +102,7 @@ def _check_fields(template: str) -> None:
 
 
 def _check_writable(folder: Path) -> None:
-    """The nearest folder that exists must take new files: better known before drawing than after."""
+    """The nearest folder that exists must take new files: better known before drawing."""
     try:
         while not folder.exists():
             folder = folder.parent
@@ -109,8 +112,16 @@ def _check_writable(folder: Path) -> None:
         ) from None
     if not folder.is_dir():
         raise UsageError(f"--output: {folder} is not a folder", "use another -o")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise UsageError(f"--output: no permission to write in {folder}", "use another -o")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        if error.errno in FULL:
+            return  # a full disk is not the call's fault; the write itself will say so
+        reason = error.strerror
+        raise UsageError(
+            f"--output: cannot write in {folder}: {reason}", "use another -o"
+        ) from None
 
 
 def slug(text: str) -> str:

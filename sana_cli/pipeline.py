@@ -24,7 +24,7 @@ from sana_cli.recipe import Recipe
 from sana_cli.solver import SOLVERS
 from sana_cli.text_encoder import TextEncoder
 
-STAGES = ("encode", "denoise", "decode")
+Texts = dict[tuple[str, str], Tensor]  # (instruction, text) -> states
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ class ModelFiles:
     dit: DiTConfig
     vae: DCAEConfig
     flow_shift: float
+    unknown_keys: tuple[str, ...]  # of the configs: what they ask for is not done
 
     @property
     def side(self) -> int:
@@ -68,8 +69,14 @@ def open_model(folder: Path, variant: str) -> ModelFiles:
     kind = index.get("_class_name")
     if kind not in (None, "SanaPipeline"):
         raise BrokenModel(f"{folder} holds a {kind}", "only SanaPipeline folders can be drawn")
-    dit = read_config(DiTConfig, folder / "transformer" / "config.json")
-    vae = read_config(DCAEConfig, folder / "vae" / "config.json")
+    dit, strange = read_config(DiTConfig, folder / "transformer" / "config.json")
+    vae, more = read_config(DCAEConfig, folder / "vae" / "config.json")
+    text = folder / "text_encoder" / "config.json"
+    text_width = read_json(text).get("hidden_size")
+    if text_width is not None and text_width != dit.caption_channels:
+        raise BrokenModel(
+            f"{text}: hidden_size is {text_width}, the transformer reads {dit.caption_channels}"
+        )
     if dit.in_channels != vae.latent_channels or dit.out_channels != vae.latent_channels:
         raise BrokenModel(
             f"{folder}: the transformer and the autoencoder differ in latent channels"
@@ -79,49 +86,49 @@ def open_model(folder: Path, variant: str) -> ModelFiles:
     shift = scheduler.get("flow_shift", scheduler.get("shift"))
     if not isinstance(shift, int | float) or isinstance(shift, bool) or not 0 < shift < 1000:
         raise BrokenModel(f"{folder / 'scheduler'}: the flow shift is {shift!r}")
-    return ModelFiles(folder, variant, dit, vae, float(shift))
+    return ModelFiles(folder, variant, dit, vae, float(shift), (*strange, *more))
 
 
 def draw(recipes: list[Recipe], files: ModelFiles, device: str) -> Iterator[Progress | Picture]:
     """Draw every recipe, all with one model and one precision: encode, denoise, then decode all."""
-    texts = yield from _encode(recipes, files, device)
-    latents = yield from _denoise(recipes, texts, files, device)
+    texts: Texts = {}
+    latents: list[Tensor] = []
+    yield from _encode(recipes, files, device, texts)
+    yield from _denoise(recipes, texts, files, device, latents)
     yield from _decode(recipes, latents, files, device)
 
 
 # --- text --------------------------------------------------------------------------------------
 
-Texts = dict[tuple[str, str], Tensor]
 
-
-def _encode(recipes: list[Recipe], files: ModelFiles, device: str) -> Iterator[Progress | Picture]:
-    """Each distinct (instruction, text) once; the states as float tensors (1, L, width)."""
+def _encode(
+    recipes: list[Recipe], files: ModelFiles, device: str, texts: Texts
+) -> Iterator[Progress]:
+    """Fill `texts`: each distinct (instruction, text) once, as states (1, L, width)."""
     began = time.perf_counter()
     wanted = {(r.instruction, r.prompt): None for r in recipes}
     wanted |= {("", r.negative): None for r in recipes if r.guidance > 1}
     encoder = TextEncoder(files.folder, files.variant, _dtype(recipes[0].text_dtype), device)
     yield _loaded(began)
-    texts: Texts = {}
     for i, (instruction, text) in enumerate(wanted):
         began = time.perf_counter()
         texts[instruction, text] = encoder.encode(text, instruction)
         yield _done("encode", i, len(wanted), began, device)
-    return texts
 
 
 # --- latents -----------------------------------------------------------------------------------
 
 
 def _denoise(
-    recipes: list[Recipe], texts: Texts, files: ModelFiles, device: str
-) -> Iterator[Progress | Picture]:
+    recipes: list[Recipe], texts: Texts, files: ModelFiles, device: str, latents: list[Tensor]
+) -> Iterator[Progress]:
+    """Fill `latents` with a float32 (1, 32, h, w) for each recipe, on the CPU."""
     began = time.perf_counter()
     part = files.folder / "transformer"
     weights = weight_files(part, "diffusion_pytorch_model", files.variant)
-    dit = on_meta(DiT, files.dit)
+    dit = on_meta(DiT, files.dit, part / "config.json")
     load_weights(dit, weights, _dtype(recipes[0].dit_dtype)).to(device)
     yield _loaded(began)
-    latents = []
     total = sum(recipe.steps for recipe in recipes)
     done = 0
     for recipe in recipes:
@@ -145,7 +152,6 @@ def _denoise(
             yield _done("denoise", done, total, began, device)
             done += 1
         latents.append(sample.cpu())
-    return latents
 
 
 def initial_noise(recipe: Recipe, files: ModelFiles) -> Tensor:
@@ -175,7 +181,9 @@ def _decode(
     began = time.perf_counter()
     part = files.folder / "vae"
     weights = weight_files(part, "diffusion_pytorch_model", files.variant)
-    decoder = on_meta(DCAE, files.vae).decoder  # the encoder's half stays on disk
+    decoder = on_meta(
+        DCAE, files.vae, part / "config.json"
+    ).decoder  # the encoder's half stays on disk
     load_weights(decoder, weights, _dtype(recipes[0].vae_dtype), only="decoder.")
     decoder.to(device, memory_format=torch.channels_last)
     yield _loaded(began)
@@ -189,8 +197,9 @@ def _decode(
             decoder.to(_dtype(recipe.vae_dtype))
             note = f"decoded again in float32: {recipe.vae_dtype} gave a bad picture"
         if _is_bad(pixels):
+            fault = "NaN" if pixels.isnan().any() else "one flat colour"
             raise BadPicture(
-                f"seed {recipe.seed} came out as {'NaN' if pixels.isnan().any() else 'one flat colour'}",
+                f"seed {recipe.seed} came out as {fault}",
                 "try --dtype float32, another seed, or other weights",
             )
         picture = (pixels * 255).round().to(torch.uint8).cpu().numpy()

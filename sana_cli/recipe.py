@@ -40,11 +40,8 @@ class Recipe:
 
 def parse_seeds(text: str | None, count: int | None) -> list[int]:
     """`7` (and the count-1 after it), `1,5,9`, `1..8`, or None for a random one."""
-    if text is None:
-        # Not `secrets`: a picture's seed is no secret, and it is printed.
-        seeds = [random.randrange(SEED_LIMIT - MOST_IMAGES)]
-    else:
-        seeds = _parse_seed_list(text)
+    highest = SEED_LIMIT - MOST_IMAGES  # leaves room for the seeds after a random one
+    seeds = _parse_seed_list(text) if text is not None else [random.randrange(highest)]
     if count is not None:
         if count < 1 or count > MOST_IMAGES:
             raise UsageError(f"--count {count} is not between 1 and {MOST_IMAGES}")

@@ -8,6 +8,7 @@ from sana_cli.errors import UsageError
 
 NAMED_SIDES = {"1k": 1024, "2k": 2048, "4k": 4096}
 SMALLEST_SIDE = 32
+LARGEST_ASPECT = 100
 # A picture may be this many times larger than the model's native area before it is refused:
 # beyond it the resize would invent detail that the model never drew.
 LARGEST_AREA_RATIO = 1.5
@@ -16,11 +17,11 @@ LARGEST_ASPECT_RATIO = 1.2
 
 
 class Request(NamedTuple):
-    """`--res`: a pixel budget (`side`, a square's) or an exact size (`width`, `height`)."""
+    """`--res`: a pixel budget (`side`, a square's) or an exact size, with `side` None."""
 
     side: int | None = None
-    width: int | None = None
-    height: int | None = None
+    width: int = 0
+    height: int = 0
 
 
 class Canvas(NamedTuple):
@@ -50,16 +51,15 @@ def parse_resolution(text: str) -> Request:
 def parse_aspect(text: str) -> float:
     """`16:9` -> 16/9, width over height; UsageError for anything else."""
     match = re.fullmatch(r"(\d{1,4}(?:\.\d+)?):(\d{1,4}(?:\.\d+)?)", text.strip())
-    if match is None or not all(float(group) for group in match.groups()):
+    width, height = (float(group) for group in match.groups()) if match else (0.0, 0.0)
+    if not height or not 1 / LARGEST_ASPECT <= width / height <= LARGEST_ASPECT:
         raise UsageError(f"--ar {text!r} is not an aspect ratio", "write width:height, as in 16:9")
-    return float(match[1]) / float(match[2])
+    return width / height
 
 
 def nearest_class(request: Request, classes: list[int]) -> int:
     """The native side, of those given, whose area is nearest to the request's."""
-    if request.side is not None:
-        return min(classes, key=lambda side: abs(side - request.side))
-    area = request.width * request.height
+    area = request.side**2 if request.side is not None else request.width * request.height
     return min(classes, key=lambda side: abs(math.log(area / side**2)))
 
 
@@ -105,7 +105,7 @@ def _trained_shape(native_side: int, ratio: float) -> tuple[int, int]:
     nearest, height, width = min(table, key=lambda row: abs(row[0] - ratio))
     if not 1 / LARGEST_ASPECT_RATIO <= ratio / nearest <= LARGEST_ASPECT_RATIO:
         raise UsageError(
-            f"no trained shape is near the aspect {1 / ratio:.2f}:1; the nearest is {width}x{height}",
+            f"no trained shape is near {1 / ratio:.2f}:1; the nearest is {width}x{height}",
             f"use --res {width}x{height}, or --fit exact to draw it untrained",
         )
     return height, width

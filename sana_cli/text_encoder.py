@@ -5,38 +5,20 @@ nothing: only real tokens are run here, and the states are equal.
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
+from transformers.models.gemma2 import modeling_gemma2
+from transformers.models.gemma2.configuration_gemma2 import Gemma2Config
 
 from sana_cli.checkpoint import load_weights, on_meta, read_json, weight_files
 from sana_cli.errors import BrokenModel
 from sana_cli.weights import find_file
 
 MAX_TOKENS = 300  # of text states that the transformer was trained to see
-
-# From the released models' configuration; the prompt follows the last, trailing space.
-INSTRUCTION = "\n".join(
-    (
-        "Given a user prompt, generate an 'Enhanced prompt' that provides detailed visual"
-        " descriptions suitable for image generation. Evaluate the level of detail in the user"
-        " prompt:",
-        "- If the prompt is simple, focus on adding specifics about colors, shapes, sizes,"
-        " textures, and spatial relationships to create vivid and concrete scenes.",
-        "- If the prompt is already detailed, refine and enhance the existing details slightly"
-        " without overcomplicating.",
-        "Here are examples of how to transform or refine prompts:",
-        "- User Prompt: A cat sleeping -> Enhanced: A small, fluffy white cat curled up in a round"
-        " shape, sleeping peacefully on a warm sunny windowsill, surrounded by pots of blooming"
-        " red flowers.",
-        "- User Prompt: A busy city street -> Enhanced: A bustling city street scene at dusk,"
-        " featuring glowing street lamps, a diverse crowd of people in colorful clothing, and a"
-        " double-decker bus passing by towering glass skyscrapers.",
-        "Please generate only the enhanced description for the prompt below and avoid including"
-        " any additional commentary or evaluations:",
-        "User Prompt: ",
-    )
-)
+MOST_LAYERS = 1000
 
 
 class TextEncoder:
@@ -44,10 +26,6 @@ class TextEncoder:
 
     def __init__(self, folder: Path, variant: str, dtype: torch.dtype, device: str) -> None:
         """`folder` holds `tokenizer/` and `text_encoder/`. BrokenModel if either is unusable."""
-        from tokenizers import Tokenizer
-        from transformers.models.gemma2 import modeling_gemma2
-        from transformers.models.gemma2.configuration_gemma2 import Gemma2Config
-
         path = find_file(folder / "tokenizer", "tokenizer.json")
         try:
             self.tokenizer = Tokenizer.from_file(str(path))
@@ -58,14 +36,16 @@ class TextEncoder:
 
         part = folder / "text_encoder"
         values = read_json(part / "config.json")
-        try:
-            config = Gemma2Config(**values)
-        except Exception as error:  # validation errors of several libraries
-            raise BrokenModel(f"{part / 'config.json'}: {error}") from None
-        # Gemma-2 caps its attention scores, which the fused attention kernels cannot do.
-        config._attn_implementation = "eager"
-        self.bos = config.bos_token_id
-        self.model = on_meta(modeling_gemma2.Gemma2Model, config)
+        # The sizes that decide how much is built, checked before anything is.
+        for name, most in (("num_hidden_layers", MOST_LAYERS), ("vocab_size", 2**22)):
+            value = values.get(name, 1)
+            if not isinstance(value, int) or not 0 < value <= most:
+                raise BrokenModel(f"{part / 'config.json'}: {name} is {value!r}")
+        self.model = on_meta(_gemma, values, part / "config.json")
+        config = self.model.config
+        self.bos, self.vocabulary = config.bos_token_id, config.vocab_size
+        if not isinstance(self.bos, int) or not 0 <= self.bos < self.vocabulary:
+            raise BrokenModel(f"{part / 'config.json'}: bos_token_id is {self.bos!r}")
         load_weights(self.model, weight_files(part, "model", variant), dtype, prefix="model.")
         # What is computed rather than stored is still on meta.
         self.model.rotary_emb = modeling_gemma2.Gemma2RotaryEmbedding(config)
@@ -93,6 +73,15 @@ class TextEncoder:
         return torch.cat([states[:, :1], states[:, start:]], dim=1) if start > 1 else states
 
     def tokens(self, text: str) -> list[int]:
-        """Token ids with exactly one leading <bos>."""
-        ids = self.tokenizer.encode(text).ids
-        return ids if ids[:1] == [self.bos] else [self.bos, *ids]
+        """Token ids behind one <bos>, which is all that Gemma's own template adds."""
+        ids = [self.bos, *self.tokenizer.encode(text, add_special_tokens=False).ids]
+        if max(ids) >= self.vocabulary:
+            raise BrokenModel("the tokenizer knows more tokens than the text encoder embeds")
+        return ids
+
+
+def _gemma(values: dict[str, Any]) -> Any:
+    config = Gemma2Config(**values)
+    # Gemma-2 caps its attention scores, which the fused attention kernels cannot do.
+    config._attn_implementation = "eager"
+    return modeling_gemma2.Gemma2Model(config)

@@ -1,5 +1,6 @@
 """Which models there are (`weights.toml`) and where their files lie on this machine."""
 
+import os
 import tomllib
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -62,14 +63,14 @@ def choose_model(name: str | None, request: Request | None) -> Model:
                 f"use --model {able[0]}" if able else f"leave --res out for {models[name].side}",
             )
         return models[name]
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return Model(path.resolve().name, folder=str(path))
-    if path.exists():
+    path = os.path.expanduser(name)
+    if name and os.path.isdir(path):
+        return Model(Path(path).resolve().name, folder=path)
+    if name and os.path.exists(path):
         raise UsageError(f"--model {name} is a file", "give the folder that holds model_index.json")
     close = get_close_matches(name, models, n=3, cutoff=0.4)
     raise UsageError(
-        f"no model or folder is called {name!r}",
+        f"no model or folder is called {name[:80]!r}",
         f"did you mean {' or '.join(close)}?" if close else f"use one of {', '.join(models)}",
     )
 

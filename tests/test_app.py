@@ -14,7 +14,7 @@ HEAVY = ("torch", "transformers", "diffusers", "numpy", "PIL", "huggingface_hub"
 LAYERS = [
     {"__init__"},
     {"errors", "kernels"},
-    {"shapes", "recipe", "solver", "device"},
+    {"shapes", "recipe", "solver", "device", "instruction", "signals"},
     {"weights", "dit", "dc_ae"},
     {"checkpoint"},
     {"text_encoder", "images"},
@@ -62,7 +62,8 @@ assert "torch" not in sys.modules
 
 
 @pytest.mark.parametrize(
-    "words", [["nonsense"], ["generate"], ["generate", "x", "--nope"], ["generate", "x", "--steps", "a"]]
+    "words",
+    [["nonsense"], ["generate"], ["generate", "x", "--nope"], ["generate", "x", "--steps", "a"]],
 )
 def test_a_call_that_cannot_be_parsed_is_one_line_and_a_hint(sana, words):
     run = sana(*words)

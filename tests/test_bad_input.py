@@ -569,15 +569,10 @@ def _foreign_ids(tokenizer):
         vocab[name] += 1000
 
 
-@pytest.mark.parametrize(
-    "change",
-    [_foreign_ids, lambda tokenizer: tokenizer["post_processor"]["special_tokens"].clear()],
-    ids=["more tokens than the text encoder", "an undefined special token"],
-)
-def test_a_tokenizer_that_cannot_serve_is_refused(broken, model, change):
+def test_a_tokenizer_of_more_tokens_than_the_text_encoder_is_refused(broken, model):
     path = model / "tokenizer/tokenizer.json"
     tokenizer = json.loads(path.read_text())
-    change(tokenizer)
+    _foreign_ids(tokenizer)
     replace(path, json.dumps(tokenizer))
     broken("tokenizer")
 

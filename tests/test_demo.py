@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+
 from reference import assert_same_picture, draw
 
 ROOT = Path(__file__).resolve().parents[1]

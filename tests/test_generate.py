@@ -1,8 +1,5 @@
 """What someone at a shell sees of `sana generate`."""
 
-import json
-
-import numpy as np
 from PIL import Image
 
 FAST = ("--steps", "1", "--no-instruction")

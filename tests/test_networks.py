@@ -3,8 +3,8 @@
 import pytest
 import torch
 from diffusers import AutoencoderDC, SanaTransformer2DModel
-from reference import LIKE_0_6B, LIKE_1_6B, random_pipeline
 
+from reference import LIKE_0_6B, LIKE_1_6B, random_pipeline
 from sana_cli.dc_ae import DCAE, DCAEConfig
 from sana_cli.dit import DiT, DiTConfig, TimestepEmbedder, position_table
 from sana_cli.kernels.linear_attention import relu_linear_attention

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from diffusers import SanaPipeline
 from PIL import Image
-from reference import LIKE_0_6B, LIKE_1_6B, assert_same_picture, draw, random_pipeline
 
-from sana_cli.text_encoder import INSTRUCTION
+from reference import LIKE_0_6B, LIKE_1_6B, assert_same_picture, draw, random_pipeline
+from sana_cli.instruction import INSTRUCTION
 
 MODELS = {
     "0.6B": {**LIKE_0_6B, "sample_size": 16},

@@ -15,7 +15,16 @@ def tracked(*folders: str) -> set[str]:
 
 
 def test_the_wheel_is_the_tree(tmp_path):
-    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(tmp_path / "src")]
+    build = [
+        sys.executable,
+        "-m",
+        "build",
+        "--wheel",
+        "--no-isolation",
+        "--outdir",
+        str(tmp_path),
+        str(tmp_path / "src"),
+    ]
     for name in tracked("."):  # a copy, so that building leaves nothing in the checkout
         target = tmp_path / "src" / name
         target.parent.mkdir(parents=True, exist_ok=True)

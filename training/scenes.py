@@ -193,7 +193,7 @@ def _ground(scene: Scene, pick) -> str:
 
 
 def draw(scene: Scene, side: int, window: tuple[int, int, int] | None = None) -> np.ndarray:
-    """uint8 RGB (side, side, 3), anti-aliased. `window` = (top, left, size) draws only that part."""
+    """uint8 RGB (side, side, 3), anti-aliased; only the `window` (top, left, size) if given."""
     top, left, size = window or (0, 0, side)
     x = (np.arange(left, left + size, dtype=np.float32) + 0.5)[None, :] / side
     y = (np.arange(top, top + size, dtype=np.float32) + 0.5)[:, None] / side

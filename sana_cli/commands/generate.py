@@ -76,8 +76,8 @@ def generate(
     fit: Annotated[
         Fit,
         typer.Option(
-            help="[b]trained[/b]: the nearest shape the model was trained on, resized and cropped to"
-            " an exact size. [b]exact[/b]: the next multiples of 32, cropped."
+            help="[b]trained[/b]: the nearest shape the model was trained on, resized and cropped"
+            " to an exact size. [b]exact[/b]: the next multiples of 32, cropped."
         ),
     ] = Fit.trained,
     model: Annotated[
@@ -86,7 +86,8 @@ def generate(
             "-m",
             "--model",
             metavar="NAME|FOLDER",
-            help="A model's name, or a folder in the diffusers layout. [dim]default: by --res[/dim]",
+            help="A model's name, or a folder in the diffusers layout."
+            " [dim]default: by --res[/dim]",
         ),
     ] = None,
     count: Annotated[
@@ -178,6 +179,8 @@ def generate(
     sana generate "a fox" -o - > fox.png[/dim]
     """
     started = time.perf_counter()
+    from sana_cli.images import LARGEST_SIDE
+    from sana_cli.instruction import INSTRUCTION
     from sana_cli.names import parse_output
     from sana_cli.recipe import Recipe, parse_seeds
     from sana_cli.shapes import Request, parse_aspect, parse_resolution, place
@@ -189,6 +192,8 @@ def generate(
     request = parse_resolution(res) if res is not None else None
     aspect = parse_aspect(ar) if ar is not None else None
     seeds = parse_seeds(seed, count)
+    _check_text(negative, "--negative")
+    _check_text(output or "", "--output")
     target = parse_output(output, format.value if format else None)
     texts = _read_prompts(prompts)
     _check_numbers(steps, guidance, negative, quality, target.format)
@@ -202,11 +207,18 @@ def generate(
 
     from sana_cli.device import choose_device, choose_dtypes
     from sana_cli.pipeline import open_model
-    from sana_cli.text_encoder import INSTRUCTION
 
     files = open_model(folder, chosen.variant)
+    for key in files.unknown_keys:
+        talk.warn(f"the model's config sets {key}, which this version does not know")
     if canvas is None:
         canvas = place(request or Request(side=files.side), aspect, fit.value, files.side)
+    if max(canvas.width, canvas.height) > LARGEST_SIDE.get(target.format, sys.maxsize):
+        raise UsageError(
+            f"{canvas.width}x{canvas.height} is too large for {target.format}, which takes"
+            f" {LARGEST_SIDE[target.format]} pixels a side",
+            "use --format png",
+        )
     where = choose_device(device)
     text_dtype, dit_dtype, vae_dtype = choose_dtypes(dtype.value, where, chosen.variant)
     instructed = chosen.instruction if instruction is None else instruction
@@ -287,6 +299,7 @@ def _draw(
 ) -> None:
     from sana_cli import images
     from sana_cli.pipeline import Picture, draw
+    from sana_cli.signals import leaving_in_order
     from sana_cli.ui import Bars, write_stdout
 
     with_recipe, quality, force = encoding
@@ -294,7 +307,7 @@ def _draw(
     peaks: dict[str, int] = {}
     rows: list[dict[str, Any]] = []
     written: set[Path] = set()
-    with Bars(talk, STAGES[1:4]) as bars:
+    with leaving_in_order(), Bars(talk, STAGES[1:4]) as bars:
         for event in draw(recipes, files, where):
             if not isinstance(event, Picture):
                 seconds[event.stage] += event.seconds
@@ -342,15 +355,18 @@ def _read_prompts(words: list[str]) -> list[str]:
     for text in texts:
         if not text.strip():
             raise UsageError("a prompt is empty", 'say what to draw: sana generate "a red fox"')
-        if "\0" in text or len(text) > LONGEST_PROMPT:
-            raise UsageError(
-                f"a prompt is longer than {LONGEST_PROMPT} characters or holds a NUL", "shorten it"
-            )
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise UsageError("a prompt is not valid UTF-8 text") from None
+        _check_text(text, "a prompt")
     return texts
+
+
+def _check_text(text: str, what: str) -> None:
+    if "\0" in text or len(text) > LONGEST_PROMPT:
+        limit = f"is longer than {LONGEST_PROMPT} characters or holds a NUL"
+        raise UsageError(f"{what} {limit}", "shorten it")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"{what} is not valid UTF-8 text") from None
 
 
 def _stdin_lines() -> list[str]:

@@ -1,0 +1,45 @@
+"""Ctrl-C and termination: leave at once while nothing is at stake, in order once drawing begins."""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
+
+
+@contextmanager
+def leaving_at_once() -> Iterator[None]:
+    """Exit without unwinding: an exception inside a library's start-up can abort the process."""
+    with _handling(_leave):
+        yield
+
+
+@contextmanager
+def leaving_in_order() -> Iterator[None]:
+    """Exit through exceptions, so that half-written files are removed on the way."""
+    with _handling(_unwind):
+        yield
+
+
+@contextmanager
+def _handling(handler) -> Iterator[None]:  # type: ignore[no-untyped-def]
+    if threading.current_thread() is not threading.main_thread():  # signals go to the main one
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number in CODES}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    os._exit(CODES[signal.Signals(number)])
+
+
+def _unwind(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(CODES[signal.Signals(number)])
