@@ -5,9 +5,12 @@ import io
 import json
 import os
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from PIL import Image, PngImagePlugin
 
 from sana_cli import __version__
 from sana_cli.errors import DiskFull, SanaError
@@ -25,44 +28,53 @@ EXIF_FOLDER = 0x8769
 USER_COMMENT = 0x9286
 
 
-def encode(pixels: np.ndarray, format: str, quality: int | None, recipe: Recipe | None) -> bytes:
-    """The file's bytes. uint8 RGB (height, width, 3); a recipe of None writes no metadata."""
-    from PIL import Image, PngImagePlugin
+@dataclass(frozen=True)
+class Record:
+    """What a file says of itself: the recipe, which replays it, and where it was drawn."""
 
+    recipe: Recipe
+    device: str
+    torch: str  # its version
+
+    def as_json(self) -> str:
+        """ASCII, one line."""
+        made = {"sana": __version__, "torch": self.torch, "device": self.device}
+        return json.dumps({"recipe": self.recipe.as_dict(), "made": made})
+
+
+def encode(pixels: np.ndarray, format: str, quality: int | None, record: Record | None) -> bytes:
+    """The file's bytes. uint8 RGB (height, width, 3); a record of None writes no metadata.
+
+    PNG carries `parameters` and `sana` as text, the other formats both in EXIF: the former in
+    UserComment, where A1111 puts it, the latter in ImageDescription.
+    """
     image = Image.fromarray(pixels)
     buffer = io.BytesIO()
     if format == "png":
         text = PngImagePlugin.PngInfo()
-        if recipe is not None:
-            _add_text(text, "parameters", parameters(recipe))
-            _add_text(text, "sana", recipe_json(recipe))
+        if record is not None:
+            _add_text(text, "parameters", parameters(record.recipe))
+            _add_text(text, "sana", record.as_json())
         image.save(buffer, "PNG", pnginfo=text, compress_level=6)
-    else:
+        return buffer.getvalue()
+    options: dict[str, Any] = {"quality": quality or DEFAULT_QUALITY[format]}
+    if record is not None:
         exif = Image.Exif()
-        if recipe is not None:
-            exif[IMAGE_DESCRIPTION] = recipe_json(recipe)
-            comment = b"UNICODE\0" + parameters(recipe).encode("utf-16-be")
-            exif.get_ifd(EXIF_FOLDER)[USER_COMMENT] = comment
-        options = {"quality": quality if quality is not None else DEFAULT_QUALITY[format]}
-        if recipe is not None:
-            image.save(buffer, format.upper(), exif=exif, **options)
-        else:
-            image.save(buffer, format.upper(), **options)
+        exif[IMAGE_DESCRIPTION] = record.as_json()
+        comment = b"UNICODE\0" + parameters(record.recipe).encode("utf-16-be")
+        exif.get_ifd(EXIF_FOLDER)[USER_COMMENT] = comment
+        options["exif"] = exif
+    image.save(buffer, format.upper(), **options)
     return buffer.getvalue()
 
 
-def _add_text(info, key: str, text: str) -> None:  # type: ignore[no-untyped-def]
+def _add_text(info: PngImagePlugin.PngInfo, key: str, text: str) -> None:
     try:
         text.encode("latin-1")
     except UnicodeEncodeError:
         info.add_itxt(key, text)
     else:
         info.add_text(key, text)
-
-
-def recipe_json(recipe: Recipe) -> str:
-    """The recipe in ASCII JSON, with the version of the program beside it."""
-    return json.dumps({"sana": __version__, **recipe.as_dict()})
 
 
 def parameters(recipe: Recipe) -> str:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from sana_cli import images
+from sana_cli import __version__, images
 from sana_cli.errors import SanaError
 from sana_cli.names import parse_output, safe_name, slug
 from sana_cli.recipe import Recipe
@@ -38,35 +38,36 @@ RECIPE = Recipe(
 PIXELS = np.random.default_rng(0).integers(0, 256, (32, 64, 3), np.uint8)
 
 
-def variation(**changes) -> Recipe:
-    return Recipe(**(RECIPE.as_dict() | changes))
+def record(**changes) -> images.Record:
+    return images.Record(Recipe(**(RECIPE.as_dict() | changes)), "cpu", "2.9")
 
 
 def test_png_keeps_every_pixel_and_the_recipe():
-    image = Image.open(io.BytesIO(images.encode(PIXELS, "png", None, RECIPE)))
+    image = Image.open(io.BytesIO(images.encode(PIXELS, "png", None, record())))
     np.testing.assert_array_equal(np.asarray(image), PIXELS)
     stored = json.loads(image.text["sana"])
-    assert Recipe(**{k: v for k, v in stored.items() if k != "sana"}) == RECIPE
+    assert Recipe(**stored["recipe"]) == RECIPE
+    assert stored["made"] == {"sana": __version__, "torch": "2.9", "device": "cpu"}
     assert image.text["parameters"].splitlines()[0] == "a red circle"
     assert "Seed: 7" in image.text["parameters"].splitlines()[-1]
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1))
 def test_any_prompt_survives_in_a_png(prompt):
-    recipe = variation(prompt=prompt)
-    image = Image.open(io.BytesIO(images.encode(PIXELS[:4, :4], "png", None, recipe)))
-    assert json.loads(image.text["sana"])["prompt"] == prompt
+    data = images.encode(PIXELS[:4, :4], "png", None, record(prompt=prompt))
+    stored = json.loads(Image.open(io.BytesIO(data)).text["sana"])
+    assert stored["recipe"]["prompt"] == prompt
 
 
 @pytest.mark.parametrize("format", ["jpeg", "webp", "avif"])
 def test_other_formats_carry_both_texts_in_exif(format):
-    recipe = variation(prompt="a fox, “火” 🦊")
-    image = Image.open(io.BytesIO(images.encode(PIXELS, format, 90, recipe)))
+    fox = record(prompt="a fox, “火” 🦊")
+    image = Image.open(io.BytesIO(images.encode(PIXELS, format, 90, fox)))
     assert image.size == (64, 32)
-    assert json.loads(image.getexif()[0x010E])["prompt"] == recipe.prompt
+    assert image.getexif()[0x010E] == fox.as_json()
     comment = image.getexif().get_ifd(0x8769)[0x9286]
     assert comment.startswith(b"UNICODE\0")
-    assert comment[8:].decode("utf-16-be") == images.parameters(recipe)
+    assert comment[8:].decode("utf-16-be") == images.parameters(fox.recipe)
 
 
 @pytest.mark.parametrize("format", ["png", "jpeg", "webp", "avif"])

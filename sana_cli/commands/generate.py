@@ -22,6 +22,7 @@ DEFAULT_STEPS = 20
 DEFAULT_GUIDANCE = 4.5
 MOST_STEPS = 1000
 LONGEST_PROMPT = 20_000  # characters; 300 tokens are read of them
+FILES, RUN = "Files", "Running"  # panels of --help
 STAGES = ("load", "encode", "denoise", "decode", "save")
 
 
@@ -57,7 +58,7 @@ class DType(StrEnum):
 def generate(
     prompts: Annotated[
         list[str],
-        typer.Argument(metavar="PROMPT...", help="What to draw; [b]-[/b] reads lines from stdin."),
+        typer.Argument(metavar="PROMPT", help="What to draw; [b]-[/b] reads lines from stdin."),
     ],
     res: Annotated[
         str | None,
@@ -134,35 +135,60 @@ def generate(
             metavar="PATH",
             help="File, folder, template such as {slug}-{seed}.webp, or - for stdout."
             " [dim]default: {slug}-{seed}.png[/dim]",
+            rich_help_panel=FILES,
         ),
     ] = None,
     force: Annotated[
-        bool, typer.Option("-f", "--force", help="Overwrite; otherwise the name gets -2, -3, …")
+        bool,
+        typer.Option(
+            "-f",
+            "--force",
+            help="Overwrite; otherwise the name gets -2, -3, …",
+            rich_help_panel=FILES,
+        ),
     ] = False,
     format: Annotated[
-        Format | None, typer.Option(help="[dim]default: by the output's suffix, else png[/dim]")
+        Format | None,
+        typer.Option(
+            help="[dim]default: by the output's suffix, else png[/dim]", rich_help_panel=FILES
+        ),
     ] = None,
     quality: Annotated[
-        int | None, typer.Option(metavar="1-100", help="Of JPEG, WebP and AVIF.")
+        int | None,
+        typer.Option(metavar="1-100", help="Of JPEG, WebP and AVIF.", rich_help_panel=FILES),
     ] = None,
     metadata: Annotated[
-        Metadata, typer.Option(help="[b]none[/b] writes no recipe into the file.")
+        Metadata,
+        typer.Option(help="[b]none[/b] writes no recipe into the file.", rich_help_panel=FILES),
     ] = Metadata.full,
     device: Annotated[
-        str, typer.Option(metavar="NAME", help="auto, cpu, cuda, cuda:1 or mps.")
+        str,
+        typer.Option(metavar="NAME", help="auto, cpu, cuda, cuda:1 or mps.", rich_help_panel=RUN),
     ] = "auto",
-    dtype: Annotated[DType, typer.Option(help="Precision of the networks.")] = DType.auto,
+    dtype: Annotated[
+        DType, typer.Option(help="Precision of the networks.", rich_help_panel=RUN)
+    ] = DType.auto,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print recipes and plan as JSON; load nothing.")
+        bool,
+        typer.Option(
+            "--dry-run", help="Print recipes and plan as JSON; load nothing.", rich_help_panel=RUN
+        ),
     ] = False,
     json_output: Annotated[
-        bool, typer.Option("--json", help="One JSON document on stdout.")
+        bool, typer.Option("--json", help="One JSON document on stdout.", rich_help_panel=RUN)
     ] = False,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Only results and errors.")] = False,
+    quiet: Annotated[
+        bool, typer.Option("-q", "--quiet", help="Only results and errors.", rich_help_panel=RUN)
+    ] = False,
     verbose: Annotated[
-        bool, typer.Option("-v", "--verbose", help="Say more, with tracebacks for errors.")
+        bool,
+        typer.Option(
+            "-v", "--verbose", help="Say more, with tracebacks for errors.", rich_help_panel=RUN
+        ),
     ] = False,
-    color: Annotated[bool, typer.Option("--color/--no-color", help="Colour on a terminal.")] = True,
+    color: Annotated[
+        bool, typer.Option("--color/--no-color", help="Colour on a terminal.", rich_help_panel=RUN)
+    ] = True,
 ) -> None:
     """Draw one or more pictures and print their paths.
 
@@ -297,6 +323,8 @@ def _draw(
     talk: "Talk",
     started: float,
 ) -> None:
+    import torch
+
     from sana_cli import images
     from sana_cli.pipeline import Picture, draw
     from sana_cli.signals import leaving_in_order
@@ -320,9 +348,8 @@ def _draw(
             if event.note:
                 talk.warn(event.note)
             began = time.perf_counter()
-            data = images.encode(
-                event.pixels, target.format, quality, recipe if with_recipe else None
-            )
+            record = images.Record(recipe, where, torch.__version__) if with_recipe else None
+            data = images.encode(event.pixels, target.format, quality, record)
             if target.to_stdout:
                 write_stdout(data)
                 continue
