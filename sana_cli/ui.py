@@ -54,6 +54,7 @@ class Bars:
             TimeRemainingColumn(compact=True),
             console=talk.console,
             transient=True,
+            redirect_stdout=False,  # results go to stdout itself, wherever that leads
             disable=not self.live,
         )
         self.tasks = {
@@ -73,6 +74,15 @@ class Bars:
         trace: TracebackType | None,
     ) -> None:
         self.progress.__exit__(kind, value, trace)
+
+    def result(self, line: str) -> None:
+        """Write a line to stdout, with the bars out of its way."""
+        if self.live:
+            self.progress.stop()
+        sys.stdout.write(f"{line}\n")
+        sys.stdout.flush()
+        if self.live:
+            self.progress.start()
 
     def update(self, stage: str, done: int, total: int) -> None:
         task = self.tasks[stage]

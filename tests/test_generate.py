@@ -1,5 +1,14 @@
 """What someone at a shell sees of `sana generate`."""
 
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
 from PIL import Image
 
 FAST = ("--steps", "1", "--no-instruction")
@@ -13,3 +22,116 @@ def test_prints_the_path_and_writes_the_picture(sana, tiny_model, tmp_path, monk
         assert picture.size == (512, 512)
     assert "seed 7" in run.err
     assert list(tmp_path.iterdir()) == [tmp_path / "a-red-fox-7.png"]
+
+
+def test_results_reach_stdout_while_bars_move_on_the_terminal(tiny_model, tmp_path):
+    """stderr is a terminal, stdout a file: the paths must be in the file, the bars must not."""
+    leader, follower = os.openpty()
+    command = [str(Path(sys.executable).with_name("sana")), "generate", "a fox", "-n", "2"]
+    environment = {k: v for k, v in os.environ.items() if k != "NO_COLOR"} | {"TERM": "xterm"}
+    done = subprocess.run(
+        [*command, "-s", "1", "-m", str(tiny_model), *FAST],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=follower,
+        env=environment,
+        timeout=120,
+    )
+    os.close(follower)
+    assert done.returncode == 0
+    assert done.stdout.decode() == "a-fox-1.png\na-fox-2.png\n"
+    assert b"denoise" in os.read(leader, 100_000)
+    os.close(leader)
+
+
+@pytest.mark.parametrize("words", [(), ("--color",), ("--no-color",)])
+def test_no_escape_codes_when_not_a_terminal(sana, tiny_model, tmp_path, words):
+    run = sana("generate", "a fox", "-m", str(tiny_model), "-o", f"{tmp_path}/", *FAST, *words)
+    assert run.code == 0
+    assert "\x1b" not in run.out + run.err
+
+
+def test_json_is_one_document_with_everything_a_script_needs(sana, tiny_model, tmp_path):
+    call = ("generate", "a fox", "an owl", "-m", str(tiny_model), "-s", "3,5", "--json", *FAST)
+    run = sana(*call, "-o", f"{tmp_path}/")
+    document = json.loads(run.out)
+    assert list(document) == ["images", "seconds", "peak_bytes"]
+    assert [(i["seed"], Path(i["path"]).name) for i in document["images"]] == [
+        (3, "a-fox-3.png"),
+        (5, "a-fox-5.png"),
+        (3, "an-owl-3.png"),
+        (5, "an-owl-5.png"),
+    ]
+    for image in document["images"]:
+        with Image.open(image["path"]) as picture:
+            assert picture.size == (image["width"], image["height"]) == (512, 512)
+            assert json.loads(picture.text["sana"])["recipe"] == image["recipe"]
+    assert set(document["seconds"]) == {"load", "encode", "denoise", "decode", "save", "total"}
+    assert all(value > 0 for value in document["seconds"].values())
+    assert set(document["peak_bytes"]) == {"encode", "denoise", "decode"}
+
+
+def test_quiet_says_nothing_but_the_path(sana, tiny_model, tmp_path):
+    run = sana("generate", "a fox", "-m", str(tiny_model), "-o", f"{tmp_path}/", "-q", *FAST)
+    assert run.err == ""
+    assert len(run.out.splitlines()) == 1
+
+
+def test_prompts_from_stdin_and_bytes_to_stdout(process, tiny_model, tmp_path):
+    options = ("-m", str(tiny_model), "-s", "1", *FAST)
+    listed = process("generate", "-", *options, input=b"a fox\n\n  an owl  \n", cwd=tmp_path)
+    assert listed.stdout.decode() == "a-fox-1.png\nan-owl-1.png\n"
+    piped = process("generate", "a fox", *options, "-o", "-", cwd=tmp_path)
+    assert piped.returncode == 0
+    with Image.open(io.BytesIO(piped.stdout)) as one, Image.open(tmp_path / "a-fox-1.png") as other:
+        assert one.tobytes() == other.tobytes()
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_names_are_never_reused_silently(sana, tiny_model, tmp_path):
+    call = ("generate", "a fox", "-m", str(tiny_model), "-n", "2", "-s", "1", *FAST)
+    target = tmp_path / "fox.png"
+    for options, expected in [
+        ((), ["fox.png", "fox-2.png"]),
+        ((), ["fox-3.png", "fox-4.png"]),
+        (("--force",), ["fox.png", "fox-5.png"]),
+    ]:
+        run = sana(*call, "-o", str(target), *options)
+        assert [Path(line).name for line in run.out.split()] == expected
+
+
+def test_a_dry_run_says_what_would_be_done_and_does_nothing(sana, tiny_model, tmp_path):
+    run = sana("generate", "a fox", "-m", str(tiny_model), "-o", f"{tmp_path}/", "--dry-run")
+    plan = json.loads(run.out)
+    assert plan["paths"] == [f"{tmp_path}/a-fox-{plan['recipes'][0]['seed']}.png"]
+    assert plan["recipes"][0]["steps"] == 20
+    assert plan["weight_bytes"] > 0
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_draws_nearly_the_same(sana, tiny_model, tmp_path, dtype):
+    pictures = []
+    for name in ("float32", dtype):
+        path = tmp_path / f"{name}.png"
+        call = ("generate", "a fox", "-m", str(tiny_model), "-s", "1", "--dtype", name, *FAST)
+        run = sana(*call, "--device", "cpu", "-o", str(path))
+        assert run.code == 0, run.err
+        with Image.open(path) as image:
+            pictures.append(np.asarray(image).astype(float))
+            recipe = json.loads(image.text["sana"])["recipe"]
+        assert recipe["dit_dtype"] == name
+        assert recipe["vae_dtype"] != "float16"
+    assert 0 < np.abs(pictures[0] - pictures[1]).mean() < 6
+
+
+@pytest.mark.parametrize(
+    ("res", "name"),
+    [((), "sana-0.6b-1024"), (("-r", "512"), "sana-0.6b-512"), (("-r", "4k"), "sana-1.6b-4k")],
+)
+def test_the_resolution_chooses_the_model(sana, monkeypatch, tmp_path, res, name):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    run = sana("generate", "a fox", *res)
+    assert run.code == 5
+    assert name in run.err.splitlines()[0]
+    assert "hf download Efficient-Large-Model/" in run.err

@@ -362,8 +362,7 @@ def _draw(
             row = {"path": str(path), "seed": recipe.seed, **size, "model": recipe.model}
             rows.append(row | {"recipe": recipe.as_dict()})
             if not json_output:
-                sys.stdout.write(f"{path}\n")
-                sys.stdout.flush()
+                bars.result(str(path))
     seconds["total"] = time.perf_counter() - started
     if json_output:
         rounded = {stage: round(value, 4) for stage, value in seconds.items()}
