@@ -55,11 +55,11 @@ def choose_model(name: str | None, request: Request | None) -> Model:
             )
         return next(model for model in hub if model.side == side)
     if name in models:
-        side = request.side if request else None
-        if side not in (None, models[name].side):
-            able = [model.name for model in models.values() if model.side == side]
+        asked = request.side if request else None
+        if asked not in (None, models[name].side):
+            able = [model.name for model in models.values() if model.side == asked]
             raise UsageError(
-                f"{name} draws {models[name].side}x{models[name].side}, not {side}x{side}",
+                f"{name} draws {models[name].side}x{models[name].side}, not {asked}x{asked}",
                 f"use --model {able[0]}" if able else f"leave --res out for {models[name].side}",
             )
         return models[name]

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+# Last, and so behind everything installed: `training` is not part of the package.
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
 # Set before any import of the libraries that read them once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["NO_COLOR"] = "1"

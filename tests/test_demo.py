@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,6 @@ from reference import assert_same_picture, draw
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "sana_cli" / "demo"
-sys.path.append(str(ROOT))  # last, for `training`: it is not part of the installed package
 
 
 def pixels(path: str) -> np.ndarray:
