@@ -75,6 +75,8 @@ def _fits(value: Any, kind: Any) -> bool:
         return False
     if kind is float:
         return isinstance(value, int | float) and 0 <= value < LARGEST_NUMBER
+    if kind is dict:
+        return isinstance(value, dict)
     return isinstance(value, kind) and (kind is not int or 0 <= value < LARGEST_NUMBER)
 
 

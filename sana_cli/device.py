@@ -1,5 +1,6 @@
 """Facts about this machine, and the choices of device and precision that follow from them."""
 
+import ctypes
 import sys
 
 from sana_cli.errors import UsageError
@@ -52,6 +53,18 @@ def choose_dtypes(dtype: str, device: str, variant: str) -> tuple[str, str, str]
         narrow = device.startswith("cuda") and variant == "fp16"
         return wide, "float16" if narrow else wide, wide
     return (wide, dtype, wide) if dtype == "float16" else (dtype, dtype, dtype)
+
+
+def give_back(device: str) -> None:
+    """Return freed memory to the system, which allocators otherwise keep for the next request."""
+    if device.startswith("cuda"):
+        import torch
+
+        torch.cuda.empty_cache()
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc; others have none
+        if trim is not None:
+            trim(0)
 
 
 def peak_bytes(device: str) -> int:

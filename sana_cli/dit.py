@@ -87,7 +87,7 @@ class DiT(nn.Module):
         self.caption_projection = CaptionProjection(config.caption_channels, width)
         self.caption_norm = RMSNorm(width)
         self.transformer_blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        self.scale_shift_table = nn.Parameter(torch.randn(2, width) / width**0.5)
+        self.scale_shift_table = nn.Parameter(torch.empty(2, width))
         self.proj_out = nn.Linear(width, config.out_channels)
 
     def project_text(self, text: Tensor) -> Tensor:
@@ -124,7 +124,7 @@ class Block(nn.Module):
         self.attn1 = LinearAttention(width, config.num_attention_heads, qk_norm)
         self.attn2 = CrossAttention(width, config.num_cross_attention_heads, qk_norm)
         self.ff = MixFFN(width, config.mlp_ratio)
-        self.scale_shift_table = nn.Parameter(torch.randn(6, width) / width**0.5)
+        self.scale_shift_table = nn.Parameter(torch.empty(6, width))
 
     def forward(
         self,

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from sana_cli.checkpoint import load_weights, on_meta, read_config, read_json, weight_files
 from sana_cli.dc_ae import DCAE, DCAEConfig
-from sana_cli.device import peak_bytes
+from sana_cli.device import give_back, peak_bytes
 from sana_cli.dit import DiT, DiTConfig
 from sana_cli.errors import BadPicture, BrokenModel
+from sana_cli.gemma import GemmaConfig
 from sana_cli.recipe import Recipe
 from sana_cli.solver import SOLVERS
 from sana_cli.text_encoder import TextEncoder
@@ -72,10 +73,10 @@ def open_model(folder: Path, variant: str) -> ModelFiles:
     dit, strange = read_config(DiTConfig, folder / "transformer" / "config.json")
     vae, more = read_config(DCAEConfig, folder / "vae" / "config.json")
     text = folder / "text_encoder" / "config.json"
-    text_width = read_json(text).get("hidden_size")
-    if text_width is not None and text_width != dit.caption_channels:
+    width = read_config(GemmaConfig, text)[0].hidden_size
+    if width != dit.caption_channels:
         raise BrokenModel(
-            f"{text}: hidden_size is {text_width}, the transformer reads {dit.caption_channels}"
+            f"{text}: hidden_size is {width}, the transformer reads {dit.caption_channels}"
         )
     if dit.in_channels != vae.latent_channels or dit.out_channels != vae.latent_channels:
         raise BrokenModel(
@@ -94,7 +95,9 @@ def draw(recipes: list[Recipe], files: ModelFiles, device: str) -> Iterator[Prog
     texts: Texts = {}
     latents: list[Tensor] = []
     yield from _encode(recipes, files, device, texts)
+    give_back(device)
     yield from _denoise(recipes, texts, files, device, latents)
+    give_back(device)
     yield from _decode(recipes, latents, files, device)
 
 

@@ -15,7 +15,7 @@ LAYERS = [
     {"__init__"},
     {"errors", "kernels"},
     {"shapes", "recipe", "solver", "device", "instruction", "signals"},
-    {"weights", "dit", "dc_ae"},
+    {"weights", "dit", "dc_ae", "gemma"},
     {"checkpoint"},
     {"text_encoder", "images"},
     {"names", "pipeline"},

@@ -135,6 +135,25 @@ def test_position_table_as_published():
     assert table.double().sum().item() == pytest.approx(3_507_131.5, rel=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gemma_is_that_of_transformers(tiny_model, dtype):
+    from transformers import AutoModel
+
+    from sana_cli.text_encoder import TextEncoder
+
+    folder = tiny_model / "text_encoder"
+    theirs = AutoModel.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
+    ours = TextEncoder(tiny_model, "", dtype, "cpu").model
+    ids = torch.randint(4, 300, (2, 40), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected = theirs(ids).last_hidden_state
+        got = ours(ids)
+    assert got.dtype == dtype
+    assert relative_error(got.float(), expected.float()) < (
+        1e-6 if dtype is torch.float32 else 1e-2
+    )
+
+
 def test_text_states_do_not_depend_on_padding(tiny_model):
     """What the reference computes on 300 padded tokens, from the real tokens alone."""
     from sana_cli.text_encoder import TextEncoder

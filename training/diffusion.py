@@ -62,9 +62,11 @@ def build() -> DiT:
     model = DiT(CONFIG)
     nn.init.zeros_(model.proj_out.weight)
     nn.init.zeros_(model.proj_out.bias)
+    nn.init.normal_(model.scale_shift_table, std=CONFIG.width**-0.5)
     nn.init.normal_(model.time_embed.linear.weight, std=0.02)
     nn.init.zeros_(model.time_embed.linear.bias)
     for block in model.transformer_blocks:
+        nn.init.normal_(block.scale_shift_table, std=CONFIG.width**-0.5)
         nn.init.zeros_(block.attn2.to_out[0].weight)
         nn.init.zeros_(block.attn2.to_out[0].bias)
     return model
