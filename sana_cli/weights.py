@@ -26,7 +26,12 @@ class Model:
     variant: str = ""
     folder: str | None = None
     instruction: bool = True  # whether it was trained behind the complex human instruction
-    about: str = ""
+
+    @property
+    def source(self) -> str:
+        """Where its weights come from, for people."""
+        bundled = self.folder is not None and Path(self.folder).parent == HERE
+        return self.repo or ("bundled" if bundled else self.folder or "")
 
 
 @cache
@@ -35,6 +40,9 @@ def known_models() -> dict[str, Model]:
     for path in (HERE / "data" / "weights.toml", HERE.parent / "weights.toml"):
         if path.is_file():
             rows = tomllib.loads(path.read_text(encoding="utf-8"))
+            for row in rows.values():
+                if "folder" in row:  # of a bundled model, inside this package
+                    row["folder"] = str(HERE / row["folder"])
             return {name: Model(name, **row) for name, row in rows.items()}
     raise SanaError("`weights.toml` is missing from this installation", "reinstall sana-cli")
 
@@ -78,8 +86,7 @@ def choose_model(name: str | None, request: Request | None) -> Model:
 def find_folder(model: Model) -> Path:
     """Where the model's files lie; MissingModel, with the download, where they do not."""
     if model.repo is None:
-        folder = Path(model.folder or "").expanduser()
-        return HERE / folder if model.name in known_models() else folder
+        return Path(model.folder or "")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 

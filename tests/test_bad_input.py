@@ -635,6 +635,7 @@ def test_binary_stdin_is_refused_in_a_real_process(process, here, model):
         (("-o", "/proc/nope/x.png"), "/proc"),
         (("-o", "-", "-n", "2"), "-o -"),
         (("-o", "-", "--json"), "--json"),
+        (("-o", "-", "--force"), "--force"),
         (("--quality", "90"), "PNG"),
         (("--quality", "90", "-o", "fox.png"), "PNG"),
         (("--quality", "0", "--format", "webp"), "--quality"),

@@ -25,8 +25,7 @@ def test_the_quick_start_is_the_first_two_code_blocks():
 def test_the_table_of_models_is_that_of_weights_toml():
     table = README.split("<!-- models -->")[1].split("<!-- /models -->")[0].strip().splitlines()
     expected = [
-        f"| `{m.name}` | {m.side}² | {m.repo or 'bundled'} | {m.licence} |"
-        for m in known_models().values()
+        f"| `{m.name}` | {m.side}² | {m.source} | {m.licence} |" for m in known_models().values()
     ]
     assert table[2:] == expected
 

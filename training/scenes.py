@@ -106,9 +106,9 @@ def sample_scene(rng: np.random.Generator, objects: int | None = None) -> Scene:
     return Scene(tuple(pair), background, axis, relation)
 
 
-def training_scene(rng: np.random.Generator) -> Scene:
+def training_scene(rng: np.random.Generator, objects: int | None = None) -> Scene:
     while True:
-        scene = sample_scene(rng)
+        scene = sample_scene(rng, objects)
         if not scene.held_out:
             return scene
 

@@ -224,7 +224,7 @@ def generate(
     texts = _read_prompts(prompts)
     _check_numbers(steps, guidance, negative, quality, target.format)
     if target.to_stdout and not dry_run:
-        _check_stdout(len(texts) * len(seeds), json_output)
+        _check_stdout(len(texts) * len(seeds), json_output, force)
     chosen = choose_model(model, request)
     canvas = None
     if chosen.side is not None:
@@ -283,8 +283,7 @@ def generate(
 def _announce(talk: "Talk", chosen: "Model", recipes: list["Recipe"], where: str) -> None:
     """Every choice that was made, the user's and ours, in two lines."""
     first = recipes[0]
-    source = chosen.repo or ("bundled" if chosen.about else chosen.folder)
-    talk.say(f"model {chosen.name} ({source}), licence {chosen.licence}")
+    talk.say(f"model {chosen.name} ({chosen.source}), licence {chosen.licence}")
     precisions = {"text": first.text_dtype, "dit": first.dit_dtype, "vae": first.vae_dtype}
     same = len(set(precisions.values())) == 1
     precision = first.dit_dtype if same else ", ".join(f"{k} {v}" for k, v in precisions.items())
@@ -424,9 +423,11 @@ def _check_numbers(
             raise UsageError(f"--quality {quality} is not between 1 and 100")
 
 
-def _check_stdout(pictures: int, json_output: bool) -> None:
+def _check_stdout(pictures: int, json_output: bool, force: bool) -> None:
     if pictures > 1:
         raise UsageError("-o - writes one picture", "ask for one, or use -o FOLDER/")
+    if force:
+        raise UsageError("--force has no effect with -o -", "leave it out")
     if json_output:
         raise UsageError("-o - and --json both write to stdout", "leave one of them out")
     if sys.stdout.isatty():
