@@ -17,7 +17,6 @@ def main() -> None:
     parser.add_argument("--autoencoder-steps", type=int, default=4500)
     parser.add_argument("--text-steps", type=int, default=750)
     parser.add_argument("--diffusion-steps", type=int, default=5200)
-    parser.add_argument("--decoder-steps", type=int, default=400)
     parser.add_argument("--pictures", type=int, default=12_288, help="in the bank of latents")
     options = parser.parse_args()
     options.run.mkdir(parents=True, exist_ok=True)
@@ -26,7 +25,6 @@ def main() -> None:
     diffusion.train(
         options.run, options.diffusion_steps, lr=1e-3, seed=options.seed, pictures=options.pictures
     )
-    autoencoder.finetune_decoder(options.run, options.decoder_steps, lr=5e-4, seed=options.seed)
     export(options.run, options.out)
 
 

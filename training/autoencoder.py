@@ -1,9 +1,4 @@
-"""Stages 1 and 4: the DC-AE, by L1 on the pixels of drawn scenes and on their differences.
-
-It learns on crops, under noise on the latents. Once the transformer is trained on those latents
-the encoder may not change any more, but the decoder is finetuned on whole pictures, where its
-attention sees as many positions as it will, and with less noise, for sharper edges.
-"""
+"""Stage 1: the DC-AE, on crops of drawn scenes, by L1 on pixels and on their differences."""
 
 import json
 import time
@@ -15,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sana_cli.dc_ae import DCAE, ChannelRMSNorm, DCAEConfig
-from training.optim import Average, Muon, averaged, load_state, open_log, save_state, schedule
+from training.optim import Average, Muon, load_state, open_log, save_state, schedule
 from training.scenes import draw, training_scene
 
 CONFIG = DCAEConfig(
@@ -66,38 +61,19 @@ def build() -> DCAE:
 
 def train(folder: Path, steps: int, lr: float, seed: int) -> None:
     torch.manual_seed(seed)
-    _optimise(build(), folder, "autoencoder", steps, lr, seed, (BATCH, CROP, LATENT_NOISE))
-
-
-def finetune_decoder(folder: Path, steps: int, lr: float, seed: int) -> None:
-    """Leaves an autoencoder with the same encoder and a better decoder in `decoder.safetensors`."""
-    model = averaged(folder / "autoencoder.safetensors", build()).train()
-    model.decoder.requires_grad_(True)
-    _optimise(model, folder, "decoder", steps, lr, seed + 1, (BATCH // 2, SIDE, LATENT_NOISE / 2))
-
-
-def _optimise(
-    model: DCAE,
-    folder: Path,
-    name: str,
-    steps: int,
-    lr: float,
-    seed: int,
-    setting: tuple[int, int, float],
-) -> None:
-    batch, crop, noise = setting
+    model = build()
     optimiser, average = Muon(model, lr), Average(model, 0.998)
-    state = folder / f"{name}.safetensors"
+    state = folder / "autoencoder.safetensors"
     note = load_state(state, model, average, optimiser) or {"step": 0, "seconds": 0.0}
-    log = open_log(folder / f"{name}.jsonl", note["step"])
+    log = open_log(folder / "autoencoder.jsonl", note["step"])
     began = time.monotonic() - note["seconds"]
     shown: list[float] = []
     for step in range(note["step"], steps):
         rng = np.random.default_rng((seed, step))
         torch.manual_seed(seed * 1_000_003 + step)
-        image = images(rng, batch, crop)
+        image = images(rng, BATCH, CROP)
         latents = model.encode(image)
-        noisy = latents + noise * torch.randn_like(latents)
+        noisy = latents + LATENT_NOISE * torch.randn_like(latents)
         loss, l1 = loss_of(model.decode(noisy), image)
         loss = loss + LATENT_DECAY * latents.square().mean()
         optimiser.zero_grad(set_to_none=True)

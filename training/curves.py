@@ -15,7 +15,6 @@ STAGES = {
     "autoencoder": "l1",
     "text": "loss",
     "diffusion": "loss",
-    "decoder": "l1",
 }
 
 
@@ -25,7 +24,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "demo-training")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    figure, panels = pyplot.subplots(1, len(STAGES), figsize=(16, 3.5), layout="constrained")
+    figure, panels = pyplot.subplots(1, len(STAGES), figsize=(13, 3.5), layout="constrained")
     for panel, (stage, quantity) in zip(panels, STAGES.items(), strict=True):
         log = options.run / f"{stage}.jsonl"
         shutil.copy(log, options.out)

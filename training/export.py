@@ -1,4 +1,4 @@
-"""Stage 5: the finished parts as a folder in the published layout, which diffusers loads too."""
+"""Stage 4: the finished parts as a folder in the published layout, which diffusers loads too."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ def export(run: Path, target: Path) -> None:
     config = {"_class_name": "SanaTransformer2DModel", **asdict(diffusion.CONFIG)}
     _write_part(partial / "transformer", "diffusion_pytorch_model", dit, config)
 
-    vae = averaged(run / "decoder.safetensors", autoencoder.build())
+    vae = averaged(run / "autoencoder.safetensors", autoencoder.build())
     config = {"_class_name": "AutoencoderDC", **asdict(autoencoder.CONFIG)}
     config["scaling_factor"] = scaling
     _write_part(partial / "vae", "diffusion_pytorch_model", vae, config)
