@@ -69,6 +69,23 @@ def test_every_relation_and_shape_is_told_apart():
     assert {scene.relation for scene in scenes(100, 2, seed=4)} == set(RELATIONS)
 
 
+def test_a_blob_of_the_right_colour_and_place_is_refused():
+    """Smooth random outlines: what a model draws that has learnt colours but no shapes."""
+    from scipy import ndimage
+
+    rng = np.random.default_rng(7)
+    accepted = []
+    for scene in scenes(100, 1, seed=8):
+        thing = scene.objects[0]
+        picture = draw(Scene((), scene.background, scene.axis), SIDE)
+        rows, columns = np.indices((SIDE, SIDE)) / SIDE
+        distance = np.hypot(columns - thing.x, rows - thing.y) / thing.radius
+        wave = ndimage.gaussian_filter(rng.standard_normal((SIDE, SIDE)), 12)
+        picture[distance + 0.5 * wave / wave.std() < 0.9] = COLOURS[thing.colour]
+        accepted.append(all(check(scene, picture).values()))
+    assert np.mean(accepted) <= 0.02
+
+
 @pytest.mark.parametrize("noise", ["flat", "static"])
 def test_a_picture_of_nothing_is_refused(noise):
     rng = np.random.default_rng(5)
