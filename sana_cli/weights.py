@@ -93,9 +93,12 @@ def find_folder(model: Model) -> Path:
     try:
         return Path(snapshot_download(model.repo, revision=model.revision, local_files_only=True))
     except LocalEntryNotFoundError:
+        # One precision only: whole repositories hold several copies of the same weights.
+        files = f"'*.{model.variant}*'" if model.variant else "'*.safetensors'"
         raise MissingModel(
             f"the weights of {model.name} are not on this machine ({model.repo})",
-            f"fetch them with: hf download {model.repo} --revision {model.revision}",
+            f"fetch them with: hf download {model.repo} --revision {model.revision}"
+            f" --include '*.json' --include 'tokenizer/*' --include {files}",
         ) from None
 
 

@@ -50,7 +50,7 @@ def test_it_follows_most_prompts_it_was_not_trained_on():
     drawn = [e.pixels for e in stages(recipes, files, "cpu") if isinstance(e, Picture)]
     right = [all(check(s, p).values()) for (s, _), p in zip(prompts, drawn, strict=True)]
     assert sum(right[:12]) >= 8
-    assert sum(right[12:]) >= 3
+    assert sum(right[12:]) >= 5
 
 
 def test_diffusers_loads_it_and_draws_the_same(sana, tmp_path):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sana_cli.dc_ae import DCAE, ChannelRMSNorm, DCAEConfig
-from training.optim import Average, Muon, load_state, open_log, save_state, schedule
+from training.optim import Average, Muon, descend, load_state, open_log, save_state, schedule
 from training.scenes import draw, training_scene
 
 CONFIG = DCAEConfig(
@@ -76,13 +76,7 @@ def train(folder: Path, steps: int, lr: float, seed: int) -> None:
         noisy = latents + LATENT_NOISE * torch.randn_like(latents)
         loss, l1 = loss_of(model.decode(noisy), image)
         loss = loss + LATENT_DECAY * latents.square().mean()
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for group in optimiser.param_groups:
-            group["lr"] = lr * schedule(step, steps)
-        optimiser.step()
-        average.update(model, step)
+        descend(loss, model, optimiser, average, lr * schedule(step, steps), step)
         shown.append(l1.item())
         if (step + 1) % 25 == 0 or step + 1 == steps:
             row = {"step": step + 1, "l1": round(sum(shown) / len(shown), 5)}

@@ -14,7 +14,16 @@ from torch import Tensor, nn
 from sana_cli.dc_ae import DCAE
 from sana_cli.dit import DiT, DiTConfig
 from training import autoencoder
-from training.optim import Average, Muon, averaged, load_state, open_log, save_state, schedule
+from training.optim import (
+    Average,
+    Muon,
+    averaged,
+    descend,
+    load_state,
+    open_log,
+    save_state,
+    schedule,
+)
 from training.scenes import Scene, describe, draw, training_scene
 from training.text import WIDTH, Reader, tokenise
 
@@ -126,13 +135,7 @@ def train(folder: Path, steps: int, lr: float, seed: int, pictures: int) -> None
         mixed = torch.lerp(clean, noise, sigma[:, None, None, None])
         velocity = model(mixed, sigma * 1000, model.project_text(text), mask.bool())
         loss = F.mse_loss(velocity, noise - clean)
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for group in optimiser.param_groups:
-            group["lr"] = lr * schedule(step, steps)
-        optimiser.step()
-        average.update(model, step)
+        descend(loss, model, optimiser, average, lr * schedule(step, steps), step)
         shown.append(loss.item())
         if (step + 1) % 25 == 0 or step + 1 == steps:
             row = {"step": step + 1, "loss": round(sum(shown) / len(shown), 5)}

@@ -22,8 +22,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SEED = 20_000  # of the prompts; training uses other streams
 
 
-def held_out(count: int, objects: int) -> list[tuple[Scene, str]]:
-    rng = np.random.default_rng((SEED, objects))
+def held_out(count: int, objects: int, seed: int = SEED) -> list[tuple[Scene, str]]:
+    rng = np.random.default_rng((seed, objects))
     found = []
     while len(found) < count:
         scene = sample_scene(rng, objects)
@@ -60,13 +60,14 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=ROOT / "sana_cli" / "demo")
     parser.add_argument("--one", type=int, default=200, help="prompts with one object")
     parser.add_argument("--two", type=int, default=100, help="prompts with two objects")
+    parser.add_argument("--seed", type=int, default=SEED, help="of the choice of prompts")
     parser.add_argument("--steps", type=int, default=DEFAULT_STEPS)
     parser.add_argument("--guidance", type=float, default=DEFAULT_GUIDANCE)
     parser.add_argument("--sheet", type=Path, help="save a contact sheet of 24 here")
     options = parser.parse_args()
 
     files = open_model(options.model, "")
-    prompts = held_out(options.one, 1) + held_out(options.two, 2)
+    prompts = held_out(options.one, 1, options.seed) + held_out(options.two, 2, options.seed)
     recipes = [
         recipe(text, seed, files.flow_shift, options.steps, options.guidance)
         for seed, (_, text) in enumerate(prompts)
@@ -75,6 +76,7 @@ def main() -> None:
     verdicts = [check(scene, pixels) for (scene, _), pixels in zip(prompts, pictures, strict=True)]
     report = {
         "prompts": {"one object": options.one, "two objects": options.two},
+        "seed": options.seed,
         "steps": options.steps,
         "guidance": options.guidance,
         "one object": summary(verdicts[: options.one]),

@@ -97,6 +97,19 @@ def schedule(step: int, steps: int, warmup: int = 100, decay: float = 0.4) -> fl
     return min(1.0, (step + 1) / warmup, (steps - step) / (decay * steps))
 
 
+def descend(
+    loss: Tensor, model: nn.Module, optimiser: Muon, average: Average, lr: float, step: int
+) -> None:
+    """One step down the gradient of `loss`, clipped to norm 1, and into the average."""
+    optimiser.zero_grad(set_to_none=True)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for group in optimiser.param_groups:
+        group["lr"] = lr
+    optimiser.step()
+    average.update(model, step)
+
+
 # --- states: safetensors with a JSON header, written whole or not at all ---------------------
 
 

@@ -23,7 +23,7 @@ from tokenizers import (
 from torch import nn
 from transformers import Gemma2Config, Gemma2Model
 
-from training.optim import Average, Muon, load_state, open_log, save_state, schedule
+from training.optim import Average, Muon, descend, load_state, open_log, save_state, schedule
 from training.scenes import (
     COLOURS,
     POSITIONS,
@@ -183,13 +183,7 @@ def train(folder: Path, steps: int, lr: float, seed: int) -> None:
             target = torch.tensor([options.index(t[name]) for t in truths])
             loss = loss + F.cross_entropy(answers[name], target)
             right &= answers[name].argmax(1) == target
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for group in optimiser.param_groups:
-            group["lr"] = lr * schedule(step, steps)
-        optimiser.step()
-        average.update(model, step)
+        descend(loss, model, optimiser, average, lr * schedule(step, steps), step)
         if (step + 1) % 25 == 0 or step + 1 == steps:
             row = {"step": step + 1, "loss": round(loss.item(), 4)}
             row |= {
