@@ -5,8 +5,6 @@ import sys
 
 from sana_cli.errors import UsageError
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-
 
 def choose_device(name: str) -> str:
     """`auto` -> "cuda", "mps" or "cpu"; UsageError for a device that is not here."""

@@ -2,7 +2,6 @@
 
 import os
 import sys
-import time
 from types import TracebackType
 
 from rich.console import Console
@@ -61,7 +60,6 @@ class Bars:
             stage: self.progress.add_task(stage, total=1, start=False, visible=False)
             for stage in stages
         }
-        self.began: dict[str, float] = {}
 
     def __enter__(self) -> "Bars":
         self.progress.__enter__()
@@ -86,9 +84,7 @@ class Bars:
 
     def update(self, stage: str, done: int, total: int) -> None:
         task = self.tasks[stage]
-        if stage not in self.began:
-            self.began[stage] = time.perf_counter()
-            self.progress.start_task(task)
+        self.progress.start_task(task)  # its clock; nothing if it runs already
         self.progress.update(task, completed=done, total=total, visible=True)
         if done == total and not self.live:
             self.talk.say(f"{stage}: {total} done")
