@@ -1,17 +1,12 @@
-"""From a folder in the published layout to a network ready to run.
-
-    FOLDER/transformer/config.json
-    FOLDER/transformer/diffusion_pytorch_model[.VARIANT].safetensors      one file, or
-    FOLDER/transformer/diffusion_pytorch_model.safetensors.index[.VARIANT].json   shards
+"""From a config and safetensors files to a network ready to run.
 
 Attribute names in the networks are the published tensor names, so loading is strict equality.
 """
 
-import json
 import types
 import typing
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,24 +15,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from sana_cli.errors import BrokenModel
+from sana_cli.layout import read_json
 
 Config = TypeVar("Config")
 WEIGHT_DTYPES = {torch.float32, torch.float16, torch.bfloat16, torch.float64}
 NAMES_SHOWN = 8
 LARGEST_NUMBER = 2**20  # no number of a config is negative, infinite or near this
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        # Python's parser also takes the bare -Infinity that published scheduler configs hold.
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise BrokenModel(f"{path} is missing", "is this folder in the published layout?") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise BrokenModel(f"{path} cannot be read: {error}") from None
-    if not isinstance(value, dict):
-        raise BrokenModel(f"{path} is not a JSON object")
-    return value
 
 
 def read_config(cls: type[Config], path: Path) -> tuple[Config, list[str]]:
@@ -84,46 +67,8 @@ def _frozen(value: Any) -> Any:
     return tuple(_frozen(item) for item in value) if isinstance(value, list) else value
 
 
-def weight_files(folder: Path, stem: str, variant: str) -> list[Path]:
-    """The safetensors files of one part; the variant first, then the plain ones."""
-    index_names = [f"{stem}.safetensors.index.json"]
-    file_names = [f"{stem}.safetensors"]
-    if variant:
-        index_names.insert(0, f"{stem}.safetensors.index.{variant}.json")
-        file_names.insert(0, f"{stem}.{variant}.safetensors")
-    for file_name, index_name in zip(file_names, index_names, strict=True):
-        if (folder / file_name).is_file():
-            return [folder / file_name]
-        if (folder / index_name).is_file():
-            return _shards(folder, folder / index_name)
-    pickles = sorted(
-        p.name for p in folder.glob("*") if p.suffix in (".bin", ".pth", ".pt", ".ckpt")
-    )
-    if pickles:
-        raise BrokenModel(
-            f"{folder} holds only {pickles[0]}, a pickle, which is never loaded",
-            "convert it to safetensors",
-        )
-    raise BrokenModel(f"{folder / file_names[-1]} is missing", "is the download complete?")
-
-
-def _shards(folder: Path, index: Path) -> list[Path]:
-    places = read_json(index).get("weight_map")
-    if not isinstance(places, dict) or not places:
-        raise BrokenModel(f"{index} has no weight_map")
-    names = sorted({str(name) for name in places.values()})
-    for name in names:
-        # A shard lies beside its index: nothing outside the folder is ever opened.
-        plain = Path(name).name == name and len(name) < 250
-        if not plain or not name.endswith(".safetensors"):
-            raise BrokenModel(f"{index} names {name[:80]!r}, which is no shard beside it")
-        if not (folder / name).is_file():
-            raise BrokenModel(f"{folder / name} is missing", "is the download complete?")
-    return [folder / name for name in names]
-
-
 def load_weights(
-    model: nn.Module, files: list[Path], dtype: torch.dtype, only: str = "", prefix: str = ""
+    model: nn.Module, files: Sequence[Path], dtype: torch.dtype, only: str = "", prefix: str = ""
 ) -> nn.Module:
     """Fill a network built on the meta device from safetensors files, each tensor once.
 

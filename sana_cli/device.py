@@ -36,7 +36,7 @@ def choose_device(name: str) -> str:
     return name
 
 
-def choose_dtypes(dtype: str, device: str, variant: str) -> tuple[str, str, str]:
+def choose_dtypes(dtype: str, device: str, trained: str | None) -> tuple[str, str, str]:
     """(text, transformer, decoder) precisions by name.
 
     `auto` is float32 without a GPU that has bfloat16, else the precision the transformer was
@@ -48,7 +48,7 @@ def choose_dtypes(dtype: str, device: str, variant: str) -> tuple[str, str, str]
     if device.startswith("cuda") and torch.cuda.get_device_capability(device) >= (8, 0):
         wide = "bfloat16"
     if dtype == "auto":
-        narrow = device.startswith("cuda") and variant == "fp16"
+        narrow = device.startswith("cuda") and trained == "float16"
         return wide, "float16" if narrow else wide, wide
     return (wide, dtype, wide) if dtype == "float16" else (dtype, dtype, dtype)
 

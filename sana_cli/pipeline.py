@@ -7,7 +7,6 @@ it is decoded. It never prints.
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,15 +14,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sana_cli.checkpoint import load_weights, on_meta, read_config, read_json, weight_files
+from sana_cli.architectures import architecture
+from sana_cli.checkpoint import load_weights, on_meta, read_config
 from sana_cli.dc_ae import DCAE, DCAEConfig
 from sana_cli.device import give_back, peak_bytes
 from sana_cli.dit import DiT, DiTConfig
-from sana_cli.errors import BadPicture, BrokenModel
+from sana_cli.errors import BadPicture, BrokenModel, MissingModel
 from sana_cli.gemma import GemmaConfig
+from sana_cli.layout import INDEX, Parts, read_json
 from sana_cli.recipe import Recipe
 from sana_cli.solver import SOLVERS
 from sana_cli.text_encoder import TextEncoder
+from sana_cli.weights import Model
 
 Texts = dict[tuple[str, str], Tensor]  # (instruction, text) -> states
 
@@ -50,10 +52,9 @@ class Picture:
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A model's folder and the facts in its small files that a recipe depends on."""
+    """Where a model's parts lie, and the facts in their configs that a recipe depends on."""
 
-    folder: Path
-    variant: str
+    parts: Parts
     dit: DiTConfig
     vae: DCAEConfig
     flow_shift: float
@@ -64,15 +65,26 @@ class ModelFiles:
         return self.dit.sample_size * self.vae.compression
 
 
-def open_model(folder: Path, variant: str) -> ModelFiles:
+def released_model(model: Model) -> ModelFiles:
+    """What the configs of a released model say, for one whose files are not on this machine."""
+    if model.architecture is None or model.side is None:
+        raise MissingModel(
+            f"{model.name} is not on this machine, and nothing is known of it before its download",
+            f"fetch it with: sana models pull {model.name}",
+        )
+    known = architecture(model.architecture, model.side)
+    return ModelFiles({}, known.dit, known.vae, known.flow_shift, ())
+
+
+def open_model(parts: Parts) -> ModelFiles:
     """Read every config of a model, no weights. BrokenModel names what is wrong."""
-    index = read_json(folder / "model_index.json")
-    kind = index.get("_class_name")
+    index = parts["transformer"].folder.parent / INDEX
+    kind = read_json(index).get("_class_name")
     if kind not in (None, "SanaPipeline"):
-        raise BrokenModel(f"{folder} holds a {kind}", "only SanaPipeline folders can be drawn")
-    dit, strange = read_config(DiTConfig, folder / "transformer" / "config.json")
-    vae, more = read_config(DCAEConfig, folder / "vae" / "config.json")
-    text = folder / "text_encoder" / "config.json"
+        raise BrokenModel(f"{index} names a {kind}", "only a SanaPipeline can be drawn")
+    dit, strange = read_config(DiTConfig, parts["transformer"].config)
+    vae, more = read_config(DCAEConfig, parts["vae"].config)
+    text = parts["text_encoder"].config
     width = read_config(GemmaConfig, text)[0].hidden_size
     if width != dit.caption_channels:
         raise BrokenModel(
@@ -80,14 +92,16 @@ def open_model(folder: Path, variant: str) -> ModelFiles:
         )
     if dit.in_channels != vae.latent_channels or dit.out_channels != vae.latent_channels:
         raise BrokenModel(
-            f"{folder}: the transformer and the autoencoder differ in latent channels"
+            f"{parts['vae'].config}: {vae.latent_channels} latent channels, the transformer's"
+            f" are {dit.in_channels} in and {dit.out_channels} out"
         )
-    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+    scheduler = parts["scheduler"].folder / "scheduler_config.json"
+    facts = read_json(scheduler)
     # Flow-DPM configs call it flow_shift, Flow-Euler ones shift.
-    shift = scheduler.get("flow_shift", scheduler.get("shift"))
+    shift = facts.get("flow_shift", facts.get("shift"))
     if not isinstance(shift, int | float) or isinstance(shift, bool) or not 0 < shift < 1000:
-        raise BrokenModel(f"{folder / 'scheduler'}: the flow shift is {shift!r}")
-    return ModelFiles(folder, variant, dit, vae, float(shift), (*strange, *more))
+        raise BrokenModel(f"{scheduler}: the flow shift is {shift!r}")
+    return ModelFiles(parts, dit, vae, float(shift), (*strange, *more))
 
 
 def draw(recipes: list[Recipe], files: ModelFiles, device: str) -> Iterator[Progress | Picture]:
@@ -111,7 +125,7 @@ def _encode(
     began = time.perf_counter()
     wanted = {(r.instruction, r.prompt): None for r in recipes}
     wanted |= {("", r.negative): None for r in recipes if r.guidance > 1}
-    encoder = TextEncoder(files.folder, files.variant, _dtype(recipes[0].text_dtype), device)
+    encoder = TextEncoder(files.parts, _dtype(recipes[0].text_dtype), device)
     yield _loaded(began)
     for i, (instruction, text) in enumerate(wanted):
         began = time.perf_counter()
@@ -127,10 +141,9 @@ def _denoise(
 ) -> Iterator[Progress]:
     """Fill `latents` with a float32 (1, 32, h, w) for each recipe, on the CPU."""
     began = time.perf_counter()
-    part = files.folder / "transformer"
-    weights = weight_files(part, "diffusion_pytorch_model", files.variant)
-    dit = on_meta(DiT, files.dit, part / "config.json")
-    load_weights(dit, weights, _dtype(recipes[0].dit_dtype)).to(device)
+    part = files.parts["transformer"]
+    dit = on_meta(DiT, files.dit, part.config)
+    load_weights(dit, part.weights, _dtype(recipes[0].dit_dtype)).to(device)
     yield _loaded(began)
     total = sum(recipe.steps for recipe in recipes)
     done = 0
@@ -182,12 +195,9 @@ def _decode(
     recipes: list[Recipe], latents: list[Tensor], files: ModelFiles, device: str
 ) -> Iterator[Progress | Picture]:
     began = time.perf_counter()
-    part = files.folder / "vae"
-    weights = weight_files(part, "diffusion_pytorch_model", files.variant)
-    decoder = on_meta(
-        DCAE, files.vae, part / "config.json"
-    ).decoder  # the encoder's half stays on disk
-    load_weights(decoder, weights, _dtype(recipes[0].vae_dtype), only="decoder.")
+    part = files.parts["vae"]
+    decoder = on_meta(DCAE, files.vae, part.config).decoder  # the encoder's half stays on disk
+    load_weights(decoder, part.weights, _dtype(recipes[0].vae_dtype), only="decoder.")
     decoder.to(device, memory_format=torch.channels_last)
     yield _loaded(began)
     for i, (recipe, latent) in enumerate(zip(recipes, latents, strict=True)):

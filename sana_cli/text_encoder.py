@@ -4,16 +4,14 @@ Gemma is causal and its padding comes last, so the padding that the reference co
 nothing: only real tokens are run here, and the states are equal.
 """
 
-from pathlib import Path
-
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from sana_cli.checkpoint import load_weights, on_meta, read_config, weight_files
+from sana_cli.checkpoint import load_weights, on_meta, read_config
 from sana_cli.errors import BrokenModel
 from sana_cli.gemma import Gemma, GemmaConfig
-from sana_cli.weights import find_file
+from sana_cli.layout import Parts
 
 MAX_TOKENS = 300  # of text states that the transformer was trained to see
 
@@ -21,9 +19,11 @@ MAX_TOKENS = 300  # of text states that the transformer was trained to see
 class TextEncoder:
     """A tokenizer and Gemma-2."""
 
-    def __init__(self, folder: Path, variant: str, dtype: torch.dtype, device: str) -> None:
-        """`folder` holds `tokenizer/` and `text_encoder/`. BrokenModel if either is unusable."""
-        path = find_file(folder / "tokenizer", "tokenizer.json")
+    def __init__(self, parts: Parts, dtype: torch.dtype, device: str) -> None:
+        """BrokenModel if the tokenizer or the text encoder is unusable."""
+        path = parts["tokenizer"].folder / "tokenizer.json"
+        if not path.is_file():
+            raise BrokenModel(f"{path} is missing", "is the download complete?")
         try:
             self.tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
@@ -31,10 +31,10 @@ class TextEncoder:
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
 
-        part = folder / "text_encoder"
-        config, _ = read_config(GemmaConfig, part / "config.json")
-        self.model = on_meta(Gemma, config, part / "config.json")
-        load_weights(self.model, weight_files(part, "model", variant), dtype, prefix="model.")
+        part = parts["text_encoder"]
+        config, _ = read_config(GemmaConfig, part.config)
+        self.model = on_meta(Gemma, config, part.config)
+        load_weights(self.model, part.weights, dtype, prefix="model.")
         self.model.to(device)
         self.device = device
 

@@ -2,13 +2,28 @@
 
 import os
 import sys
+import threading
+import time
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 from sana_cli.errors import SanaError
+
+if TYPE_CHECKING:
+    from sana_cli.download import RemoteFile
 
 
 class Talk:
@@ -17,6 +32,11 @@ class Talk:
     def __init__(self, quiet: bool = False, verbose: bool = False, color: bool = True) -> None:
         self.quiet, self.verbose = quiet, verbose
         self.console = Console(stderr=True, no_color=None if color else True, highlight=False)
+
+    @property
+    def live(self) -> bool:
+        """Whether bars can move: a person is looking, at a terminal that can."""
+        return not self.quiet and self.console.is_terminal and not self.console.is_dumb_terminal
 
     def say(self, text: str) -> None:
         if not self.quiet:
@@ -41,10 +61,7 @@ class Bars:
     """One bar a stage, with the time left; a line a stage where the terminal cannot draw."""
 
     def __init__(self, talk: Talk, stages: tuple[str, ...]) -> None:
-        self.talk = talk
-        self.live = (
-            not talk.quiet and talk.console.is_terminal and not talk.console.is_dumb_terminal
-        )
+        self.talk, self.live = talk, talk.live
         self.progress = Progress(
             TextColumn("{task.description:>8}"),
             BarColumn(bar_width=28),
@@ -88,6 +105,79 @@ class Bars:
         self.progress.update(task, completed=done, total=total, visible=True)
         if done == total and not self.live:
             self.talk.say(f"{stage}: {total} done")
+
+
+class Downloads:
+    """A bar a file and one for all, with speed and time left; lines where there is no terminal."""
+
+    LINE_EVERY = 10.0  # seconds between lines
+    DRAW_EVERY = 0.1  # and between updates of a bar
+
+    def __init__(self, talk: Talk) -> None:
+        self.talk = talk
+        self.progress = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=20),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(compact=True),
+            console=talk.console,
+            transient=True,
+            disable=not talk.live,
+        )
+        self.tasks: dict[RemoteFile, TaskID] = {}
+        self.done: dict[RemoteFile, int] = {}
+        self.had = self.size = 0  # bytes, of all files: before this run, and in all
+        self.began = self.spoke = time.monotonic()
+        self.drew = 0.0
+        self.turn = threading.Lock()
+
+    def __enter__(self) -> "Downloads":
+        self.progress.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.progress.__exit__(kind, value, trace)
+
+    def begin(self, files: "list[RemoteFile]", waiting_bytes: int) -> None:
+        self.size = sum(file.digest.size for file in files)
+        self.had = self.size - waiting_bytes
+        self.all = self.progress.add_task(f"{len(files)} files", total=self.size)
+        for file in files:
+            self.done[file] = file.digest.size - file.missing_bytes
+            # The configs would be a screen full of bars that are full at once.
+            if file.digest.size > 10_000_000:
+                self.tasks[file] = self.progress.add_task(
+                    file.name, total=file.digest.size, completed=self.done[file]
+                )
+
+    def advance(self, file: "RemoteFile", done: int) -> None:
+        with self.turn:
+            self.done[file] = done
+            now = time.monotonic()
+            if done < file.digest.size and now - self.drew < self.DRAW_EVERY:
+                return
+            self.drew = now
+            total = sum(self.done.values())
+            self.progress.update(self.all, completed=total)
+            if file in self.tasks:
+                self.progress.update(self.tasks[file], completed=done)
+            if not self.talk.live and (total == self.size or now - self.spoke > self.LINE_EVERY):
+                self.spoke = now
+                speed = (total - self.had) / max(now - self.began, 1e-3)
+                left = (self.size - total) / speed if speed else 0
+                self.talk.say(
+                    f"fetched {total / 1e6:.0f} of {self.size / 1e6:.0f} MB,"
+                    f" {speed / 1e6:.1f} MB/s, {left:.0f} s left"
+                )
+
+    def note(self, text: str) -> None:
+        self.talk.warn(text)
 
 
 def write_stdout(data: bytes) -> None:

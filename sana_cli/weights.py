@@ -1,37 +1,55 @@
-"""Which models there are (`weights.toml`) and where their files lie on this machine."""
+"""Which models there are (`weights.toml`), and the one that a call asks for."""
 
 import os
+import re
 import tomllib
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
+from typing import Any
 
-from sana_cli.errors import BrokenModel, MissingModel, SanaError, UsageError
+from sana_cli.errors import SanaError, UsageError
 from sana_cli.shapes import Request, nearest_class
 
 HERE = Path(__file__).resolve().parent
 DEFAULT_SIDE = 1024
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
+TRANSFORMER, TEXT, VAE = ("transformer", "scheduler"), ("text_encoder", "tokenizer"), ("vae",)
+ANY = ("bf16", "fp16", "")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Some folders of a hub repository at one revision, in one precision."""
+
+    repo: str
+    revision: str
+    folders: tuple[str, ...]
+    variants: tuple[str, ...]  # suffixes of the weight files, "" for none; the first there is taken
+    bytes: int = 0  # of the tensors; 0 where nobody has counted
 
 
 @dataclass(frozen=True)
 class Model:
-    """A row of `weights.toml`, or a folder in the published layout."""
+    """A row of `weights.toml`, a repository on the hub, or a folder in the published layout."""
 
     name: str
-    side: int | None = None  # native side in pixels; a folder's is read from its config
+    side: int | None = None  # native side in pixels; a stranger's is read from its config
     licence: str = "unknown"
-    repo: str | None = None
-    revision: str | None = None
-    variant: str = ""
     folder: str | None = None
+    sources: tuple[Source, ...] = ()  # its own first, then those it shares
+    architecture: str | None = None
+    dtype: str | None = None  # what it was trained in; None where only its files can tell
     instruction: bool = True  # whether it was trained behind the complex human instruction
 
     @property
     def source(self) -> str:
         """Where its weights come from, for people."""
+        if self.sources:
+            return self.sources[0].repo
         bundled = self.folder is not None and Path(self.folder).parent == HERE
-        return self.repo or ("bundled" if bundled else self.folder or "")
+        return "bundled" if bundled else self.folder or ""
 
 
 @cache
@@ -39,20 +57,31 @@ def known_models() -> dict[str, Model]:
     # A wheel carries the list in sana_cli/data; an editable install reads the checkout's own.
     for path in (HERE / "data" / "weights.toml", HERE.parent / "weights.toml"):
         if path.is_file():
-            rows = tomllib.loads(path.read_text(encoding="utf-8"))
-            for row in rows.values():
-                if "folder" in row:  # of a bundled model, inside this package
-                    row["folder"] = str(HERE / row["folder"])
-            return {name: Model(name, **row) for name, row in rows.items()}
+            tables = tomllib.loads(path.read_text(encoding="utf-8"))
+            return {name: _model(name, row, tables) for name, row in tables["models"].items()}
     raise SanaError("`weights.toml` is missing from this installation", "reinstall sana-cli")
 
 
+def _model(name: str, row: dict[str, Any], tables: dict[str, Any]) -> Model:
+    if "folder" in row:  # of a bundled model, inside this package
+        return Model(name, **row | {"folder": str(HERE / row["folder"])})
+    own = _source(row, TRANSFORMER)
+    text = _source(tables["text_encoders"][row.pop("text_encoder")], TEXT)
+    vae = _source(tables["vaes"][row.pop("vae")], VAE)
+    rest = {key: value for key, value in row.items() if key in Model.__annotations__}
+    return Model(name, sources=(own, text, vae), **rest)
+
+
+def _source(row: dict[str, Any], folders: tuple[str, ...]) -> Source:
+    return Source(row["repo"], row["revision"], folders, (row["variant"],), row["bytes"])
+
+
 def choose_model(name: str | None, request: Request | None) -> Model:
-    """The model called `name` or lying in that folder; by the resolution when it is None."""
+    """The model called `name`, on the hub or in that folder; by the resolution when it is None."""
     models = known_models()
     if name is None:
         # The bundled model is a demonstration: it is never chosen for the user.
-        hub = [model for model in models.values() if model.repo]
+        hub = [model for model in models.values() if model.sources]
         wanted = request or Request(side=DEFAULT_SIDE)
         side = nearest_class(wanted, [model.side for model in hub if model.side])
         if wanted.side not in (None, side):
@@ -76,35 +105,15 @@ def choose_model(name: str | None, request: Request | None) -> Model:
         return Model(Path(path).resolve().name, folder=path)
     if name and os.path.exists(path):
         raise UsageError(f"--model {name} is a file", "give the folder that holds model_index.json")
+    if HUB_ID.fullmatch(name):
+        return Model(name, sources=(Source(name, "main", TRANSFORMER + TEXT + VAE, ANY),))
+    raise unknown_model(name)
+
+
+def unknown_model(name: str) -> UsageError:
+    models = known_models()
     close = get_close_matches(name, models, n=3, cutoff=0.4)
-    raise UsageError(
+    return UsageError(
         f"no model or folder is called {name[:80]!r}",
         f"did you mean {' or '.join(close)}?" if close else f"use one of {', '.join(models)}",
     )
-
-
-def find_folder(model: Model) -> Path:
-    """Where the model's files lie; MissingModel, with the download, where they do not."""
-    if model.repo is None:
-        return Path(model.folder or "")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(model.repo, revision=model.revision, local_files_only=True))
-    except LocalEntryNotFoundError:
-        # One precision only: whole repositories hold several copies of the same weights.
-        files = f"'*.{model.variant}*'" if model.variant else "'*.safetensors'"
-        raise MissingModel(
-            f"the weights of {model.name} are not on this machine ({model.repo})",
-            f"fetch them with: hf download {model.repo} --revision {model.revision}"
-            f" --include '*.json' --include 'tokenizer/*' --include {files}",
-        ) from None
-
-
-def find_file(folder: Path, *names: str) -> Path:
-    """The first of `names` that exists in `folder`."""
-    for name in names:
-        if (folder / name).is_file():
-            return folder / name
-    raise BrokenModel(f"{folder / names[0]} is missing", "is the download complete?")

@@ -14,10 +14,10 @@ HEAVY = ("torch", "transformers", "diffusers", "numpy", "PIL", "huggingface_hub"
 LAYERS = [
     {"__init__"},
     {"errors", "kernels"},
-    {"shapes", "recipe", "solver", "device", "instruction", "signals"},
+    {"shapes", "recipe", "solver", "device", "instruction", "signals", "layout"},
     {"weights", "dit", "dc_ae", "gemma"},
-    {"checkpoint"},
-    {"text_encoder", "images"},
+    {"checkpoint", "architectures", "hub_cache"},
+    {"text_encoder", "images", "download"},
     {"names", "pipeline"},
     {"ui"},
     {"commands"},

@@ -267,26 +267,26 @@ def test_an_empty_folder_is_no_model(refused, tmp_path):
     refused(1, "a fox", "-m", str(tmp_path / "empty"), says=("model_index.json",), hint="layout")
 
 
-@pytest.mark.parametrize("words", [(), ("--dry-run",), ("-q",), ("--json",)], ids=brief)
+@pytest.mark.parametrize("words", [(), ("-q",), ("--json",)], ids=brief)
 def test_absent_weights_bring_the_command_that_fetches_them(refused, no_weights, words):
-    said = refused(5, "a fox", "-m", "sana-0.6b-1024", *words, says=("sana-0.6b-1024",))
-    assert "hf download Efficient-Large-Model/Sana_600M_1024px_diffusers" in said
+    said = refused(5, "a fox", "-m", "sana-0.6b-1024", "--offline", *words)
+    assert "sana models pull sana-0.6b-1024" in said
 
 
 def test_absent_weights_are_found_out_in_a_real_process(process, here, no_weights):
     run = process("generate", "a fox")
     assert (run.returncode, run.stdout) == (5, b"")
-    assert_polite(run.stderr.decode(), hint="hf download")
+    assert_polite(run.stderr.decode(), hint="sana models pull sana-0.6b-1024")
     assert not list(here.iterdir())
 
 
 def test_a_download_that_stopped_half_way_is_no_model(refused, no_weights):
     from sana_cli.weights import known_models
 
-    known = known_models()["sana-0.6b-1024"]
-    cache = no_weights / "hub" / f"models--{known.repo.replace('/', '--')}"
-    (cache / "snapshots" / known.revision / "vae").mkdir(parents=True)
-    refused(1, "a fox", "-m", known.name, says=("missing",), hint="hint:")
+    own = known_models()["sana-0.6b-1024"].sources[0]
+    cache = no_weights / "hub" / f"models--{own.repo.replace('/', '--')}"
+    (cache / "snapshots" / own.revision / "transformer").mkdir(parents=True)
+    refused(5, "a fox", "-m", "sana-0.6b-1024", says=("not on this machine",), hint="pull")
 
 
 # --- weights: exit code 1 ----------------------------------------------------------------------

@@ -7,9 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sana_cli.checkpoint import load_weights, on_meta, read_config, weight_files
+from sana_cli.checkpoint import load_weights, on_meta, read_config
 from sana_cli.dit import DiT, DiTConfig
 from sana_cli.errors import BrokenModel
+from sana_cli.layout import find_part, folder_parts
 from sana_cli.pipeline import open_model
 
 STEM = "diffusion_pytorch_model"
@@ -21,11 +22,10 @@ def part(tiny_model, tmp_path):
     return shutil.copytree(tiny_model / "transformer", tmp_path / "transformer")
 
 
-def load(part, variant="", dtype=torch.float32):
-    config, _ = read_config(DiTConfig, part / "config.json")
-    return load_weights(
-        on_meta(DiT, config, part / "config.json"), weight_files(part, STEM, variant), dtype
-    )
+def load(folder, variant="", dtype=torch.float32):
+    part = find_part(folder, (variant,))
+    config, _ = read_config(DiTConfig, part.config)
+    return load_weights(on_meta(DiT, config, part.config), part.weights, dtype)
 
 
 def same_weights(a, b):
@@ -47,7 +47,7 @@ def test_shards_with_an_index_are_the_single_file(part):
     assert same_weights(load(part), whole)
 
 
-def test_the_variant_is_preferred_and_cast(part):
+def test_the_variant_asked_for_is_read_and_cast(part):
     tensors = {k: v.half() for k, v in load_file(part / f"{STEM}.safetensors").items()}
     tensors["proj_out.bias"] += 1
     save_file(tensors, part / f"{STEM}.fp16.safetensors")
@@ -55,6 +55,14 @@ def test_the_variant_is_preferred_and_cast(part):
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert not same_weights(model, load(part))
     assert model.proj_out.bias.isclose(load(part).proj_out.bias + 1, atol=1e-2).all()
+
+
+def test_a_folder_that_holds_only_a_variant_is_read_by_it(part):
+    plain = load(part)
+    (part / f"{STEM}.safetensors").rename(part / f"{STEM}.fp16.safetensors")
+    (weights,) = find_part(part).weights
+    assert weights.name == f"{STEM}.fp16.safetensors"
+    assert same_weights(load(part, "fp16"), plain)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -98,8 +106,8 @@ def test_everything_that_does_not_fit_is_named_at_once(part):
 
 def test_a_scheduler_of_either_kind_gives_the_shift(tiny_model, tmp_path):
     folder = shutil.copytree(tiny_model, tmp_path / "model")
-    assert open_model(folder, "").flow_shift == 3.0
+    assert open_model(folder_parts(folder)).flow_shift == 3.0
     (folder / "scheduler" / "scheduler_config.json").write_text(
         '{"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 6.0, "x": -Infinity}'
     )
-    assert open_model(folder, "").flow_shift == 6.0
+    assert open_model(folder_parts(folder)).flow_shift == 6.0

@@ -174,6 +174,14 @@ def generate(
             "--dry-run", help="Print recipes and plan as JSON; load nothing.", rich_help_panel=RUN
         ),
     ] = False,
+    offline: Annotated[
+        bool,
+        typer.Option(
+            "--offline",
+            help="Never use the network: weights that are not here are an error.",
+            rich_help_panel=RUN,
+        ),
+    ] = False,
     json_output: Annotated[
         bool, typer.Option("--json", help="One JSON document on stdout.", rich_help_panel=RUN)
     ] = False,
@@ -205,13 +213,15 @@ def generate(
     sana generate "a fox" -o - > fox.png[/dim]
     """
     started = time.perf_counter()
+    from sana_cli.commands.fetching import fetch_parts
+    from sana_cli.hub_cache import commit_of, find_parts
     from sana_cli.images import LARGEST_SIDE
     from sana_cli.instruction import INSTRUCTION
     from sana_cli.names import parse_output
     from sana_cli.recipe import Recipe, parse_seeds
     from sana_cli.shapes import Request, parse_aspect, parse_resolution, place
     from sana_cli.ui import Talk
-    from sana_cli.weights import choose_model, find_folder
+    from sana_cli.weights import choose_model
 
     # What can be wrong with the call is found before anything heavy is imported.
     talk = Talk(quiet, verbose, color)
@@ -229,12 +239,14 @@ def generate(
     canvas = None
     if chosen.side is not None:
         canvas = place(request or Request(side=chosen.side), aspect, fit.value, chosen.side)
-    folder = find_folder(chosen)
+    parts = find_parts(chosen)
+    if parts is None and not dry_run:
+        parts = fetch_parts(chosen, talk, offline)
 
     from sana_cli.device import choose_device, choose_dtypes
-    from sana_cli.pipeline import open_model
+    from sana_cli.pipeline import open_model, released_model
 
-    files = open_model(folder, chosen.variant)
+    files = open_model(parts) if parts else released_model(chosen)
     for key in files.unknown_keys:
         talk.warn(f"the model's config sets {key}, which this version does not know")
     if canvas is None:
@@ -246,7 +258,7 @@ def generate(
             "use --format png",
         )
     where = choose_device(device)
-    text_dtype, dit_dtype, vae_dtype = choose_dtypes(dtype.value, where, chosen.variant)
+    text_dtype, dit_dtype, vae_dtype = choose_dtypes(dtype.value, where, chosen.dtype)
     instructed = chosen.instruction if instruction is None else instruction
     recipes = [
         Recipe(
@@ -264,7 +276,7 @@ def generate(
             native_height=canvas.native_height,
             fit=fit.value,
             model=chosen.name,
-            revision=chosen.revision,
+            revision=commit_of(chosen),
             text_dtype=text_dtype,
             dit_dtype=dit_dtype,
             vae_dtype=vae_dtype,
@@ -274,7 +286,7 @@ def generate(
     ]
     _announce(talk, chosen, recipes, where)
     if dry_run:
-        _print_plan(recipes, target, where, folder)
+        _print_plan(recipes, target, where, chosen, files)
     else:
         encoding = (metadata is Metadata.full, quality, force)
         _draw(recipes, files, where, target, encoding, json_output, talk, started)
@@ -298,12 +310,19 @@ def _announce(talk: "Talk", chosen: "Model", recipes: list["Recipe"], where: str
     )
 
 
-def _print_plan(recipes: list["Recipe"], target: "Output", where: str, folder: Path) -> None:
+def _print_plan(
+    recipes: list["Recipe"], target: "Output", where: str, chosen: "Model", files: "ModelFiles"
+) -> None:
+    from sana_cli.hub_cache import source_parts
+
+    missing = [source for source in chosen.sources if source_parts(source) is None]
+    weights = [path for part in files.parts.values() for path in part.weights]
     document = {
         "device": where,
-        "folder": str(folder),
-        "download_bytes": 0,  # a model that is not here has already been refused
-        "weight_bytes": sum(path.stat().st_size for path in folder.rglob("*.safetensors")),
+        "weights": [str(path) for path in weights],
+        "weight_bytes": sum(path.stat().st_size for path in weights)
+        or sum(source.bytes for source in chosen.sources),
+        "download_bytes": sum(source.bytes for source in missing),
         "paths": []
         if target.to_stdout
         else [str(target.path(r, i)) for i, r in enumerate(recipes, 1)],

@@ -1,0 +1,52 @@
+"""Weights for a command: on this machine already, or fetched now while the user watches."""
+
+from typing import TYPE_CHECKING
+
+from sana_cli.errors import MissingModel
+
+if TYPE_CHECKING:
+    from sana_cli.download import Listing
+    from sana_cli.layout import Parts
+    from sana_cli.ui import Talk
+    from sana_cli.weights import Model, Source
+
+
+def fetch_parts(model: "Model", talk: "Talk", offline: bool) -> "Parts":
+    """The parts of a model that is not whole on this machine, after fetching what lacks."""
+    from sana_cli.hub_cache import find_parts, source_parts
+
+    if offline or no_network():
+        raise MissingModel(
+            f"the weights of {model.name} are not on this machine ({model.source})",
+            f"fetch them once, with a network: sana models pull {model.name}",
+        )
+    talk.say(f"fetching {model.name} from {model.source}, licence {model.licence}")
+    transfer(list_sources([s for s in model.sources if source_parts(s) is None], talk), talk)
+    parts = find_parts(model)
+    if parts is None:
+        raise MissingModel(
+            f"{model.source} was fetched and is still not whole", f"sana models verify {model.name}"
+        )
+    return parts
+
+
+def list_sources(sources: "list[Source]", talk: "Talk", newest: bool = False) -> "list[Listing]":
+    from sana_cli.download import list_source
+
+    return [list_source(source, talk.warn, newest) for source in sources]
+
+
+def transfer(listings: "list[Listing]", talk: "Talk") -> None:
+    from sana_cli.download import fetch
+    from sana_cli.signals import leaving_in_order
+    from sana_cli.ui import Downloads
+
+    with leaving_in_order(), Downloads(talk) as bars:
+        fetch(listings, bars)
+
+
+def no_network() -> bool:
+    """Whether the environment forbids it, as the hub's own client reads that."""
+    from huggingface_hub.constants import is_offline_mode
+
+    return is_offline_mode()

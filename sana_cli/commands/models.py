@@ -1,0 +1,230 @@
+"""`sana models`: which there are, what of them is on this machine, fetching, checking, removing."""
+
+import json
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sana_cli.errors import MissingModel, UsageError
+
+if TYPE_CHECKING:
+    from sana_cli.weights import Model, Source
+
+app = typer.Typer(no_args_is_help=True, help="List, fetch, check and remove models.")
+
+Names = Annotated[list[str], typer.Argument(metavar="NAME…", help="Models, as `list` calls them.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Only results and errors.")]
+Color = Annotated[bool, typer.Option("--color/--no-color", help="Colour on a terminal.")]
+
+
+@app.command("list")
+def list_models(json_output: Json = False, color: Color = True) -> None:
+    """Every model: what it draws, its licence, its size, and whether it is on this machine."""
+    from sana_cli.weights import known_models
+
+    rows = [_row(model) for model in known_models().values()]
+    if json_output:
+        sys.stdout.write(json.dumps({"models": rows}, indent=2) + "\n")
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    from sana_cli.download import gigabytes
+
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for title, side in (("name", "left"), ("draws", "right"), ("size", "right")):
+        table.add_column(title, justify=side, no_wrap=True)  # type: ignore[arg-type]
+    table.add_column("here", no_wrap=True)
+    table.add_column("licence")
+    for row in rows:
+        lacks = f"lacks {gigabytes(row['missing_bytes'])}"
+        here = "yes" if row["cached"] else lacks
+        size = gigabytes(row["bytes"])
+        table.add_row(row["name"], f"{row['side']}²", size, here, row["licence"])
+    Console(no_color=None if color else True, highlight=False).print(table)
+
+
+@app.command()
+def pull(
+    names: Names,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be fetched; fetch nothing.")
+    ] = False,
+    update: Annotated[
+        bool,
+        typer.Option("--update", help="Take the newest files of models not pinned to a commit."),
+    ] = False,
+    json_output: Json = False,
+    quiet: Quiet = False,
+    color: Color = True,
+) -> None:
+    """Fetch models into the Hugging Face cache; what is there already is not fetched again."""
+    from sana_cli.commands.fetching import list_sources, no_network, transfer
+    from sana_cli.download import gigabytes
+    from sana_cli.hub_cache import COMMIT, pinned_commit, source_parts
+    from sana_cli.ui import Talk
+
+    talk = Talk(quiet, color=color)
+    models = _hub_models(names)
+    if no_network():
+        raise MissingModel("HF_HUB_OFFLINE forbids the network", "unset it to fetch models")
+    for model in models:
+        talk.say(f"{model.name} from {model.source}, licence {model.licence}")
+    sources = _distinct(models)
+    moving = [s for s in sources if not COMMIT.fullmatch(s.revision) and pinned_commit(s)]
+    lacking = [s for s in sources if source_parts(s) is None and not (update and s in moving)]
+    listings = list_sources(lacking, talk)
+    for newest in list_sources(moving, talk, newest=True):
+        if newest.commit == pinned_commit(newest.source):
+            continue
+        if update:
+            listings.append(newest)
+        else:
+            talk.warn(
+                f"{newest.source.repo} has changed: {newest.source.revision} was"
+                f" {pinned_commit(newest.source)} and is now {newest.commit}. The former stays in"
+                " use; `--update` takes the new one"
+            )
+    waiting = sum(file.missing_bytes for listing in listings for file in listing.files)
+    if dry_run:
+        talk.say(f"would fetch {gigabytes(waiting)}")
+    else:
+        transfer(listings, talk)
+    rows = [
+        {
+            "repo": listing.source.repo,
+            "commit": listing.commit,
+            "file": file.name,
+            "bytes": file.digest.size,
+            file.digest.kind: file.digest.value,
+        }
+        for listing in listings
+        for file in listing.files
+    ]
+    if json_output:
+        document = {"models": [m.name for m in models], "fetched_bytes": waiting, "files": rows}
+        sys.stdout.write(json.dumps(document, indent=2) + "\n")
+    elif dry_run:
+        for row in rows:
+            sys.stdout.write(f"{row['repo']}/{row['file']}\n")
+    elif not quiet:
+        for model in models:
+            sys.stdout.write(f"{model.name}\n")
+
+
+@app.command()
+def verify(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[NAME…]", help="Models. [dim]default: all on this machine[/dim]"),
+    ] = None,
+    json_output: Json = False,
+    color: Color = True,
+) -> None:
+    """Read every file of a model and compare it with the hash that the hub promised."""
+    from sana_cli.hub_cache import damaged_files, source_parts, stored_files
+    from sana_cli.ui import Talk
+    from sana_cli.weights import known_models
+
+    talk = Talk(color=color)
+    chosen = _hub_models(names) if names else [m for m in known_models().values() if m.sources]
+    faults: dict[str, list[str]] = {}
+    seen: dict[Source, list[str]] = {}
+    for model in chosen:
+        if not any(stored_files(source) for source in model.sources[:1]):
+            if names:
+                faults[model.name] = [f"{model.source} (nothing is here)"]
+            continue
+        faults[model.name] = []
+        for source in model.sources:
+            if source not in seen:
+                whole = source_parts(source) is not None
+                seen[source] = damaged_files(source) or ([] if whole else ["files are missing"])
+            faults[model.name] += [f"{source.repo}/{name}" for name in seen[source]]
+    if json_output:
+        rows = [{"name": name, "ok": not bad, "damaged": bad} for name, bad in faults.items()]
+        sys.stdout.write(json.dumps({"models": rows}, indent=2) + "\n")
+    else:
+        for name, bad in faults.items():
+            sys.stdout.write(f"{name}: {'damaged' if bad else 'ok'}\n")
+            for file in bad:
+                sys.stdout.write(f"  {file}\n")
+    if not faults:
+        talk.say("no model has been fetched yet")
+    broken = [name for name, bad in faults.items() if bad]
+    if broken:
+        raise MissingModel(
+            f"damaged or not whole: {', '.join(broken)}",
+            f"sana models rm -y {' '.join(broken)} && sana models pull {' '.join(broken)}",
+        )
+
+
+@app.command()
+def rm(
+    names: Names,
+    yes: Annotated[bool, typer.Option("-y", "--yes", help="Do not ask.")] = False,
+    json_output: Json = False,
+    color: Color = True,
+) -> None:
+    """Remove models from the Hugging Face cache, but nothing that another model still uses."""
+    from sana_cli.download import gigabytes
+    from sana_cli.hub_cache import remove, stored_files
+    from sana_cli.ui import Talk
+    from sana_cli.weights import known_models
+
+    talk = Talk(color=color)
+    models = _hub_models(names)
+    staying = [
+        model
+        for model in known_models().values()
+        if model not in models and model.sources and stored_files(model.sources[0])
+    ]
+    kept = {path for model in staying for s in model.sources for path in stored_files(s).values()}
+    going: list[tuple[Source, list[str], int]] = []
+    for source in _distinct(models):
+        files = {n: path for n, path in stored_files(source).items() if path not in kept}
+        if files:
+            going.append((source, list(files), sum(p.stat().st_size for p in files.values())))
+    for source, files_of, size in going:
+        talk.say(f"{len(files_of)} files, {gigabytes(size)}, of {source.repo}")
+    if going and not yes:
+        if not sys.stdin.isatty():
+            raise UsageError("removing asks first, and nobody is at the terminal", "add -y")
+        typer.confirm("Remove them?", abort=True, err=True)
+    freed = sum(remove(source, files_of) for source, files_of, _ in going)
+    talk.say(f"freed {gigabytes(freed)}" if going else "nothing of that is on this machine")
+    if json_output:
+        document = {"removed": [m.name for m in models], "freed_bytes": freed}
+        sys.stdout.write(json.dumps(document) + "\n")
+
+
+def _row(model: "Model") -> dict[str, Any]:
+    from sana_cli.hub_cache import commit_of, source_parts
+
+    missing = [source for source in model.sources if source_parts(source) is None]
+    return {
+        "name": model.name,
+        "side": model.side,
+        "licence": model.licence,
+        "source": model.source,
+        "revision": commit_of(model),
+        "bytes": sum(source.bytes for source in model.sources),
+        "cached": not missing,
+        "missing_bytes": sum(source.bytes for source in missing),
+    }
+
+
+def _hub_models(names: list[str]) -> "list[Model]":
+    from sana_cli.weights import choose_model
+
+    models = [choose_model(name, None) for name in dict.fromkeys(names)]
+    for model in models:
+        if not model.sources:
+            raise UsageError(f"{model.name} is not from the hub", "it needs no download")
+    return models
+
+
+def _distinct(models: "list[Model]") -> "list[Source]":
+    return list(dict.fromkeys(source for model in models for source in model.sources))

@@ -1,0 +1,148 @@
+"""The published layout of a model: which files lie in which folder, and which of them are used.
+
+    model_index.json
+    scheduler/scheduler_config.json
+    tokenizer/tokenizer.json
+    text_encoder/config.json  model[.VARIANT].safetensors
+    transformer/config.json   diffusion_pytorch_model[.VARIANT].safetensors
+    vae/config.json           diffusion_pytorch_model[.VARIANT].safetensors
+
+Weights may be cut into shards: STEM[.VARIANT]-00001-of-00002.safetensors beside
+STEM.safetensors.index[.VARIANT].json.
+"""
+
+import json
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sana_cli.errors import BrokenModel
+
+INDEX = "model_index.json"
+CONFIGS = {
+    "transformer": ("config.json",),
+    "vae": ("config.json",),
+    "text_encoder": ("config.json",),
+    "tokenizer": ("tokenizer.json", "tokenizer_config.json"),
+    "scheduler": ("scheduler_config.json",),
+}
+STEMS = {
+    "transformer": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+    "text_encoder": "model",
+}
+ANY_VARIANT = ("", "bf16", "fp16")  # of a folder that nobody has described: the plain ones first
+
+
+@dataclass(frozen=True)
+class Part:
+    """One folder of a model on this machine, and the weight files to load from it, if any."""
+
+    folder: Path
+    weights: tuple[Path, ...] = ()
+
+    @property
+    def config(self) -> Path:
+        return self.folder / "config.json"
+
+
+Parts = dict[str, Part]  # by the folders' names
+
+
+def folder_parts(folder: Path) -> Parts:
+    """The parts of a whole model in one folder. BrokenModel names what is missing."""
+    if not (folder / INDEX).is_file():
+        raise BrokenModel(f"{folder / INDEX} is missing", "is this folder in the published layout?")
+    return {name: find_part(folder / name) for name in CONFIGS}
+
+
+def find_part(folder: Path, variants: tuple[str, ...] = ANY_VARIANT) -> Part:
+    """A part with its weight files in the first of the variants that is there, else BrokenModel."""
+    if folder.name not in STEMS:
+        return Part(folder)
+    stem = STEMS[folder.name]
+    for variant in variants:
+        single, index = weight_names(stem, variant)
+        if (folder / single).is_file():
+            return Part(folder, (folder / single,))
+        if (folder / index).is_file():
+            return Part(folder, tuple(_shards(folder, folder / index)))
+    pickles = sorted(
+        p.name for p in folder.glob("*") if p.suffix in (".bin", ".pth", ".pt", ".ckpt")
+    )
+    if pickles:
+        raise BrokenModel(
+            f"{folder} holds only {pickles[0]}, a pickle, which is never loaded",
+            "convert it to safetensors",
+        )
+    raise BrokenModel(
+        f"{folder / weight_names(stem, variants[0])[0]} is missing", "is the download complete?"
+    )
+
+
+def weight_names(stem: str, variant: str) -> tuple[str, str]:
+    """The names of a variant's single file and of its index of shards."""
+    dot = f".{variant}" if variant else ""
+    return f"{stem}{dot}.safetensors", f"{stem}.safetensors.index{dot}.json"
+
+
+def files_to_fetch(
+    present: Collection[str], folders: Collection[str], variants: tuple[str, ...]
+) -> list[str]:
+    """Of the file names in a repository those that some folders need, in one precision.
+
+    BrokenModel if a folder's weights are not there, or not all of their shards.
+    """
+    chosen = [INDEX] if INDEX in present and "transformer" in folders else []
+    for folder in folders:
+        chosen += [f"{folder}/{name}" for name in CONFIGS[folder] if f"{folder}/{name}" in present]
+        if folder in STEMS:
+            chosen += _weights_to_fetch(present, f"{folder}/{STEMS[folder]}", variants)
+    return chosen
+
+
+def _weights_to_fetch(present: Collection[str], stem: str, variants: tuple[str, ...]) -> list[str]:
+    for variant in variants:
+        single, index = weight_names(stem, variant)
+        if single in present:
+            return [single]
+        if index in present:
+            dot = f".{variant}" if variant else ""
+            shard = re.compile(re.escape(f"{stem}{dot}-") + r"\d{5}-of-(\d{5})\.safetensors")
+            shards = sorted(name for name in present if shard.fullmatch(name))
+            if shards and len(shards) == int(shards[0].removesuffix(".safetensors")[-5:]):
+                return [index, *shards]
+    raise BrokenModel(
+        f"the repository has no {weight_names(stem, variants[0])[0]}",
+        "is it in the diffusers layout?",
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        # Python's parser also takes the bare -Infinity that published scheduler configs hold.
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BrokenModel(f"{path} is missing", "is this folder in the published layout?") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise BrokenModel(f"{path} cannot be read: {error}") from None
+    if not isinstance(value, dict):
+        raise BrokenModel(f"{path} is not a JSON object")
+    return value
+
+
+def _shards(folder: Path, index: Path) -> list[Path]:
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise BrokenModel(f"{index} has no weight_map")
+    names = sorted({str(name) for name in places.values()})
+    for name in names:
+        # A shard lies beside its index: nothing outside the folder is ever opened.
+        plain = Path(name).name == name and len(name) < 250
+        if not plain or not name.endswith(".safetensors"):
+            raise BrokenModel(f"{index} names {name[:80]!r}, which is no shard beside it")
+        if not (folder / name).is_file():
+            raise BrokenModel(f"{folder / name} is missing", "is the download complete?")
+    return [folder / name for name in names]
