@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sana_cli.kernels.linear_attention import relu_linear_attention
+from sana_cli.kernels.linear_attention import attend, attention_state
 
 
 @dataclass(frozen=True)
@@ -155,13 +155,23 @@ class LinearAttention(nn.Module):
         self.qk_norm = qk_norm
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.to_q(x), self.to_k(x), self.to_v(x)
-        if self.qk_norm:
-            q, k = self.norm_q(q), self.norm_k(k)
-        q, k, v = (t.transpose(1, 2).unflatten(1, (self.heads, -1)) for t in (q, k, v))
-        out = relu_linear_attention(q, k, v)  # (B, heads, d, N)
+        return self.attend(x, self.state(x))
+
+    def state(self, x: Tensor) -> Tensor:
+        """What queries need to know of tokens (B, N, D): sums, (B, heads, d+1, d) in float32."""
+        k, v = self.to_k(x), self.to_v(x)
+        return attention_state(self._heads(self.norm_k(k) if self.qk_norm else k), self._heads(v))
+
+    def attend(self, x: Tensor, state: Tensor) -> Tensor:
+        """Tokens (B, N, D) and the state of all that they attend to -> (B, N, D)."""
+        q = self.to_q(x)
+        out = attend(self._heads(self.norm_q(q) if self.qk_norm else q), state).to(x.dtype)
         out = self.to_out[0](out.flatten(1, 2).transpose(1, 2))
         return out.clamp(-65504, 65504) if out.dtype == torch.float16 else out
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """(B, N, D) -> (B, heads, d, N)."""
+        return x.transpose(1, 2).unflatten(1, (self.heads, -1))
 
 
 class CrossAttention(nn.Module):
@@ -293,8 +303,8 @@ def position_table(grid: tuple[int, int], width: int, base: int, interpolation: 
     for cells in grid:
         place = torch.arange(cells, dtype=torch.float32) / (cells / base) / interpolation
         angle = place.double()[:, None] * frequencies
-        axes.append(torch.cat([angle.sin(), angle.cos()], dim=-1))
+        axes.append(torch.cat([angle.sin(), angle.cos()], dim=-1).float())
     rows, columns = axes[0][:, None], axes[1][None]
     shape = (*grid, width // 2)
     table = torch.cat([columns.expand(shape), rows.expand(shape)], dim=-1)
-    return table.flatten(0, 1)[None].float()
+    return table.flatten(0, 1)[None]

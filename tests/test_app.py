@@ -16,7 +16,7 @@ LAYERS = [
     {"errors", "kernels"},
     {"shapes", "recipe", "solver", "device", "instruction", "signals", "layout"},
     {"weights", "dit", "dc_ae", "gemma"},
-    {"checkpoint", "architectures", "hub_cache"},
+    {"checkpoint", "architectures", "hub_cache", "chunks"},
     {"text_encoder", "images", "download"},
     {"names", "pipeline"},
     {"ui"},
