@@ -24,6 +24,8 @@ TRANSFORMERS = {
     "sana-1.6b": WIDE,
     "sana1.5-1.6b": replace(WIDE, qk_norm=QK_NORM),
     "sana1.5-4.8b": replace(WIDE, qk_norm=QK_NORM, num_layers=60),
+    "sana-sprint-0.6b": replace(NARROW, qk_norm=QK_NORM, guidance_embeds=True),
+    "sana-sprint-1.6b": replace(WIDE, qk_norm=QK_NORM, guidance_embeds=True),
 }
 # The models of the large grids add sine-cosine positions, spanning 64 units at either size.
 INTERPOLATION = {2048: 1.0, 4096: 2.0}
@@ -44,7 +46,7 @@ class Architecture:
     dit: DiTConfig
     text: GemmaConfig
     vae: DCAEConfig
-    flow_shift: float
+    flow_shift: float | None  # None of Sana-Sprint
 
 
 def architecture(name: str, side: int) -> Architecture:
@@ -54,4 +56,5 @@ def architecture(name: str, side: int) -> Architecture:
         sample_size=side // DC_AE_F32C32.compression,
         interpolation_scale=INTERPOLATION.get(side),
     )
-    return Architecture(dit, GEMMA_2_2B, DC_AE_F32C32, 6.0 if side == 4096 else 3.0)
+    shift = None if dit.guidance_embeds else 6.0 if side == 4096 else 3.0
+    return Architecture(dit, GEMMA_2_2B, DC_AE_F32C32, shift)

@@ -41,8 +41,6 @@ class DiTConfig:
     timestep_scale: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.guidance_embeds:
-            raise ValueError("guidance_embeds is set: Sana-Sprint models are not supported yet")
         for name, only in (
             ("patch_size", 1),
             ("norm_elementwise_affine", False),
@@ -83,7 +81,9 @@ class DiT(nn.Module):
         self.config = config
         width = config.width
         self.patch_embed = PatchEmbed(config)
-        self.time_embed = TimestepModulation(width)
+        self.time_embed: nn.Module = (
+            GuidedModulation(width) if config.guidance_embeds else TimestepModulation(width)
+        )
         self.caption_projection = CaptionProjection(config.caption_channels, width)
         self.caption_norm = RMSNorm(width)
         self.transformer_blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
@@ -95,16 +95,23 @@ class DiT(nn.Module):
         return self.caption_norm(self.caption_projection(text))
 
     def forward(
-        self, latents: Tensor, timestep: Tensor, caption: Tensor, mask: Tensor | None = None
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        caption: Tensor,
+        mask: Tensor | None = None,
+        guidance: Tensor | None = None,
     ) -> Tensor:
         """Velocity (B, 32, h, w), in the dtype of the weights.
 
-        latents (B, 32, h, w) in that dtype; timestep (B,), 0 to 1000; caption (B, L, D) from
-        `project_text`; mask (B, L), True at real tokens, None where all are.
+        latents (B, 32, h, w) in that dtype; timestep (B,) in the units the model was trained in;
+        caption (B, L, D) from `project_text`; mask (B, L), True at real tokens, None where all
+        are; guidance (B,), already scaled, for Sana-Sprint and for no other.
         """
         height, width = latents.shape[-2:]
         x = self.patch_embed(latents)
-        modulation, time = self.time_embed(timestep * self.config.timestep_scale)
+        told = (timestep,) if guidance is None else (timestep, guidance)
+        modulation, time = self.time_embed(*told)
         bias = None if mask is None else attention_bias(mask, x.dtype)
         for block in self.transformer_blocks:
             x = block(x, caption, modulation, bias, (height, width))
@@ -245,7 +252,27 @@ class TimestepModulation(nn.Module):
         return self.linear(F.silu(time)).unflatten(-1, (6, -1)), time
 
 
+class GuidedModulation(nn.Module):
+    """The same for Sana-Sprint, which had guidance distilled into it (arXiv 2503.09641).
+
+    It is told the strength of guidance as it is told the time, and so runs once a step.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.timestep_embedder = TimestepEmbedder(width)
+        self.guidance_embedder = TimestepEmbedder(width)
+        self.linear = nn.Linear(width, 6 * width)
+
+    def forward(self, timestep: Tensor, guidance: Tensor) -> tuple[Tensor, Tensor]:
+        """(B,) and (B,) -> (B, 6, D) and (B, D)."""
+        given = self.timestep_embedder(timestep) + self.guidance_embedder(guidance)
+        return self.linear(F.silu(given)).unflatten(-1, (6, -1)), given
+
+
 class TimestepEmbedder(nn.Module):
+    """A number as sines and cosines, then two layers."""
+
     def __init__(self, width: int, features: int = 256) -> None:
         super().__init__()
         self.features = features

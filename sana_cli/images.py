@@ -1,19 +1,20 @@
-"""Pixels to image files with the recipe inside, written whole or not at all."""
+"""Image files to pixels, and pixels to files with the recipe inside, whole or not at all."""
 
 import errno
 import io
 import json
 import os
 import tempfile
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageOps, PngImagePlugin
 
 from sana_cli import __version__
-from sana_cli.errors import DiskFull, SanaError
+from sana_cli.errors import DiskFull, SanaError, UsageError
 from sana_cli.recipe import Recipe
 
 FORMATS = {"png": ".png", "jpeg": ".jpg", "webp": ".webp", "avif": ".avif"}
@@ -40,6 +41,31 @@ class Record:
         """ASCII, one line."""
         made = {"sana": __version__, "torch": self.torch, "device": self.device}
         return json.dumps({"recipe": self.recipe.as_dict(), "made": made})
+
+
+def read(path: str) -> np.ndarray:
+    """uint8 RGB (height, width, 3) of any file that Pillow reads, turned as its EXIF says.
+
+    UsageError if it is no picture, or one whose values do not say which is black and white.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(os.path.expanduser(path)) as image:
+                upright = ImageOps.exif_transpose(image)
+            if upright.mode.startswith("I;16"):  # Pillow's own conversion would clip, not scale
+                upright = Image.fromarray((np.asarray(upright) // 256).astype(np.uint8))
+            known = upright.mode not in ("I", "F")
+            pixels = np.asarray(upright.convert("RGB"))
+    except OSError as error:
+        reason = error.strerror or "it is no image, or a damaged one"
+        raise UsageError(f"--image {path[:200]} cannot be read: {reason}") from None
+    except Exception as error:  # a damaged file can make any of the decoders raise anything
+        raise UsageError(f"--image {path[:200]} cannot be read: {error}") from None
+    if not known:
+        raise UsageError(f"--image {path[:200]} has {upright.mode} values", "save it with 8 bits")
+    return pixels
 
 
 def encode(pixels: np.ndarray, format: str, quality: int | None, record: Record | None) -> bytes:
@@ -87,12 +113,13 @@ def parameters(recipe: Recipe) -> str:
         "Size": f"{recipe.width}x{recipe.height}",
         "Model": recipe.model,
         "Flow shift": recipe.flow_shift,
+        "Denoising strength": recipe.strength,
         "Version": f"sana {__version__}",
     }
     lines = [recipe.prompt]
     if recipe.negative:
         lines.append(f"Negative prompt: {recipe.negative}")
-    lines.append(", ".join(f"{name}: {_quoted(value)}" for name, value in pairs.items()))
+    lines.append(", ".join(f"{k}: {_quoted(v)}" for k, v in pairs.items() if v is not None))
     return "\n".join(lines)
 
 

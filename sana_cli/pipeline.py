@@ -1,40 +1,46 @@
 """Text states -> latents -> pixels, one stage at a time: load a network, use it, give it back.
 
+Where a picture is the start, it becomes latents in a stage of its own, before the denoising.
+
 `draw` is a generator: it says what it has done as it goes, and hands out each picture as soon as
 it is decoded. It never prints.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from PIL import Image
+from torch import Tensor, nn
 
 from sana_cli.architectures import architecture
 from sana_cli.checkpoint import load_weights, on_meta, read_config
 from sana_cli.dc_ae import DCAE, DCAEConfig
 from sana_cli.device import give_back, peak_bytes
 from sana_cli.dit import DiT, DiTConfig
-from sana_cli.errors import BadPicture, BrokenModel, MissingModel
+from sana_cli.errors import BadPicture, BrokenModel, MissingModel, UsageError
 from sana_cli.gemma import GemmaConfig
 from sana_cli.layout import INDEX, Parts, read_json
 from sana_cli.recipe import Recipe
-from sana_cli.solver import SOLVERS
+from sana_cli.solver import SOLVERS, first_step
 from sana_cli.text_encoder import TextEncoder
 from sana_cli.weights import Model
 
 Texts = dict[tuple[str, str], Tensor]  # (instruction, text) -> states
+Images = Mapping[str, np.ndarray]  # SHA-256 of a picture to start from -> uint8 RGB (h, w, 3)
+Starts = dict[tuple[str, int, int], Tensor]  # the same at a native height and width -> latents
 
 
 @dataclass(frozen=True)
 class Progress:
-    """`done` of `total` units of a stage ("load", "encode", "denoise", "decode") took `seconds`."""
+    """`done` of `total` units of a stage took `seconds`."""
 
-    stage: str
+    stage: str  # "load", "encode", "image", "denoise" or "decode"
     done: int
     total: int
     seconds: float
@@ -57,12 +63,21 @@ class ModelFiles:
     parts: Parts
     dit: DiTConfig
     vae: DCAEConfig
-    flow_shift: float
+    flow_shift: float | None  # None for Sana-Sprint, whose solver has none
     unknown_keys: tuple[str, ...]  # of the configs: what they ask for is not done
+
+    @property
+    def is_sprint(self) -> bool:
+        """Distilled to few steps; guidance is told to its transformer, once a step."""
+        return self.dit.guidance_embeds
 
     @property
     def side(self) -> int:
         return self.dit.sample_size * self.vae.compression
+
+
+SPRINT = "SanaSprintPipeline"
+KINDS = ("SanaPipeline", SPRINT)
 
 
 def released_model(model: Model) -> ModelFiles:
@@ -80,9 +95,15 @@ def open_model(parts: Parts) -> ModelFiles:
     """Read every config of a model, no weights. BrokenModel names what is wrong."""
     index = parts["transformer"].folder.parent / INDEX
     kind = read_json(index).get("_class_name")
-    if kind not in (None, "SanaPipeline"):
-        raise BrokenModel(f"{index} names a {kind}", "only a SanaPipeline can be drawn")
+    if kind not in (None, *KINDS):
+        raise BrokenModel(f"{index} names a {kind}", f"only {' and '.join(KINDS)} can be drawn")
     dit, strange = read_config(DiTConfig, parts["transformer"].config)
+    if dit.guidance_embeds != (kind == SPRINT):
+        has = "has" if dit.guidance_embeds else "lacks"
+        raise BrokenModel(
+            f"{parts['transformer'].config} {has} guidance_embeds, but {INDEX} names"
+            f" {kind or 'no kind'}"
+        )
     vae, more = read_config(DCAEConfig, parts["vae"].config)
     text = parts["text_encoder"].config
     width = read_config(GemmaConfig, text)[0].hidden_size
@@ -95,22 +116,39 @@ def open_model(parts: Parts) -> ModelFiles:
             f"{parts['vae'].config}: {vae.latent_channels} latent channels, the transformer's"
             f" are {dit.in_channels} in and {dit.out_channels} out"
         )
-    scheduler = parts["scheduler"].folder / "scheduler_config.json"
+    shift = None if kind == SPRINT else _flow_shift(parts["scheduler"].folder)
+    return ModelFiles(parts, dit, vae, shift, (*strange, *more))
+
+
+def _flow_shift(folder: Path) -> float:
+    scheduler = folder / "scheduler_config.json"
     facts = read_json(scheduler)
     # Flow-DPM configs call it flow_shift, Flow-Euler ones shift.
     shift = facts.get("flow_shift", facts.get("shift"))
     if not isinstance(shift, int | float) or isinstance(shift, bool) or not 0 < shift < 1000:
         raise BrokenModel(f"{scheduler}: the flow shift is {shift!r}")
-    return ModelFiles(parts, dit, vae, float(shift), (*strange, *more))
+    return float(shift)
 
 
-def draw(recipes: list[Recipe], files: ModelFiles, device: str) -> Iterator[Progress | Picture]:
-    """Draw every recipe, all with one model and one precision: encode, denoise, then decode all."""
+def draw(
+    recipes: list[Recipe], files: ModelFiles, device: str, images: Images | None = None
+) -> Iterator[Progress | Picture]:
+    """Draw every recipe, all with one model and one precision: encode, denoise, then decode all.
+
+    `images` holds the pixels of every picture that a recipe starts from.
+    """
+    for recipe in recipes:
+        if (recipe.solver == "scm") != files.is_sprint:
+            raise UsageError(f"{recipe.model} cannot be sampled by {recipe.solver}")
     texts: Texts = {}
+    starts: Starts = {}
     latents: list[Tensor] = []
     yield from _encode(recipes, files, device, texts)
     give_back(device)
-    yield from _denoise(recipes, texts, files, device, latents)
+    if images:
+        yield from _encode_images(recipes, images, files, device, starts)
+        give_back(device)
+    yield from _denoise(recipes, texts, starts, files, device, latents)
     give_back(device)
     yield from _decode(recipes, latents, files, device)
 
@@ -124,7 +162,7 @@ def _encode(
     """Fill `texts`: each distinct (instruction, text) once, as states (1, L, width)."""
     began = time.perf_counter()
     wanted = {(r.instruction, r.prompt): None for r in recipes}
-    wanted |= {("", r.negative): None for r in recipes if r.guidance > 1}
+    wanted |= {("", r.negative): None for r in recipes if _is_guided(r, files)}
     encoder = TextEncoder(files.parts, _dtype(recipes[0].text_dtype), device)
     yield _loaded(began)
     for i, (instruction, text) in enumerate(wanted):
@@ -136,8 +174,32 @@ def _encode(
 # --- latents -----------------------------------------------------------------------------------
 
 
+def _encode_images(
+    recipes: list[Recipe], images: Images, files: ModelFiles, device: str, starts: Starts
+) -> Iterator[Progress]:
+    """Fill `starts`: each picture at each size it is drawn at, as float32 latents (1, 32, h, w)."""
+    began = time.perf_counter()
+    dtype = _dtype(recipes[0].vae_dtype)
+    encoder = _autoencoder(files, "encoder", dtype, device)
+    yield _loaded(began)
+    wanted = {(r.image, r.native_height, r.native_width): None for r in recipes if r.image}
+    for i, (image, height, width) in enumerate(wanted):
+        began = time.perf_counter()
+        # Stretched to the size, whatever its own aspect, as the reference does.
+        fitted = Image.fromarray(images[image]).resize((width, height), Image.Resampling.LANCZOS)
+        pixels = torch.from_numpy(np.array(fitted)).permute(2, 0, 1)[None].float()
+        latents = encoder((pixels / 255 * 2 - 1).to(device, dtype)) * files.vae.scaling_factor
+        starts[image, height, width] = latents.float().cpu()
+        yield _done("image", i, len(wanted), began, device)
+
+
 def _denoise(
-    recipes: list[Recipe], texts: Texts, files: ModelFiles, device: str, latents: list[Tensor]
+    recipes: list[Recipe],
+    texts: Texts,
+    starts: Starts,
+    files: ModelFiles,
+    device: str,
+    latents: list[Tensor],
 ) -> Iterator[Progress]:
     """Fill `latents` with a float32 (1, 32, h, w) for each recipe, on the CPU."""
     began = time.perf_counter()
@@ -145,36 +207,60 @@ def _denoise(
     dit = on_meta(DiT, files.dit, part.config)
     load_weights(dit, part.weights, _dtype(recipes[0].dit_dtype)).to(device)
     yield _loaded(began)
-    total = sum(recipe.steps for recipe in recipes)
+    total = sum(recipe.steps - first_step(recipe.steps, recipe.strength) for recipe in recipes)
     done = 0
     for recipe in recipes:
-        guided = recipe.guidance > 1
         conditions = [texts[recipe.instruction, recipe.prompt]]
-        if guided:
+        if _is_guided(recipe, files):
             conditions.insert(0, texts["", recipe.negative])
         caption, mask = _captions(dit, conditions)
+        told = _guidance(recipe, files, conditions[0]) if files.is_sprint else None
         solver = SOLVERS[recipe.solver]
         schedule = solver.schedule(recipe.steps, recipe.flow_shift)
-        sample, previous = initial_noise(recipe, files).to(device), None
-        for i, timestep in enumerate(schedule.timesteps):
+        # Sana-Sprint is told the noise level itself, whatever its config says, as the reference.
+        unit = 1.0 if files.is_sprint else files.dit.timestep_scale
+        first = first_step(recipe.steps, recipe.strength)
+        draws = noise(recipe, files)
+        sample, previous = next(draws).to(device), None
+        if recipe.image:
+            start = starts[recipe.image, recipe.native_height, recipe.native_width].to(device)
+            sample = torch.lerp(start, sample, schedule.sigmas[first])
+        for i in range(first, recipe.steps):
             began = time.perf_counter()
             batch = sample.expand(len(conditions), -1, -1, -1).to(_dtype(recipe.dit_dtype))
-            at = torch.full((len(conditions),), timestep, device=device)
-            velocity = dit(batch, at, caption, mask).float()
-            if guided:  # classifier-free guidance (arXiv 2207.12598)
+            at = torch.full((len(conditions),), schedule.timesteps[i] * unit, device=device)
+            velocity = dit(batch, at, caption, mask, told).float()
+            if len(conditions) == 2:  # classifier-free guidance (arXiv 2207.12598)
                 without, given = velocity.chunk(2)
                 velocity = without + recipe.guidance * (given - without)
-            sample, previous = solver.step(schedule, i, sample, velocity, previous)
+            fresh = next(draws).to(device) if solver.stochastic else None
+            sample, previous = solver.step(schedule, i, sample, velocity, previous, fresh)
             yield _done("denoise", done, total, began, device)
             done += 1
         latents.append(sample.cpu())
 
 
-def initial_noise(recipe: Recipe, files: ModelFiles) -> Tensor:
-    """float32 (1, 32, h, w), drawn on the CPU so that it is the same whatever the device."""
+def _is_guided(recipe: Recipe, files: ModelFiles) -> bool:
+    """Whether every step runs with the negative text too, for classifier-free guidance."""
+    return recipe.guidance > 1 and not files.is_sprint
+
+
+def _guidance(recipe: Recipe, files: ModelFiles, text: Tensor) -> Tensor:
+    """What Sana-Sprint is told (1,): in the precision of its text, as the reference does."""
+    told = torch.full((1,), recipe.guidance, dtype=text.dtype, device=text.device)
+    return told * files.dit.guidance_embeds_scale
+
+
+def noise(recipe: Recipe, files: ModelFiles) -> Iterator[Tensor]:
+    """The recipe's noise, float32 (1, 32, h, w) again and again.
+
+    Drawn on the CPU, so that it is the same whatever the device.
+    """
     cell = files.vae.compression
     shape = (1, files.dit.in_channels, recipe.native_height // cell, recipe.native_width // cell)
-    return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(recipe.seed))
+    generator = torch.Generator("cpu").manual_seed(recipe.seed)
+    while True:
+        yield torch.randn(shape, generator=generator)
 
 
 def _captions(dit: DiT, texts: list[Tensor]) -> tuple[Tensor, Tensor | None]:
@@ -195,10 +281,7 @@ def _decode(
     recipes: list[Recipe], latents: list[Tensor], files: ModelFiles, device: str
 ) -> Iterator[Progress | Picture]:
     began = time.perf_counter()
-    part = files.parts["vae"]
-    decoder = on_meta(DCAE, files.vae, part.config).decoder  # the encoder's half stays on disk
-    load_weights(decoder, part.weights, _dtype(recipes[0].vae_dtype), only="decoder.")
-    decoder.to(device, memory_format=torch.channels_last)
+    decoder = _autoencoder(files, "decoder", _dtype(recipes[0].vae_dtype), device)
     yield _loaded(began)
     for i, (recipe, latent) in enumerate(zip(recipes, latents, strict=True)):
         began = time.perf_counter()
@@ -218,6 +301,14 @@ def _decode(
         picture = (pixels * 255).round().to(torch.uint8).cpu().numpy()
         yield _done("decode", i, len(recipes), began, device)
         yield Picture(i, picture, note)
+
+
+def _autoencoder(files: ModelFiles, half: str, dtype: torch.dtype, device: str) -> nn.Module:
+    """The "encoder" or the "decoder"; the other half stays on disk."""
+    part = files.parts["vae"]
+    network = getattr(on_meta(DCAE, files.vae, part.config), half)
+    load_weights(network, part.weights, dtype, only=f"{half}.")
+    return network.to(device, memory_format=torch.channels_last)
 
 
 def _pixels(decoder: Any, latent: Tensor, recipe: Recipe, scaling: float) -> Tensor:

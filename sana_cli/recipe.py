@@ -22,7 +22,7 @@ class Recipe:
     steps: int
     guidance: float
     solver: str
-    flow_shift: float
+    flow_shift: float | None  # None where the solver has none
     width: int  # of the picture, in pixels
     height: int
     native_width: int  # of what the network draws; resized or cropped to width x height
@@ -33,6 +33,8 @@ class Recipe:
     text_dtype: str
     dit_dtype: str
     vae_dtype: str
+    image: str | None = None  # SHA-256 of the picture started from, as RGB bytes; None for noise
+    strength: float | None = None  # of the noise put on it, in (0, 1]
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

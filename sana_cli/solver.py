@@ -1,13 +1,13 @@
-"""Flow-DPM-Solver++ (2M) and Flow-Euler as pure functions of floats and tensors.
+"""Flow-DPM-Solver++ (2M), Flow-Euler and SCM as pure functions of floats and tensors.
 
 The flow runs from noise at σ = 1 to the picture at σ = 0 with x_σ = (1-σ)·x₀ + σ·noise, and the
 network predicts the velocity v = noise - x₀ (arXiv 2410.10629, section 2.3 and appendix on
 Flow-DPM-Solver). The arithmetic is that of diffusers' `DPMSolverMultistepScheduler` with flow
-sigmas and `FlowMatchEulerDiscreteScheduler`.
+sigmas, `FlowMatchEulerDiscreteScheduler` and `SCMScheduler`.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 TRAIN_STEPS = 1000
+SCM_FIRST_ANGLE = 1.5708  # just beyond π/2, as the reference writes it
+SCM_TWO_STEPS = (SCM_FIRST_ANGLE, 1.3, 0.0)  # the middle one was tuned for these models
 
 
 class Schedule(NamedTuple):
@@ -31,16 +33,24 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Solver:
-    schedule: Callable[[int, float], Schedule]
-    step: Callable[[Schedule, int, Tensor, Tensor, Tensor | None], Step]
+    """`schedule(steps, shift)`, and `step(schedule, i, sample, velocity, previous, noise)`.
+
+    A step goes from sigmas[i] to sigmas[i+1], float32 in and out. `previous` is what the step
+    before it took for x₀, None at the first; `noise` is fresh for every step where the solver
+    is `stochastic`, else None.
+    """
+
+    schedule: Callable[[int, float | None], Schedule]
+    step: Callable[[Schedule, int, Tensor, Tensor, Tensor | None, Tensor | None], Step]
+    stochastic: bool = False
 
 
-def shifted(sigma: float, shift: float) -> float:
+def shifted(sigma: float, shift: float | None) -> float:
     """Move noise levels towards 1, as larger pictures need (SD3, arXiv 2403.03206, eq. 23)."""
-    return shift * sigma / (1 + (shift - 1) * sigma)
+    return sigma if shift is None else shift * sigma / (1 + (shift - 1) * sigma)
 
 
-def flow_dpm_schedule(steps: int, shift: float) -> Schedule:
+def flow_dpm_schedule(steps: int, shift: float | None) -> Schedule:
     last = 1 / TRAIN_STEPS
     alphas = [1 + i * (last - 1) / steps for i in range(steps)] + [last]
     sigmas = [shifted(1 - alpha, shift) for alpha in alphas[:0:-1]]
@@ -49,9 +59,14 @@ def flow_dpm_schedule(steps: int, shift: float) -> Schedule:
 
 
 def flow_dpm_step(
-    schedule: Schedule, i: int, sample: Tensor, velocity: Tensor, previous: Tensor | None
+    schedule: Schedule,
+    i: int,
+    sample: Tensor,
+    velocity: Tensor,
+    previous: Tensor | None,
+    noise: Tensor | None,
 ) -> Step:
-    """One multistep update from sigmas[i] to sigmas[i+1]; float32 in and out.
+    """One multistep update.
 
     DPM-Solver++ (arXiv 2211.01095, algorithm 2) with α = 1-σ and λ = ln(α/σ). The first and the
     last step are of first order; the last lands on x₀ itself.
@@ -69,7 +84,7 @@ def flow_dpm_step(
     return Step(moved, denoised)
 
 
-def flow_euler_schedule(steps: int, shift: float) -> Schedule:
+def flow_euler_schedule(steps: int, shift: float | None) -> Schedule:
     # The reference shifts its training grid once and the grid of the run a second time.
     low = shifted(1 / TRAIN_STEPS, shift)
     grid = [1 + i * (low - 1) / max(steps - 1, 1) for i in range(steps)]
@@ -78,17 +93,58 @@ def flow_euler_schedule(steps: int, shift: float) -> Schedule:
 
 
 def flow_euler_step(
-    schedule: Schedule, i: int, sample: Tensor, velocity: Tensor, previous: Tensor | None
+    schedule: Schedule,
+    i: int,
+    sample: Tensor,
+    velocity: Tensor,
+    previous: Tensor | None,
+    noise: Tensor | None,
 ) -> Step:
     sigma, target = schedule.sigmas[i], schedule.sigmas[i + 1]
     return Step(sample + (target - sigma) * velocity, sample - sigma * velocity)
+
+
+def scm_schedule(steps: int, shift: float | None) -> Schedule:
+    """The noise levels of Sana-Sprint, whose network is told σ itself.
+
+    Its paper (arXiv 2503.09641, section 3.1) moves the flow to the circle of TrigFlow,
+    x_t = cos t·x₀ + sin t·noise, only to train it. The two are one path in two scales, with
+    σ = sin t / (sin t + cos t) and x_σ = x_t / (sin t + cos t), so sampling stays with the flow.
+    """
+    evenly = [SCM_FIRST_ANGLE * (1 - i / steps) for i in range(steps + 1)]
+    angles = _float32(SCM_TWO_STEPS if steps == 2 else evenly)
+    sigmas = _float32([math.sin(t) / (math.sin(t) + math.cos(t)) for t in angles])
+    return Schedule(sigmas, sigmas[:-1])
+
+
+def scm_step(
+    schedule: Schedule,
+    i: int,
+    sample: Tensor,
+    velocity: Tensor,
+    previous: Tensor | None,
+    noise: Tensor | None,
+) -> Step:
+    """Jump to x₀, then noise it afresh to the next level (arXiv 2303.01469, algorithm 1)."""
+    assert noise is not None
+    sigma, target = schedule.sigmas[i], schedule.sigmas[i + 1]
+    denoised = sample - sigma * velocity
+    return Step((1 - target) * denoised + target * noise, denoised)
+
+
+def first_step(steps: int, strength: float | None) -> int:
+    """The step that a run starts at: 0 from noise, later from a picture noised less than fully.
+
+    `strength` in (0, 1] is the share of the steps that are run, rounded up.
+    """
+    return 0 if strength is None else int(steps - steps * strength)
 
 
 def _log_snr(sigma: float) -> float:
     return math.log(1 - sigma) - math.log(sigma)
 
 
-def _float32(values: list[float]) -> tuple[float, ...]:
+def _float32(values: Sequence[float]) -> tuple[float, ...]:
     """Rounded as the reference stores them."""
     return tuple(torch.tensor(values, dtype=torch.float32).tolist())
 
@@ -96,4 +152,5 @@ def _float32(values: list[float]) -> tuple[float, ...]:
 SOLVERS = {
     "flow-dpm": Solver(flow_dpm_schedule, flow_dpm_step),
     "flow-euler": Solver(flow_euler_schedule, flow_euler_step),
+    "scm": Solver(scm_schedule, scm_step, stochastic=True),
 }

@@ -42,6 +42,10 @@ class Model:
     architecture: str | None = None
     dtype: str | None = None  # what it was trained in; None where only its files can tell
     instruction: bool = True  # whether it was trained behind the complex human instruction
+    # What is taken where nothing is asked for; None where only its files can tell.
+    solver: str | None = None
+    steps: int | None = None
+    guidance: float | None = None
 
     @property
     def source(self) -> str:

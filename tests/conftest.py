@@ -59,3 +59,13 @@ def tiny_model(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "tiny"
     random_pipeline(sample_size=16).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_sprint(tmp_path_factory) -> Path:
+    """The same of Sana-Sprint."""
+    from reference import SPRINT, random_pipeline
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-sprint"
+    random_pipeline(sample_size=16, **SPRINT).save_pretrained(folder)
+    return folder

@@ -6,10 +6,13 @@ import numpy as np
 import torch
 from diffusers import (
     AutoencoderDC,
+    DiffusionPipeline,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     SanaPipeline,
+    SanaSprintPipeline,
     SanaTransformer2DModel,
+    SCMScheduler,
 )
 from transformers import AutoTokenizer, Gemma2Config, Gemma2Model
 
@@ -32,10 +35,35 @@ LIKE_1_6B = {
 }
 
 
+SPRINT = {"guidance_embeds": True, "qk_norm": "rms_norm_across_heads"}
+DC_AE = {
+    "encoder_block_types": ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3,
+    "decoder_block_types": ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3,
+    "encoder_block_out_channels": (4, 4, 8, 32, 32, 32),
+    "decoder_block_out_channels": (4, 4, 8, 32, 32, 32),
+    "encoder_layers_per_block": (1,) * 6,
+    "decoder_layers_per_block": (1,) * 6,
+    "upsample_block_type": "interpolate",
+    "downsample_block_type": "Conv",
+    "scaling_factor": 0.41407,
+}
+# What DC-AE-Lite changes: a decoder without attention, and no stage at the full resolution.
+LITE = {
+    "decoder_block_types": ("ResBlock",) * 6,
+    "decoder_layers_per_block": (0, 1, 2, 1, 1, 1),
+    "decoder_qkv_multiscales": ((),) * 6,
+    "upsample_block_type": "pixel_shuffle",
+    "decoder_conv_act_fn": "silu",
+}
+
+
 def random_pipeline(
     seed: int = 0, shift: float = 3.0, vae: dict | None = None, **dit
-) -> SanaPipeline:
-    """Sana in miniature with random weights; `dit` and `vae` override the configs."""
+) -> SanaPipeline | SanaSprintPipeline:
+    """Sana in miniature with random weights, or Sana-Sprint where guidance is embedded.
+
+    `dit` and `vae` override the configs.
+    """
     torch.manual_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
     text_encoder = Gemma2Model(
@@ -56,38 +84,28 @@ def random_pipeline(
     transformer = SanaTransformer2DModel(
         **({"num_layers": 2, "caption_channels": TEXT_WIDTH, **LIKE_0_6B} | dit)
     )
-    autoencoder = AutoencoderDC(
-        **{
-            "encoder_block_types": ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3,
-            "decoder_block_types": ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3,
-            "encoder_block_out_channels": (4, 4, 8, 32, 32, 32),
-            "decoder_block_out_channels": (4, 4, 8, 32, 32, 32),
-            "encoder_layers_per_block": (1,) * 6,
-            "decoder_layers_per_block": (1,) * 6,
-            "upsample_block_type": "interpolate",
-            "downsample_block_type": "Conv",
-            "scaling_factor": 0.41407,
-        }
-        | (vae or {})
-    )
+    autoencoder = AutoencoderDC(**(DC_AE | (vae or {})))
+    _spread(autoencoder)
+    parts = tokenizer, text_encoder.eval(), autoencoder, transformer
+    if transformer.config.guidance_embeds:
+        return SanaSprintPipeline(*parts, SCMScheduler())
     scheduler = DPMSolverMultistepScheduler(
         flow_shift=shift, use_flow_sigmas=True, prediction_type="flow_prediction"
     )
-    pipe = SanaPipeline(tokenizer, text_encoder.eval(), autoencoder, transformer, scheduler)
-    _spread(pipe)
-    return pipe
+    return SanaPipeline(*parts, scheduler)
 
 
-def _spread(pipe: SanaPipeline) -> None:
+def _spread(autoencoder: AutoencoderDC) -> None:
     """Scale the decoder's last layer so that pictures use the whole range, as trained ones do."""
-    conv = pipe.vae.decoder.conv_out
+    last = autoencoder.decoder.conv_out
+    conv = getattr(last, "conv", last)  # of DC-AE-Lite an upsampling one
     with torch.no_grad():
-        image = pipe.vae.decode(torch.randn(1, 32, 4, 4) / 0.41407).sample
+        image = autoencoder.decode(torch.randn(1, 32, 4, 4) / 0.41407).sample
         conv.weight *= 0.6 / image.std()
         conv.bias.zero_()
 
 
-def draw(pipe: SanaPipeline, *, seeds: list[int], **call) -> list[np.ndarray]:
+def draw(pipe: DiffusionPipeline, *, seeds: list[int], **call) -> list[np.ndarray]:
     """What diffusers draws for these seeds, one call each as a user would."""
     pipe.set_progress_bar_config(disable=True)
     solver = call.pop("solver", "flow-dpm")

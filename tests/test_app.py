@@ -17,7 +17,7 @@ LAYERS = [
     {"shapes", "recipe", "solver", "device", "instruction", "signals", "layout"},
     {"weights", "dit", "dc_ae", "gemma"},
     {"checkpoint", "architectures", "hub_cache", "chunks"},
-    {"text_encoder", "images", "download"},
+    {"text_encoder", "images", "download", "sampling"},
     {"names", "pipeline"},
     {"ui"},
     {"commands"},

@@ -21,11 +21,14 @@ NARROW = {
     "cross_attention_dim": 1152,
 }
 QK_NORM = {"qk_norm": "rms_norm_across_heads"}
+SPRINT = QK_NORM | {"guidance_embeds": True}
 PUBLISHED = {
     "sana-0.6b": (NARROW, 591_747_872),
     "sana-1.6b": ({}, 1_604_462_752),
     "sana1.5-1.6b": (QK_NORM, 1_604_641_952),
     "sana1.5-4.8b": (QK_NORM | {"num_layers": 60}, 4_721_825_952),
+    "sana-sprint-0.6b": (NARROW | SPRINT, 593_501_216),
+    "sana-sprint-1.6b": (SPRINT, 1_610_237_472),
 }
 GRIDS = {512: (16, None), 1024: (32, None), 2048: (64, 1.0), 4096: (128, 2.0)}
 
@@ -94,3 +97,11 @@ def test_every_model_shares_its_text_encoder_and_autoencoder():
 @pytest.mark.parametrize(("side", "shift"), [(512, 3.0), (1024, 3.0), (2048, 3.0), (4096, 6.0)])
 def test_the_flow_shift_is_that_of_the_published_schedulers(side, shift):
     assert architecture("sana-1.6b", side).flow_shift == shift
+
+
+def test_sprint_has_its_own_settings_and_no_flow_shift():
+    for model in RELEASED.values():
+        sprint = model.architecture.startswith("sana-sprint")
+        assert (model.solver, model.steps) == (("scm", 2) if sprint else ("flow-dpm", 20))
+        assert model.guidance == 4.5
+        assert (architecture(model.architecture, model.side).flow_shift is None) == sprint

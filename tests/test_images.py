@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from sana_cli import __version__, images
-from sana_cli.errors import SanaError
+from sana_cli.errors import SanaError, UsageError
 from sana_cli.names import parse_output, safe_name, slug
 from sana_cli.recipe import Recipe
 
@@ -150,3 +150,54 @@ def test_names_that_systems_reserve_are_changed(name):
     stem, _, suffix = safe_name(f"{name}.png").rpartition(".")
     assert suffix == "png"
     assert stem.lower() not in {"con", "aux", "com1", "", ".", ".."}
+
+
+# --- pictures to start from --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["x.png", "x.bmp", "x.tiff", "x.webp", "x.gif", "x.ppm", "x.tga", "x.jp2"]
+)
+def test_pixels_are_read_from_any_format(tmp_path, name):
+    gray = np.repeat(PIXELS[..., :1], 3, axis=2)  # which a palette of 256 holds as well
+    Image.fromarray(gray).save(tmp_path / name, lossless=True)
+    np.testing.assert_array_equal(images.read(str(tmp_path / name)), gray)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_photo_is_turned_as_its_exif_says(tmp_path, orientation):
+    turned = {
+        1: PIXELS,
+        2: PIXELS[:, ::-1],
+        3: PIXELS[::-1, ::-1],
+        4: PIXELS[::-1],
+        5: PIXELS.swapaxes(0, 1),
+        6: np.rot90(PIXELS, -1),
+        7: PIXELS[::-1, ::-1].swapaxes(0, 1),
+        8: np.rot90(PIXELS),
+    }
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(PIXELS).save(tmp_path / "x.png", exif=exif)
+    np.testing.assert_array_equal(images.read(str(tmp_path / "x.png")), turned[orientation])
+
+
+def test_sixteen_bits_are_scaled_to_eight(tmp_path):
+    Image.fromarray(np.array([[0, 300, 40_000, 65_535]], np.uint16)).save(tmp_path / "x.png")
+    assert images.read(str(tmp_path / "x.png"))[0, :, 0].tolist() == [0, 1, 156, 255]
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr", "LAB"])
+def test_colours_of_any_kind_become_rgb(tmp_path, mode):
+    picture = Image.fromarray(PIXELS).convert("LAB" if mode == "LAB" else "RGB")
+    picture.convert(mode).save(tmp_path / "x.tiff")
+    pixels = images.read(str(tmp_path / "x.tiff"))
+    assert (pixels.shape, pixels.dtype) == (PIXELS.shape, np.uint8)
+    assert pixels.std() > 20
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_values_without_a_known_range_are_refused(tmp_path, mode):
+    Image.new(mode, (4, 4)).save(tmp_path / "x.tiff")
+    with pytest.raises(UsageError, match=mode):
+        images.read(str(tmp_path / "x.tiff"))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import AutoencoderDC, SanaTransformer2DModel
 
-from reference import LIKE_0_6B, LIKE_1_6B, random_pipeline
+from reference import LIKE_0_6B, LIKE_1_6B, SPRINT, random_pipeline
 from sana_cli.dc_ae import DCAE, DCAEConfig
 from sana_cli.dit import DiT, DiTConfig, TimestepEmbedder, position_table
 from sana_cli.kernels.linear_attention import relu_linear_attention
@@ -48,8 +48,13 @@ def twins(config: dict) -> tuple[DiT, SanaTransformer2DModel]:
 
 @pytest.mark.parametrize(
     "kind",
-    [{}, {"qk_norm": "rms_norm_across_heads"}, {"interpolation_scale": 2.0, "sample_size": 64}],
-    ids=["plain", "qk-norm", "positions"],
+    [
+        {},
+        {"qk_norm": "rms_norm_across_heads"},
+        {"interpolation_scale": 2.0, "sample_size": 64},
+        SPRINT,
+    ],
+    ids=["plain", "qk-norm", "positions", "sprint"],
 )
 @pytest.mark.parametrize("width", [LIKE_0_6B, LIKE_1_6B], ids=["0.6B", "1.6B"])
 def test_transformer(kind, width):
@@ -59,8 +64,9 @@ def test_transformer(kind, width):
     mask = torch.ones(2, 7, dtype=torch.bool)
     mask[0, 1:] = False
     timestep = torch.tensor([817, 817])
-    expected = theirs(latents, text, timestep, encoder_attention_mask=mask.long()).sample
-    got = ours(latents, timestep, ours.project_text(text), mask)
+    guidance = torch.tensor([0.45, 3.0]) if kind is SPRINT else None
+    expected = theirs(latents, text, timestep, guidance, mask.long()).sample
+    got = ours(latents, timestep, ours.project_text(text), mask, guidance)
     assert relative_error(got, expected) < 1e-5
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from sana_cli.commands.generate import DEFAULT_GUIDANCE, DEFAULT_STEPS
 from sana_cli.pipeline import Picture, draw, open_model
 from sana_cli.recipe import Recipe
+from sana_cli.weights import known_models
 from training.checker import check
 from training.scenes import Scene, describe, sample_scene
 
@@ -32,7 +32,7 @@ def held_out(count: int, objects: int, seed: int = SEED) -> list[tuple[Scene, st
     return found
 
 
-def recipe(prompt: str, seed: int, shift: float, steps: int, guidance: float) -> Recipe:
+def recipe(prompt: str, seed: int, shift: float | None, steps: int, guidance: float) -> Recipe:
     return Recipe(
         prompt=prompt,
         negative="",
@@ -61,8 +61,8 @@ def main() -> None:
     parser.add_argument("--one", type=int, default=200, help="prompts with one object")
     parser.add_argument("--two", type=int, default=100, help="prompts with two objects")
     parser.add_argument("--seed", type=int, default=SEED, help="of the choice of prompts")
-    parser.add_argument("--steps", type=int, default=DEFAULT_STEPS)
-    parser.add_argument("--guidance", type=float, default=DEFAULT_GUIDANCE)
+    parser.add_argument("--steps", type=int, default=known_models()["demo"].steps)
+    parser.add_argument("--guidance", type=float, default=known_models()["demo"].guidance)
     parser.add_argument("--sheet", type=Path, help="save a contact sheet of 24 here")
     options = parser.parse_args()
 

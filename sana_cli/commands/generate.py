@@ -1,5 +1,6 @@
 """`sana generate`: prompts in, pictures out."""
 
+import hashlib
 import json
 import sys
 import time
@@ -12,18 +13,17 @@ import typer
 from sana_cli.errors import UsageError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from sana_cli.names import Output
-    from sana_cli.pipeline import ModelFiles
+    from sana_cli.pipeline import Images, ModelFiles
     from sana_cli.recipe import Recipe
     from sana_cli.ui import Talk
     from sana_cli.weights import Model
 
-DEFAULT_STEPS = 20
-DEFAULT_GUIDANCE = 4.5
-MOST_STEPS = 1000
 LONGEST_PROMPT = 20_000  # characters; 300 tokens are read of them
 FILES, RUN = "Files", "Running"  # panels of --help
-STAGES = ("load", "encode", "denoise", "decode", "save")
+STAGES = ("load", "encode", "image", "denoise", "decode", "save")
 
 
 class Fit(StrEnum):
@@ -34,6 +34,7 @@ class Fit(StrEnum):
 class SolverName(StrEnum):
     flow_dpm = "flow-dpm"
     flow_euler = "flow-euler"
+    scm = "scm"
 
 
 class Format(StrEnum):
@@ -108,17 +109,42 @@ def generate(
         str, typer.Option("--negative", metavar="TEXT", help="What to steer away from.")
     ] = "",
     steps: Annotated[
-        int, typer.Option("--steps", metavar="N", help="Denoising steps.")
-    ] = DEFAULT_STEPS,
-    guidance: Annotated[
-        float,
+        int | None,
         typer.Option(
-            "-g", "--guidance", metavar="SCALE", help="How closely to follow the prompt; 1 is off."
+            "--steps", metavar="N", help="Denoising steps. [dim]default: 20; 2 for Sprint[/dim]"
         ),
-    ] = DEFAULT_GUIDANCE,
+    ] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option(
+            "-g",
+            "--guidance",
+            metavar="SCALE",
+            help="How closely to follow the prompt; 1 is off, save for Sprint."
+            " [dim]default: 4.5[/dim]",
+        ),
+    ] = None,
     solver: Annotated[
-        SolverName, typer.Option(help="How the flow is integrated.")
-    ] = SolverName.flow_dpm,
+        SolverName | None,
+        typer.Option(
+            help="How the flow is integrated; [b]scm[/b] is Sprint's, which takes no other."
+            " [dim]default: flow-dpm, or scm[/dim]",
+        ),
+    ] = None,
+    image: Annotated[
+        str | None,
+        typer.Option(
+            "--image", metavar="FILE", help="Start from this picture, not from noise; for Sprint."
+        ),
+    ] = None,
+    strength: Annotated[
+        float | None,
+        typer.Option(
+            "--strength",
+            metavar="0-1",
+            help="How much of --image to replace. [dim]default: 0.6[/dim]",
+        ),
+    ] = None,
     instruction: Annotated[
         bool | None,
         typer.Option(
@@ -210,15 +236,18 @@ def generate(
 
     cat prompts.txt | sana generate - --json | jq -r '.images[].path'
 
+    sana generate "a fox, oil painting" -m sana-sprint-0.6b --image fox.jpg --strength 0.5
+
     sana generate "a fox" -o - > fox.png[/dim]
     """
     started = time.perf_counter()
     from sana_cli.commands.fetching import fetch_parts
     from sana_cli.hub_cache import commit_of, find_parts
-    from sana_cli.images import LARGEST_SIDE
+    from sana_cli.images import LARGEST_SIDE, read
     from sana_cli.instruction import INSTRUCTION
     from sana_cli.names import parse_output
     from sana_cli.recipe import Recipe, parse_seeds
+    from sana_cli.sampling import Asked, of_kind, settle
     from sana_cli.shapes import Request, parse_aspect, parse_resolution, place
     from sana_cli.ui import Talk
     from sana_cli.weights import choose_model
@@ -232,10 +261,19 @@ def generate(
     _check_text(output or "", "--output")
     target = parse_output(output, format.value if format else None)
     texts = _read_prompts(prompts)
-    _check_numbers(steps, guidance, negative, quality, target.format)
+    _check_quality(quality, target.format)
     if target.to_stdout and not dry_run:
         _check_stdout(len(texts) * len(seeds), json_output, force)
+    method = solver.value if solver else None
+    asked = Asked(method, steps, guidance, negative, image is not None, strength)
     chosen = choose_model(model, request)
+    sampling = settle(chosen, asked) if chosen.solver else None
+    images = {}
+    if image is not None:
+        pixels = read(image)
+        images[hashlib.sha256(pixels.tobytes()).hexdigest()] = pixels
+        if aspect is None and (request is None or request.side is not None):
+            aspect = pixels.shape[1] / pixels.shape[0]
     canvas = None
     if chosen.side is not None:
         canvas = place(request or Request(side=chosen.side), aspect, fit.value, chosen.side)
@@ -247,6 +285,9 @@ def generate(
     from sana_cli.pipeline import open_model, released_model
 
     files = open_model(parts) if parts else released_model(chosen)
+    if sampling is None:
+        chosen = of_kind(chosen, files.is_sprint)
+        sampling = settle(chosen, asked)
     for key in files.unknown_keys:
         talk.warn(f"the model's config sets {key}, which this version does not know")
     if canvas is None:
@@ -266,9 +307,9 @@ def generate(
             negative=negative,
             instruction=INSTRUCTION if instructed else "",
             seed=one,
-            steps=steps,
-            guidance=guidance,
-            solver=solver.value,
+            steps=sampling.steps,
+            guidance=sampling.guidance,
+            solver=sampling.solver,
             flow_shift=files.flow_shift,
             width=canvas.width,
             height=canvas.height,
@@ -280,16 +321,22 @@ def generate(
             text_dtype=text_dtype,
             dit_dtype=dit_dtype,
             vae_dtype=vae_dtype,
+            image=next(iter(images), None),
+            strength=sampling.strength,
         )
         for text in texts
         for one in seeds
     ]
     _announce(talk, chosen, recipes, where)
+    if image is not None:
+        _announce_image(talk, image, pixels, recipes[0])
+    for text in sampling.warnings:
+        talk.warn(text)
     if dry_run:
         _print_plan(recipes, target, where, chosen, files)
     else:
         encoding = (metadata is Metadata.full, quality, force)
-        _draw(recipes, files, where, target, encoding, json_output, talk, started)
+        _draw(recipes, files, images, where, target, encoding, json_output, talk, started)
 
 
 def _announce(talk: "Talk", chosen: "Model", recipes: list["Recipe"], where: str) -> None:
@@ -307,6 +354,14 @@ def _announce(talk: "Talk", chosen: "Model", recipes: list["Recipe"], where: str
     talk.say(
         f"{size}, {span}, {first.steps} steps of {first.solver}, guidance {first.guidance:g},"
         f" instruction {'on' if first.instruction else 'off'}, on {where} in {precision}"
+    )
+
+
+def _announce_image(talk: "Talk", path: str, pixels: "np.ndarray", recipe: "Recipe") -> None:
+    height, width = pixels.shape[:2]
+    talk.say(
+        f"from {path} ({width}x{height}), stretched to {recipe.native_width}x"
+        f"{recipe.native_height}, at strength {recipe.strength:g}"
     )
 
 
@@ -334,6 +389,7 @@ def _print_plan(
 def _draw(
     recipes: list["Recipe"],
     files: "ModelFiles",
+    sources: "Images",
     where: str,
     target: "Output",
     encoding: tuple[bool, int | None, bool],
@@ -349,12 +405,12 @@ def _draw(
     from sana_cli.ui import Bars, write_stdout
 
     with_recipe, quality, force = encoding
-    seconds = dict.fromkeys(STAGES, 0.0)
+    seconds = dict.fromkeys((stage for stage in STAGES if stage != "image" or sources), 0.0)
     peaks: dict[str, int] = {}
     rows: list[dict[str, Any]] = []
     written: set[Path] = set()
-    with leaving_in_order(), Bars(talk, STAGES[1:4]) as bars:
-        for event in draw(recipes, files, where):
+    with leaving_in_order(), Bars(talk, STAGES[1:5]) as bars:
+        for event in draw(recipes, files, where, sources):
             if not isinstance(event, Picture):
                 seconds[event.stage] += event.seconds
                 if event.stage in bars.tasks:
@@ -424,17 +480,7 @@ def _stdin_lines() -> list[str]:
     return lines
 
 
-def _check_numbers(
-    steps: int, guidance: float, negative: str, quality: int | None, format: str
-) -> None:
-    if not 1 <= steps <= MOST_STEPS:
-        raise UsageError(f"--steps {steps} is not between 1 and {MOST_STEPS}")
-    if not 1 <= guidance <= 100:
-        raise UsageError(f"--guidance {guidance} is not between 1 and 100", "1 switches it off")
-    if negative.strip() and guidance == 1:
-        raise UsageError(
-            "--negative has no effect at --guidance 1", "raise --guidance, or leave it out"
-        )
+def _check_quality(quality: int | None, format: str) -> None:
     if quality is not None:
         if format == "png":
             raise UsageError("--quality has no effect on PNG", "add --format webp, or leave it out")
