@@ -7,7 +7,7 @@ import pytest
 from diffusers import SanaPipeline
 from PIL import Image
 
-from reference import LIKE_0_6B, LIKE_1_6B, assert_same_picture, draw, random_pipeline
+from reference import LIKE_0_6B, LIKE_1_6B, LITE, assert_same_picture, draw, random_pipeline
 from sana_cli.instruction import INSTRUCTION
 
 MODELS = {
@@ -16,6 +16,8 @@ MODELS = {
     "qk-norm": {**LIKE_1_6B, "sample_size": 32, "qk_norm": "rms_norm_across_heads"},
     "2K": {**LIKE_1_6B, "sample_size": 64, "interpolation_scale": 1.0},
     "4K": {**LIKE_1_6B, "sample_size": 128, "interpolation_scale": 2.0, "shift": 6.0},
+    "DC-AE-Lite": {**LIKE_0_6B, "sample_size": 16, "vae": LITE},
+    "dense time": {**LIKE_0_6B, "sample_size": 16, "timestep_scale": 0.001},
 }
 LONG = " ".join(f"a red circle number {i} on the left" for i in range(90))
 
@@ -87,6 +89,12 @@ def test_positions_off_the_native_grid(compare, name, width, height):
         height=height,
         use_resolution_binning=False,
     )
+
+
+@pytest.mark.parametrize("name", ["DC-AE-Lite", "dense time"])
+def test_variants_of_the_networks(compare, name):
+    size = {"width": 256, "height": 160, "use_resolution_binning": False}
+    compare(name, ["--res", "256x160", "--fit", "exact"], **size)
 
 
 @pytest.mark.parametrize(
