@@ -7,6 +7,7 @@ it is decoded. It never prints.
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,10 +22,11 @@ from sana_cli.device import give_back, peak_bytes
 from sana_cli.dit import DiT, DiTConfig
 from sana_cli.errors import BadPicture, BrokenModel, MissingModel
 from sana_cli.gemma import GemmaConfig
+from sana_cli.instruction import as_read
 from sana_cli.layout import INDEX, Parts, read_json
 from sana_cli.recipe import Recipe
 from sana_cli.solver import SOLVERS
-from sana_cli.text_encoder import TextEncoder
+from sana_cli.text_cache import TextCache
 from sana_cli.weights import Model
 
 Texts = dict[tuple[str, str], Tensor]  # (instruction, text) -> states
@@ -51,12 +53,21 @@ class Picture:
 
 
 @dataclass(frozen=True)
+class Remark:
+    """Something that happened on the way, for those who want to know; or should, as a warning."""
+
+    text: str
+    warning: bool = False
+
+
+@dataclass(frozen=True)
 class ModelFiles:
     """Where a model's parts lie, and the facts in their configs that a recipe depends on."""
 
     parts: Parts
     dit: DiTConfig
     vae: DCAEConfig
+    text: GemmaConfig
     flow_shift: float
     unknown_keys: tuple[str, ...]  # of the configs: what they ask for is not done
 
@@ -73,7 +84,7 @@ def released_model(model: Model) -> ModelFiles:
             f"fetch it with: sana models pull {model.name}",
         )
     known = architecture(model.architecture, model.side)
-    return ModelFiles({}, known.dit, known.vae, known.flow_shift, ())
+    return ModelFiles({}, known.dit, known.vae, known.text, known.flow_shift, ())
 
 
 def open_model(parts: Parts) -> ModelFiles:
@@ -84,11 +95,12 @@ def open_model(parts: Parts) -> ModelFiles:
         raise BrokenModel(f"{index} names a {kind}", "only a SanaPipeline can be drawn")
     dit, strange = read_config(DiTConfig, parts["transformer"].config)
     vae, more = read_config(DCAEConfig, parts["vae"].config)
-    text = parts["text_encoder"].config
-    width = read_config(GemmaConfig, text)[0].hidden_size
-    if width != dit.caption_channels:
+    path = parts["text_encoder"].config
+    text, _ = read_config(GemmaConfig, path)
+    if text.hidden_size != dit.caption_channels:
         raise BrokenModel(
-            f"{text}: hidden_size is {width}, the transformer reads {dit.caption_channels}"
+            f"{path}: hidden_size is {text.hidden_size}, the transformer reads"
+            f" {dit.caption_channels}"
         )
     if dit.in_channels != vae.latent_channels or dit.out_channels != vae.latent_channels:
         raise BrokenModel(
@@ -101,14 +113,19 @@ def open_model(parts: Parts) -> ModelFiles:
     shift = facts.get("flow_shift", facts.get("shift"))
     if not isinstance(shift, int | float) or isinstance(shift, bool) or not 0 < shift < 1000:
         raise BrokenModel(f"{scheduler}: the flow shift is {shift!r}")
-    return ModelFiles(parts, dit, vae, float(shift), (*strange, *more))
+    return ModelFiles(parts, dit, vae, text, float(shift), (*strange, *more))
 
 
-def draw(recipes: list[Recipe], files: ModelFiles, device: str) -> Iterator[Progress | Picture]:
-    """Draw every recipe, all with one model and one precision: encode, denoise, then decode all."""
+def draw(
+    recipes: list[Recipe], files: ModelFiles, device: str, cache: Path | None = None
+) -> Iterator[Progress | Remark | Picture]:
+    """Draw every recipe, all with one model and one precision: encode, denoise, then decode all.
+
+    `cache` is a folder to keep and find texts in; None reads and writes nothing.
+    """
     texts: Texts = {}
     latents: list[Tensor] = []
-    yield from _encode(recipes, files, device, texts)
+    yield from _encode(recipes, files, device, cache, texts)
     give_back(device)
     yield from _denoise(recipes, texts, files, device, latents)
     give_back(device)
@@ -119,18 +136,36 @@ def draw(recipes: list[Recipe], files: ModelFiles, device: str) -> Iterator[Prog
 
 
 def _encode(
-    recipes: list[Recipe], files: ModelFiles, device: str, texts: Texts
-) -> Iterator[Progress]:
+    recipes: list[Recipe], files: ModelFiles, device: str, folder: Path | None, texts: Texts
+) -> Iterator[Progress | Remark]:
     """Fill `texts`: each distinct (instruction, text) once, as states (1, L, width)."""
-    began = time.perf_counter()
     wanted = {(r.instruction, r.prompt): None for r in recipes}
     wanted |= {("", r.negative): None for r in recipes if r.guidance > 1}
-    encoder = TextEncoder(files.parts, _dtype(recipes[0].text_dtype), device)
-    yield _loaded(began)
+    precision = recipes[0].text_dtype
+    cache = TextCache(folder, files.parts, precision, device) if folder else None
+    encoder, found = None, 0
     for i, (instruction, text) in enumerate(wanted):
         began = time.perf_counter()
-        texts[instruction, text] = encoder.encode(text, instruction)
+        what = as_read(text), instruction
+        states = cache.states(*what) if cache else None
+        if states is not None:
+            found += 1
+        else:
+            if encoder is None:  # neither it nor its library is loaded if every text is found
+                from sana_cli.text_encoder import TextEncoder
+
+                encoder = TextEncoder(files.parts, precision, device, cache)
+                yield _loaded(began)
+                began = time.perf_counter()
+            states = encoder.encode(*what)
+            if cache:
+                cache.keep_states(states, *what)
+        texts[instruction, text] = states
         yield _done("encode", i, len(wanted), began, device)
+    if cache:
+        yield Remark(f"text cache: {found} of {len(wanted)} texts found")
+        for fault in cache.faults():
+            yield Remark(f"the cache in {folder} cannot be written: {fault}", warning=True)
 
 
 # --- latents -----------------------------------------------------------------------------------
