@@ -148,7 +148,7 @@ def _digest(tensors: dict[str, Tensor]) -> str:
     whole = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        whole.update(memoryview(tensor.contiguous().view(torch.uint8).numpy()))
+        whole.update(tensor.contiguous().view(torch.uint8).numpy().data)
     return whole.hexdigest()
 
 

@@ -41,7 +41,10 @@ class TextCache:
     def __init__(self, folder: Path, parts: Parts, precision: str, device: str) -> None:
         encoder = parts["text_encoder"]
         facts = [__version__, torch.__version__, full_name(device), precision]
-        whole = identity([encoder.config, *encoder.weights, tokenizer_file(parts)])
+        try:
+            whole = identity([encoder.config, *encoder.weights, tokenizer_file(parts)])
+        except OSError as error:
+            raise BrokenModel(f"{error.filename} cannot be read: {error.strerror}") from None
         self.texts = Store(folder / "text", LIMIT, [*facts, whole])
         self.layers: Store | None = None
         if precision == "int8":
