@@ -36,14 +36,14 @@ def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 
 def on_demo(count: int) -> dict:
+    from sana_cli.layout import folder_parts
     from sana_cli.pipeline import Picture, draw, open_model
-    from sana_cli.text_cache import text_files
     from sana_cli.text_encoder import TextEncoder
     from training.checker import check
     from training.evaluate import held_out, recipe
 
-    parts = text_files(DEMO / "text_encoder", DEMO / "tokenizer", "")
-    files = open_model(DEMO, "")
+    parts = folder_parts(DEMO)
+    files = open_model(parts)
     scenes, prompts = zip(*held_out(count, 1), strict=True)
     states, pictures = {}, {}
     for precision in ("float32", "bfloat16", "int8"):
@@ -110,10 +110,11 @@ def write_full_size(folder: Path) -> None:
 
 def one_start(folder: Path, precision: str, cache: Path) -> None:
     """Load, run the prefix and a prompt behind it, and the whole at once; print JSON."""
-    from sana_cli.text_cache import TextCache, text_files
+    from sana_cli.layout import find_part
+    from sana_cli.text_cache import TextCache
     from sana_cli.text_encoder import TextEncoder
 
-    parts = text_files(folder / "text_encoder", folder / "tokenizer", "")
+    parts = {name: find_part(folder / name) for name in ("text_encoder", "tokenizer")}
     began = time.perf_counter()
     texts = TextCache(cache, parts, precision, "cpu")
     identified = time.perf_counter()

@@ -11,11 +11,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from reference import text_encoder, text_parts
+from reference import text_encoder
 from sana_cli.device import choose_text_precision
 from sana_cli.errors import UsageError
 from sana_cli.instruction import INSTRUCTION
 from sana_cli.int8 import OUTLIER, Int8Linear, quantise
+from sana_cli.layout import folder_parts
 from sana_cli.text_cache import TextCache
 
 DEMO = Path(__file__).resolve().parents[1] / "sana_cli" / "demo"
@@ -71,7 +72,7 @@ def test_the_states_of_the_bundled_model_are_within_two_hundredths(cache):
     """Measured: 0.011 at most; see benchmarks/text-precision.json."""
     exact = text_encoder(DEMO)
     ours = text_encoder(DEMO, "int8")
-    behind = text_encoder(DEMO, "int8", TextCache(cache, text_parts(DEMO), "int8", "cpu"))
+    behind = text_encoder(DEMO, "int8", TextCache(cache, folder_parts(DEMO), "int8", "cpu"))
     for prompt in PROMPTS:
         assert 1e-4 < relative_error(ours.encode(prompt), exact.encode(prompt)) < 0.02
         # Which columns hold outliers depends on all tokens that are run together.
@@ -108,7 +109,7 @@ def int8(cache):
     """The states of a prompt from a new 8-bit encoder that uses the cache."""
 
     def states() -> torch.Tensor:
-        kept = TextCache(cache, text_parts(DEMO), "int8", "cpu")
+        kept = TextCache(cache, folder_parts(DEMO), "int8", "cpu")
         return text_encoder(DEMO, "int8", kept).encode("a fox")
 
     return states

@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from reference import TOKENIZER, text_encoder, text_parts
+from reference import TOKENIZER, text_encoder
 from sana_cli.instruction import INSTRUCTION
+from sana_cli.layout import folder_parts
 from sana_cli.store import Store, cache_folder, identity
 from sana_cli.text_cache import TextCache
 
@@ -43,7 +44,7 @@ def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 
 def demo_cache(folder: Path, precision: str = "float32") -> TextCache:
-    return TextCache(folder, text_parts(DEMO), precision, "cpu")
+    return TextCache(folder, folder_parts(DEMO), precision, "cpu")
 
 
 # --- reading -----------------------------------------------------------------------------------
@@ -245,12 +246,12 @@ def _other_tokenizer(model: Path) -> None:
 
 @pytest.mark.parametrize("change", [_other_weights, _other_config, _other_tokenizer])
 def test_states_of_another_encoder_are_never_taken(cache, copy, change):
-    before = TextCache(cache, text_parts(copy), "float32", "cpu")
+    before = TextCache(cache, folder_parts(copy), "float32", "cpu")
     before.keep_states(torch.ones(1, 3, 4), "a fox", "")
     assert before.states("a fox", "") is not None
-    assert TextCache(cache, text_parts(DEMO), "float32", "cpu").states("a fox", "") is not None
+    assert TextCache(cache, folder_parts(DEMO), "float32", "cpu").states("a fox", "") is not None
     change(copy)
-    assert TextCache(cache, text_parts(copy), "float32", "cpu").states("a fox", "") is None
+    assert TextCache(cache, folder_parts(copy), "float32", "cpu").states("a fox", "") is None
 
 
 def test_states_of_another_text_or_precision_are_never_taken(cache):
