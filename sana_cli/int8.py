@@ -37,7 +37,7 @@ class Int8Linear(nn.Module):
         become infinite there, count as outliers, and are then taken from `x` itself; and what
         remains is below 6, so its products stay far inside the range.
         """
-        rows = x.flatten(0, -2)
+        rows = x.flatten(0, -2).contiguous()
         quantised, scale, outliers = bitsandbytes().functional.int8_vectorwise_quant(
             rows.to(torch.float16), OUTLIER
         )

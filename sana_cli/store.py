@@ -5,9 +5,11 @@ A store never fails a run: what is broken is dropped, what cannot be written is 
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Iterable
@@ -55,14 +57,17 @@ class Store:
         return self.folder / f"{key}{SUFFIX}"
 
     def read(self, *what: Any) -> dict[str, Tensor] | None:
-        """What was written under the same description, memory-mapped, or None."""
+        """What was written under the same description, or None. Unchecked, it is memory-mapped."""
         path = self.path(*what)
         try:
             with safe_open(path, framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                if self.checked:
+                    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
                 whole = not self.checked or file.metadata() == {"sha256": _digest(tensors)}
             if whole:
-                os.utime(path)
+                with contextlib.suppress(OSError):  # it may be on a disk that is only read
+                    os.utime(path)
                 return tensors
         except FileNotFoundError:
             return None
@@ -80,6 +85,8 @@ class Store:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             os.chmod(self.folder, 0o700)
+            if shutil.disk_usage(self.folder).free < 2 * sum(t.nbytes for t in tensors.values()):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             descriptor, name = tempfile.mkstemp(suffix=".partial", dir=self.folder)
             os.close(descriptor)
             try:
