@@ -65,6 +65,7 @@ def quantise(model: nn.Module, store: Store | None) -> None:
             kept |= {f"{name}.weight": quantised, f"{name}.SCB": scale}
         if store:
             store.write(kept, "linear")
+            kept = store.read("linear") or kept  # mapped: as little memory as the next time
     for name in linears:
         parent, _, child = name.rpartition(".")
         fast = Int8Linear(kept[f"{name}.weight"], kept[f"{name}.SCB"])

@@ -31,7 +31,9 @@ class TextEncoder:
         """`precision`: "float32", "bfloat16", or "int8" for the layers' linear maps.
 
         With a cache, prefixes of instructions and quantised layers are read from and kept in it;
-        without, every text is run whole. BrokenModel if the files are unusable.
+        without, every text is run whole. In int8 the instruction always goes first alone: there
+        the tokens that are run together decide what counts as an outlier, and a picture must not
+        depend on whether there is a cache. BrokenModel if the files are unusable.
         """
         path = tokenizer_file(parts)
         try:
@@ -40,14 +42,15 @@ class TextEncoder:
             raise BrokenModel(f"{path} is not a tokenizer: {error}") from None
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
+        eight_bit = precision == "int8"
         self.device, self.cache = device, cache
+        self.in_two = eight_bit or cache is not None
         self.prefixes: dict[str, Prefix] = {}  # by instruction
 
         part = parts["text_encoder"]
         config, _ = read_config(GemmaConfig, part.config)
         self.model = on_meta(Gemma, config, part.config)
         load_weights(self.model, part.weights, None, prefix="model.")
-        eight_bit = precision == "int8"
         dtype = getattr(torch, wide_dtype(device) if eight_bit else precision)
         self.model.embed_tokens = Table(self.model.embed_tokens.weight, dtype)
         if eight_bit:
@@ -67,7 +70,7 @@ class TextEncoder:
         ids = self.tokens(instruction + as_read(prompt))
         start = max(len(self.tokens(instruction)) - 1, 1)
         ids = ids[: start - 1 + MAX_TOKENS]
-        if self.cache and start > 1:
+        if self.in_two and start > 1:
             return self._behind(self._prefix(instruction), ids)
         states, _ = self.model(self._batch(ids))
         return torch.cat([states[:, :1], states[:, start:]], dim=1) if start > 1 else states
@@ -86,13 +89,13 @@ class TextEncoder:
         """The instruction but for its last token, a space, which most prompts change."""
         found = self.prefixes.get(instruction)
         if found is None:
-            assert self.cache
             tokens = self.tokens(instruction)[:-1]
-            found = self.cache.prefix(tokens)
+            found = self.cache.prefix(tokens) if self.cache else None
             if found is None:
                 states, past = self.model(self._batch(tokens))
                 found = Prefix(tokens, states[:, :1], past)
-                self.cache.keep_prefix(found)
+                if self.cache:
+                    self.cache.keep_prefix(found)
             self.prefixes[instruction] = found
         return found
 

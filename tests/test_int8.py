@@ -75,10 +75,11 @@ def test_the_states_of_the_bundled_model_are_within_two_hundredths(cache):
     behind = text_encoder(DEMO, "int8", TextCache(cache, folder_parts(DEMO), "int8", "cpu"))
     for prompt in PROMPTS:
         assert 1e-4 < relative_error(ours.encode(prompt), exact.encode(prompt)) < 0.02
-        # Which columns hold outliers depends on all tokens that are run together.
-        whole = exact.encode(prompt, INSTRUCTION)
-        assert relative_error(ours.encode(prompt, INSTRUCTION), whole) < 0.02
-        assert relative_error(behind.encode(prompt, INSTRUCTION), whole) < 0.02
+        instructed = ours.encode(prompt, INSTRUCTION)
+        assert relative_error(instructed, exact.encode(prompt, INSTRUCTION)) < 0.02
+        # Which columns hold outliers depends on the tokens run together, so those are always the
+        # same ones.
+        assert torch.equal(behind.encode(prompt, INSTRUCTION), instructed)
 
 
 def test_pictures_hardly_change_and_still_obey(sana, tmp_path):
