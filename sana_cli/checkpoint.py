@@ -68,13 +68,18 @@ def _frozen(value: Any) -> Any:
 
 
 def load_weights(
-    model: nn.Module, files: Sequence[Path], dtype: torch.dtype, only: str = "", prefix: str = ""
+    model: nn.Module,
+    files: Sequence[Path],
+    dtype: torch.dtype | None,
+    only: str = "",
+    prefix: str = "",
 ) -> nn.Module:
     """Fill a network built on the meta device from safetensors files, each tensor once.
 
     Every missing, unexpected or misshapen tensor is reported in one BrokenModel. Tensors outside
     `only` (a name prefix, stripped) are left on disk; `prefix` is dropped from names that have
-    it. Afterwards no parameter is on meta and every one has `dtype`.
+    it. Afterwards no parameter is on meta and every one has `dtype`; for None each keeps its own
+    and stays in its mapped file, read when it is used.
     """
     expected = model.state_dict()
     loaded: dict[str, Tensor] = {}
@@ -93,7 +98,7 @@ def load_weights(
             elif tensor.dtype not in WEIGHT_DTYPES:
                 problems.append(f"{only}{name} has dtype {tensor.dtype}")
             else:
-                loaded[name] = tensor.to(dtype)
+                loaded[name] = tensor if dtype is None else tensor.to(dtype)
             seen.add(name)
     problems += [f"missing {only}{name}" for name in expected if name not in seen]
     if problems:

@@ -1,9 +1,12 @@
 """Facts about this machine, and the choices of device and precision that follow from them."""
 
 import ctypes
+import importlib.util
 import sys
 
 from sana_cli.errors import UsageError
+
+LARGE_ENCODER = 250_000_000  # weights; below, the import of bitsandbytes costs more than is saved
 
 
 def choose_device(name: str) -> str:
@@ -42,15 +45,62 @@ def choose_dtypes(dtype: str, device: str, trained: str | None) -> tuple[str, st
     `auto` is float32 without a GPU that has bfloat16, else the precision the transformer was
     trained in. Gemma-2 and DC-AE overflow in float16 and never run in it.
     """
-    import torch
-
-    wide = "float32"
-    if device.startswith("cuda") and torch.cuda.get_device_capability(device) >= (8, 0):
-        wide = "bfloat16"
+    wide = wide_dtype(device)
     if dtype == "auto":
         narrow = device.startswith("cuda") and trained == "float16"
         return wide, "float16" if narrow else wide, wide
     return (wide, dtype, wide) if dtype == "float16" else (dtype, dtype, dtype)
+
+
+def wide_dtype(device: str) -> str:
+    """The fastest precision here with the range of float32."""
+    import torch
+
+    ampere = device.startswith("cuda") and torch.cuda.get_device_capability(device) >= (8, 0)
+    return "bfloat16" if ampere else "float32"
+
+
+def choose_text_precision(
+    asked: str, dtype: str, text_dtype: str, device: str, linear_weights: int
+) -> str:
+    """What the text encoder runs in: "float32", "bfloat16" or "int8".
+
+    `asked` is --text-precision, `text_dtype` what `choose_dtypes` gave. For `auto` that is taken,
+    unless nothing was said of precision at all, the device has fast int8, and the encoder is
+    large: then 8 bits halve its memory. UsageError where int8 is asked for and cannot run.
+    """
+    if asked in ("bf16", "fp32"):
+        return {"bf16": "bfloat16", "fp32": "float32"}[asked]
+    fault = _int8_fault(device)
+    if asked == "int8":
+        if fault:
+            raise UsageError(f"--text-precision int8: {fault}", "use --text-precision auto")
+        return "int8"
+    fast = device.startswith("cuda") and not fault
+    return "int8" if fast and dtype == "auto" and linear_weights > LARGE_ENCODER else text_dtype
+
+
+def _int8_fault(device: str) -> str | None:
+    """Why bitsandbytes' LLM.int8 cannot run on a device, if it cannot."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return "bitsandbytes is not installed"
+    if device.startswith("cuda"):
+        import torch
+
+        if torch.cuda.get_device_capability(device) < (7, 5):
+            return "this GPU is older than Turing, the first with int8 products"
+    elif device != "cpu":
+        return f"it runs on cuda and cpu, not on {device}"
+    return None
+
+
+def full_name(device: str) -> str:
+    """What two devices that round alike have in common."""
+    if device.startswith("cuda"):
+        import torch
+
+        return torch.cuda.get_device_name(device)
+    return device
 
 
 def give_back(device: str) -> None:

@@ -3,6 +3,9 @@
 Shapes: B batch, L tokens, D hidden size. Written out here rather than imported from
 transformers, because that import alone (2.4 s, 150 MB) costs more than the rest of a cold start;
 transformers' model is what the tests compare it with. Attribute names are the published ones.
+
+The decoder is causal, so what a token leaves behind (its keys and values in every layer) does not
+depend on what follows: `past` takes that of the tokens before, and only the new ones are run.
 """
 
 from dataclasses import dataclass
@@ -66,9 +69,18 @@ class GemmaConfig:
     def theta(self) -> float:
         return (self.rope_parameters or {}).get("rope_theta", self.rope_theta)
 
+    @property
+    def linear_weights(self) -> int:
+        """How many numbers the linear maps of all layers hold: 2.02e9 in Gemma-2-2B."""
+        heads = 2 * self.num_attention_heads + 2 * self.num_key_value_heads
+        rows = heads * self.head_dim + 3 * self.intermediate_size
+        return self.num_hidden_layers * self.hidden_size * rows
+
 
 # Every other layer of Gemma-2 attends to a window only; texts here are always shorter than it.
 LONGEST_TEXT = 2048
+
+KeysValues = tuple[Tensor, Tensor]  # of one layer, each (B, kv heads, L, d); the keys are rotated
 
 
 class Gemma(nn.Module):
@@ -81,15 +93,37 @@ class Gemma(nn.Module):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = GemmaRMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """Token ids (B, L), L <= 2048 -> states after the final norm (B, L, D)."""
+    def forward(
+        self, ids: Tensor, past: list[KeysValues] | None = None
+    ) -> tuple[Tensor, list[KeysValues]]:
+        """Token ids (B, L) -> states after the final norm (B, L, D), and their keys and values.
+
+        `past` holds the keys and values of the P tokens before them, by layer; P + L <= 2048.
+        """
+        before = past[0][0].shape[2] if past else 0
         x = self.embed_tokens(ids)
         x = x * torch.tensor(self.config.hidden_size**0.5, dtype=x.dtype)
-        rotation = rotary(ids.shape[1], self.config, x)
-        later = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=x.device).triu(1)
-        for layer in self.layers:
-            x = layer(x, rotation, later)
-        return self.norm(x)
+        length = ids.shape[1]
+        rotation = rotary(before, length, self.config, x)
+        later = torch.ones(length, before + length, dtype=torch.bool, device=x.device)
+        later = later.triu(1 + before)
+        kept = []
+        for i, layer in enumerate(self.layers):
+            x, own = layer(x, rotation, later, past[i] if past else None)
+            kept.append(own)
+        return self.norm(x), kept
+
+
+class Table(nn.Module):
+    """An embedding table left where it was loaded, which may be a mapped file: only the rows asked
+    for are read, converted to `dtype`, and moved. Gemma-2's table has a fifth of its weights."""
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.stored, self.dtype = weight, dtype  # no parameter: it stays when the model moves
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids.to(self.stored.device), self.stored).to(ids.device, self.dtype)
 
 
 class Layer(nn.Module):
@@ -105,10 +139,13 @@ class Layer(nn.Module):
         self.pre_feedforward_layernorm = GemmaRMSNorm(width, eps)
         self.post_feedforward_layernorm = GemmaRMSNorm(width, eps)
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], later: Tensor) -> Tensor:
-        attended = self.self_attn(self.input_layernorm(x), rotation, later)
+    def forward(
+        self, x: Tensor, rotation: tuple[Tensor, Tensor], later: Tensor, past: KeysValues | None
+    ) -> tuple[Tensor, KeysValues]:
+        attended, own = self.self_attn(self.input_layernorm(x), rotation, later, past)
         x = x + self.post_attention_layernorm(attended)
-        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+        fed = self.mlp(self.pre_feedforward_layernorm(x))
+        return x + self.post_feedforward_layernorm(fed), own
 
 
 class Attention(nn.Module):
@@ -123,13 +160,18 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(width, config.num_key_value_heads * head, bias=False)
         self.o_proj = nn.Linear(config.num_attention_heads * head, width, bias=False)
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], later: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, rotation: tuple[Tensor, Tensor], later: Tensor, past: KeysValues | None
+    ) -> tuple[Tensor, KeysValues]:
         head = self.config.head_dim
         q, k, v = (
             project(x).unflatten(-1, (-1, head)).transpose(1, 2)  # (B, heads, L, d)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = rotate(q, rotation), rotate(k, rotation)
+        own = (k, v)
+        if past is not None:
+            k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
         groups = self.config.num_attention_heads // self.config.num_key_value_heads
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
         scores = q @ k.transpose(-1, -2) * self.config.query_pre_attn_scalar**-0.5
@@ -138,7 +180,7 @@ class Attention(nn.Module):
             scores = torch.tanh(scores / cap) * cap
         scores = scores.masked_fill(later, float("-inf"))
         out = scores.softmax(dim=-1, dtype=torch.float32).to(x.dtype) @ v
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+        return self.o_proj(out.transpose(1, 2).flatten(2)), own
 
 
 class FeedForward(nn.Module):
@@ -166,11 +208,12 @@ class GemmaRMSNorm(nn.Module):
         return (wide * scale * (1 + self.weight.float())).to(x.dtype)
 
 
-def rotary(length: int, config: GemmaConfig, like: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin (L, d) of the positions 0 … L-1 (RoFormer), computed in float32."""
+def rotary(first: int, length: int, config: GemmaConfig, like: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin (L, d) of the positions first … first+L-1 (RoFormer), computed in float32."""
     steps = torch.arange(0, config.head_dim, 2, device=like.device).float()
     frequencies = 1.0 / config.theta ** (steps / config.head_dim)
-    angle = torch.arange(length, device=like.device).float()[:, None] * frequencies
+    position = torch.arange(first, first + length, device=like.device).float()
+    angle = position[:, None] * frequencies
     angle = torch.cat([angle, angle], dim=-1)  # the halves of a head rotate in pairs
     return angle.cos().to(like.dtype), angle.sin().to(like.dtype)
 

@@ -22,3 +22,8 @@ INSTRUCTION = "\n".join(
         "User Prompt: ",
     )
 )
+
+
+def as_read(prompt: str) -> str:
+    """A prompt as the reference reads it; the instruction before it keeps its case."""
+    return prompt.lower().strip()

@@ -126,9 +126,18 @@ def _check_writable(folder: Path) -> None:
 
 def slug(text: str) -> str:
     """Letters and digits of any script in lower case, joined by hyphens; "image" if none."""
-    plain = unicodedata.normalize("NFC", text).lower()
-    words = re.sub(r"[^\w]+|_+", "-", plain).strip("-")
-    return words[:LONGEST_SLUG].strip("-") or "image"
+    name = ""
+    for character in unicodedata.normalize("NFC", text.lower()):
+        if character.isalnum() or (name[-1:] not in ("", "-") and _is_mark(character)):
+            name += character
+        elif name[-1:] not in ("", "-"):
+            name += "-"
+    return name[:LONGEST_SLUG].strip("-") or "image"
+
+
+def _is_mark(character: str) -> bool:
+    """Vowel signs and accents, as most scripts of India write them; not what selects an emoji."""
+    return unicodedata.category(character) in ("Mn", "Mc") and not "\ufe00" <= character <= "\ufe0f"
 
 
 def safe_name(name: str) -> str:

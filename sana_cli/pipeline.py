@@ -18,18 +18,16 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from sana_cli.architectures import architecture
-from sana_cli.checkpoint import load_weights, on_meta, read_config
-from sana_cli.dc_ae import DCAE, DCAEConfig
+from sana_cli.checkpoint import load_weights, on_meta
+from sana_cli.dc_ae import DCAE
 from sana_cli.device import give_back, peak_bytes
-from sana_cli.dit import DiT, DiTConfig
-from sana_cli.errors import BadPicture, BrokenModel, MissingModel, UsageError
-from sana_cli.gemma import GemmaConfig
-from sana_cli.layout import INDEX, Parts, read_json
+from sana_cli.dit import DiT
+from sana_cli.errors import BadPicture, UsageError
+from sana_cli.instruction import as_read
+from sana_cli.model_files import ModelFiles
 from sana_cli.recipe import Recipe
 from sana_cli.solver import SOLVERS, first_step
-from sana_cli.text_encoder import TextEncoder
-from sana_cli.weights import Model
+from sana_cli.text_cache import TextCache
 
 Texts = dict[tuple[str, str], Tensor]  # (instruction, text) -> states
 Images = Mapping[str, np.ndarray]  # SHA-256 of a picture to start from -> uint8 RGB (h, w, 3)
@@ -57,85 +55,25 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class ModelFiles:
-    """Where a model's parts lie, and the facts in their configs that a recipe depends on."""
+class Remark:
+    """Something that happened on the way, for those who want to know; or should, as a warning."""
 
-    parts: Parts
-    dit: DiTConfig
-    vae: DCAEConfig
-    flow_shift: float | None  # None for Sana-Sprint, whose solver has none
-    unknown_keys: tuple[str, ...]  # of the configs: what they ask for is not done
-
-    @property
-    def is_sprint(self) -> bool:
-        """Distilled to few steps; guidance is told to its transformer, once a step."""
-        return self.dit.guidance_embeds
-
-    @property
-    def side(self) -> int:
-        return self.dit.sample_size * self.vae.compression
-
-
-SPRINT = "SanaSprintPipeline"
-KINDS = ("SanaPipeline", SPRINT)
-
-
-def released_model(model: Model) -> ModelFiles:
-    """What the configs of a released model say, for one whose files are not on this machine."""
-    if model.architecture is None or model.side is None:
-        raise MissingModel(
-            f"{model.name} is not on this machine, and nothing is known of it before its download",
-            f"fetch it with: sana models pull {model.name}",
-        )
-    known = architecture(model.architecture, model.side)
-    return ModelFiles({}, known.dit, known.vae, known.flow_shift, ())
-
-
-def open_model(parts: Parts) -> ModelFiles:
-    """Read every config of a model, no weights. BrokenModel names what is wrong."""
-    index = parts["transformer"].folder.parent / INDEX
-    kind = read_json(index).get("_class_name")
-    if kind not in (None, *KINDS):
-        raise BrokenModel(f"{index} names a {kind}", f"only {' and '.join(KINDS)} can be drawn")
-    dit, strange = read_config(DiTConfig, parts["transformer"].config)
-    if dit.guidance_embeds != (kind == SPRINT):
-        has = "has" if dit.guidance_embeds else "lacks"
-        raise BrokenModel(
-            f"{parts['transformer'].config} {has} guidance_embeds, but {INDEX} names"
-            f" {kind or 'no kind'}"
-        )
-    vae, more = read_config(DCAEConfig, parts["vae"].config)
-    text = parts["text_encoder"].config
-    width = read_config(GemmaConfig, text)[0].hidden_size
-    if width != dit.caption_channels:
-        raise BrokenModel(
-            f"{text}: hidden_size is {width}, the transformer reads {dit.caption_channels}"
-        )
-    if dit.in_channels != vae.latent_channels or dit.out_channels != vae.latent_channels:
-        raise BrokenModel(
-            f"{parts['vae'].config}: {vae.latent_channels} latent channels, the transformer's"
-            f" are {dit.in_channels} in and {dit.out_channels} out"
-        )
-    shift = None if kind == SPRINT else _flow_shift(parts["scheduler"].folder)
-    return ModelFiles(parts, dit, vae, shift, (*strange, *more))
-
-
-def _flow_shift(folder: Path) -> float:
-    scheduler = folder / "scheduler_config.json"
-    facts = read_json(scheduler)
-    # Flow-DPM configs call it flow_shift, Flow-Euler ones shift.
-    shift = facts.get("flow_shift", facts.get("shift"))
-    if not isinstance(shift, int | float) or isinstance(shift, bool) or not 0 < shift < 1000:
-        raise BrokenModel(f"{scheduler}: the flow shift is {shift!r}")
-    return float(shift)
+    text: str
+    warning: bool = False
 
 
 def draw(
-    recipes: list[Recipe], files: ModelFiles, device: str, images: Images | None = None
-) -> Iterator[Progress | Picture]:
+    recipes: list[Recipe],
+    files: ModelFiles,
+    device: str,
+    *,
+    images: Images | None = None,
+    cache: Path | None = None,
+) -> Iterator[Progress | Remark | Picture]:
     """Draw every recipe, all with one model and one precision: encode, denoise, then decode all.
 
-    `images` holds the pixels of every picture that a recipe starts from.
+    `images` holds the pixels of every picture that a recipe starts from; `cache` is a folder to
+    keep and find texts in, and None reads and writes nothing.
     """
     for recipe in recipes:
         if (recipe.solver == "scm") != files.is_sprint:
@@ -143,7 +81,7 @@ def draw(
     texts: Texts = {}
     starts: Starts = {}
     latents: list[Tensor] = []
-    yield from _encode(recipes, files, device, texts)
+    yield from _encode(recipes, files, device, cache, texts)
     give_back(device)
     if images:
         yield from _encode_images(recipes, images, files, device, starts)
@@ -157,18 +95,36 @@ def draw(
 
 
 def _encode(
-    recipes: list[Recipe], files: ModelFiles, device: str, texts: Texts
-) -> Iterator[Progress]:
+    recipes: list[Recipe], files: ModelFiles, device: str, folder: Path | None, texts: Texts
+) -> Iterator[Progress | Remark]:
     """Fill `texts`: each distinct (instruction, text) once, as states (1, L, width)."""
-    began = time.perf_counter()
     wanted = {(r.instruction, r.prompt): None for r in recipes}
     wanted |= {("", r.negative): None for r in recipes if _is_guided(r, files)}
-    encoder = TextEncoder(files.parts, _dtype(recipes[0].text_dtype), device)
-    yield _loaded(began)
+    precision = recipes[0].text_dtype
+    cache = TextCache(folder, files.parts, precision, device) if folder else None
+    encoder, found = None, 0
     for i, (instruction, text) in enumerate(wanted):
         began = time.perf_counter()
-        texts[instruction, text] = encoder.encode(text, instruction)
+        what = as_read(text), instruction
+        states = cache.states(*what) if cache else None
+        if states is not None:
+            found += 1
+        else:
+            if encoder is None:  # neither it nor its library is loaded if every text is found
+                from sana_cli.text_encoder import TextEncoder
+
+                encoder = TextEncoder(files.parts, precision, device, cache)
+                yield _loaded(began)
+                began = time.perf_counter()
+            states = encoder.encode(*what)
+            if cache:
+                cache.keep_states(states, *what)
+        texts[instruction, text] = states
         yield _done("encode", i, len(wanted), began, device)
+    if cache:
+        yield Remark(f"text cache: {found} of {len(wanted)} texts found")
+        for fault in cache.faults():
+            yield Remark(f"the cache in {folder} cannot be written: {fault}", warning=True)
 
 
 # --- latents -----------------------------------------------------------------------------------

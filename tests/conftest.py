@@ -17,6 +17,14 @@ os.environ["NO_COLOR"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch) -> Path:
+    """The folder of what is kept between runs: empty for every test, and never the user's."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("SANA_CACHE_DIR", str(folder))
+    return folder
+
+
 @dataclass(frozen=True)
 class Run:
     code: int

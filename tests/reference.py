@@ -16,6 +16,9 @@ from diffusers import (
 )
 from transformers import AutoTokenizer, Gemma2Config, Gemma2Model
 
+from sana_cli.layout import folder_parts
+from sana_cli.text_cache import TextCache
+
 ROOT = Path(__file__).resolve().parents[1]
 TOKENIZER = ROOT / "sana_cli" / "demo" / "tokenizer"
 TEXT_WIDTH = 64
@@ -103,6 +106,13 @@ def _spread(autoencoder: AutoencoderDC) -> None:
         image = autoencoder.decode(torch.randn(1, 32, 4, 4) / 0.41407).sample
         conv.weight *= 0.6 / image.std()
         conv.bias.zero_()
+
+
+def text_encoder(folder: Path, precision: str = "float32", cache: TextCache | None = None):
+    """Our text encoder of a model's folder, on the CPU."""
+    from sana_cli.text_encoder import TextEncoder
+
+    return TextEncoder(folder_parts(folder), precision, "cpu", cache)
 
 
 def draw(pipe: DiffusionPipeline, *, seeds: list[int], **call) -> list[np.ndarray]:

@@ -13,11 +13,11 @@ HEAVY = ("torch", "transformers", "diffusers", "numpy", "PIL", "huggingface_hub"
 # Lower layers never import higher ones. A module may import its own layer and any below.
 LAYERS = [
     {"__init__"},
-    {"errors", "kernels"},
+    {"errors", "kernels", "store"},
     {"shapes", "recipe", "solver", "device", "instruction", "signals", "layout"},
     {"weights", "dit", "dc_ae", "gemma"},
-    {"checkpoint", "architectures", "hub_cache", "chunks"},
-    {"text_encoder", "images", "download", "sampling"},
+    {"checkpoint", "architectures", "hub_cache", "chunks", "int8", "text_cache"},
+    {"text_encoder", "images", "download", "sampling", "model_files"},
     {"names", "pipeline"},
     {"ui"},
     {"commands"},

@@ -11,7 +11,7 @@ from sana_cli.checkpoint import load_weights, on_meta, read_config
 from sana_cli.dit import DiT, DiTConfig
 from sana_cli.errors import BrokenModel
 from sana_cli.layout import find_part, folder_parts
-from sana_cli.pipeline import open_model
+from sana_cli.model_files import open_model
 
 STEM = "diffusion_pytorch_model"
 

@@ -39,12 +39,14 @@ def test_it_draws_what_it_is_told(sana, tmp_path, prompt, shape, colour, ground)
 
 def test_it_follows_most_prompts_it_was_not_trained_on():
     """A sample of `python -m training.evaluate`; the whole is in benchmarks/demo.json."""
-    from sana_cli.pipeline import Picture, open_model
+    from sana_cli.layout import folder_parts
+    from sana_cli.model_files import open_model
+    from sana_cli.pipeline import Picture
     from sana_cli.pipeline import draw as stages
     from training.checker import check
     from training.evaluate import held_out, recipe
 
-    files = open_model(DEMO, "")
+    files = open_model(folder_parts(DEMO))
     prompts = held_out(12, 1) + held_out(8, 2)
     recipes = [recipe(t, s, files.flow_shift, 20, 4.5) for s, (_, t) in enumerate(prompts)]
     drawn = [e.pixels for e in stages(recipes, files, "cpu") if isinstance(e, Picture)]

@@ -10,7 +10,7 @@ from diffusers import SanaSprintImg2ImgPipeline
 from PIL import Image
 
 from reference import LIKE_0_6B, LIKE_1_6B, LITE, SPRINT, assert_same_picture, draw, random_pipeline
-from sana_cli import pipeline
+from sana_cli import model_files, pipeline
 from sana_cli.errors import UsageError
 from sana_cli.instruction import INSTRUCTION
 from sana_cli.layout import folder_parts
@@ -303,4 +303,4 @@ def test_a_recipe_for_another_kind_of_model_is_not_drawn(models):
         **{"fit": "exact", "revision": None},
     )
     with pytest.raises(UsageError, match="flow-dpm"):
-        next(pipeline.draw([recipe], pipeline.open_model(folder_parts(models("0.6B")[0])), "cpu"))
+        next(pipeline.draw([recipe], model_files.open_model(folder_parts(models("0.6B")[0])), "cpu"))

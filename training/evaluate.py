@@ -12,7 +12,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from sana_cli.pipeline import Picture, draw, open_model
+from sana_cli.layout import folder_parts
+from sana_cli.model_files import open_model
+from sana_cli.pipeline import Picture, draw
 from sana_cli.recipe import Recipe
 from sana_cli.weights import known_models
 from training.checker import check
@@ -66,7 +68,7 @@ def main() -> None:
     parser.add_argument("--sheet", type=Path, help="save a contact sheet of 24 here")
     options = parser.parse_args()
 
-    files = open_model(options.model, "")
+    files = open_model(folder_parts(options.model))
     prompts = held_out(options.one, 1, options.seed) + held_out(options.two, 2, options.seed)
     recipes = [
         recipe(text, seed, files.flow_shift, options.steps, options.guidance)

@@ -15,8 +15,9 @@ from sana_cli.errors import UsageError
 if TYPE_CHECKING:
     import numpy as np
 
+    from sana_cli.model_files import ModelFiles
     from sana_cli.names import Output
-    from sana_cli.pipeline import Images, ModelFiles
+    from sana_cli.pipeline import Images
     from sana_cli.recipe import Recipe
     from sana_cli.ui import Talk
     from sana_cli.weights import Model
@@ -54,6 +55,13 @@ class DType(StrEnum):
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
+
+
+class TextPrecision(StrEnum):
+    auto = "auto"
+    int8 = "int8"
+    bf16 = "bf16"
+    fp32 = "fp32"
 
 
 def generate(
@@ -194,6 +202,22 @@ def generate(
     dtype: Annotated[
         DType, typer.Option(help="Precision of the networks.", rich_help_panel=RUN)
     ] = DType.auto,
+    text_precision: Annotated[
+        TextPrecision,
+        typer.Option(
+            help="Precision of the text encoder, whatever --dtype says. [dim]auto: int8 for a"
+            " large one on an NVIDIA GPU, else as the rest[/dim]",
+            rich_help_panel=RUN,
+        ),
+    ] = TextPrecision.auto,
+    cache: Annotated[
+        bool,
+        typer.Option(
+            "--cache/--no-cache",
+            help="Keep what the text encoder computes, and use it again.",
+            rich_help_panel=RUN,
+        ),
+    ] = True,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -281,8 +305,9 @@ def generate(
     if parts is None and not dry_run:
         parts = fetch_parts(chosen, talk, offline)
 
-    from sana_cli.device import choose_device, choose_dtypes
-    from sana_cli.pipeline import open_model, released_model
+    from sana_cli.device import choose_device, choose_dtypes, choose_text_precision
+    from sana_cli.model_files import open_model, released_model
+    from sana_cli.store import cache_folder
 
     files = open_model(parts) if parts else released_model(chosen)
     if sampling is None:
@@ -300,6 +325,9 @@ def generate(
         )
     where = choose_device(device)
     text_dtype, dit_dtype, vae_dtype = choose_dtypes(dtype.value, where, chosen.dtype)
+    text_dtype = choose_text_precision(
+        text_precision.value, dtype.value, text_dtype, where, files.text.linear_weights
+    )
     instructed = chosen.instruction if instruction is None else instruction
     recipes = [
         Recipe(
@@ -336,7 +364,8 @@ def generate(
         _print_plan(recipes, target, where, chosen, files)
     else:
         encoding = (metadata is Metadata.full, quality, force)
-        _draw(recipes, files, images, where, target, encoding, json_output, talk, started)
+        kept = cache_folder() if cache else None
+        _draw(recipes, files, images, where, kept, target, encoding, json_output, talk, started)
 
 
 def _announce(talk: "Talk", chosen: "Model", recipes: list["Recipe"], where: str) -> None:
@@ -391,6 +420,7 @@ def _draw(
     files: "ModelFiles",
     sources: "Images",
     where: str,
+    cache: Path | None,
     target: "Output",
     encoding: tuple[bool, int | None, bool],
     json_output: bool,
@@ -400,7 +430,7 @@ def _draw(
     import torch
 
     from sana_cli import images
-    from sana_cli.pipeline import Picture, draw
+    from sana_cli.pipeline import Picture, Remark, draw
     from sana_cli.signals import leaving_in_order
     from sana_cli.ui import Bars, write_stdout
 
@@ -410,7 +440,10 @@ def _draw(
     rows: list[dict[str, Any]] = []
     written: set[Path] = set()
     with leaving_in_order(), Bars(talk, STAGES[1:5]) as bars:
-        for event in draw(recipes, files, where, sources):
+        for event in draw(recipes, files, where, images=sources, cache=cache):
+            if isinstance(event, Remark):
+                (talk.warn if event.warning else talk.detail)(event.text)
+                continue
             if not isinstance(event, Picture):
                 seconds[event.stage] += event.seconds
                 if event.stage in bars.tasks:

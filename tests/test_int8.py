@@ -1,0 +1,228 @@
+"""Gemma's layers in 8 bits: how far off, what is kept, where it runs, and what it costs others."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from reference import text_encoder
+from sana_cli.device import choose_text_precision
+from sana_cli.errors import UsageError
+from sana_cli.instruction import INSTRUCTION
+from sana_cli.int8 import OUTLIER, Int8Linear, quantise
+from sana_cli.layout import folder_parts
+from sana_cli.text_cache import TextCache
+
+DEMO = Path(__file__).resolve().parents[1] / "sana_cli" / "demo"
+PROMPTS = ["a red circle on a blue background", "a large white star in the centre on purple"]
+
+
+def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return ((ours.double() - theirs.double()).norm() / theirs.double().norm()).item()
+
+
+def eight_bit(weight: torch.Tensor) -> Int8Linear:
+    holder = torch.nn.Sequential(torch.nn.Linear(*weight.T.shape, bias=False))
+    holder[0].weight.data = weight
+    quantise(holder, None)
+    return holder[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [1, 7])
+@pytest.mark.parametrize("outlier", [0.0, 60.0, 1e5, 1e30])
+def test_a_linear_map_is_within_a_hundredth_whatever_its_input_holds(dtype, tokens, outlier):
+    """1e5 is beyond float16, which the operators read, and 1e30 far beyond its square."""
+    torch.manual_seed(0)
+    weight = 0.02 * torch.randn(96, 256)
+    x = torch.randn(1, tokens, 256)
+    x[..., [3, 77]] += outlier
+    x = x.to(dtype)
+    y = eight_bit(weight)(x)
+    assert y.dtype == dtype
+    assert relative_error(y, x.double() @ weight.double().T) < 0.015
+    # What the outliers drown is right too, for whoever subtracts them.
+    loud = x[..., [3, 77]].float() @ eight_bit(weight).weight[:, [3, 77]].T.float()
+    assert y.isfinite().all() and loud.isfinite().all()
+
+
+def test_rows_of_zeros_give_zeros():
+    x = torch.randn(1, 3, 64)
+    x[0, 1] = 0
+    weight = torch.randn(8, 64)
+    weight[5] = 0
+    y = eight_bit(weight)(x)
+    assert not y[0, 1].any() and not y[..., 5].any() and y[0, 0, 0] != 0
+
+
+def test_what_is_no_outlier_stays_within_float16():
+    """On CUDA the operator rounds its products to float16, at most this much for a row."""
+    for name, tensor in load_file(DEMO / "text_encoder" / "model.safetensors").items():
+        if "proj" in name:
+            assert OUTLIER * tensor.float().abs().sum(1).max() < 65504 / 10
+
+
+def test_the_states_of_the_bundled_model_are_within_two_hundredths(cache):
+    """Measured: 0.011 at most; see benchmarks/text-precision.json."""
+    exact = text_encoder(DEMO)
+    ours = text_encoder(DEMO, "int8")
+    behind = text_encoder(DEMO, "int8", TextCache(cache, folder_parts(DEMO), "int8", "cpu"))
+    for prompt in PROMPTS:
+        assert 1e-4 < relative_error(ours.encode(prompt), exact.encode(prompt)) < 0.02
+        instructed = ours.encode(prompt, INSTRUCTION)
+        assert relative_error(instructed, exact.encode(prompt, INSTRUCTION)) < 0.02
+        # Which columns hold outliers depends on the tokens run together, so those are always the
+        # same ones.
+        assert torch.equal(behind.encode(prompt, INSTRUCTION), instructed)
+
+
+def test_pictures_hardly_change_and_still_obey(sana, tmp_path):
+    from training.checker import check
+    from training.scenes import Object, Scene
+
+    call = ("generate", *PROMPTS, "-m", "demo", "-s", "1", "--device", "cpu")
+    pictures = []
+    for words in ((), ("--text-precision", "int8")):
+        run = sana(*call, *words, "-o", f"{tmp_path}/{len(words)}/")
+        assert run.code == 0, run.err
+        pictures.append([np.asarray(Image.open(path)) for path in run.out.splitlines()])
+    assert "text int8" in run.err
+    exact, ours = np.array(pictures).astype(int)
+    for a, b in zip(exact, ours, strict=True):
+        assert 10 * np.log10(255**2 / np.square(a - b).mean()) > 40
+    wanted = [("circle", "red", "blue"), ("star", "white", "purple")]
+    for (shape, colour, ground), pixels in zip(wanted, ours.astype(np.uint8), strict=True):
+        scene = Scene((Object(shape, colour, 0.5, 0.5, 0.2),), (ground,))
+        assert all(check(scene, pixels).values())
+
+
+# --- kept quantised ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def int8(cache):
+    """The states of a prompt from a new 8-bit encoder that uses the cache."""
+
+    def states() -> torch.Tensor:
+        kept = TextCache(cache, folder_parts(DEMO), "int8", "cpu")
+        return text_encoder(DEMO, "int8", kept).encode("a fox")
+
+    return states
+
+
+def test_it_is_quantised_once(cache, int8):
+    first = int8()
+    (path,) = (cache / "int8").iterdir()
+    assert path.stat().st_size < 0.6 * (DEMO / "text_encoder/model.safetensors").stat().st_size
+    before = path.stat().st_ino
+    assert torch.equal(int8(), first)
+    assert path.stat().st_ino == before
+    tensors = load_file(path)  # what is there is what is used
+    save_file(tensors | {n: 2 * t for n, t in tensors.items() if n.endswith("v_proj.SCB")}, path)
+    assert not torch.equal(int8(), first)
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def _garble(path: Path) -> None:
+    path.write_bytes(b"\xff" * 1000)
+
+
+def _edit(change):
+    def damage(path: Path) -> None:
+        tensors = load_file(path)
+        save_file(change(tensors), path)
+
+    return damage
+
+
+_lacking = _edit(lambda tensors: dict(list(tensors.items())[1:]))
+_wide = _edit(lambda tensors: {n: t.float() for n, t in tensors.items()})
+_narrow = _edit(lambda tensors: {n: t[:-1].contiguous() for n, t in tensors.items()})
+
+
+@pytest.mark.parametrize("damage", [_cut, _garble, _lacking, _wide, _narrow])
+def test_a_broken_file_is_noticed_and_made_again(cache, int8, damage):
+    first = int8()
+    (path,) = (cache / "int8").iterdir()
+    right = path.read_bytes()
+    damage(path)
+    assert torch.equal(int8(), first)
+    assert path.read_bytes() == right
+
+
+# --- where it runs -----------------------------------------------------------------------------
+
+
+LARGE, SMALL = 2_000_000_000, 1_000_000
+
+
+def test_on_a_cpu_it_runs_when_asked_for():
+    for dtype in ("auto", "float32"):
+        assert choose_text_precision("auto", dtype, "float32", "cpu", LARGE) == "float32"
+        assert choose_text_precision("int8", dtype, "float32", "cpu", SMALL) == "int8"
+    assert choose_text_precision("bf16", "auto", "float32", "cpu", SMALL) == "bfloat16"
+    assert choose_text_precision("fp32", "bfloat16", "bfloat16", "cpu", SMALL) == "float32"
+
+
+@pytest.mark.parametrize("device", ["mps", "mps:0", "xpu"])
+def test_elsewhere_it_is_refused_with_a_hint(device):
+    with pytest.raises(UsageError, match="cuda and cpu") as refusal:
+        choose_text_precision("int8", "auto", "float32", device, LARGE)
+    assert "--text-precision" in refusal.value.hint
+    assert choose_text_precision("auto", "auto", "float32", device, LARGE) == "float32"
+
+
+@pytest.mark.parametrize(("generation", "fast"), [((8, 6), True), ((7, 5), True), ((7, 0), False)])
+def test_on_nvidia_a_large_encoder_gets_it_by_itself_from_turing_on(monkeypatch, generation, fast):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: generation)
+    choose = choose_text_precision
+    assert choose("auto", "auto", "bfloat16", "cuda", LARGE) == ("int8" if fast else "bfloat16")
+    assert choose("auto", "auto", "bfloat16", "cuda", SMALL) == "bfloat16"
+    assert choose("auto", "float32", "float32", "cuda", LARGE) == "float32", "--dtype was given"
+    if fast:
+        assert choose("int8", "float32", "float32", "cuda:1", SMALL) == "int8"
+    else:
+        with pytest.raises(UsageError, match="Turing"):
+            choose("int8", "auto", "float32", "cuda", LARGE)
+
+
+def test_an_unknown_precision_is_refused(sana):
+    run = sana("generate", "a fox", "-m", "demo", "--text-precision", "int4")
+    assert (run.code, run.out) == (2, "")
+    assert "--text-precision" in run.err
+
+
+def test_its_library_is_loaded_for_it_alone_quietly_and_without_a_download(tmp_path):
+    """With the package `kernels` installed, importing bitsandbytes would fetch code with it."""
+    (tmp_path / "kernels.py").write_text("raise SystemExit('kernels was imported')")
+    words = ["generate", "a fox", "-m", "demo", "--device", "cpu", "--steps", "1", "-q"]
+    words += ["-o", f"{tmp_path}/x.png", "-f", "--no-cache"]
+    for options, loaded in (([], False), (["--text-precision", "int8"], True)):
+        code = f"""
+import sys
+sys.argv = ["sana", *{words + options!r}]
+from sana_cli.app import main
+try:
+    main()
+except SystemExit as stop:
+    assert not stop.code, stop.code
+assert ("bitsandbytes" in sys.modules) == {loaded}
+assert "kernels" not in sys.modules
+"""
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        )
+        assert (done.returncode, done.stderr) == (0, "")
