@@ -5,6 +5,8 @@ are additive, so one pass gathers them and the next applies them; and the depthw
 row above and one below. The result is the plain block's to rounding.
 """
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -14,7 +16,7 @@ from sana_cli.dit import Block, DiT, modulate
 def run_in_chunks(dit: DiT, rows: int) -> None:
     """Let every block of `dit` work on `rows` rows of the grid at once, 1 or more."""
     for i, block in enumerate(dit.transformer_blocks):
-        plain = block.plain if isinstance(block, ChunkedBlock) else block
+        plain = block.plain if isinstance(block, ChunkedBlock) else cast(Block, block)
         dit.transformer_blocks[i] = ChunkedBlock(plain, rows)
 
 

@@ -157,7 +157,8 @@ def _fetch_at_once(files: list[RemoteFile], report: Reporter) -> None:
             except IndexError:
                 return
             try:
-                results.put(_fetch_file(file, report, stop))
+                _fetch_file(file, report, stop)
+                results.put(None)
             except Exception as error:  # raised again where it can be reported
                 results.put(error)
 

@@ -3,37 +3,11 @@
 from dataclasses import dataclass, replace
 
 from sana_cli.errors import UsageError
+from sana_cli.settings import Settings
 from sana_cli.weights import Model, known_models
 
-MOST_STEPS = 1000
 MOST_SPRINT_STEPS = 4  # that Sana-Sprint was distilled to
 DEFAULT_STRENGTH = 0.6
-LEAST_STRENGTH = 0.01
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What the call says of sampling, None where it is silent. UsageError if no model takes it."""
-
-    solver: str | None
-    steps: int | None
-    guidance: float | None
-    negative: str
-    image: bool  # whether there is a picture to start from
-    strength: float | None
-
-    def __post_init__(self) -> None:
-        if self.steps is not None and not 1 <= self.steps <= MOST_STEPS:
-            raise UsageError(f"--steps {self.steps} is not between 1 and {MOST_STEPS}")
-        if self.guidance is not None and not 0 <= self.guidance <= 100:
-            raise UsageError(f"--guidance {self.guidance} is not between 0 and 100")
-        if self.strength is not None:
-            if not self.image:
-                raise UsageError("--strength has no effect without --image", "add --image FILE")
-            if not LEAST_STRENGTH <= self.strength <= 1:
-                raise UsageError(
-                    f"--strength {self.strength} is not between {LEAST_STRENGTH} and 1"
-                )
 
 
 @dataclass(frozen=True)
@@ -52,7 +26,7 @@ def of_kind(model: Model, is_sprint: bool) -> Model:
     return replace(model, solver="flow-dpm", steps=20, guidance=4.5)
 
 
-def settle(model: Model, asked: Asked) -> Sampling:
+def settle(model: Model, asked: Settings) -> Sampling:
     """The call's settings, filled up with the model's own; UsageError for what it cannot use."""
     steps = asked.steps if asked.steps is not None else model.steps
     guidance = asked.guidance if asked.guidance is not None else model.guidance
@@ -64,7 +38,7 @@ def settle(model: Model, asked: Asked) -> Sampling:
         )
     if model.solver == "scm":
         return _settle_sprint(model, asked, steps, guidance)
-    if asked.image:
+    if asked.image is not None:
         able = [known.name for known in known_models().values() if known.solver == "scm"]
         raise UsageError(f"{model.name} cannot start from an --image", f"use --model {able[0]}")
     if guidance < 1:
@@ -76,7 +50,7 @@ def settle(model: Model, asked: Asked) -> Sampling:
     return Sampling(solver, steps, guidance, None)
 
 
-def _settle_sprint(model: Model, asked: Asked, steps: int, guidance: float) -> Sampling:
+def _settle_sprint(model: Model, asked: Settings, steps: int, guidance: float) -> Sampling:
     if asked.negative.strip():
         raise UsageError(
             f"{model.name} cannot use --negative: its guidance is built in",
@@ -86,7 +60,7 @@ def _settle_sprint(model: Model, asked: Asked, steps: int, guidance: float) -> S
     if steps > MOST_SPRINT_STEPS:
         warnings.append(f"{model.name} was made for 1 to {MOST_SPRINT_STEPS} steps, not {steps}")
     strength = None
-    if asked.image:
+    if asked.image is not None:
         strength = DEFAULT_STRENGTH if asked.strength is None else asked.strength
         if steps - steps * strength < 1:  # none is left out, and the first starts from noise alone
             most = 100 * (steps - 1) // steps / 100

@@ -14,11 +14,11 @@ HEAVY = ("torch", "transformers", "diffusers", "numpy", "PIL", "huggingface_hub"
 LAYERS = [
     {"__init__"},
     {"errors", "kernels", "store"},
-    {"shapes", "recipe", "solver", "device", "instruction", "signals", "layout"},
+    {"shapes", "recipe", "solver", "device", "instruction", "signals", "layout", "settings"},
     {"weights", "dit", "dc_ae", "gemma"},
     {"checkpoint", "architectures", "hub_cache", "chunks", "int8", "text_cache"},
     {"text_encoder", "images", "download", "sampling", "model_files"},
-    {"names", "pipeline"},
+    {"names", "pipeline", "resolve"},
     {"ui"},
     {"commands"},
     {"app"},

@@ -303,4 +303,6 @@ def test_a_recipe_for_another_kind_of_model_is_not_drawn(models):
         **{"fit": "exact", "revision": None},
     )
     with pytest.raises(UsageError, match="flow-dpm"):
-        next(pipeline.draw([recipe], model_files.open_model(folder_parts(models("0.6B")[0])), "cpu"))
+        next(
+            pipeline.draw([recipe], model_files.open_model(folder_parts(models("0.6B")[0])), "cpu")
+        )

@@ -7,8 +7,25 @@ from sana_cli.errors import MissingModel
 if TYPE_CHECKING:
     from sana_cli.download import Listing
     from sana_cli.layout import Parts
+    from sana_cli.model_files import ModelFiles
     from sana_cli.ui import Talk
     from sana_cli.weights import Model, Source
+
+
+def open_chosen(model: "Model", talk: "Talk", offline: bool, dry_run: bool) -> "ModelFiles":
+    """The configs of a model, fetched with its weights if they are not here; a dry run fetches
+    nothing and takes those of the released model."""
+    from sana_cli.hub_cache import find_parts
+
+    parts = find_parts(model)
+    if parts is None and not dry_run:
+        parts = fetch_parts(model, talk, offline)
+    from sana_cli.model_files import open_model, released_model  # imports torch
+
+    files = open_model(parts) if parts else released_model(model)
+    for key in files.unknown_keys:
+        talk.warn(f"the model's config sets {key}, which this version does not know")
+    return files
 
 
 def fetch_parts(model: "Model", talk: "Talk", offline: bool) -> "Parts":

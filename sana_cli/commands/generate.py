@@ -1,6 +1,5 @@
 """`sana generate`: prompts in, pictures out."""
 
-import hashlib
 import json
 import sys
 import time
@@ -13,16 +12,14 @@ import typer
 from sana_cli.errors import UsageError
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from sana_cli.model_files import ModelFiles
     from sana_cli.names import Output
     from sana_cli.pipeline import Images
     from sana_cli.recipe import Recipe
+    from sana_cli.resolve import Choice
     from sana_cli.ui import Talk
     from sana_cli.weights import Model
 
-LONGEST_PROMPT = 20_000  # characters; 300 tokens are read of them
 FILES, RUN = "Files", "Running"  # panels of --help
 STAGES = ("load", "encode", "image", "denoise", "decode", "save")
 
@@ -265,107 +262,62 @@ def generate(
     sana generate "a fox" -o - > fox.png[/dim]
     """
     started = time.perf_counter()
-    from sana_cli.commands.fetching import fetch_parts
-    from sana_cli.hub_cache import commit_of, find_parts
-    from sana_cli.images import LARGEST_SIDE, read
-    from sana_cli.instruction import INSTRUCTION
+    from sana_cli.commands.fetching import open_chosen
     from sana_cli.names import parse_output
-    from sana_cli.recipe import Recipe, parse_seeds
-    from sana_cli.sampling import Asked, of_kind, settle
-    from sana_cli.shapes import Request, parse_aspect, parse_resolution, place
+    from sana_cli.recipe import parse_seeds
+    from sana_cli.resolve import choose
+    from sana_cli.settings import Settings, check_text
     from sana_cli.ui import Talk
-    from sana_cli.weights import choose_model
 
     # What can be wrong with the call is found before anything heavy is imported.
     talk = Talk(quiet, verbose, color)
-    request = parse_resolution(res) if res is not None else None
-    aspect = parse_aspect(ar) if ar is not None else None
     seeds = parse_seeds(seed, count)
-    _check_text(negative, "--negative")
-    _check_text(output or "", "--output")
+    check_text(output or "", "--output")
     target = parse_output(output, format.value if format else None)
-    texts = _read_prompts(prompts)
-    _check_quality(quality, target.format)
-    if target.to_stdout and not dry_run:
-        _check_stdout(len(texts) * len(seeds), json_output, force)
-    method = solver.value if solver else None
-    asked = Asked(method, steps, guidance, negative, image is not None, strength)
-    chosen = choose_model(model, request)
-    sampling = settle(chosen, asked) if chosen.solver else None
-    images = {}
-    if image is not None:
-        pixels = read(image)
-        images[hashlib.sha256(pixels.tobytes()).hexdigest()] = pixels
-        if aspect is None and (request is None or request.side is not None):
-            aspect = pixels.shape[1] / pixels.shape[0]
-    canvas = None
-    if chosen.side is not None:
-        canvas = place(request or Request(side=chosen.side), aspect, fit.value, chosen.side)
-    parts = find_parts(chosen)
-    if parts is None and not dry_run:
-        parts = fetch_parts(chosen, talk, offline)
-
-    from sana_cli.device import choose_device, choose_dtypes, choose_text_precision
-    from sana_cli.model_files import open_model, released_model
-    from sana_cli.store import cache_folder
-
-    files = open_model(parts) if parts else released_model(chosen)
-    if sampling is None:
-        chosen = of_kind(chosen, files.is_sprint)
-        sampling = settle(chosen, asked)
-    for key in files.unknown_keys:
-        talk.warn(f"the model's config sets {key}, which this version does not know")
-    if canvas is None:
-        canvas = place(request or Request(side=files.side), aspect, fit.value, files.side)
-    if max(canvas.width, canvas.height) > LARGEST_SIDE.get(target.format, sys.maxsize):
-        raise UsageError(
-            f"{canvas.width}x{canvas.height} is too large for {target.format}, which takes"
-            f" {LARGEST_SIDE[target.format]} pixels a side",
-            "use --format png",
-        )
-    where = choose_device(device)
-    text_dtype, dit_dtype, vae_dtype = choose_dtypes(dtype.value, where, chosen.dtype)
-    text_dtype = choose_text_precision(
-        text_precision.value, dtype.value, text_dtype, where, files.text.linear_weights
-    )
-    instructed = chosen.instruction if instruction is None else instruction
-    recipes = [
-        Recipe(
+    asked = [
+        Settings(
             prompt=text,
             negative=negative,
-            instruction=INSTRUCTION if instructed else "",
-            seed=one,
-            steps=sampling.steps,
-            guidance=sampling.guidance,
-            solver=sampling.solver,
-            flow_shift=files.flow_shift,
-            width=canvas.width,
-            height=canvas.height,
-            native_width=canvas.native_width,
-            native_height=canvas.native_height,
+            model=model,
+            res=res,
+            ar=ar,
             fit=fit.value,
-            model=chosen.name,
-            revision=commit_of(chosen),
-            text_dtype=text_dtype,
-            dit_dtype=dit_dtype,
-            vae_dtype=vae_dtype,
-            image=next(iter(images), None),
-            strength=sampling.strength,
+            steps=steps,
+            guidance=guidance,
+            solver=solver.value if solver else None,
+            image=image,
+            strength=strength,
+            instruction=instruction,
+            dtype=dtype.value,
+            text_precision=text_precision.value,
         )
-        for text in texts
-        for one in seeds
+        for text in _read_prompts(prompts)
     ]
-    _announce(talk, chosen, recipes, where)
-    if image is not None:
-        _announce_image(talk, image, pixels, recipes[0])
-    for text in sampling.warnings:
+    _check_quality(quality, target.format)
+    if target.to_stdout and not dry_run:
+        _check_stdout(len(asked) * len(seeds), json_output, force)
+    choices = [choose(settings) for settings in asked]
+    first = choices[0]
+    files = open_chosen(first.model, talk, offline, dry_run)
+
+    from sana_cli.device import choose_device
+    from sana_cli.store import cache_folder
+
+    where = choose_device(device)
+    recipes = [choice.recipe(files, where, one) for choice in choices for one in seeds]
+    _check_size(recipes[0], target.format)
+    _announce(talk, first.model, recipes, where)
+    if first.source is not None:
+        _announce_image(talk, first, recipes[0])
+    for text in first.sampling(files).warnings:
         talk.warn(text)
     if dry_run:
-        _print_plan(recipes, target, where, chosen, files)
+        _print_plan(recipes, target, where, first.model, files)
     else:
         encoding = (metadata is Metadata.full, quality, force)
         kept = cache_folder() if cache else None
-        _draw(recipes, files, images, where, kept, target, encoding, json_output, talk, started)
+        sources = {first.source.digest: first.source.pixels} if first.source else {}
+        _draw(recipes, files, sources, where, kept, target, encoding, json_output, talk, started)
 
 
 def _announce(talk: "Talk", chosen: "Model", recipes: list["Recipe"], where: str) -> None:
@@ -386,10 +338,11 @@ def _announce(talk: "Talk", chosen: "Model", recipes: list["Recipe"], where: str
     )
 
 
-def _announce_image(talk: "Talk", path: str, pixels: "np.ndarray", recipe: "Recipe") -> None:
-    height, width = pixels.shape[:2]
+def _announce_image(talk: "Talk", choice: "Choice", recipe: "Recipe") -> None:
+    assert choice.source is not None
+    height, width = choice.source.pixels.shape[:2]
     talk.say(
-        f"from {path} ({width}x{height}), stretched to {recipe.native_width}x"
+        f"from {choice.settings.image} ({width}x{height}), stretched to {recipe.native_width}x"
         f"{recipe.native_height}, at strength {recipe.strength:g}"
     )
 
@@ -485,21 +438,7 @@ def _read_prompts(words: list[str]) -> list[str]:
         raise UsageError("stdin can be read only once", "give a single -")
     for word in words:
         texts += _stdin_lines() if word == "-" else [word]
-    for text in texts:
-        if not text.strip():
-            raise UsageError("a prompt is empty", 'say what to draw: sana generate "a red fox"')
-        _check_text(text, "a prompt")
     return texts
-
-
-def _check_text(text: str, what: str) -> None:
-    if "\0" in text or len(text) > LONGEST_PROMPT:
-        limit = f"is longer than {LONGEST_PROMPT} characters or holds a NUL"
-        raise UsageError(f"{what} {limit}", "shorten it")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise UsageError(f"{what} is not valid UTF-8 text") from None
 
 
 def _stdin_lines() -> list[str]:
@@ -511,6 +450,17 @@ def _stdin_lines() -> list[str]:
     if not lines:
         raise UsageError("stdin holds no prompt", "pipe one prompt a line into sana")
     return lines
+
+
+def _check_size(recipe: "Recipe", format: str) -> None:
+    from sana_cli.images import LARGEST_SIDE
+
+    if max(recipe.width, recipe.height) > LARGEST_SIDE.get(format, sys.maxsize):
+        raise UsageError(
+            f"{recipe.width}x{recipe.height} is too large for {format}, which takes"
+            f" {LARGEST_SIDE[format]} pixels a side",
+            "use --format png",
+        )
 
 
 def _check_quality(quality: int | None, format: str) -> None:
