@@ -13,6 +13,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
+from sana_cli.errors import SanaError
 from sana_cli.store import Store
 
 OUTLIER = 6.0  # the paper's threshold, section 3.2
@@ -82,9 +83,23 @@ def _fits(kept: dict[str, Tensor], linears: dict[str, nn.Linear]) -> bool:
 
 @functools.cache
 def bitsandbytes() -> ModuleType:
-    with _no_download():
-        import bitsandbytes
-        import bitsandbytes.functional
+    """The library; SanaError where it cannot be loaded, or not for this version of CUDA."""
+    try:
+        with _no_download():
+            import bitsandbytes
+            import bitsandbytes.cextension
+            import bitsandbytes.functional
+        stand_in = isinstance(
+            bitsandbytes.cextension.lib, bitsandbytes.cextension.ErrorHandlerMockBNBNativeLibrary
+        )
+        if stand_in and torch.cuda.is_available():
+            raise ImportError(f"it has no library for CUDA {torch.version.cuda}")
+    except Exception as error:  # anything: it loads whatever CUDA is installed
+        reason = str(error).partition("\n")[0]
+        raise SanaError(
+            f"bitsandbytes, which int8 needs, cannot be loaded: {reason}",
+            "use --text-precision bf16",
+        ) from None
     return bitsandbytes
 
 
@@ -96,7 +111,7 @@ def _no_download() -> Iterator[None]:
     sys.modules["kernels"] = None  # type: ignore[assignment]  # importing it fails
     logger = logging.getLogger("bitsandbytes")
     level = logger.level
-    logger.setLevel(logging.ERROR)
+    logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:

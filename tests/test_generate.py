@@ -134,4 +134,4 @@ def test_the_resolution_chooses_the_model(sana, monkeypatch, tmp_path, res, name
     run = sana("generate", "a fox", *res)
     assert run.code == 5
     assert name in run.err.splitlines()[0]
-    assert "hf download Efficient-Large-Model/" in run.err
+    assert f"sana models pull {name}" in run.err
