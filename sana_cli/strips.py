@@ -39,6 +39,8 @@ from sana_cli.kernels.linear_attention import attend, attention_state
 Part = Callable[[Tensor], Tensor | None]
 Size = tuple[int, int]  # (height, width)
 STRIP_BYTES = 16 << 20
+MOST_BYTES = 1 << 30  # convolution libraries count elements in 31 bits
+REHEARSED = 3  # strips of a sweep on meta: the others would take the same memory
 
 
 @dataclass(frozen=True)
@@ -70,10 +72,9 @@ def decode(
     for stage in reversed(decoder.up_blocks):
         for block in cast(nn.Sequential, stage):
             sweep.through(block)
-    sweep.parts += [
-        partial(_normalise, decoder.norm_out),
-        lambda x: decoder.conv_act(x, inplace=True),
-    ]
+    width = decoder.norm_out.weight.numel()
+    sweep.add(partial(_normalise, decoder.norm_out), width)
+    sweep.add(lambda x: decoder.conv_act(x, inplace=True), width)
     sweep.through(decoder.conv_out)
     return sweep.draw(resized, size)
 
@@ -87,7 +88,7 @@ def encode(encoder: Encoder, pixels: Tensor, *, strip_bytes: int = STRIP_BYTES) 
     """
     weight = encoder.conv_out.weight
     sweep = _Sweep(pixels.permute(2, 0, 1)[None], weight.dtype, strip_bytes)
-    sweep.parts.append(lambda x: x.to(weight.device).float().div_(127.5).sub_(1).to(weight.dtype))
+    sweep.add(lambda x: x.to(weight.device).float().div_(127.5).sub_(1).to(weight.dtype), 3)
     sweep.through(encoder.conv_in)
     for stage in encoder.down_blocks:
         for block in cast(nn.Sequential, stage):
@@ -101,24 +102,28 @@ class _Sweep:
     """A map, and the parts that are still to be run over it."""
 
     def __init__(self, map: Tensor, dtype: torch.dtype, strip_bytes: int) -> None:
-        self.map, self.dtype, self.strip_bytes = map, dtype, strip_bytes
+        self.map, self.itemsize = map, dtype.itemsize
+        self.strip_bytes = min(strip_bytes, MOST_BYTES)
         self.height, self.width = map.shape[2:]  # of what the parts make of the map
-        self.parts: list[Part] = []
+        self.parts: list[tuple[Part, int]] = []  # and the most rows that each is given at once
         self.owned = False  # the map may be written over
-        self.widest = 1  # channels times area, of the widest tensor on the way
 
     def through(self, module: nn.Module, shortcut: Part | None = None) -> None:
-        """Add the parts of a module; a shortcut is a function of its input to add to its output."""
+        """Add the part of a module; a shortcut is a function of its input to add to its output."""
         if isinstance(module, EfficientViTBlock):
             self._attend(module.attn)
             module = module.conv_out
         part = _part(module, self.height)
-        self.parts.append(Residual(part, shortcut) if shortcut else part)
-        if isinstance(module, Downsample):
-            self.height, self.width = self.height // 2, self.width // 2
-        self._make_room(module)
+        self.add(Residual(part, shortcut) if shortcut else part, _widest(module))
         if isinstance(module, Upsample | SubpixelUpsample):
             self.height, self.width = 2 * self.height, 2 * self.width
+        if isinstance(module, Downsample):
+            self.height, self.width = self.height // 2, self.width // 2
+
+    def add(self, part: Part, channels: int) -> None:
+        """Add a part whose widest tensor has so many channels at the size of its input."""
+        rows = self.strip_bytes // (channels * self.width * self.itemsize)
+        self.parts.append((part, max(1, rows)))
 
     def settle(self) -> Tensor:
         """Run the parts. The map becomes what they make of it, in its own memory if that fits."""
@@ -131,17 +136,17 @@ class _Sweep:
                 # Safe in place: no part finishes a row before it has read or copied it.
                 target[:, :, at : at + strip.shape[2]] = strip
                 at += strip.shape[2]
-            self.map, self.owned, self.parts, self.widest = cast(Tensor, target), True, [], 1
+            self.map, self.owned, self.parts = cast(Tensor, target), True, []
         return self.map
 
     def draw(self, resized: Size | None, size: Size | None) -> Decoded:
         """Run the parts and put what they make into a picture, strip by strip."""
         if resized and resized != (self.height, self.width):
-            self.parts.append(Bilinear((self.height, self.width), resized))
+            self.add(Bilinear((self.height, self.width), resized), 3)
             self.height, self.width = resized
         height, width = size or (self.height, self.width)
         left, at = (self.width - width) // 2, -((self.height - height) // 2)
-        home = "meta" if self.map.is_meta else "cpu"  # a rehearsal has no picture
+        home = "meta" if self.map.is_meta else "cpu"
         pixels = torch.empty((height, width, 3), dtype=torch.uint8, device=home)
         low = torch.ones((), device=self.map.device)
         high = torch.zeros((), device=self.map.device)
@@ -158,8 +163,7 @@ class _Sweep:
     def _attend(self, attention: MultiscaleLinearAttention) -> None:
         """Gather the sums over the whole map; what each position makes of them becomes a part."""
         self.settle()
-        self._make_room(attention)
-        self.parts = [Features(attention, slice(1, 3), self.height)]
+        self.add(Features(attention, slice(1, 3), self.height), _widest(attention))
         state: Tensor | None = None
         for strip in self._strips():
             key, value = strip.unflatten(1, (-1, 2, attention.head_dim)).flatten(-2).unbind(2)
@@ -175,23 +179,38 @@ class _Sweep:
             return _normalise(attention.norm_out, out)
 
         queries = Features(attention, slice(0, 1), self.height)
-        self.parts = [Residual(Chain(queries, apply))]
+        self.parts.clear()
+        self.add(Residual(Chain(queries, apply)), _widest(attention))
 
     def _strips(self) -> Iterator[Tensor]:
-        whole = self.map.shape[2]
-        rows = self.strip_bytes * whole // (self.widest * self.dtype.itemsize)
-        chain = Chain(*self.parts)
-        for at in range(0, whole, max(1, rows)):
-            strip = chain(self.map[:, :, at : at + max(1, rows)])
-            if strip is not None:
+        """What the parts make of the map, top to bottom, depth first: the latest strip goes on."""
+        waiting, made = [(self.map, 0)], 0
+        while waiting:
+            strip, at = waiting.pop()
+            if at == len(self.parts):
                 yield strip
+                made += 1
+                if strip.is_meta and made == REHEARSED:
+                    return
+                continue
+            part, most = self.parts[at]
+            rows = strip.shape[2]
+            if rows > most:
+                rows = -(-rows // -(-rows // most))  # in equal parts
+                waiting.append((strip[:, :, rows:], at))
+            out = part(strip[:, :, :rows])
+            if out is not None:
+                waiting.append((out, at + 1))
+            del strip, out
 
-    def _make_room(self, module: nn.Module) -> None:
-        """Let strips be so low that the widest tensor inside the module is within the limit."""
-        channels = max(p.shape[0] for p in module.parameters() if p.ndim > 1)
-        if isinstance(module, Upsample) and module.interpolate:
-            channels = 4 * module.conv.in_channels
-        self.widest = max(self.widest, self.height * self.width * channels)
+
+def _widest(module: nn.Module) -> int:
+    """Channels of the widest tensor in a module, per position of its input."""
+    if isinstance(module, SubpixelUpsample):
+        return 4 * module.out
+    if isinstance(module, Upsample) and module.interpolate:
+        return 4 * max(module.conv.in_channels, module.conv.out_channels)
+    return max(p.shape[0] for p in module.parameters() if p.ndim > 1)
 
 
 # --- parts -------------------------------------------------------------------------------------
@@ -432,7 +451,7 @@ class SubpixelUpsample(nn.Module):
         return self.rows(F.pad(x, (0, 0, 1, 1)))
 
     def rows(self, window: Tensor) -> Tensor:
-        """(1, in, rows + 2, W), of which the first and last are context -> (1, out, 2·rows, 2·W)."""
+        """(1, in, rows + 2, W), the first and last row for context -> (1, out, 2·rows, 2·W)."""
         x, out = window[:, :, 1:-1], self.out
         height, width = x.shape[2:]
         y = _empty(x, (1, out, 2 * height, 2 * width))
