@@ -123,13 +123,17 @@ def _shards(folder: Path, index: Path) -> list[Path]:
 
 
 def load_weights(
-    model: nn.Module, files: list[Path], dtype: torch.dtype, only: str = "", prefix: str = ""
+    model: nn.Module,
+    files: list[Path],
+    dtype: torch.dtype | None,
+    only: str = "",
+    prefix: str = "",
 ) -> nn.Module:
     """Fill a network built on the meta device from safetensors files, each tensor once.
 
     Every missing, unexpected or misshapen tensor is reported in one BrokenModel. Tensors outside
     `only` (a name prefix, stripped) are left on disk; `prefix` is dropped from names that have
-    it. Afterwards no parameter is on meta and every one has `dtype`.
+    it. Afterwards no parameter is on meta and every one has `dtype`, or with None the file's.
     """
     expected = model.state_dict()
     loaded: dict[str, Tensor] = {}
@@ -148,7 +152,7 @@ def load_weights(
             elif tensor.dtype not in WEIGHT_DTYPES:
                 problems.append(f"{only}{name} has dtype {tensor.dtype}")
             else:
-                loaded[name] = tensor.to(dtype)
+                loaded[name] = tensor.to(dtype or tensor.dtype)
             seen.add(name)
     problems += [f"missing {only}{name}" for name in expected if name not in seen]
     if problems:

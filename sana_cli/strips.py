@@ -35,6 +35,7 @@ from sana_cli.dc_ae import (
     group_mean,
 )
 from sana_cli.kernels.linear_attention import attend, attention_state
+from sana_cli.memory import PeakMemory
 
 Part = Callable[[Tensor], Tensor | None]
 Size = tuple[int, int]  # (height, width)
@@ -96,6 +97,56 @@ def encode(encoder: Encoder, pixels: Tensor, *, strip_bytes: int = STRIP_BYTES) 
     mean = partial(group_mean, groups=encoder.conv_out.out_channels)
     sweep.through(encoder.conv_out, mean if encoder.shortcut else None)
     return sweep.settle()
+
+
+def rehearse(
+    network: Decoder | Encoder,
+    latent_size: Size,
+    *,
+    resized: Size | None = None,
+    size: Size | None = None,
+    strip_bytes: int = STRIP_BYTES,
+) -> int:
+    """The peak bytes above the weights of `decode` or `encode`, without computing anything.
+
+    The network is on the meta device, of the dtype and in the state (folded or not) that will
+    run; its sweeps are run there for a few strips each. Included are the picture, 3·H·W bytes,
+    which is always on the CPU, and not what libraries allocate inside one operation.
+    """
+    height, width = latent_size
+    with PeakMemory() as memory:
+        if isinstance(network, Decoder):
+            channels = network.conv_in.in_channels
+            latent = torch.empty((1, channels, height, width), device="meta")
+            decode(network, latent, resized=resized, size=size, strip_bytes=strip_bytes)
+        else:
+            cell = 2 ** (len(network.down_blocks) - 1)
+            shape = (height * cell, width * cell, 3)
+            pixels = torch.empty(shape, dtype=torch.uint8, device="meta")
+            encode(network, pixels, strip_bytes=strip_bytes)
+    return memory.peak
+
+
+def fit_strips(
+    network: Decoder | Encoder,
+    latent_size: Size,
+    budget: int,
+    *,
+    resized: Size | None = None,
+    size: Size | None = None,
+    most: int = STRIP_BYTES,
+) -> int | None:
+    """The largest `strip_bytes` up to `most`, halved at will, whose peak is within `budget` bytes.
+
+    None if even strips of one row are too much. `network` and the peak are those of `rehearse`.
+    """
+    strip_bytes = most
+    while strip_bytes:
+        peak = rehearse(network, latent_size, resized=resized, size=size, strip_bytes=strip_bytes)
+        if peak <= budget:
+            return strip_bytes
+        strip_bytes //= 4
+    return None
 
 
 class _Sweep:

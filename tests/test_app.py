@@ -13,10 +13,10 @@ HEAVY = ("torch", "transformers", "diffusers", "numpy", "PIL", "huggingface_hub"
 # Lower layers never import higher ones. A module may import its own layer and any below.
 LAYERS = [
     {"__init__"},
-    {"errors", "kernels"},
+    {"errors", "kernels", "memory"},
     {"shapes", "recipe", "solver", "device", "instruction", "signals"},
     {"weights", "dit", "dc_ae", "gemma"},
-    {"checkpoint"},
+    {"checkpoint", "strips"},
     {"text_encoder", "images"},
     {"names", "pipeline"},
     {"ui"},
