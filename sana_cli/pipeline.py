@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from sana_cli.checkpoint import load_weights, on_meta
-from sana_cli.dc_ae import DCAE
+from sana_cli.dc_ae import DCAE, DCAEConfig
 from sana_cli.device import give_back, peak_bytes
 from sana_cli.dit import DiT
 from sana_cli.errors import BadPicture, UsageError
@@ -27,6 +27,7 @@ from sana_cli.instruction import as_read
 from sana_cli.model_files import ModelFiles
 from sana_cli.recipe import Recipe
 from sana_cli.solver import SOLVERS, first_step
+from sana_cli.strips import Decoded, decode, encode, fold
 from sana_cli.text_cache import TextCache
 
 Texts = dict[tuple[str, str], Tensor]  # (instruction, text) -> states
@@ -143,8 +144,7 @@ def _encode_images(
         began = time.perf_counter()
         # Stretched to the size, whatever its own aspect, as the reference does.
         fitted = Image.fromarray(images[image]).resize((width, height), Image.Resampling.LANCZOS)
-        pixels = torch.from_numpy(np.array(fitted)).permute(2, 0, 1)[None].float()
-        latents = encoder((pixels / 255 * 2 - 1).to(device, dtype)) * files.vae.scaling_factor
+        latents = encode(encoder, torch.from_numpy(np.array(fitted))) * files.vae.scaling_factor
         starts[image, height, width] = latents.float().cpu()
         yield _done("image", i, len(wanted), began, device)
 
@@ -242,55 +242,57 @@ def _decode(
     for i, (recipe, latent) in enumerate(zip(recipes, latents, strict=True)):
         began = time.perf_counter()
         note = None
-        pixels = _pixels(decoder, latent.to(device), recipe, files.vae.scaling_factor)
-        if _is_bad(pixels) and recipe.vae_dtype != "float32":
+        drawn = _pixels(decoder, latent.to(device), recipe, files.vae)
+        if _fault(drawn) and recipe.vae_dtype != "float32":
             decoder.float()
-            pixels = _pixels(decoder, latent.to(device), recipe, files.vae.scaling_factor)
+            drawn = _pixels(decoder, latent.to(device), recipe, files.vae)
             decoder.to(_dtype(recipe.vae_dtype))
             note = f"decoded again in float32: {recipe.vae_dtype} gave a bad picture"
-        if _is_bad(pixels):
-            fault = "NaN" if pixels.isnan().any() else "one flat colour"
+        if fault := _fault(drawn):
             raise BadPicture(
                 f"seed {recipe.seed} came out as {fault}",
                 "try --dtype float32, another seed, or other weights",
             )
-        picture = (pixels * 255).round().to(torch.uint8).cpu().numpy()
         yield _done("decode", i, len(recipes), began, device)
-        yield Picture(i, picture, note)
+        yield Picture(i, drawn.pixels.numpy(), note)
 
 
 def _autoencoder(files: ModelFiles, half: str, dtype: torch.dtype, device: str) -> nn.Module:
     """The "encoder" or the "decoder"; the other half stays on disk."""
     part = files.parts["vae"]
     network = getattr(on_meta(DCAE, files.vae, part.config), half)
-    load_weights(network, part.weights, dtype, only=f"{half}.")
-    return network.to(device, memory_format=torch.channels_last)
+    load_weights(network, part.weights, None, only=f"{half}.")
+    if half == "decoder":
+        fold(network)  # before its weights are narrowed
+    return network.to(device, dtype, memory_format=torch.channels_last)
 
 
-def _pixels(decoder: Any, latent: Tensor, recipe: Recipe, scaling: float) -> Tensor:
-    """float32 (height, width, 3) in [0, 1], resized or cropped to the size of the recipe."""
-    dtype = next(decoder.parameters()).dtype
-    image = decoder(latent.to(dtype) / scaling)
+def _pixels(decoder: Any, latent: Tensor, recipe: Recipe, vae: DCAEConfig) -> Decoded:
+    """The picture, resized or cropped to the size of the recipe."""
+    latent = latent.to(decoder.norm_out.weight.dtype) / vae.scaling_factor
+    size = recipe.height, recipe.width
+    resized = None
     if recipe.fit == "trained":
-        image = _resize(image, recipe.height, recipe.width)
-    top = (image.shape[-2] - recipe.height) // 2
-    left = (image.shape[-1] - recipe.width) // 2
-    image = image[..., top : top + recipe.height, left : left + recipe.width]
-    return (image * 0.5 + 0.5).clamp(0, 1)[0].permute(1, 2, 0).float()
+        height, width = (side * vae.compression for side in latent.shape[-2:])
+        resized = _covering((height, width), size)
+    return decode(decoder, latent, resized=resized, size=size)
 
 
-def _resize(image: Tensor, height: int, width: int) -> Tensor:
-    """Bilinear to the smallest size that covers (height, width), as the reference does."""
-    ratio = max(height / image.shape[-2], width / image.shape[-1])
-    # Truncated as there, but never below the target by a rounding error, as can happen there.
-    size = (max(height, int(image.shape[-2] * ratio)), max(width, int(image.shape[-1] * ratio)))
-    if size == tuple(image.shape[-2:]):
-        return image
-    return F.interpolate(image, size=size, mode="bilinear", align_corners=False)
+def _covering(whole: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+    """The smallest (height, width) in the shape of `whole` that covers `size`."""
+    ratio = max(wanted / side for wanted, side in zip(size, whole, strict=True))
+    # Truncated as the reference does, but never below the target by a rounding error, as can
+    # happen there.
+    height, width = (
+        max(wanted, int(side * ratio)) for wanted, side in zip(size, whole, strict=True)
+    )
+    return height, width
 
 
-def _is_bad(pixels: Tensor) -> bool:
-    return bool(pixels.isnan().any()) or float(pixels.max() - pixels.min()) < 1 / 255
+def _fault(drawn: Decoded) -> str | None:
+    if drawn.low.isnan():
+        return "NaN"
+    return "one flat colour" if drawn.high - drawn.low < 1 / 255 else None
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -40,8 +40,9 @@ class Choice:
 
     def sampling(self, files: "ModelFiles | None" = None) -> Sampling:
         """Without `files` only for a model whose kind is known."""
-        known = self.model.solver is not None or files is None
-        model = self.model if known else of_kind(self.model, files.is_sprint)
+        model = self.model
+        if model.solver is None and files is not None:
+            model = of_kind(model, files.is_sprint)
         return settle(model, self.settings)
 
     def canvas(self, side: int) -> Canvas:

@@ -13,10 +13,10 @@ HEAVY = ("torch", "transformers", "diffusers", "numpy", "PIL", "huggingface_hub"
 # Lower layers never import higher ones. A module may import its own layer and any below.
 LAYERS = [
     {"__init__"},
-    {"errors", "kernels", "store"},
+    {"errors", "kernels", "store", "memory"},
     {"shapes", "recipe", "solver", "device", "instruction", "signals", "layout", "settings"},
     {"weights", "dit", "dc_ae", "gemma"},
-    {"checkpoint", "architectures", "hub_cache", "chunks", "int8", "text_cache"},
+    {"checkpoint", "architectures", "hub_cache", "chunks", "strips", "int8", "text_cache"},
     {"text_encoder", "images", "download", "sampling", "model_files"},
     {"names", "pipeline", "resolve"},
     {"ui"},
