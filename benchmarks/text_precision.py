@@ -39,6 +39,7 @@ def on_demo(count: int) -> dict:
     from sana_cli.layout import folder_parts
     from sana_cli.model_files import open_model
     from sana_cli.pipeline import Picture, draw
+    from sana_cli.plan import Plan
     from sana_cli.text_encoder import TextEncoder
     from training.checker import check
     from training.evaluate import held_out, recipe
@@ -54,7 +55,7 @@ def on_demo(count: int) -> dict:
         recipes = [recipe(p, s, files.flow_shift, 20, 4.5) for s, p in enumerate(prompts)]
         recipes = [dataclasses.replace(one, text_dtype=precision) for one in recipes]
         with torch.inference_mode():
-            events = list(draw(recipes, files, "cpu"))
+            events = list(draw(recipes, files, Plan("cpu")))
         pictures[precision] = [e.pixels for e in events if isinstance(e, Picture)]
     report: dict = {"prompts": count}
     for precision, drawn in pictures.items():

@@ -13,7 +13,8 @@ import typer
 
 from sana_cli import __version__
 from sana_cli.commands import generate, models
-from sana_cli.errors import DiskFull, SanaError, UsageError
+from sana_cli.device import is_out_of_memory
+from sana_cli.errors import DiskFull, NotEnoughMemory, SanaError, UsageError
 from sana_cli.signals import leaving_at_once
 
 app = typer.Typer(
@@ -98,9 +99,7 @@ def _help_of(context: typer.Context | None) -> str:
 def _unforeseen(error: Exception, verbose: bool) -> SanaError:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return DiskFull("no space left to write the result", "free some, or write elsewhere")
-    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
-        found = SanaError("not enough memory", "ask for fewer pixels, or use --device cpu")
-        found.exit_code = 4
-        return found
+    if isinstance(error, MemoryError) or ("torch" in sys.modules and is_out_of_memory(error)):
+        return NotEnoughMemory("not enough memory", "ask for fewer pixels, or use --device cpu")
     hint = "this is a bug, please report the lines above" if verbose else "--verbose shows more"
     return SanaError(f"{type(error).__name__}: {error}", hint)

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from sana_cli.dit import Block, DiT, modulate
 
 
-def run_in_chunks(dit: DiT, rows: int) -> None:
-    """Let every block of `dit` work on `rows` rows of the grid at once, 1 or more."""
+def run_in_chunks(dit: DiT, rows: int | None) -> None:
+    """Let every block of `dit` work on `rows` rows of the grid at once, 1 or more; None: on all."""
     for i, block in enumerate(dit.transformer_blocks):
         plain = block.plain if isinstance(block, ChunkedBlock) else cast(Block, block)
-        dit.transformer_blocks[i] = ChunkedBlock(plain, rows)
+        dit.transformer_blocks[i] = ChunkedBlock(plain, rows) if rows else plain
 
 
 class ChunkedBlock(nn.Module):

@@ -115,6 +115,15 @@ def give_back(device: str) -> None:
             trim(0)
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    import torch
+
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    # What the CPU's allocator raises.
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
 def peak_bytes(device: str) -> int:
     """The most memory held so far: allocated on a CUDA device, else resident in this process."""
     if device.startswith("cuda"):

@@ -19,6 +19,7 @@ from typing import Protocol, TypeVar
 from sana_cli.errors import BrokenModel, DiskFull, MissingModel
 from sana_cli.hub_cache import Digest, pinned_commit, record, repo_folder
 from sana_cli.layout import files_to_fetch
+from sana_cli.units import gigabytes
 from sana_cli.weights import Source
 
 Result = TypeVar("Result")
@@ -133,11 +134,6 @@ def _check_disk(needed: int) -> None:
             f"the download needs {gigabytes(needed)}, and {place} has {gigabytes(free)} free",
             "free some, or set HF_HOME to a larger disk",
         )
-
-
-def gigabytes(count: int) -> str:
-    """1_249_001_100 -> "1.25 GB"; small counts in MB."""
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 class _Stopped(Exception):

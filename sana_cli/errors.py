@@ -24,6 +24,10 @@ class BrokenModel(SanaError):
     exit_code = 1
 
 
+class NotEnoughMemory(SanaError):
+    exit_code = 4
+
+
 class MissingModel(SanaError):
     """Weights that are not on this machine."""
 

@@ -7,10 +7,11 @@ it is decoded. It never prints.
 """
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import numpy as np
 import torch
@@ -19,20 +20,27 @@ from PIL import Image
 from torch import Tensor, nn
 
 from sana_cli.checkpoint import load_weights, on_meta
-from sana_cli.dc_ae import DCAE, DCAEConfig
-from sana_cli.device import give_back, peak_bytes
+from sana_cli.chunks import run_in_chunks
+from sana_cli.dc_ae import DCAE, Decoder, Encoder
+from sana_cli.device import give_back, is_out_of_memory, peak_bytes
 from sana_cli.dit import DiT
-from sana_cli.errors import BadPicture, UsageError
+from sana_cli.errors import BadPicture, NotEnoughMemory, SanaError, UsageError
 from sana_cli.instruction import as_read
 from sana_cli.model_files import ModelFiles
+from sana_cli.plan import Plan
 from sana_cli.recipe import Recipe
 from sana_cli.solver import SOLVERS, first_step
 from sana_cli.strips import Decoded, decode, encode, fold
 from sana_cli.text_cache import TextCache
 
-Texts = dict[tuple[str, str], Tensor]  # (instruction, text) -> states
+if TYPE_CHECKING:
+    from sana_cli.text_encoder import TextEncoder
+
+Result = TypeVar("Result")
+Network = TypeVar("Network", bound=nn.Module)
 Images = Mapping[str, np.ndarray]  # SHA-256 of a picture to start from -> uint8 RGB (h, w, 3)
-Starts = dict[tuple[str, int, int], Tensor]  # the same at a native height and width -> latents
+
+TURN = 16  # pictures denoised, then decoded, where only one network is held at a time
 
 
 @dataclass(frozen=True)
@@ -48,11 +56,18 @@ class Progress:
 
 @dataclass(frozen=True)
 class Picture:
-    """uint8 RGB (height, width, 3) of the recipe at `index`, and what had to be done for it."""
+    """uint8 RGB (height, width, 3) of the recipe at `index`."""
 
     index: int
     pixels: np.ndarray
-    note: str | None = None
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why there is no picture of the recipe at `index`. The others are drawn all the same."""
+
+    index: int
+    error: SanaError
 
 
 @dataclass(frozen=True)
@@ -63,148 +78,335 @@ class Remark:
     warning: bool = False
 
 
+Event = Progress | Picture | Failure | Remark
+
+
 def draw(
     recipes: list[Recipe],
     files: ModelFiles,
-    device: str,
+    plan: Plan,
     *,
     images: Images | None = None,
     cache: Path | None = None,
-) -> Iterator[Progress | Remark | Picture]:
-    """Draw every recipe, all with one model and one precision: encode, denoise, then decode all.
+) -> Iterator[Event]:
+    """Draw every recipe, all with one model and one precision.
 
-    `images` holds the pixels of every picture that a recipe starts from; `cache` is a folder to
-    keep and find texts in, and None reads and writes nothing.
+    All texts are encoded first. Then transformer and decoder take turns, or stay loaded together
+    and make one picture after the other, as the plan says. `images` holds the pixels of every
+    picture that a recipe starts from; `cache` is a folder to keep and find texts in, and None
+    reads and writes nothing.
     """
     for recipe in recipes:
         if (recipe.solver == "scm") != files.is_sprint:
             raise UsageError(f"{recipe.model} cannot be sampled by {recipe.solver}")
-    texts: Texts = {}
-    starts: Starts = {}
-    latents: list[Tensor] = []
-    yield from _encode(recipes, files, device, cache, texts)
-    give_back(device)
-    if images:
-        yield from _encode_images(recipes, images, files, device, starts)
-        give_back(device)
-    yield from _denoise(recipes, texts, starts, files, device, latents)
-    give_back(device)
-    yield from _decode(recipes, latents, files, device)
+    return Run(recipes, files, plan, images or {}, cache).events()
 
 
-# --- text --------------------------------------------------------------------------------------
+class Run:
+    """What `draw` holds while it draws."""
 
+    def __init__(
+        self,
+        recipes: list[Recipe],
+        files: ModelFiles,
+        plan: Plan,
+        images: Images,
+        cache: Path | None,
+    ) -> None:
+        self.recipes, self.files, self.plan = recipes, files, plan
+        self.images, self.cache = images, cache
+        self.texts: dict[tuple[str, str], Tensor] = {}  # (instruction, text) -> states
+        self.starts: dict[tuple[str, int, int], Tensor] = {}  # picture at a size -> latents
+        self.latents: dict[int, Tensor] = {}  # of a recipe's index, waiting to be decoded
+        self.text_encoder: TextEncoder | None = None
+        self.transformer: DiT | None = None
+        self.decoder: Decoder | None = None
+        self.steps_done = self.pictures_done = 0
+        self.steps = sum(r.steps - first_step(r.steps, r.strength) for r in recipes)
 
-def _encode(
-    recipes: list[Recipe], files: ModelFiles, device: str, folder: Path | None, texts: Texts
-) -> Iterator[Progress | Remark]:
-    """Fill `texts`: each distinct (instruction, text) once, as states (1, L, width)."""
-    wanted = {(r.instruction, r.prompt): None for r in recipes}
-    wanted |= {("", r.negative): None for r in recipes if _is_guided(r, files)}
-    precision = recipes[0].text_dtype
-    cache = TextCache(folder, files.parts, precision, device) if folder else None
-    encoder, found = None, 0
-    for i, (instruction, text) in enumerate(wanted):
+    def events(self) -> Iterator[Event]:
+        yield from self.encode_texts()
+        give_back(self.plan.device)
+        if self.images:
+            yield from self.encode_images()
+            give_back(self.plan.device)
+        turn = 1 if self.plan.resident else TURN
+        for first in range(0, len(self.recipes), turn):
+            some = range(first, min(first + turn, len(self.recipes)))
+            yield from self.load_transformer()
+            for i in some:
+                yield from self.finish(i, self.denoise(i))
+            yield from self.load_decoder()
+            for i in some:
+                if i in self.latents:
+                    yield from self.finish(i, self.decode(i))
+
+    def finish(self, i: int, stage: Iterator[Event]) -> Iterator[Event]:
+        """The events of a stage of one picture, or that it failed."""
+        try:
+            yield from stage
+        except (BadPicture, NotEnoughMemory) as error:
+            self.latents.pop(i, None)
+            yield Failure(i, error)
+
+    # --- text ----------------------------------------------------------------------------------
+
+    def encode_texts(self) -> Iterator[Event]:
+        """Fill `texts`: each distinct (instruction, text) once, as states (1, L, width)."""
+        wanted = {(r.instruction, r.prompt): None for r in self.recipes}
+        wanted |= {("", r.negative): None for r in self.recipes if is_guided(r, self.files)}
+        parts, precision, device = self.files.parts, self.recipes[0].text_dtype, self.plan.device
+        cache = TextCache(self.cache, parts, precision, device) if self.cache else None
+        ladder = Ladder(self.plan.leaner_encoding(), "the text encoder")
+        found = 0
+        for i, (instruction, text) in enumerate(wanted):
+            began = time.perf_counter()
+            what = as_read(text), instruction
+            states = cache.states(*what) if cache else None
+            if states is not None:
+                found += 1
+            else:
+                if self.text_encoder is None:  # it is not loaded if every text is found
+                    yield from ladder.attempt(partial(self.load_text_encoder, cache))
+                    yield loaded(began)
+                    began = time.perf_counter()
+                states = yield from ladder.attempt(partial(self.states_of, what, cache))
+                if cache:
+                    cache.keep_states(states, *what)
+            self.texts[instruction, text] = states
+            yield self.done("encode", i + 1, len(wanted), began)
+        self.text_encoder = None
+        if cache:
+            yield Remark(f"text cache: {found} of {len(wanted)} texts found")
+            for fault in cache.faults():
+                yield Remark(f"the cache in {self.cache} cannot be written: {fault}", warning=True)
+
+    def states_of(self, what: tuple[str, str], cache: TextCache | None, plan: Plan) -> Tensor:
+        return self.load_text_encoder(cache, plan).encode(*what)
+
+    def load_text_encoder(self, cache: TextCache | None, plan: Plan) -> "TextEncoder":
+        if self.text_encoder is None or self.text_encoder.device != plan.device:
+            from sana_cli.text_encoder import TextEncoder  # and the tokenizers' library
+
+            self.text_encoder = None
+            parts, precision = self.files.parts, self.recipes[0].text_dtype
+            own = cache if plan.device == self.plan.device else None  # it is of one device
+            self.text_encoder = TextEncoder(parts, precision, plan.device, own)
+        return self.text_encoder
+
+    # --- latents -------------------------------------------------------------------------------
+
+    def encode_images(self) -> Iterator[Event]:
+        """Fill `starts`: each picture at each size, as float32 latents (1, 32, h, w) on the CPU."""
         began = time.perf_counter()
-        what = as_read(text), instruction
-        states = cache.states(*what) if cache else None
-        if states is not None:
-            found += 1
-        else:
-            if encoder is None:  # neither it nor its library is loaded if every text is found
-                from sana_cli.text_encoder import TextEncoder
+        encoder = cast(Encoder, self.autoencoder("encoder"))
+        yield loaded(began)
+        sizes = {(r.image, r.native_height, r.native_width): None for r in self.recipes if r.image}
+        for i, (image, height, width) in enumerate(sizes):
+            began = time.perf_counter()
+            # Stretched to the size, whatever its own aspect, as the reference does.
+            size = width, height
+            fitted = Image.fromarray(self.images[image]).resize(size, Image.Resampling.LANCZOS)
+            pixels = torch.from_numpy(np.array(fitted))
+            attempt = partial(self.latents_of, encoder, pixels)
+            ladder = Ladder(self.plan.leaner_decoding(), f"the image at {width}x{height}")
+            self.starts[image, height, width] = yield from ladder.attempt(attempt)
+            yield self.done("image", i + 1, len(sizes), began)
 
-                encoder = TextEncoder(files.parts, precision, device, cache)
-                yield _loaded(began)
-                began = time.perf_counter()
-            states = encoder.encode(*what)
-            if cache:
-                cache.keep_states(states, *what)
-        texts[instruction, text] = states
-        yield _done("encode", i, len(wanted), began, device)
-    if cache:
-        yield Remark(f"text cache: {found} of {len(wanted)} texts found")
-        for fault in cache.faults():
-            yield Remark(f"the cache in {folder} cannot be written: {fault}", warning=True)
+    def latents_of(self, encoder: Encoder, pixels: Tensor, plan: Plan) -> Tensor:
+        latents = encode(encoder.to(plan.device), pixels, strip_bytes=plan.strip_bytes)
+        return (latents * self.files.vae.scaling_factor).float().cpu()
 
+    def load_transformer(self) -> Iterator[Event]:
+        if not self.plan.resident:
+            self.decoder = None
+            give_back(self.plan.device)
+        if self.transformer is None:
+            began = time.perf_counter()
+            part = self.files.parts["transformer"]
+            dit = on_meta(DiT, self.files.dit, part.config)
+            load_weights(dit, part.weights, dtype_of(self.recipes[0].dit_dtype))
+            self.transformer = self.moved(dit)
+            yield loaded(began)
 
-# --- latents -----------------------------------------------------------------------------------
-
-
-def _encode_images(
-    recipes: list[Recipe], images: Images, files: ModelFiles, device: str, starts: Starts
-) -> Iterator[Progress]:
-    """Fill `starts`: each picture at each size it is drawn at, as float32 latents (1, 32, h, w)."""
-    began = time.perf_counter()
-    dtype = _dtype(recipes[0].vae_dtype)
-    encoder = _autoencoder(files, "encoder", dtype, device)
-    yield _loaded(began)
-    wanted = {(r.image, r.native_height, r.native_width): None for r in recipes if r.image}
-    for i, (image, height, width) in enumerate(wanted):
-        began = time.perf_counter()
-        # Stretched to the size, whatever its own aspect, as the reference does.
-        fitted = Image.fromarray(images[image]).resize((width, height), Image.Resampling.LANCZOS)
-        latents = encode(encoder, torch.from_numpy(np.array(fitted))) * files.vae.scaling_factor
-        starts[image, height, width] = latents.float().cpu()
-        yield _done("image", i, len(wanted), began, device)
-
-
-def _denoise(
-    recipes: list[Recipe],
-    texts: Texts,
-    starts: Starts,
-    files: ModelFiles,
-    device: str,
-    latents: list[Tensor],
-) -> Iterator[Progress]:
-    """Fill `latents` with a float32 (1, 32, h, w) for each recipe, on the CPU."""
-    began = time.perf_counter()
-    part = files.parts["transformer"]
-    dit = on_meta(DiT, files.dit, part.config)
-    load_weights(dit, part.weights, _dtype(recipes[0].dit_dtype)).to(device)
-    yield _loaded(began)
-    total = sum(recipe.steps - first_step(recipe.steps, recipe.strength) for recipe in recipes)
-    done = 0
-    for recipe in recipes:
-        conditions = [texts[recipe.instruction, recipe.prompt]]
-        if _is_guided(recipe, files):
-            conditions.insert(0, texts["", recipe.negative])
-        caption, mask = _captions(dit, conditions)
-        told = _guidance(recipe, files, conditions[0]) if files.is_sprint else None
+    def denoise(self, i: int) -> Iterator[Event]:
+        """Put a float32 (1, 32, h, w) into `latents`, on the CPU."""
+        recipe, files, dit = self.recipes[i], self.files, cast(DiT, self.transformer)
+        texts = [self.texts[recipe.instruction, recipe.prompt]]
+        if is_guided(recipe, files):
+            texts.insert(0, self.texts["", recipe.negative])
         solver = SOLVERS[recipe.solver]
         schedule = solver.schedule(recipe.steps, recipe.flow_shift)
         # Sana-Sprint is told the noise level itself, whatever its config says, as the reference.
         unit = 1.0 if files.is_sprint else files.dit.timestep_scale
         first = first_step(recipe.steps, recipe.strength)
         draws = noise(recipe, files)
-        sample, previous = next(draws).to(device), None
+        sample, previous = next(draws), None
         if recipe.image:
-            start = starts[recipe.image, recipe.native_height, recipe.native_width].to(device)
+            start = self.starts[recipe.image, recipe.native_height, recipe.native_width]
             sample = torch.lerp(start, sample, schedule.sigmas[first])
-        for i in range(first, recipe.steps):
+        ladder = Ladder(self.plan.leaner_denoising(), f"seed {recipe.seed}")
+        guided = GuidedVelocity(dit, texts, recipe, files)
+        sample = sample.to(self.plan.device)
+        for step in range(first, recipe.steps):
             began = time.perf_counter()
-            batch = sample.expand(len(conditions), -1, -1, -1).to(_dtype(recipe.dit_dtype))
-            at = torch.full((len(conditions),), schedule.timesteps[i] * unit, device=device)
-            velocity = dit(batch, at, caption, mask, told).float()
-            if len(conditions) == 2:  # classifier-free guidance (arXiv 2207.12598)
-                without, given = velocity.chunk(2)
-                velocity = without + recipe.guidance * (given - without)
-            fresh = next(draws).to(device) if solver.stochastic else None
-            sample, previous = solver.step(schedule, i, sample, velocity, previous, fresh)
-            yield _done("denoise", done, total, began, device)
-            done += 1
-        latents.append(sample.cpu())
+            attempt = partial(guided, sample, schedule.timesteps[step] * unit)
+            velocity = yield from ladder.attempt(attempt)
+            fresh = next(draws).to(sample.device) if solver.stochastic else None
+            sample, previous = solver.step(schedule, step, sample, velocity, previous, fresh)
+            self.steps_done += 1
+            yield self.done("denoise", self.steps_done, self.steps, began)
+        self.latents[i] = sample.cpu()
+
+    # --- pixels --------------------------------------------------------------------------------
+
+    def load_decoder(self) -> Iterator[Event]:
+        if not self.plan.resident:
+            self.transformer = None
+            give_back(self.plan.device)
+        if self.decoder is None:
+            began = time.perf_counter()
+            self.decoder = cast(Decoder, self.autoencoder("decoder"))
+            yield loaded(began)
+
+    def decode(self, i: int) -> Iterator[Event]:
+        began = time.perf_counter()
+        recipe, decoder = self.recipes[i], cast(Decoder, self.decoder)
+        attempt = partial(self.pixels_of, self.latents.pop(i), recipe)
+        ladder = Ladder(self.plan.leaner_decoding(), f"seed {recipe.seed}")
+        drawn = yield from ladder.attempt(attempt)
+        if fault_of(drawn) and recipe.vae_dtype != "float32":
+            decoder.float()
+            drawn = yield from ladder.attempt(attempt)
+            decoder.to(dtype_of(recipe.vae_dtype))
+            yield Remark(
+                f"seed {recipe.seed} was decoded again in float32: {recipe.vae_dtype} gave a bad"
+                " picture",
+                warning=True,
+            )
+        self.pictures_done += 1
+        if fault := fault_of(drawn):
+            raise BadPicture(
+                f"seed {recipe.seed} came out as {fault}",
+                "try --dtype float32, another seed, or other weights",
+            )
+        yield self.done("decode", self.pictures_done, len(self.recipes), began)
+        yield Picture(i, drawn.pixels.numpy())
+
+    def pixels_of(self, latent: Tensor, recipe: Recipe, plan: Plan) -> Decoded:
+        """The picture, resized or cropped to the size of the recipe."""
+        if not plan.resident:
+            self.transformer = None
+        decoder, vae = cast(Decoder, self.decoder).to(plan.device), self.files.vae
+        latent = latent.to(plan.device, decoder.norm_out.weight.dtype) / vae.scaling_factor
+        size = recipe.height, recipe.width
+        resized = None
+        if recipe.fit == "trained":
+            height, width = (side * vae.compression for side in latent.shape[-2:])
+            resized = covering((height, width), size)
+        return decode(decoder, latent, resized=resized, size=size, strip_bytes=plan.strip_bytes)
+
+    def autoencoder(self, half: str) -> nn.Module:
+        """The "encoder" or the "decoder"; the other half stays on disk."""
+        part = self.files.parts["vae"]
+        network = getattr(on_meta(DCAE, self.files.vae, part.config), half)
+        load_weights(network, part.weights, None, only=f"{half}.")
+        if half == "decoder":
+            fold(network)  # before its weights are narrowed
+        network.to(dtype_of(self.recipes[0].vae_dtype), memory_format=torch.channels_last)
+        return self.moved(network)
+
+    # --- shared --------------------------------------------------------------------------------
+
+    def moved(self, network: Network) -> Network:
+        """On the device of the plan, if there is room; a leaner plan may put it elsewhere."""
+        try:
+            return network.to(self.plan.device)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        return network
+
+    def done(self, stage: str, done: int, total: int, began: float) -> Progress:
+        device = self.plan.device
+        if device.startswith("cuda"):
+            torch.cuda.synchronize(device)
+        peak = peak_bytes(device) if done == total else 0
+        return Progress(stage, done, total, time.perf_counter() - began, peak)
 
 
-def _is_guided(recipe: Recipe, files: ModelFiles) -> bool:
+class Ladder:
+    """Plans that need ever less memory, taken one after the other as it runs out."""
+
+    def __init__(self, plans: Iterator[Plan], what: str) -> None:
+        self.plans, self.plan, self.what = plans, next(plans), what
+
+    def attempt(self, work: Callable[[Plan], Result]) -> Generator[Remark, None, Result]:
+        """What `work` makes by the first plan that it does not run out of memory with."""
+        while True:
+            try:
+                return work(self.plan)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+            give_back(self.plan.device)  # what the failed attempt held is free by now
+            before, leaner = self.plan, next(self.plans, None)
+            if leaner is None:
+                raise NotEnoughMemory(
+                    f"{self.what}: not enough memory, even in the smallest pieces",
+                    "ask for fewer pixels, or use --device cpu",
+                )
+            self.plan = leaner
+            yield Remark(
+                f"{self.what}: out of memory; goes on {leaner.difference(before)}", warning=True
+            )
+
+
+class GuidedVelocity:
+    """The velocity of one recipe's sample, by classifier-free guidance (arXiv 2207.12598)."""
+
+    def __init__(self, dit: DiT, texts: list[Tensor], recipe: Recipe, files: ModelFiles) -> None:
+        """`texts`: states of the prompt, after those of the negative one if it is guided."""
+        self.dit, self.texts, self.recipe, self.files = dit, texts, recipe, files
+        self.dtype = dtype_of(recipe.dit_dtype)
+        self.plan: Plan | None = None
+
+    def __call__(self, sample: Tensor, timestep: float, plan: Plan) -> Tensor:
+        """float32, like `sample` (1, 32, h, w)."""
+        if plan != self.plan:
+            self.prepare(plan)
+        latents = sample.to(plan.device, self.dtype)
+        halves = []
+        for caption, mask in self.captions:
+            rows = len(caption)
+            at = torch.full((rows,), timestep, device=plan.device)
+            batch = latents.expand(rows, -1, -1, -1)
+            halves.append(self.dit(batch, at, caption, mask, self.told).float())
+        velocity = torch.cat(halves)
+        if len(velocity) == 2:
+            without, given = velocity.chunk(2)
+            velocity = without + self.recipe.guidance * (given - without)
+        return velocity.to(sample.device)
+
+    def prepare(self, plan: Plan) -> None:
+        self.plan = None  # until all of it has succeeded
+        self.dit.to(plan.device)
+        run_in_chunks(self.dit, plan.rows)
+        texts = [text.to(plan.device) for text in self.texts]
+        batches = [texts] if plan.together else [[text] for text in texts]
+        self.captions = [project_texts(self.dit, batch) for batch in batches]
+        self.told = self.guidance(texts[0]) if self.files.is_sprint else None
+        self.plan = plan
+
+    def guidance(self, text: Tensor) -> Tensor:
+        """What Sana-Sprint is told (1,): in the precision of its text, as the reference does."""
+        told = torch.full((1,), self.recipe.guidance, dtype=text.dtype, device=text.device)
+        return told * self.files.dit.guidance_embeds_scale
+
+
+def is_guided(recipe: Recipe, files: ModelFiles) -> bool:
     """Whether every step runs with the negative text too, for classifier-free guidance."""
     return recipe.guidance > 1 and not files.is_sprint
-
-
-def _guidance(recipe: Recipe, files: ModelFiles, text: Tensor) -> Tensor:
-    """What Sana-Sprint is told (1,): in the precision of its text, as the reference does."""
-    told = torch.full((1,), recipe.guidance, dtype=text.dtype, device=text.device)
-    return told * files.dit.guidance_embeds_scale
 
 
 def noise(recipe: Recipe, files: ModelFiles) -> Iterator[Tensor]:
@@ -219,7 +421,7 @@ def noise(recipe: Recipe, files: ModelFiles) -> Iterator[Tensor]:
         yield torch.randn(shape, generator=generator)
 
 
-def _captions(dit: DiT, texts: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+def project_texts(dit: DiT, texts: list[Tensor]) -> tuple[Tensor, Tensor | None]:
     """Projected texts (B, longest, D) and the mask of real tokens, None if all are."""
     longest = max(text.shape[1] for text in texts)
     dtype = dit.proj_out.weight.dtype
@@ -230,55 +432,7 @@ def _captions(dit: DiT, texts: list[Tensor]) -> tuple[Tensor, Tensor | None]:
     return caption, None if bool(mask.all()) else mask
 
 
-# --- pixels ------------------------------------------------------------------------------------
-
-
-def _decode(
-    recipes: list[Recipe], latents: list[Tensor], files: ModelFiles, device: str
-) -> Iterator[Progress | Picture]:
-    began = time.perf_counter()
-    decoder = _autoencoder(files, "decoder", _dtype(recipes[0].vae_dtype), device)
-    yield _loaded(began)
-    for i, (recipe, latent) in enumerate(zip(recipes, latents, strict=True)):
-        began = time.perf_counter()
-        note = None
-        drawn = _pixels(decoder, latent.to(device), recipe, files.vae)
-        if _fault(drawn) and recipe.vae_dtype != "float32":
-            decoder.float()
-            drawn = _pixels(decoder, latent.to(device), recipe, files.vae)
-            decoder.to(_dtype(recipe.vae_dtype))
-            note = f"decoded again in float32: {recipe.vae_dtype} gave a bad picture"
-        if fault := _fault(drawn):
-            raise BadPicture(
-                f"seed {recipe.seed} came out as {fault}",
-                "try --dtype float32, another seed, or other weights",
-            )
-        yield _done("decode", i, len(recipes), began, device)
-        yield Picture(i, drawn.pixels.numpy(), note)
-
-
-def _autoencoder(files: ModelFiles, half: str, dtype: torch.dtype, device: str) -> nn.Module:
-    """The "encoder" or the "decoder"; the other half stays on disk."""
-    part = files.parts["vae"]
-    network = getattr(on_meta(DCAE, files.vae, part.config), half)
-    load_weights(network, part.weights, None, only=f"{half}.")
-    if half == "decoder":
-        fold(network)  # before its weights are narrowed
-    return network.to(device, dtype, memory_format=torch.channels_last)
-
-
-def _pixels(decoder: Any, latent: Tensor, recipe: Recipe, vae: DCAEConfig) -> Decoded:
-    """The picture, resized or cropped to the size of the recipe."""
-    latent = latent.to(decoder.norm_out.weight.dtype) / vae.scaling_factor
-    size = recipe.height, recipe.width
-    resized = None
-    if recipe.fit == "trained":
-        height, width = (side * vae.compression for side in latent.shape[-2:])
-        resized = _covering((height, width), size)
-    return decode(decoder, latent, resized=resized, size=size)
-
-
-def _covering(whole: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+def covering(whole: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
     """The smallest (height, width) in the shape of `whole` that covers `size`."""
     ratio = max(wanted / side for wanted, side in zip(size, whole, strict=True))
     # Truncated as the reference does, but never below the target by a rounding error, as can
@@ -289,22 +443,15 @@ def _covering(whole: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
     return height, width
 
 
-def _fault(drawn: Decoded) -> str | None:
+def fault_of(drawn: Decoded) -> str | None:
     if drawn.low.isnan():
         return "NaN"
     return "one flat colour" if drawn.high - drawn.low < 1 / 255 else None
 
 
-def _dtype(name: str) -> torch.dtype:
+def dtype_of(name: str) -> torch.dtype:
     return getattr(torch, name)
 
 
-def _loaded(began: float) -> Progress:
+def loaded(began: float) -> Progress:
     return Progress("load", 1, 1, time.perf_counter() - began)
-
-
-def _done(stage: str, i: int, total: int, began: float, device: str) -> Progress:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
-    peak = peak_bytes(device) if i + 1 == total else 0
-    return Progress(stage, i + 1, total, time.perf_counter() - began, peak)

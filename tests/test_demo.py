@@ -49,7 +49,7 @@ def test_it_follows_most_prompts_it_was_not_trained_on():
     files = open_model(folder_parts(DEMO))
     prompts = held_out(12, 1) + held_out(8, 2)
     recipes = [recipe(t, s, files.flow_shift, 20, 4.5) for s, (_, t) in enumerate(prompts)]
-    drawn = [e.pixels for e in stages(recipes, files, "cpu") if isinstance(e, Picture)]
+    drawn = [e.pixels for e in stages(recipes, files, Plan("cpu")) if isinstance(e, Picture)]
     right = [all(check(s, p).values()) for (s, _), p in zip(prompts, drawn, strict=True)]
     assert sum(right[:12]) >= 8
     assert sum(right[12:]) >= 5

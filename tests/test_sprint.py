@@ -14,6 +14,7 @@ from sana_cli import model_files, pipeline
 from sana_cli.errors import UsageError
 from sana_cli.instruction import INSTRUCTION
 from sana_cli.layout import folder_parts
+from sana_cli.plan import Plan
 from sana_cli.recipe import Recipe
 
 MODELS = {
@@ -302,7 +303,6 @@ def test_a_recipe_for_another_kind_of_model_is_not_drawn(models):
         **{"seed": 1, "steps": 2, "guidance": 4.5, "solver": "flow-dpm", "flow_shift": 3.0},
         **{"fit": "exact", "revision": None},
     )
+    files = model_files.open_model(folder_parts(models("0.6B")[0]))
     with pytest.raises(UsageError, match="flow-dpm"):
-        next(
-            pipeline.draw([recipe], model_files.open_model(folder_parts(models("0.6B")[0])), "cpu")
-        )
+        pipeline.draw([recipe], files, Plan("cpu"))

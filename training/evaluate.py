@@ -15,6 +15,7 @@ from PIL import Image
 from sana_cli.layout import folder_parts
 from sana_cli.model_files import open_model
 from sana_cli.pipeline import Picture, draw
+from sana_cli.plan import Plan
 from sana_cli.recipe import Recipe
 from sana_cli.weights import known_models
 from training.checker import check
@@ -74,7 +75,7 @@ def main() -> None:
         recipe(text, seed, files.flow_shift, options.steps, options.guidance)
         for seed, (_, text) in enumerate(prompts)
     ]
-    pictures = [e.pixels for e in draw(recipes, files, "cpu") if isinstance(e, Picture)]
+    pictures = [e.pixels for e in draw(recipes, files, Plan("cpu")) if isinstance(e, Picture)]
     verdicts = [check(scene, pixels) for (scene, _), pixels in zip(prompts, pictures, strict=True)]
     report = {
         "prompts": {"one object": options.one, "two objects": options.two},

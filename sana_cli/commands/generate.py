@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from sana_cli.model_files import ModelFiles
     from sana_cli.names import Output
     from sana_cli.pipeline import Images
+    from sana_cli.plan import Plan
     from sana_cli.recipe import Recipe
     from sana_cli.resolve import Choice
     from sana_cli.ui import Talk
@@ -199,6 +200,14 @@ def generate(
     dtype: Annotated[
         DType, typer.Option(help="Precision of the networks.", rich_help_panel=RUN)
     ] = DType.auto,
+    memory: Annotated[
+        str,
+        typer.Option(
+            metavar="SIZE",
+            help="Stay under this much memory, as in 6GB, or refuse. [dim]auto: what is free[/dim]",
+            rich_help_panel=RUN,
+        ),
+    ] = "auto",
     text_precision: Annotated[
         TextPrecision,
         typer.Option(
@@ -268,12 +277,14 @@ def generate(
     from sana_cli.resolve import choose
     from sana_cli.settings import Settings, check_text
     from sana_cli.ui import Talk
+    from sana_cli.units import parse_memory
 
     # What can be wrong with the call is found before anything heavy is imported.
     talk = Talk(quiet, verbose, color)
     seeds = parse_seeds(seed, count)
     check_text(output or "", "--output")
     target = parse_output(output, format.value if format else None)
+    limit = parse_memory(memory)
     asked = [
         Settings(
             prompt=text,
@@ -301,6 +312,7 @@ def generate(
     files = open_chosen(first.model, talk, offline, dry_run)
 
     from sana_cli.device import choose_device
+    from sana_cli.plan import make_plan
     from sana_cli.store import cache_folder
 
     where = choose_device(device)
@@ -311,13 +323,16 @@ def generate(
         _announce_image(talk, first, recipes[0])
     for text in first.sampling(files).warnings:
         talk.warn(text)
+    plan = make_plan(recipes, files, where, limit, rehearsed=dry_run)
+    for text in plan.words():
+        talk.say(text)
     if dry_run:
-        _print_plan(recipes, target, where, first.model, files)
+        _print_plan(recipes, target, plan, first.model, files)
     else:
         encoding = (metadata is Metadata.full, quality, force)
         kept = cache_folder() if cache else None
         sources = {first.source.digest: first.source.pixels} if first.source else {}
-        _draw(recipes, files, sources, where, kept, target, encoding, json_output, talk, started)
+        _draw(recipes, files, sources, plan, kept, target, encoding, json_output, talk, started)
 
 
 def _announce(talk: "Talk", chosen: "Model", recipes: list["Recipe"], where: str) -> None:
@@ -348,14 +363,22 @@ def _announce_image(talk: "Talk", choice: "Choice", recipe: "Recipe") -> None:
 
 
 def _print_plan(
-    recipes: list["Recipe"], target: "Output", where: str, chosen: "Model", files: "ModelFiles"
+    recipes: list["Recipe"], target: "Output", plan: "Plan", chosen: "Model", files: "ModelFiles"
 ) -> None:
     from sana_cli.hub_cache import source_parts
 
     missing = [source for source in chosen.sources if source_parts(source) is None]
     weights = [path for part in files.parts.values() for path in part.weights]
     document = {
-        "device": where,
+        "device": plan.device,
+        "plan": {
+            "halves_together": plan.together,
+            "rows_at_once": plan.rows,
+            "strip_bytes": plan.strip_bytes,
+            "networks_together": plan.resident,
+        },
+        "memory_bytes": plan.budget,
+        "peak_bytes": plan.peaks,
         "weights": [str(path) for path in weights],
         "weight_bytes": sum(path.stat().st_size for path in weights)
         or sum(source.bytes for source in chosen.sources),
@@ -372,7 +395,7 @@ def _draw(
     recipes: list["Recipe"],
     files: "ModelFiles",
     sources: "Images",
-    where: str,
+    plan: "Plan",
     cache: Path | None,
     target: "Output",
     encoding: tuple[bool, int | None, bool],
@@ -383,7 +406,7 @@ def _draw(
     import torch
 
     from sana_cli import images
-    from sana_cli.pipeline import Picture, Remark, draw
+    from sana_cli.pipeline import Failure, Progress, Remark, draw
     from sana_cli.signals import leaving_in_order
     from sana_cli.ui import Bars, write_stdout
 
@@ -392,12 +415,16 @@ def _draw(
     peaks: dict[str, int] = {}
     rows: list[dict[str, Any]] = []
     written: set[Path] = set()
+    failures: list[Failure] = []
     with leaving_in_order(), Bars(talk, STAGES[1:5]) as bars:
-        for event in draw(recipes, files, where, images=sources, cache=cache):
+        for event in draw(recipes, files, plan, images=sources, cache=cache):
             if isinstance(event, Remark):
                 (talk.warn if event.warning else talk.detail)(event.text)
                 continue
-            if not isinstance(event, Picture):
+            if isinstance(event, Failure):
+                failures.append(event)
+                continue
+            if isinstance(event, Progress):
                 seconds[event.stage] += event.seconds
                 if event.stage in bars.tasks:
                     bars.update(event.stage, event.done, event.total)
@@ -405,10 +432,8 @@ def _draw(
                     peaks[event.stage] = event.peak_bytes
                 continue
             recipe = recipes[event.index]
-            if event.note:
-                talk.warn(event.note)
             began = time.perf_counter()
-            record = images.Record(recipe, where, torch.__version__) if with_recipe else None
+            record = images.Record(recipe, plan.device, torch.__version__) if with_recipe else None
             data = images.encode(event.pixels, target.format, quality, record)
             if target.to_stdout:
                 write_stdout(data)
@@ -429,6 +454,8 @@ def _draw(
         document = {"images": rows, "seconds": rounded, "peak_bytes": peaks}
         sys.stdout.write(json.dumps(document) + "\n")
     talk.detail(", ".join(f"{stage} {value:.2f} s" for stage, value in seconds.items()))
+    if failures:  # the others are drawn and saved
+        raise failures[0].error
 
 
 def _read_prompts(words: list[str]) -> list[str]:

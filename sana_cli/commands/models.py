@@ -31,7 +31,7 @@ def list_models(json_output: Json = False, color: Color = True) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from sana_cli.download import gigabytes
+    from sana_cli.units import gigabytes
 
     table = Table(box=None, header_style="bold", pad_edge=False)
     for title, side in (("name", "left"), ("draws", "right"), ("size", "right")):
@@ -62,9 +62,9 @@ def pull(
 ) -> None:
     """Fetch models into the Hugging Face cache; what is there already is not fetched again."""
     from sana_cli.commands.fetching import list_sources, no_network, transfer
-    from sana_cli.download import gigabytes
     from sana_cli.hub_cache import COMMIT, pinned_commit, source_parts
     from sana_cli.ui import Talk
+    from sana_cli.units import gigabytes
 
     talk = Talk(quiet, color=color)
     models = _hub_models(names)
@@ -169,9 +169,9 @@ def rm(
     color: Color = True,
 ) -> None:
     """Remove models from the Hugging Face cache, but nothing that another model still uses."""
-    from sana_cli.download import gigabytes
     from sana_cli.hub_cache import remove, stored_files
     from sana_cli.ui import Talk
+    from sana_cli.units import gigabytes
     from sana_cli.weights import known_models
 
     talk = Talk(color=color)

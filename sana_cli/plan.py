@@ -1,0 +1,277 @@
+"""How this machine will draw: what runs at once and in what pieces. Never what comes out.
+
+A stage's peak is its weights and the most that its forward pass holds at once. The latter is found
+by running the pass on the meta device, where tensors have shapes and no memory, and counting.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import nn
+
+from sana_cli.chunks import run_in_chunks
+from sana_cli.dc_ae import DCAE, Decoder, Encoder
+from sana_cli.device import peak_bytes
+from sana_cli.dit import DiT
+from sana_cli.errors import NotEnoughMemory
+from sana_cli.gemma import Gemma
+from sana_cli.machine import memory
+from sana_cli.memory import PeakMemory
+from sana_cli.model_files import ModelFiles, released_model
+from sana_cli.recipe import Recipe
+from sana_cli.strips import STRIP_BYTES, fold, rehearse
+from sana_cli.units import gigabytes
+from sana_cli.weights import known_models
+
+LONGEST_TEXT = 507  # tokens: the instruction, and 300 of the prompt
+LEAST_STRIP = STRIP_BYTES >> 10
+TALLEST_CHUNK = 32  # rows of the latent grid
+KEPT_FREE = 0.1  # of a device's memory, for what its libraries take beside the tensors
+ROOMY = 0.5  # of the memory: what surely needs less is not rehearsed, as that takes a second
+
+
+@dataclass(frozen=True)
+class Plan:
+    device: str
+    together: bool = True  # both halves of guidance in one batch
+    rows: int | None = None  # of the latent grid, that the transformer works on at once; None: all
+    strip_bytes: int = STRIP_BYTES  # of the widest tensor in a strip of the autoencoder
+    resident: bool = False  # transformer and decoder stay loaded together
+    budget: int = 0  # bytes that tensors on the device may take
+    peaks: dict[str, int] = field(default_factory=dict)  # predicted, by stage, where rehearsed
+
+    def words(self) -> list[str]:
+        """What was chosen to save memory and what is expected of it, if either was done."""
+        plain = Plan(self.device)
+        changes = (
+            replace(plain, together=self.together),
+            replace(plain, rows=self.rows),
+            replace(plain, strip_bytes=self.strip_bytes),
+        )
+        said = [plan.difference(plain) for plan in changes if plan != plain]
+        lines = [f"to save memory, {' and '.join(said)}"] if said else []
+        if self.peaks:
+            peaks = ", ".join(f"{stage} {gigabytes(size)}" for stage, size in self.peaks.items())
+            lines.append(f"expected memory: {peaks}, of {gigabytes(self.budget)}")
+        return lines
+
+    def leaner_encoding(self) -> Iterator["Plan"]:
+        """Plans that need ever less memory to encode texts; the first is this one."""
+        yield self
+        yield from self._on_the_cpu()
+
+    def leaner_denoising(self) -> Iterator["Plan"]:
+        """Plans that need ever less memory to denoise; the first is this one."""
+        yield self
+        plan = replace(self, resident=False)
+        if self.together:
+            yield (plan := replace(plan, together=False))
+        rows = min(2 * TALLEST_CHUNK, self.rows or 2 * TALLEST_CHUNK)
+        while rows > 1:
+            rows //= 2
+            yield (plan := replace(plan, rows=rows))
+        yield from plan._on_the_cpu()
+
+    def leaner_decoding(self) -> Iterator["Plan"]:
+        """Plans that need ever less memory to decode; the first is this one."""
+        plan = self
+        while plan.strip_bytes >= LEAST_STRIP:
+            yield plan
+            plan = replace(plan, strip_bytes=plan.strip_bytes // 4, resident=False)
+        yield from plan._on_the_cpu()
+
+    def _on_the_cpu(self) -> Iterator["Plan"]:
+        if self.device != "cpu":
+            yield replace(self, device="cpu")
+
+    def difference(self, before: "Plan") -> str:
+        """What this plan does to need less memory, for people."""
+        if self.device != before.device:
+            return "on the CPU"
+        if self.rows != before.rows:
+            return f"with {self.rows} rows of the latent at a time"
+        if self.strip_bytes != before.strip_bytes:
+            return f"in strips of {gigabytes(self.strip_bytes)}"
+        return "with the halves of guidance one after the other"
+
+
+def make_plan(
+    recipes: list[Recipe],
+    files: ModelFiles,
+    device: str,
+    limit: int | None = None,
+    rehearsed: bool = False,
+) -> Plan:
+    """The fastest plan whose peaks stay under `limit` bytes, or what is free on the device.
+
+    With `rehearsed` the peaks are predicted even if there is plainly room. NotEnoughMemory, with
+    the least that would do, if no plan fits.
+    """
+    recipe = max(recipes, key=lambda r: r.native_width * r.native_height)
+    # On the CPU what the interpreter and its libraries hold counts against the user's limit.
+    held = 0 if limit is None or device.startswith("cuda") else peak_bytes(device)
+    budget = (int(free_memory(device) * (1 - KEPT_FREE)) if limit is None else limit) - held
+    plan = Plan(device, budget=budget)
+    several = len(recipes) > 1
+    if limit is None and not rehearsed and _surely(recipe, files) < ROOMY * budget:
+        return replace(plan, resident=several)
+    peaks = {"encode": _text_peak(recipe, files)}
+    if recipe.image is not None:
+        plan, peaks["image"] = _fit(plan.leaner_decoding(), budget, recipe, files, _image_peak)
+    lean, peaks["denoise"] = _fit(plan.leaner_denoising(), budget, recipe, files, _denoise_peak)
+    plan, peaks["decode"] = _fit(plan.leaner_decoding(), budget, recipe, files, _decode_peak)
+    worst = max(peaks, key=lambda stage: peaks[stage])
+    if peaks[worst] > budget:
+        least = peaks[worst] + held
+        raise NotEnoughMemory(
+            f"to {worst} {recipe.native_width}x{recipe.native_height} takes {gigabytes(least)},"
+            f" more than the {gigabytes(budget + held)} there are",
+            _what_fits(recipe, files, Plan(device, budget=budget))
+            or f"it fits in --memory {least / 1e9 + 0.05:.1f}GB",
+        )
+    both = peaks["denoise"] + peaks["decode"]  # more than either with the other's weights
+    resident = several and lean.together and both < budget
+    return replace(lean, strip_bytes=plan.strip_bytes, peaks=peaks, resident=resident)
+
+
+def free_memory(device: str) -> int:
+    """Bytes that are free on a device now; a great many where the system does not tell."""
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(device)[0]
+    facts = memory()
+    return min(
+        (n for n in (facts["available_bytes"], facts["limit_bytes"]) if n is not None),
+        default=2**62,
+    )
+
+
+# --- peaks of the stages -----------------------------------------------------------------------
+
+
+Peak = Callable[[Plan, Recipe, ModelFiles], int]
+
+
+def _fit(
+    plans: Iterator[Plan], budget: int, recipe: Recipe, files: ModelFiles, peak: Peak
+) -> tuple[Plan, int]:
+    """The first plan whose peak is within the budget, else the leanest; and its peak."""
+    first = next(plans)
+    # The last resort, another device, is not for planning.
+    for plan in (first, *(plan for plan in plans if plan.device == first.device)):
+        needed = peak(plan, recipe, files)
+        if needed <= budget:
+            break
+    return plan, needed
+
+
+def _text_peak(recipe: Recipe, files: ModelFiles) -> int:
+    """The layers' linear maps, and a pass of one layer. The embedding table stays in its file."""
+    each = 1 if recipe.text_dtype == "int8" else _dtype(recipe.text_dtype).itemsize
+    width = torch.float32 if recipe.text_dtype == "int8" else _dtype(recipe.text_dtype)
+    with torch.device("meta"):
+        gemma = Gemma(replace(files.text, num_hidden_layers=1)).requires_grad_(False).to(width)
+        ids = torch.empty((1, LONGEST_TEXT), dtype=torch.long)
+    with PeakMemory() as tracker:
+        gemma(ids)
+    return files.text.linear_weights * each + tracker.peak
+
+
+def _denoise_peak(plan: Plan, recipe: Recipe, files: ModelFiles) -> int:
+    dtype = _dtype(recipe.dit_dtype)
+    with torch.device("meta"):
+        weights = _bytes(DiT(files.dit), dtype)
+        # Each block frees what it held before the next one runs: one stands for all.
+        dit = DiT(replace(files.dit, num_layers=1)).requires_grad_(False).to(dtype)
+        if plan.rows:
+            run_in_chunks(dit, plan.rows)
+        guided = recipe.guidance > 1 and not files.is_sprint
+        batch = 2 if guided and plan.together else 1
+        grid = (
+            recipe.native_height // files.vae.compression,
+            recipe.native_width // files.vae.compression,
+        )
+        sample = torch.empty((1, files.dit.in_channels, *grid))
+        latents = torch.empty((batch, files.dit.in_channels, *grid), dtype=dtype)
+        caption = torch.empty((batch, LONGEST_TEXT, files.dit.width), dtype=dtype)
+        at = torch.empty(batch)
+        told = torch.empty(batch, dtype=dtype) if files.is_sprint else None
+    with PeakMemory() as tracker:
+        dit(latents, at, caption, None, told)
+    # Beside the pass: the sample, two estimates of x0, the noise; and the halves' velocities.
+    return weights + tracker.peak + latents.nbytes + caption.nbytes + 6 * sample.nbytes
+
+
+def _decode_peak(plan: Plan, recipe: Recipe, files: ModelFiles) -> int:
+    with torch.device("meta"):
+        decoder = DCAE(files.vae).decoder.requires_grad_(False)
+        fold(decoder)
+    return _autoencoder_peak(decoder, plan, recipe, files)
+
+
+def _image_peak(plan: Plan, recipe: Recipe, files: ModelFiles) -> int:
+    with torch.device("meta"):
+        encoder = DCAE(files.vae).encoder.requires_grad_(False)
+    return _autoencoder_peak(encoder, plan, recipe, files)
+
+
+def _autoencoder_peak(
+    network: Decoder | Encoder, plan: Plan, recipe: Recipe, files: ModelFiles
+) -> int:
+    network.to(_dtype(recipe.vae_dtype))
+    picture = 3 * recipe.native_height * recipe.native_width  # uint8, on the CPU
+    peak = rehearse(network, _grid(recipe, files), strip_bytes=plan.strip_bytes)
+    return _bytes(network) + peak - (picture if plan.device != "cpu" else 0)
+
+
+def _grid(recipe: Recipe, files: ModelFiles) -> tuple[int, int]:
+    """(h, w) of the latent."""
+    return (
+        recipe.native_height // files.vae.compression,
+        recipe.native_width // files.vae.compression,
+    )
+
+
+def _bytes(network: nn.Module, dtype: torch.dtype | None = None) -> int:
+    """Of the parameters, in their own dtype or another."""
+    return sum(p.numel() * (dtype or p.dtype).itemsize for p in network.parameters())
+
+
+def _surely(recipe: Recipe, files: ModelFiles) -> int:
+    """More than any stage needs, from sizes alone: it must be known in no time."""
+    cells = recipe.native_height * recipe.native_width // files.vae.compression**2
+    width, size = files.dit.width, _dtype(recipe.dit_dtype).itemsize
+    text = files.text.linear_weights * 4
+    denoise = files.dit.num_layers * 18 * width**2 * size + cells * width * 2 * 40 * size
+    widest = max(files.vae.decoder_block_out_channels)
+    decode = 150 * widest**2 * 4 + cells * 64 * widest * 4 * 4 + 40 * STRIP_BYTES
+    return max(text, denoise, decode)
+
+
+def _dtype(name: str) -> torch.dtype:
+    return getattr(torch, name)
+
+
+# --- when nothing fits -------------------------------------------------------------------------
+
+
+def _what_fits(recipe: Recipe, files: ModelFiles, plan: Plan) -> str | None:
+    """The least change that fits, as words to type: a smaller text encoder, then picture."""
+    defaults = {model.side: model for model in reversed(known_models().values()) if model.sources}
+    area = recipe.native_width * recipe.native_height
+    sides = sorted((side for side in defaults if side and side**2 < area), reverse=True)
+    for side in (None, *sides):
+        if side is not None:
+            files = released_model(defaults[side])
+            recipe = replace(recipe, native_width=side, native_height=side, image=None)
+        words = f"--res {side}" if side else ""
+        _, denoise = _fit(plan.leaner_denoising(), plan.budget, recipe, files, _denoise_peak)
+        _, decode = _fit(plan.leaner_decoding(), plan.budget, recipe, files, _decode_peak)
+        if max(denoise, decode) > plan.budget:
+            continue
+        if _text_peak(recipe, files) <= plan.budget:
+            return f"use {words}, which fits"
+        eight = replace(recipe, text_dtype="int8")
+        if plan.device != "mps" and _text_peak(eight, files) <= plan.budget:
+            return f"use {words + ' ' if words else ''}--text-precision int8, which fits"
+    return None
