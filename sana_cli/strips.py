@@ -67,8 +67,13 @@ def decode(
     It is resized to `resized` first, bilinearly and without antialiasing, then cropped about its
     centre to `size`. `strip_bytes` is roughly the size of the widest tensor of a strip.
     """
+    return decoding(decoder, latent, strip_bytes).draw(resized, size)
+
+
+def decoding(decoder: Decoder, latent: Tensor, strip_bytes: int) -> "Sweep":
+    """The sweep whose `settle()` is the float picture (1, 3, H, W) and whose `draw` is `decode`."""
     dtype = decoder.norm_out.weight.dtype
-    sweep = _Sweep(latent.to(dtype, memory_format=torch.channels_last), dtype, strip_bytes)
+    sweep = Sweep(latent.to(dtype, memory_format=torch.channels_last), dtype, strip_bytes)
     sweep.through(decoder.conv_in, _repeat(decoder.repeats) if decoder.shortcut else None)
     for stage in reversed(decoder.up_blocks):
         for block in cast(nn.Sequential, stage):
@@ -77,7 +82,7 @@ def decode(
     sweep.add(partial(_normalise, decoder.norm_out), width)
     sweep.add(lambda x: decoder.conv_act(x, inplace=True), width)
     sweep.through(decoder.conv_out)
-    return sweep.draw(resized, size)
+    return sweep
 
 
 @torch.inference_mode()
@@ -88,7 +93,7 @@ def encode(encoder: Encoder, pixels: Tensor, *, strip_bytes: int = STRIP_BYTES) 
     encoder. The pixels may stay on the CPU: they are moved and made real numbers by the strip.
     """
     weight = encoder.conv_out.weight
-    sweep = _Sweep(pixels.permute(2, 0, 1)[None], weight.dtype, strip_bytes)
+    sweep = Sweep(pixels.permute(2, 0, 1)[None], weight.dtype, strip_bytes)
     sweep.add(lambda x: x.to(weight.device).float().div_(127.5).sub_(1).to(weight.dtype), 3)
     sweep.through(encoder.conv_in)
     for stage in encoder.down_blocks:
@@ -136,20 +141,25 @@ def fit_strips(
     size: Size | None = None,
     most: int = STRIP_BYTES,
 ) -> int | None:
-    """The largest `strip_bytes` up to `most`, halved at will, whose peak is within `budget` bytes.
+    """The first of `most`, `most`/2, `most`/4 … as strip_bytes whose peak is within `budget` bytes.
 
     None if even strips of one row are too much. `network` and the peak are those of `rehearse`.
     """
-    strip_bytes = most
-    while strip_bytes:
+
+    def fits(strip_bytes: int) -> bool:
         peak = rehearse(network, latent_size, resized=resized, size=size, strip_bytes=strip_bytes)
-        if peak <= budget:
-            return strip_bytes
-        strip_bytes //= 4
-    return None
+        return peak <= budget
+
+    if fits(most):
+        return most
+    if not fits(1):
+        return None
+    while most > 1 and not fits(most):
+        most //= 2
+    return most
 
 
-class _Sweep:
+class Sweep:
     """A map, and the parts that are still to be run over it."""
 
     def __init__(self, map: Tensor, dtype: torch.dtype, strip_bytes: int) -> None:
@@ -278,7 +288,7 @@ def _part(module: nn.Module, height: int) -> Part:
         depth, norm = Conv(module.conv_depth, height), partial(_normalise, module.norm)
         return Residual(Chain(module.conv_inverted, _silu, depth, _gate, module.conv_point, norm))
     if isinstance(module, SubpixelUpsample):
-        return Chain(Window(1, height), module.rows)
+        return Chain(Window(1, height, sides=1), module.rows)
     if isinstance(module, Upsample):
         if module.interpolate:
             body = Chain(_nearest, Conv(module.conv, 2 * height), Pairs())
@@ -351,11 +361,12 @@ class Conv:
 class Window:
     """A line buffer: strips -> the rows that a kernel of 2·reach + 1 rows needs for the next ones.
 
-    Zeros stand above the first and below the last of `height` rows.
+    Zeros stand above the first and below the last of `height` rows, and in `sides` columns left
+    and right.
     """
 
-    def __init__(self, reach: int, height: int, stride: int = 1) -> None:
-        self.reach, self.missing, self.stride = reach, height, stride
+    def __init__(self, reach: int, height: int, stride: int = 1, sides: int = 0) -> None:
+        self.reach, self.missing, self.stride, self.sides = reach, height, stride, sides
         self.kept: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor | None:
@@ -365,12 +376,13 @@ class Window:
         if above + below == 0:
             return x
         rows = above + x.shape[2] + below
-        window = _empty(x, (1, x.shape[1], rows, x.shape[3]))
-        if self.kept is None:
-            window[:, :, :above] = 0
-        else:
-            window[:, :, :above] = self.kept
-        window[:, :, above : rows - below] = x
+        width = x.shape[3]
+        window = _empty(x, (1, x.shape[1], rows, width + 2 * self.sides))
+        window[:, :, :above] = 0 if self.kept is None else self.kept
+        inside = window[:, :, above : rows - below]
+        inside[..., self.sides : self.sides + width] = x
+        if self.sides:
+            inside[..., : self.sides] = inside[..., self.sides + width :] = 0
         window[:, :, rows - below :] = 0
         done = max(0, (rows - 2 * self.reach - 1) // self.stride + 1)
         self.kept = window[:, :, done * self.stride :].clone()
@@ -499,15 +511,15 @@ class SubpixelUpsample(nn.Module):
         self.out, self.repeats, self.shortcut = conv.out_channels, plain.repeats, plain.shortcut
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.rows(F.pad(x, (0, 0, 1, 1)))
+        return self.rows(F.pad(x, (1, 1, 1, 1)))
 
     def rows(self, window: Tensor) -> Tensor:
-        """(1, in, rows + 2, W), the first and last row for context -> (1, out, 2·rows, 2·W)."""
-        x, out = window[:, :, 1:-1], self.out
+        """(1, in, rows + 2, W + 2), its rim for context -> (1, out, 2·rows, 2·W)."""
+        x, out = window[:, :, 1:-1, 1:-1], self.out
         height, width = x.shape[2:]
         y = _empty(x, (1, out, 2 * height, 2 * width))
         for i, weight in enumerate((self.upper, self.lower)):
-            z = F.conv2d(window[:, :, i : i + height + 1], weight, self.bias, padding=(0, 1))
+            z = F.conv2d(window[:, :, i : i + height + 1], weight, self.bias)
             for j in (0, 1):
                 pixels = z[:, j * out : (j + 1) * out, :, j : j + width]
                 target = y[:, :, i::2, j::2]

@@ -43,6 +43,7 @@ def test_it_follows_most_prompts_it_was_not_trained_on():
     from sana_cli.model_files import open_model
     from sana_cli.pipeline import Picture
     from sana_cli.pipeline import draw as stages
+    from sana_cli.plan import Plan
     from training.checker import check
     from training.evaluate import held_out, recipe
 

@@ -1,0 +1,121 @@
+"""What a decode holds at most: counted on real tensors, and foretold without any."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_networks import LITE_DC_AE, RELEASED_DC_AE, SMALL
+from test_strips import drawing, network, noise, some
+
+from sana_cli.dc_ae import DCAEConfig, Decoder, Encoder
+from sana_cli.memory import PeakMemory
+from sana_cli.strips import STRIP_BYTES, decode, encode, fit_strips, fold, rehearse
+
+MB = 1 << 20
+
+
+def on_meta(kind: dict, dtype: torch.dtype = torch.bfloat16) -> Decoder:
+    with torch.device("meta"):
+        decoder = Decoder(DCAEConfig(**kind)).eval().requires_grad_(False)
+        fold(decoder)
+    return decoder.to(dtype)
+
+
+def weights(decoder: Decoder) -> int:
+    return sum(parameter.nbytes for parameter in decoder.parameters())
+
+
+def test_tensors_are_counted_while_they_live_and_views_are_not():
+    given = torch.ones(1000)
+    with PeakMemory() as memory:
+        view = given[:500].view(50, 10).t()
+        a = view + 1  # 2000 bytes
+        b = a.double()  # 4000
+        a.mul_(2)
+        c = b[:, 3]
+        assert (memory.held, memory.peak) == (6000, 6000)
+        del a, b
+        assert memory.held == 4000  # c is a view of b
+        del c
+        given.add_(1)
+        d = torch.zeros(100)  # 400
+        assert (memory.held, memory.peak) == (400, 6000)
+    del d
+    assert memory.held == 0
+
+
+@pytest.mark.parametrize("kind", [RELEASED_DC_AE, LITE_DC_AE], ids=["released", "lite"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_rehearsal_foretells_the_peak_within_a_tenth(kind, dtype):
+    model = network(kind | SMALL).to(dtype)
+    fold(model.decoder)
+
+    @some
+    @given(
+        st.tuples(st.integers(4, 30), st.integers(4, 20)),
+        st.sampled_from([1, 100_000, 1_000_000, 1 << 30]),
+        st.booleans(),
+    )
+    def check(size, strip_bytes, resizes):
+        call = {"strip_bytes": strip_bytes}
+        if resizes:
+            call |= {"resized": (size[0] * 35, size[1] * 35), "size": (size[0] * 35, 100)}
+        latent = noise(*size)
+        with PeakMemory() as memory:
+            decode(model.decoder, latent, **call)
+        rehearsed = Decoder(model.config).eval().requires_grad_(False).to("meta")
+        fold(rehearsed)
+        assert rehearse(rehearsed.to(dtype), size, **call) == pytest.approx(memory.peak, rel=0.1)
+
+    check()
+
+
+@pytest.mark.parametrize("strip_bytes", [100_000, 1_000_000])
+def test_the_rehearsal_of_the_encoder_too(strip_bytes):
+    model = network(RELEASED_DC_AE | SMALL)
+    with PeakMemory() as memory:
+        encode(model.encoder, drawing(640, 384), strip_bytes=strip_bytes)
+    rehearsed = Encoder(model.config).eval().requires_grad_(False).to("meta")
+    foretold = rehearse(rehearsed, (20, 12), strip_bytes=strip_bytes)
+    assert foretold == pytest.approx(memory.peak, rel=0.1)
+
+
+def test_4096_square_is_decoded_in_1_3_gigabytes_with_the_weights():
+    decoder = on_meta(RELEASED_DC_AE)
+    assert weights(decoder) + rehearse(decoder, (128, 128), strip_bytes=STRIP_BYTES) <= 1.3e9
+
+
+def test_from_2048_to_4096_only_small_maps_and_the_picture_grow():
+    decoder = on_meta(RELEASED_DC_AE)
+    small, large = (rehearse(decoder, (side, side), strip_bytes=8 * MB) for side in (64, 128))
+
+    def maps_and_picture(side: int) -> int:
+        """bfloat16: the map at 1/8 (512 channels) and at 1/16 (1024), both held at a doubling."""
+        eighth, sixteenth = 512 * (4 * side) ** 2 * 2, 1024 * (2 * side) ** 2 * 2
+        return eighth + sixteenth + 3 * (32 * side) ** 2
+
+    assert large - small <= maps_and_picture(128) - maps_and_picture(64)
+
+
+def test_strips_are_chosen_to_fit_a_budget():
+    decoder = on_meta(RELEASED_DC_AE)
+    size = (64, 48)
+    least, most = (rehearse(decoder, size, strip_bytes=n) for n in (1, 64 * MB))
+    assert fit_strips(decoder, size, most, most=64 * MB) == 64 * MB
+    assert fit_strips(decoder, size, least - 1, most=64 * MB) is None
+    between = (least + most) // 2
+    chosen = fit_strips(decoder, size, between, most=64 * MB)
+    assert 1 <= chosen < 64 * MB
+    assert rehearse(decoder, size, strip_bytes=chosen) <= between
+    assert rehearse(decoder, size, strip_bytes=2 * chosen) > between
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_4096_square_on_a_gpu():
+    decoder = Decoder(DCAEConfig(**RELEASED_DC_AE)).eval().requires_grad_(False)
+    fold(decoder)
+    decoder.to("cuda", torch.bfloat16, memory_format=torch.channels_last)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    decode(decoder, noise(128, 128).cuda())
+    assert torch.cuda.max_memory_allocated() <= 1.3e9

@@ -1,0 +1,310 @@
+"""The decoder and encoder by strips against the plain networks, which hold everything at once."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from test_networks import LITE_DC_AE, RELEASED_DC_AE, relative_error
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sana_cli.dc_ae import DCAE, DCAEConfig, Decoder
+from sana_cli.strips import decode, decoding, encode, fold
+
+DEMO = Path(__file__).resolve().parents[1] / "sana_cli" / "demo"
+TINY = {
+    "encoder_block_out_channels": (4, 4, 8, 32, 32, 32),
+    "decoder_block_out_channels": (4, 4, 8, 32, 32, 32),
+}
+FEW = {"encoder_layers_per_block": (1,) * 6, "decoder_layers_per_block": (1,) * 6}
+CONVOLUTIONS = {"encoder_block_types": "ResBlock", "decoder_block_types": "ResBlock"}
+KINDS = {
+    "released": RELEASED_DC_AE | TINY | FEW,
+    "lite": LITE_DC_AE | TINY | {"decoder_layers_per_block": (0, 2, 1, 1, 1, 1)},
+    "several scales": RELEASED_DC_AE
+    | TINY
+    | FEW
+    | {
+        "decoder_qkv_multiscales": ((), (), (), (), (3, 5), (7,)),
+        "encoder_qkv_multiscales": ((), (), (), (3,), (), (5, 3)),
+        "decoder_in_shortcut": False,
+        "encoder_out_shortcut": False,
+    },
+    "folded pixels": RELEASED_DC_AE
+    | TINY
+    | {
+        "encoder_layers_per_block": (0, 2, 1, 1, 1, 1),
+        "decoder_layers_per_block": (0, 1, 1, 1, 1, 1),
+        "downsample_block_type": "pixel_unshuffle",
+    },
+    "convolutions": RELEASED_DC_AE | TINY | FEW | CONVOLUTIONS,
+    "convolutions, folded pixels": LITE_DC_AE
+    | TINY
+    | FEW
+    | CONVOLUTIONS
+    | {"downsample_block_type": "pixel_unshuffle"},
+}
+
+ONLY_CONVOLUTIONS = {
+    "encoder_block_types": "ResBlock",
+    "decoder_block_types": "ResBlock",
+    "encoder_block_out_channels": (32,) * 3,
+    "decoder_block_out_channels": (32,) * 3,
+    "encoder_layers_per_block": (1, 2, 1),
+    "decoder_layers_per_block": (1, 2, 1),
+    "encoder_qkv_multiscales": ((),) * 3,
+    "decoder_qkv_multiscales": ((),) * 3,
+}
+
+latent_sizes = st.tuples(st.integers(1, 40), st.integers(1, 24))
+# From strips of one row, through several to a sweep, to all at once.
+strip_sizes = st.sampled_from([1, 3_000, 20_000, 77_777, 400_000, 1 << 30])
+some = settings(
+    max_examples=8, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate]
+)
+
+
+def network(kind: dict, seed: int = 0) -> DCAE:
+    """Random weights throughout, norms too, so that no term hides behind a zero or a one."""
+    torch.manual_seed(seed)
+    model = DCAE(DCAEConfig(**kind)).eval().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if "norm" in name or name.endswith("bias"):
+            parameter.copy_(torch.randn_like(parameter) * 0.3 + name.endswith("weight"))
+    return model.to(memory_format=torch.channels_last)
+
+
+def channels_last(x: torch.Tensor) -> torch.Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def noise(*size: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(sum(size))
+    return channels_last(torch.randn(1, 32, *size, generator=generator))
+
+
+def drawing(height: int, width: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(height + width)
+    return torch.randint(0, 256, (height, width, 3), generator=generator, dtype=torch.uint8)
+
+
+def levels(image: torch.Tensor) -> torch.Tensor:
+    """(1, 3, H, W) in [-1, 1] -> uint8 (H, W, 3)."""
+    unit = (image.float() * 0.5 + 0.5).clamp(0, 1)
+    return (unit * 255).round().to(torch.uint8)[0].permute(1, 2, 0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_strips_decode_the_untiled_picture(kind):
+    plain, folded = network(KINDS[kind]).decoder, network(KINDS[kind]).decoder
+    fold(folded)
+
+    @some
+    @given(latent_sizes, strip_sizes)
+    def check(size, strip_bytes):
+        latent = noise(*size)
+        untiled = plain(latent)
+        for decoder in (plain, folded):
+            with torch.inference_mode():
+                image = decoding(decoder, latent, strip_bytes).settle()
+            assert relative_error(image, untiled) < 1e-5
+        drawn = decode(folded, latent, strip_bytes=strip_bytes)
+        off = (drawn.pixels.int() - levels(untiled).int()).abs()
+        assert off.max() <= 1
+        assert (off > 0).float().mean() < 0.001
+        unit = (untiled * 0.5 + 0.5).clamp(0, 1)
+        assert drawn.low.item() == pytest.approx(unit.min().item(), abs=1e-5)
+        assert drawn.high.item() == pytest.approx(unit.max().item(), abs=1e-5)
+
+    check()
+
+
+@pytest.mark.parametrize("upsample", ["interpolate", "pixel_shuffle"])
+@pytest.mark.parametrize("cheaper", [False, True], ids=["plain", "sub-pixel"])
+def test_convolutions_by_strips_are_equal_bit_for_bit(upsample, cheaper):
+    """In float32 on the CPU, channels-last, where every convolution is given 20,481 values or more.
+
+    At 20,480 PyTorch changes from one algorithm to another, which adds in another order. Channels
+    are a multiple of the 16 that a vector holds, for SiLU differs by a bit between vector and rest.
+    """
+    model = network(ONLY_CONVOLUTIONS | {"upsample_block_type": upsample})
+    if cheaper:
+        fold(model.decoder)
+
+    @some
+    @given(st.integers(30, 100), st.integers(48, 64), st.sampled_from([1_200_000, 2_000_001]))
+    def check(height, width, strip_bytes):
+        latent = noise(height, width)
+        untiled = model.decoder(latent)
+        with torch.inference_mode():
+            image = decoding(model.decoder, latent, strip_bytes).settle()
+        assert torch.equal(image, untiled)
+        drawn = decode(model.decoder, latent, strip_bytes=strip_bytes)
+        assert torch.equal(drawn.pixels, levels(untiled))
+
+    check()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_strips_encode_the_untiled_latent(kind):
+    model = network(KINDS[kind])
+
+    @some
+    @given(st.tuples(st.integers(1, 12), st.integers(1, 8)), strip_sizes)
+    def check(size, strip_bytes):
+        pixels = drawing(32 * size[0], 32 * size[1])
+        image = channels_last(pixels.permute(2, 0, 1)[None].float() / 127.5 - 1)
+        untiled = model.encode(image)
+        latent = encode(model.encoder, pixels, strip_bytes=strip_bytes)
+        assert relative_error(latent, untiled) < 1e-5
+
+    check()
+
+
+@pytest.mark.parametrize("downsample", ["Conv", "pixel_unshuffle"])
+@pytest.mark.parametrize("strip_bytes", [3_000_000, 4_000_001])
+def test_encoding_convolutions_by_strips_is_equal_bit_for_bit(downsample, strip_bytes):
+    model = network(ONLY_CONVOLUTIONS | {"downsample_block_type": downsample})
+    pixels = drawing(300, 256)
+    image = channels_last(pixels.permute(2, 0, 1)[None].float() / 127.5 - 1)
+    latent = encode(model.encoder, pixels, strip_bytes=strip_bytes)
+    assert torch.equal(latent, model.encode(image))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strip_bytes", [1 << 20, 5 << 20])
+def test_the_released_configuration_at_full_width(strip_bytes):
+    torch.manual_seed(0)
+    decoder = Decoder(DCAEConfig(**RELEASED_DC_AE)).eval().requires_grad_(False)
+    decoder.to(memory_format=torch.channels_last)
+    latent = noise(9, 7)
+    untiled = decoder(latent)
+    fold(decoder)
+    with torch.inference_mode():
+        image = decoding(decoder, latent, strip_bytes).settle()
+    assert relative_error(image, untiled) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+        ),
+    ],
+)
+def test_in_bfloat16_strips_are_as_near_to_float32_as_the_untiled_decode(device):
+    model = network(KINDS["released"]).to(device)
+    latent = noise(20, 11).to(device)
+    truth = model.decoder(latent)
+    half = network(KINDS["released"]).to(device, torch.bfloat16).decoder
+    untiled = half(latent.bfloat16()).float()
+    fold(model.decoder)
+    model.to(torch.bfloat16)
+    with torch.inference_mode():
+        image = decoding(model.decoder, latent, 20_000).settle().float()
+    assert relative_error(image, truth) <= 1.05 * relative_error(untiled, truth)
+
+
+@pytest.mark.parametrize("kind", ["released", "lite"])
+def test_a_picture_is_resized_and_cropped_as_a_whole_one(kind):
+    decoder = network(KINDS[kind]).decoder
+
+    @some
+    @given(
+        st.tuples(st.integers(1, 5), st.integers(1, 5)),
+        st.tuples(st.integers(20, 300), st.integers(20, 300)),
+        st.tuples(st.integers(0, 9), st.integers(0, 9)),
+        strip_sizes,
+    )
+    def check(latent_size, resized, margin, strip_bytes):
+        latent = noise(*latent_size)
+        size = resized[0] - margin[0], resized[1] - margin[1]
+        whole = F.interpolate(decoder(latent), size=resized, mode="bilinear", align_corners=False)
+        top, left = margin[0] // 2, margin[1] // 2
+        expected = levels(whole[..., top : top + size[0], left : left + size[1]])
+        drawn = decode(decoder, latent, resized=resized, size=size, strip_bytes=strip_bytes)
+        off = (drawn.pixels.int() - expected.int()).abs()
+        assert off.max() <= 1
+        # A value that lies on the edge between two levels may fall to either.
+        assert (off > 0).sum() <= max(2, 0.001 * off.numel())
+
+    check()
+
+
+def test_a_nan_anywhere_is_noticed():
+    decoder = network(KINDS["lite"]).decoder
+    latent = noise(6, 5)
+    latent[0, 3, 5, 4] = torch.nan
+    drawn = decode(decoder, latent, strip_bytes=1)
+    assert drawn.low.isnan() and drawn.high.isnan()
+
+
+def test_the_latent_and_the_pixels_of_the_caller_are_left_alone():
+    model = network(KINDS["released"])
+    latent, pixels = noise(4, 3), drawing(64, 96)
+    before = latent.clone(), pixels.clone()
+    decode(model.decoder, latent)
+    encode(model.encoder, pixels)
+    assert torch.equal(latent, before[0]) and torch.equal(pixels, before[1])
+
+
+class LargestConvolution(TorchDispatchMode):
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if "conv" in str(func):
+            LargestConvolution.elements = max(self.elements, args[0].numel(), result.numel())
+        return result
+
+
+@pytest.mark.parametrize("side", [4096, 16384])
+def test_no_convolution_sees_more_elements_than_32_bits_count(side):
+    with torch.device("meta"):
+        decoder = Decoder(DCAEConfig(**RELEASED_DC_AE)).eval().requires_grad_(False)
+        latent = torch.empty(1, 32, side // 32, side // 32)
+        fold(decoder)
+    with LargestConvolution() as largest:
+        decode(decoder, latent, strip_bytes=1 << 40)
+    assert 2**26 < largest.elements < 2**31
+
+
+# --- what blended tiles do and strips do not ---------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def gradient():
+    """A smooth sky of 512x512, twice the side the bundled model was trained on, as a latent."""
+    from diffusers import AutoencoderDC
+
+    theirs = AutoencoderDC.from_pretrained(DEMO / "vae").eval().requires_grad_(False)
+    y, x = torch.meshgrid(torch.linspace(0, 1, 512), torch.linspace(0, 1, 512), indexing="ij")
+    sky = torch.stack([0.9 - 0.6 * y, 0.2 + 0.5 * x, 0.3 + 0.6 * y])[None] * 2 - 1
+    return theirs, theirs.encode(sky).latent
+
+
+def largest_step(pixels: np.ndarray, untiled: np.ndarray) -> float:
+    """Levels of 255: the most that a row differs from the next, beyond what is drawn there."""
+    steps, drawn = (np.diff(p.mean(axis=(1, 2), dtype=float)) for p in (pixels, untiled))
+    return float(np.abs(steps - drawn).max())
+
+
+def test_a_smooth_gradient_has_no_step_where_strips_meet(gradient):
+    theirs, latent = gradient
+    untiled = levels(theirs.decode(latent).sample).numpy()
+    fields = {k: v for k, v in theirs.config.items() if k in DCAEConfig.__dataclass_fields__}
+    model = DCAE(DCAEConfig(**fields)).eval().requires_grad_(False)
+    model.load_state_dict(theirs.state_dict())
+    fold(model.decoder)
+    strips = decode(model.decoder, latent, strip_bytes=1).pixels.numpy()  # of a few rows each
+    assert np.abs(strips.astype(int) - untiled).max() <= 1
+    assert largest_step(strips, untiled) < 0.01
+    theirs.enable_tiling(256, 256, 192, 192)
+    tiles = levels(theirs.decode(latent).sample).numpy()
+    # The measure sees what it should: blended tiles change tones, here by up to 100 levels.
+    assert largest_step(tiles, untiled) > 0.3
