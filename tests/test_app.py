@@ -15,6 +15,7 @@ LAYERS = [
     {"__init__"},
     {"errors", "kernels", "store", "memory"},
     {"shapes", "recipe", "solver", "device", "instruction", "signals", "layout", "settings"},
+    {"machine"},
     {"weights", "dit", "dc_ae", "gemma"},
     {"checkpoint", "architectures", "hub_cache", "chunks", "strips", "int8", "text_cache"},
     {"metadata"},

@@ -1,0 +1,228 @@
+"""Facts about this machine, for people: each function returns plain data, None where unknown."""
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+NAMED_INSTRUCTIONS = {
+    "avx2": "AVX2",
+    "fma3": "FMA",
+    "avx512_f": "AVX-512",
+    "avx512_bf16": "AVX-512 BF16",
+    "avx512_vnni": "AVX-512 VNNI",
+    "avx_vnni": "AVX VNNI",
+    "amx_int8": "AMX INT8",
+    "amx_bf16": "AMX BF16",
+    "neon": "NEON",
+    "bf16": "BF16",
+    "i8mm": "I8MM",
+    "sve": "SVE",
+    "sve2": "SVE2",
+}
+
+
+def system() -> dict[str, Any]:
+    return {
+        "os": f"{platform.system()} {platform.release()}",
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+    }
+
+
+def torch_build() -> dict[str, Any]:
+    """ImportError, OSError and worse where torch is not there or cannot start."""
+    import torch
+
+    cuda, rocm = torch.version.cuda, torch.version.hip
+    build = f"CUDA {cuda}" if cuda else f"ROCm {rocm}" if rocm else "CPU"
+    return {"version": torch.__version__, "build": build, "threads": torch.get_num_threads()}
+
+
+def cpu() -> dict[str, Any]:
+    """`instructions` are those that torch sees and that matter here; `kernels` those it uses."""
+    import torch
+
+    # Newer than the oldest torch that sana takes.
+    seen: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    found = [title for name, title in NAMED_INSTRUCTIONS.items() if seen.get(name)]
+    return {
+        "name": _cpu_name() or seen.get("cpu_name") or platform.processor() or None,
+        "cores": cores,
+        "instructions": found if seen else None,
+        "kernels": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def _cpu_name() -> str | None:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    name = re.search(r"^model name\s*:\s*(.+)$", lines, re.MULTILINE)
+    return name[1].strip() if name else None
+
+
+def memory() -> dict[str, int | None]:
+    """Bytes. `limit` is that of the container, where there is one below the total."""
+    total, available = _pages("SC_PHYS_PAGES"), _pages("SC_AVPHYS_PAGES")
+    try:  # counts what the page cache would give back, too
+        text = Path("/proc/meminfo").read_text(encoding="ascii")
+        if match := re.search(r"MemAvailable:\s*(\d+) kB", text):
+            available = int(match[1]) * 1024
+    except OSError:
+        pass
+    limits = []
+    for place in ("memory.max", "memory/memory.limit_in_bytes"):
+        try:
+            limits.append(int((Path("/sys/fs/cgroup") / place).read_text()))
+        except (OSError, ValueError):  # no such control group, or "max"
+            continue
+    limit = min((bound for bound in limits if total and bound < total), default=None)
+    return {"total_bytes": total, "available_bytes": available, "limit_bytes": limit}
+
+
+def _pages(name: str) -> int | None:
+    try:
+        return os.sysconf(name) * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # Windows; macOS does not tell what is free
+        return None
+
+
+def devices() -> tuple[list[dict[str, Any]], str | None]:
+    """Everything that --device takes besides the CPU, and why CUDA is not there if it should be."""
+    import torch
+
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    reason = str(said[0].message).split("\n")[0] if said and not count else None
+    if "CUDA_VISIBLE_DEVICES" in os.environ and not reason:
+        reason = f"CUDA_VISIBLE_DEVICES is {os.environ['CUDA_VISIBLE_DEVICES']!r}"
+    found: list[dict[str, Any]] = []
+    for index in range(count):
+        properties = torch.cuda.get_device_properties(index)
+        free, total = torch.cuda.mem_get_info(index)
+        found.append(
+            {
+                "device": f"cuda:{index}",
+                "name": properties.name,
+                "total_bytes": total,
+                "free_bytes": free,
+                "capability": f"{properties.major}.{properties.minor}",
+                "bfloat16": (properties.major, properties.minor) >= (8, 0),  # as choose_dtypes
+            }
+        )
+    if torch.backends.mps.is_available():
+        found.append(
+            {
+                "device": "mps",
+                "name": "Apple GPU",
+                "total_bytes": torch.mps.recommended_max_memory(),
+                "free_bytes": None,
+                "capability": None,
+                "bfloat16": False,
+            }
+        )
+    return found, reason
+
+
+def nvidia_driver() -> str | None:
+    """The version of NVIDIA's driver, whether or not torch can use it."""
+    try:
+        text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8", errors="replace")
+        if match := re.search(r"Kernel Module.*?\s(\d+(?:\.\d+)+)", text):
+            return match[1]
+    except OSError:
+        pass
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return None
+    query = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=2)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    lines = done.stdout.split()
+    return lines[0] if done.returncode == 0 and lines else None
+
+
+def installed(*names: str) -> str | None:
+    """The version of the first of these distributions that is here; nothing is imported."""
+    for name in names:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def free_bytes(path: Path) -> int | None:
+    """On the disk that would hold `path`, which need not exist."""
+    try:
+        return shutil.disk_usage(_existing(path)).free
+    except OSError:
+        return None
+
+
+def makes_symlinks(path: Path) -> bool | None:
+    """Whether the file system that would hold `path` has symbolic links; None if unwritable."""
+    import tempfile
+
+    try:
+        with tempfile.TemporaryDirectory(prefix=".sana-", dir=_existing(path)) as folder:
+            try:
+                os.symlink("target", os.path.join(folder, "link"))
+            except (OSError, NotImplementedError):
+                return False
+            return True
+    except OSError:
+        return None
+
+
+def _existing(path: Path) -> Path:
+    while not path.is_dir() and path != path.parent:
+        path = path.parent
+    return path
+
+
+def picture_protocol(environment: Mapping[str, str], is_terminal: bool) -> tuple[str | None, str]:
+    """How the terminal shows pictures: "kitty", "iterm2", "sixel" or None, and how that is known.
+
+    By the environment alone: asking the terminal itself could leave its answer in the shell.
+    """
+    if not is_terminal:
+        return None, "stdout is no terminal"
+    term = environment.get("TERM", "")
+    program = environment.get("TERM_PROGRAM", "")
+    # A multiplexer hides the terminal, whose variables it inherits and may have outlived.
+    if environment.get("TMUX") or environment.get("STY") or term.startswith(("tmux", "screen")):
+        return None, "inside tmux or screen, which pass no pictures on"
+    if "kitty" in term or "ghostty" in term:
+        return "kitty", f"TERM is {term}"
+    if environment.get("KITTY_WINDOW_ID"):
+        return "kitty", "KITTY_WINDOW_ID is set"
+    if environment.get("KONSOLE_VERSION", "").isdigit():
+        if int(environment["KONSOLE_VERSION"]) >= 220400:
+            return "kitty", "KONSOLE_VERSION is 220400 or newer"
+        return None, "this Konsole is older than 22.04"
+    if program in ("iTerm.app", "WezTerm", "mintty"):
+        return "iterm2", f"TERM_PROGRAM is {program}"
+    if environment.get("LC_TERMINAL") == "iTerm2":  # carried through ssh
+        return "iterm2", "LC_TERMINAL is iTerm2"
+    if term.startswith(("foot", "mlterm", "contour", "yaft")) or "sixel" in term:
+        return "sixel", f"TERM is {term}"
+    return None, f"TERM is {term or 'not set'}, and nothing tells of more"
+
+
+def spills_into_ram(facts: dict[str, Any]) -> bool:
+    """Whether an NVIDIA driver here may move a full GPU's memory into RAM, and crawl."""
+    return sys.platform == "win32" or "microsoft" in facts["os"].lower()
