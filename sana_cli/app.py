@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from sana_cli import __version__
-from sana_cli.commands import generate, models
+from sana_cli.commands import doctor, generate, info, models
 from sana_cli.device import is_out_of_memory
 from sana_cli.errors import DiskFull, NotEnoughMemory, SanaError, UsageError
 from sana_cli.signals import leaving_at_once
@@ -25,6 +25,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.command()(generate.generate)
+app.command()(info.info)
+app.command()(doctor.doctor)
 app.add_typer(models.app, name="models")
 
 

@@ -2,20 +2,17 @@
 
 import errno
 import io
-import json
 import os
 import tempfile
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import Image, ImageOps
 
-from sana_cli import __version__
 from sana_cli.errors import DiskFull, SanaError, UsageError
-from sana_cli.recipe import Recipe
+from sana_cli.metadata import Record
 
 FORMATS = {"png": ".png", "jpeg": ".jpg", "webp": ".webp", "avif": ".avif"}
 SUFFIXES = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp", ".avif": "avif"}
@@ -23,24 +20,6 @@ LARGEST_SIDE = {"jpeg": 65500, "webp": 16383, "avif": 65535}  # pixels; PNG take
 DEFAULT_QUALITY = {"jpeg": 92, "webp": 90, "avif": 80}
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
-
-IMAGE_DESCRIPTION = 0x010E
-EXIF_FOLDER = 0x8769
-USER_COMMENT = 0x9286
-
-
-@dataclass(frozen=True)
-class Record:
-    """What a file says of itself: the recipe, which replays it, and where it was drawn."""
-
-    recipe: Recipe
-    device: str
-    torch: str  # its version
-
-    def as_json(self) -> str:
-        """ASCII, one line."""
-        made = {"sana": __version__, "torch": self.torch, "device": self.device}
-        return json.dumps({"recipe": self.recipe.as_dict(), "made": made})
 
 
 def read(path: str) -> np.ndarray:
@@ -69,64 +48,18 @@ def read(path: str) -> np.ndarray:
 
 
 def encode(pixels: np.ndarray, format: str, quality: int | None, record: Record | None) -> bytes:
-    """The file's bytes. uint8 RGB (height, width, 3); a record of None writes no metadata.
-
-    PNG carries `parameters` and `sana` as text, the other formats both in EXIF: the former in
-    UserComment, where A1111 puts it, the latter in ImageDescription.
-    """
+    """The file's bytes. uint8 RGB (height, width, 3); a record of None writes no metadata."""
     image = Image.fromarray(pixels)
     buffer = io.BytesIO()
     if format == "png":
-        text = PngImagePlugin.PngInfo()
-        if record is not None:
-            _add_text(text, "parameters", parameters(record.recipe))
-            _add_text(text, "sana", record.as_json())
+        text = record.as_png_text() if record is not None else None
         image.save(buffer, "PNG", pnginfo=text, compress_level=6)
         return buffer.getvalue()
     options: dict[str, Any] = {"quality": quality or DEFAULT_QUALITY[format]}
     if record is not None:
-        exif = Image.Exif()
-        exif[IMAGE_DESCRIPTION] = record.as_json()
-        comment = b"UNICODE\0" + parameters(record.recipe).encode("utf-16-be")
-        exif.get_ifd(EXIF_FOLDER)[USER_COMMENT] = comment
-        options["exif"] = exif
+        options["exif"] = record.as_exif(format)
     image.save(buffer, format.upper(), **options)
     return buffer.getvalue()
-
-
-def _add_text(info: PngImagePlugin.PngInfo, key: str, text: str) -> None:
-    try:
-        text.encode("latin-1")
-    except UnicodeEncodeError:
-        info.add_itxt(key, text)
-    else:
-        info.add_text(key, text)
-
-
-def parameters(recipe: Recipe) -> str:
-    """The text that A1111 and the tools after it read: prompt, negative, `Name: value` pairs."""
-    pairs = {
-        "Steps": recipe.steps,
-        "Sampler": recipe.solver,
-        "CFG scale": recipe.guidance,
-        "Seed": recipe.seed,
-        "Size": f"{recipe.width}x{recipe.height}",
-        "Model": recipe.model,
-        "Flow shift": recipe.flow_shift,
-        "Denoising strength": recipe.strength,
-        "Version": f"sana {__version__}",
-    }
-    lines = [recipe.prompt]
-    if recipe.negative:
-        lines.append(f"Negative prompt: {recipe.negative}")
-    lines.append(", ".join(f"{k}: {_quoted(v)}" for k, v in pairs.items() if v is not None))
-    return "\n".join(lines)
-
-
-def _quoted(value: object) -> str:
-    """Values with a comma, colon or newline are JSON strings, as the readers expect."""
-    text = str(value)
-    return json.dumps(text, ensure_ascii=False) if any(c in text for c in ',:\n"') else text
 
 
 def write(path: Path, data: bytes, force: bool) -> Path:

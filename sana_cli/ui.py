@@ -4,6 +4,7 @@ import os
 import sys
 import threading
 import time
+import unicodedata
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -19,11 +20,15 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+from rich.table import Table
+from rich.text import Text
 
 from sana_cli.errors import SanaError
 
 if TYPE_CHECKING:
     from sana_cli.download import RemoteFile
+
+NAME_COLUMNS = 12  # of facts, two of them blank
 
 
 class Talk:
@@ -178,6 +183,37 @@ class Downloads:
 
     def note(self, text: str) -> None:
         self.talk.warn(text)
+
+
+def print_fact(
+    console: Console, name: str, value: str, style: str = "", one_line: bool = False
+) -> None:
+    """A name and its value in two columns. Long values wrap on a terminal, and there only.
+
+    `one_line` is for what is copied from there: the terminal itself breaks it, and joins it again.
+    """
+    value = visible(value)
+    if console.is_terminal and not one_line:
+        grid = Table.grid()
+        grid.add_column(width=NAME_COLUMNS, no_wrap=True, style="dim")
+        grid.add_column(overflow="fold")
+        grid.add_row(name, Text(value, style))
+        console.print(grid)
+        return
+    indented = value if one_line else value.replace("\n", "\n" + " " * NAME_COLUMNS)
+    text = Text.assemble((f"{name:<{NAME_COLUMNS}}", "dim"), (indented, style))
+    console.print(text, soft_wrap=True)
+
+
+def visible(text: str) -> str:
+    """Text from a stranger, for a terminal: what would move, colour or reorder it is spelled out.
+
+    Line breaks, tabs and the joiners inside emoji stay.
+    """
+    kept, hidden = "\n\t\u200c\u200d", ("Cc", "Cf", "Cs", "Zl", "Zp")
+    return "".join(
+        c if c in kept or unicodedata.category(c) not in hidden else ascii(c)[1:-1] for c in text
+    )
 
 
 def write_stdout(data: bytes) -> None:

@@ -12,6 +12,7 @@ from PIL import Image
 
 from sana_cli import __version__, images
 from sana_cli.errors import SanaError, UsageError
+from sana_cli.metadata import Record, parameters
 from sana_cli.names import parse_output, safe_name, slug
 from sana_cli.recipe import Recipe
 
@@ -38,8 +39,8 @@ RECIPE = Recipe(
 PIXELS = np.random.default_rng(0).integers(0, 256, (32, 64, 3), np.uint8)
 
 
-def record(**changes) -> images.Record:
-    return images.Record(Recipe(**(RECIPE.as_dict() | changes)), "cpu", "2.9")
+def record(**changes) -> Record:
+    return Record(Recipe(**(RECIPE.as_dict() | changes)), "cpu", "2.9")
 
 
 def test_png_keeps_every_pixel_and_the_recipe():
@@ -67,7 +68,7 @@ def test_other_formats_carry_both_texts_in_exif(format):
     assert image.getexif()[0x010E] == fox.as_json()
     comment = image.getexif().get_ifd(0x8769)[0x9286]
     assert comment.startswith(b"UNICODE\0")
-    assert comment[8:].decode("utf-16-be") == images.parameters(fox.recipe)
+    assert comment[8:].decode("utf-16-be") == parameters(fox.recipe)
 
 
 @pytest.mark.parametrize("format", ["png", "jpeg", "webp", "avif"])

@@ -318,6 +318,8 @@ def generate(
     where = choose_device(device)
     recipes = [choice.recipe(files, where, one) for choice in choices for one in seeds]
     _check_size(recipes[0], target.format)
+    if metadata is Metadata.full and target.format == "jpeg":
+        _check_fits_jpeg(recipes, where)
     _announce(talk, first.model, recipes, where)
     if first.source is not None:
         _announce_image(talk, first, recipes[0])
@@ -406,6 +408,7 @@ def _draw(
     import torch
 
     from sana_cli import images
+    from sana_cli.metadata import Record
     from sana_cli.pipeline import Failure, Progress, Remark, draw
     from sana_cli.signals import leaving_in_order
     from sana_cli.ui import Bars, write_stdout
@@ -433,7 +436,7 @@ def _draw(
                 continue
             recipe = recipes[event.index]
             began = time.perf_counter()
-            record = images.Record(recipe, plan.device, torch.__version__) if with_recipe else None
+            record = Record(recipe, plan.device, torch.__version__) if with_recipe else None
             data = images.encode(event.pixels, target.format, quality, record)
             if target.to_stdout:
                 write_stdout(data)
@@ -496,6 +499,16 @@ def _check_quality(quality: int | None, format: str) -> None:
             raise UsageError("--quality has no effect on PNG", "add --format webp, or leave it out")
         if not 1 <= quality <= 100:
             raise UsageError(f"--quality {quality} is not between 1 and 100")
+
+
+def _check_fits_jpeg(recipes: list["Recipe"], where: str) -> None:
+    """Better refused now than when the picture is drawn."""
+    import torch
+
+    from sana_cli.metadata import Record
+
+    longest = max(recipes, key=lambda recipe: len(json.dumps(recipe.prompt)))
+    Record(longest, where, torch.__version__).as_exif("jpeg")
 
 
 def _check_stdout(pictures: int, json_output: bool, force: bool) -> None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sana_cli.commands.options import Color, Json, Quiet
 from sana_cli.errors import MissingModel, UsageError
 
 if TYPE_CHECKING:
@@ -14,9 +15,6 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="List, fetch, check and remove models.")
 
 Names = Annotated[list[str], typer.Argument(metavar="NAME…", help="Models, as `list` calls them.")]
-Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
-Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Only results and errors.")]
-Color = Annotated[bool, typer.Option("--color/--no-color", help="Colour on a terminal.")]
 
 
 @app.command("list")
@@ -24,7 +22,7 @@ def list_models(json_output: Json = False, color: Color = True) -> None:
     """Every model: what it draws, its licence, its size, and whether it is on this machine."""
     from sana_cli.weights import known_models
 
-    rows = [_row(model) for model in known_models().values()]
+    rows = [describe(model) for model in known_models().values()]
     if json_output:
         sys.stdout.write(json.dumps({"models": rows}, indent=2) + "\n")
         return
@@ -200,7 +198,8 @@ def rm(
         sys.stdout.write(json.dumps(document) + "\n")
 
 
-def _row(model: "Model") -> dict[str, Any]:
+def describe(model: "Model") -> dict[str, Any]:
+    """A model as `--json` shows it. SanaError if the lock file is broken."""
     from sana_cli.hub_cache import commit_of, source_parts
 
     missing = [source for source in model.sources if source_parts(source) is None]

@@ -1,0 +1,298 @@
+"""`sana doctor`: what is on this machine, what will run on it and how, and what to type next."""
+
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from sana_cli.commands.options import Color, Json, Quiet, Verbose
+
+HUB_VARIABLES = (
+    "HF_HOME",
+    "HF_HUB_CACHE",
+    "HF_HUB_OFFLINE",
+    "TRANSFORMERS_OFFLINE",
+    "HF_HUB_DISABLE_XET",
+    "HF_HUB_DISABLE_SYMLINKS",
+    "HF_HUB_DOWNLOAD_TIMEOUT",
+    "SANA_DATA_DIR",
+)
+DEMO = 'sana generate "a red circle on a blue background" --model demo'
+COLORS = {  # as Rich calls them
+    "standard": "16 colours",
+    "windows": "16 colours",
+    "256": "256 colours",
+    "truecolor": "full colour",
+}
+
+Facts = dict[str, Any]
+
+
+def doctor(
+    json_output: Json = False, quiet: Quiet = False, verbose: Verbose = False, color: Color = True
+) -> None:
+    """Show what this machine has, how sana will run on it, and one command to run next.
+
+    Nothing is fetched, and nothing is sent anywhere.
+    """
+    from sana_cli.ui import Talk
+
+    talk = Talk(quiet, verbose, color)
+    facts = examine(color, talk.detail)
+    if json_output:
+        sys.stdout.write(json.dumps(facts, indent=2) + "\n")
+        return
+    _show(facts, color)
+
+
+def examine(color: bool, tell: Callable[[str], None]) -> Facts:
+    """Everything that can be found out without a network. What fails is None, and told."""
+    from sana_cli import __version__, machine
+
+    def ask(name: str, question: Callable[..., Any], *about: Any) -> Any:
+        try:
+            return question(*about)
+        except Exception as error:  # a broken driver, library or file may raise anything
+            tell(f"{name}: {type(error).__name__}: {error}")
+            return None
+
+    facts: Facts = {"sana": __version__, "system": ask("system", machine.system)}
+    problems: list[str] = []
+    try:
+        facts["torch"] = machine.torch_build()
+    except Exception as error:
+        facts["torch"] = None
+        problems.append(f"torch cannot be imported: {' '.join(str(error).split())}")
+    facts["cpu"] = ask("cpu", machine.cpu)
+    facts["memory"] = ask("memory", machine.memory)
+    facts["devices"], no_cuda = ask("devices", machine.devices) or (None, None)
+    facts["nvidia_driver"] = ask("driver", machine.nvidia_driver)
+    facts["kernels"] = {
+        "path": "torch",
+        "reason": "this version has no fused kernels: every operation is torch's own",
+        "triton": machine.installed("triton", "triton-windows", "pytorch-triton"),
+    }
+    facts["bitsandbytes"] = machine.installed("bitsandbytes")
+    facts["hub"] = ask("hub", _hub)
+    facts["text_cache"] = ask("text cache", _text_cache)
+    facts["models"] = ask("models", _models)
+    facts["terminal"] = ask("terminal", _terminal, color)
+    facts["problems"] = problems + list(_problems(facts, no_cuda))
+    facts["next"] = _next(facts)
+    return facts
+
+
+def _hub() -> Facts:
+    from huggingface_hub import get_token
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    from sana_cli import machine
+    from sana_cli.commands.fetching import no_network
+    from sana_cli.hub_cache import lock_path
+
+    cache = Path(HF_HUB_CACHE)
+    return {
+        "cache": str(cache),
+        "exists": cache.is_dir(),
+        "free_bytes": machine.free_bytes(cache),
+        "used_bytes": _used_bytes(),
+        "symlinks": machine.makes_symlinks(cache),
+        "offline": no_network(),
+        "endpoint": _without_login(os.environ.get("HF_ENDPOINT")),
+        "token": get_token() is not None,
+        "variables": {name: os.environ[name] for name in HUB_VARIABLES if name in os.environ},
+        "lock": str(lock_path()),
+    }
+
+
+def _without_login(address: str | None) -> str | None:
+    return re.sub(r"//[^/@]*@", "//", address) if address else None
+
+
+def _used_bytes() -> int | None:
+    """Of the cache, what belongs to the models of `weights.toml`; None if the lock is broken."""
+    from sana_cli.errors import SanaError
+    from sana_cli.hub_cache import stored_files
+    from sana_cli.weights import known_models
+
+    sources = {source for model in known_models().values() for source in model.sources}
+    try:
+        paths = {path.resolve() for source in sources for path in stored_files(source).values()}
+    except SanaError:
+        return None
+    return sum(path.stat().st_size for path in paths)
+
+
+def _text_cache() -> Facts:
+    from sana_cli.store import cache_folder
+
+    folder = cache_folder()
+    used = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return {"folder": str(folder), "used_bytes": used}
+
+
+def _models() -> list[Facts]:
+    from sana_cli.commands.models import describe
+    from sana_cli.weights import known_models
+
+    return [describe(model) for model in known_models().values()]
+
+
+def _terminal(color: bool) -> Facts:
+    from rich.console import Console
+
+    from sana_cli.machine import picture_protocol
+
+    console = Console(no_color=None if color else True)
+    protocol, reason = picture_protocol(os.environ, console.is_terminal)
+    return {
+        "is_terminal": console.is_terminal,
+        "color": None if console.no_color else console.color_system,
+        "width": console.width if console.is_terminal else None,
+        "pictures": protocol,
+        "pictures_reason": reason,
+    }
+
+
+def _problems(facts: Facts, no_cuda: str | None) -> Iterator[str]:
+    from sana_cli.machine import spills_into_ram
+
+    torch, hub = facts["torch"], facts["hub"]
+    has_cuda = any(row["device"].startswith("cuda") for row in facts["devices"] or [])
+    if facts["nvidia_driver"] and torch and not has_cuda:
+        if torch["build"] == "CPU":
+            yield "there is an NVIDIA driver, but this torch is built for the CPU only"
+        else:
+            reason = no_cuda or "it does not say why"
+            yield f"there is an NVIDIA driver, but torch finds no GPU: {reason}"
+    if has_cuda and facts["system"] and spills_into_ram(facts["system"]):
+        yield (
+            "under Windows a full GPU spills into RAM and crawls instead of failing;"
+            " the driver's setting is called Sysmem Fallback Policy"
+        )
+    if hub is None:
+        yield "the Hugging Face cache cannot be examined; -v says why"
+    elif hub["symlinks"] is False:
+        yield "the cache's file system has no symbolic links: two revisions share no files"
+    if facts["models"] is None or (hub and hub["used_bytes"] is None):
+        yield "which models are here cannot be told: is the lock file broken?"
+
+
+def _next(facts: Facts) -> Facts:
+    """One command, by what is here. Which models fit is not yet part of it."""
+    if facts["torch"] is None:
+        return {
+            "command": 'python -m pip install --force-reinstall "torch>=2.9,<2.14"',
+            "reason": "nothing runs without torch",
+        }
+    rows = [row for row in facts["models"] or [] if row["bytes"]]  # not bundled
+    here = next((row["name"] for row in rows if row["cached"]), None)
+    if here is not None:
+        return {
+            "command": f'sana generate "a red fox in snow" --model {here}',
+            "reason": "its weights are on this machine",
+        }
+    if not facts["devices"]:
+        return {"command": DEMO, "reason": "released models are slow without a GPU; demo is not"}
+    if facts["hub"] is None or facts["hub"]["offline"]:
+        return {"command": DEMO, "reason": "no weights are here, and the network is forbidden"}
+    wanted = next((row for row in rows if row["side"] == 1024), None)
+    room = facts["hub"]["free_bytes"]
+    if wanted is None or (room is not None and room < 1.1 * wanted["missing_bytes"]):
+        return {"command": DEMO, "reason": "the cache's disk has no room for released weights"}
+    return {
+        "command": f"sana models pull {wanted['name']}",
+        "reason": "it is what `sana generate` draws with unless told otherwise",
+    }
+
+
+# --- for people --------------------------------------------------------------------------------
+
+
+def _show(facts: Facts, color: bool) -> None:
+    from rich.console import Console
+
+    from sana_cli.ui import print_fact
+
+    console = Console(no_color=None if color else True, highlight=False)
+    for name, value in _lines(facts):
+        print_fact(console, name, value)
+    for problem in facts["problems"]:
+        print_fact(console, "problem", problem, "yellow")
+    print_fact(console, "next", facts["next"]["command"], "bold", one_line=True)
+    print_fact(console, "", facts["next"]["reason"])
+
+
+def _lines(facts: Facts) -> Iterator[tuple[str, str]]:
+    system, torch, cpu, memory = (facts[name] for name in ("system", "torch", "cpu", "memory"))
+    yield "sana", facts["sana"]
+    if system:
+        yield "system", f"{system['os']} on {system['machine']}, Python {system['python']}"
+    if torch:
+        yield "torch", f"{torch['version']}, built for {torch['build']}"
+    if cpu:
+        sets = ", ".join(cpu["instructions"] or [cpu["kernels"]])
+        yield "cpu", f"{cpu['name'] or 'unknown'}, {_count(cpu['cores'], 'core')}; {sets}"
+    if memory:
+        limit = f", of which this container may use {_size(memory['limit_bytes'])}"
+        yield (
+            "memory",
+            f"{_size(memory['total_bytes'])}, {_size(memory['available_bytes'])} free"
+            + (limit if memory["limit_bytes"] else ""),
+        )
+    for row in facts["devices"] or []:
+        capability = f", compute capability {row['capability']}" if row["capability"] else ""
+        yield (
+            row["device"],
+            f"{row['name']}, {_size(row['total_bytes'])}, {_size(row['free_bytes'])} free"
+            f"{capability}, {'bfloat16' if row['bfloat16'] else 'no bfloat16'}",
+        )
+    if facts["devices"] == []:
+        yield "gpu", "none that torch can use; everything runs on the CPU, in float32"
+    if facts["nvidia_driver"]:
+        yield "driver", f"NVIDIA {facts['nvidia_driver']}"
+    kernels = facts["kernels"]
+    triton = f"Triton {kernels['triton']}" if kernels["triton"] else "Triton is not installed"
+    yield "kernels", f"{kernels['path']} path: {kernels['reason']} ({triton})"
+    yield "8 bits", f"bitsandbytes {facts['bitsandbytes'] or 'is not installed'}"
+    yield from _hub_lines(facts["hub"])
+    if texts := facts["text_cache"]:
+        yield "texts", f"{texts['folder']}, {_size(texts['used_bytes'])}; may be deleted"
+    if facts["models"] is not None:
+        names = ", ".join(row["name"] for row in facts["models"] if row["cached"])
+        yield "models", f"{names}; `sana models list` shows all {len(facts['models'])}"
+    terminal = facts["terminal"]
+    if terminal:
+        kind = COLORS.get(terminal["color"], "no colour")
+        kind += f", {terminal['width']} columns" if terminal["width"] else ""
+        pictures = f"{terminal['pictures'] or 'none'}: {terminal['pictures_reason']}"
+        yield "terminal", f"{kind}, pictures {pictures}"
+
+
+def _hub_lines(hub: Facts | None) -> Iterator[tuple[str, str]]:
+    if hub is None:
+        return
+    new = "" if hub["exists"] else " (not there yet)"
+    yield "cache", f"{hub['cache']}{new}"
+    links = {True: "symbolic links", False: "no symbolic links", None: "not writable"}
+    used, free = _size(hub["used_bytes"]), _size(hub["free_bytes"])
+    yield "", f"{used} of it is sana's, {free} free, {links[hub['symlinks']]}"
+    yield "lock", hub["lock"]
+    network = "forbidden" if hub["offline"] else "allowed"
+    mirror = f", from {hub['endpoint']}" if hub["endpoint"] else ""
+    yield "hub", f"{network}{mirror}, {'a token is stored' if hub['token'] else 'no token'}"
+    if hub["variables"]:
+        yield "", ", ".join(f"{name}={value}" for name, value in hub["variables"].items())
+
+
+def _size(count: int | None) -> str:
+    if count is None:
+        return "unknown"
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.0f} MB"
+
+
+def _count(number: int | None, what: str) -> str:
+    return f"{number or 'unknown'} {what}{'' if number == 1 else 's'}"

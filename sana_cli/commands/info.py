@@ -1,0 +1,196 @@
+"""`sana info`: what a picture says of itself, and the command that draws it again."""
+
+import json
+import re
+import shlex
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sana_cli.commands.options import Color, Json, Quiet, Verbose
+from sana_cli.errors import SanaError, UsageError
+
+if TYPE_CHECKING:
+    from sana_cli.metadata import Found
+
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def info(
+    images: Annotated[
+        list[str], typer.Argument(metavar="IMAGE…", help="PNG, JPEG, WebP or AVIF files.")
+    ],
+    command: Annotated[
+        bool,
+        typer.Option("--command", help="Print only the shell line that draws it again, one each."),
+    ] = False,
+    json_output: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    color: Color = True,
+) -> None:
+    """Show the recipe inside a picture, from sana or from tools that write A1111's text.
+
+    [b]Examples[/b]
+
+    [dim]sana info fox-7.png
+
+    sana info --json fox-7.png | jq .recipe.seed
+
+    sana info --command fox-7.png | sh[/dim]
+    """
+    if command and json_output:
+        raise UsageError("--command and --json both write to stdout", "leave one of them out")
+    from sana_cli.metadata import read
+    from sana_cli.ui import Talk
+
+    talk = Talk(quiet, verbose, color)
+    rows: list[dict[str, Any]] = []
+    code = 0
+    for number, image in enumerate(images):
+        try:
+            found = read(image)
+            line, remarks = redraw(found) if "prompt" in found.recipe else (None, [])
+            if command and line is None:
+                raise SanaError(f"the recipe in {image[:200]} has no prompt", "write one yourself")
+        except SanaError as error:
+            if len(images) == 1:
+                raise
+            code = max(code, error.exit_code)
+            talk.error(error)
+            rows.append({"path": image, "error": error.message})
+            continue
+        for note in found.notes + remarks * (command or json_output):
+            talk.warn(f"{image}: {note}" if len(images) > 1 else note)
+        rows.append(_document(found, line, remarks))
+        if command:
+            sys.stdout.write(f"{line}\n")
+        elif not json_output:
+            if number:
+                sys.stdout.write("\n")
+            _show(found, line, remarks, verbose, color)
+    if json_output:
+        document = {"images": rows} if len(images) > 1 else rows[0]
+        sys.stdout.write(json.dumps(document, indent=2) + "\n")
+    if code:
+        raise typer.Exit(code)
+
+
+def _document(found: "Found", line: str | None, remarks: list[str]) -> dict[str, Any]:
+    return {
+        "path": found.path,
+        "format": found.format,
+        "width": found.width,
+        "height": found.height,
+        "source": found.source,
+        "recipe": found.recipe,
+        "made": found.made,
+        "not_understood": found.not_understood,
+        "notes": found.notes + remarks,
+        "command": line,
+    }
+
+
+def redraw(found: "Found") -> tuple[str, list[str]]:
+    """The shell line that draws the picture again, and what it cannot carry."""
+    from sana_cli.replay import settings_of
+    from sana_cli.settings import option
+
+    settings, remarks = settings_of(found.recipe)
+    prompt = settings.pop("prompt")
+    if found.recipe.get("image"):
+        settings["image"] = "PICTURE"
+        remarks.append("put the picture it started from in the place of PICTURE")
+    if "seed" in found.recipe:
+        settings["seed"] = found.recipe["seed"]
+    words = []
+    for name, value in settings.items():
+        if isinstance(value, bool):
+            words.append(option(name) if value else option(f"no_{name}"))
+        elif value != "":
+            text = str(value).removesuffix(".0") if isinstance(value, float) else str(value)
+            words += [option(name), _quoted(text)]
+    line = " ".join(words)
+    if prompt == "-":  # which would mean stdin, so it goes there
+        return f"echo - | sana generate - {line}", remarks
+    if prompt.startswith("-"):
+        return f"sana generate {line} -- {_quoted(prompt)}", remarks
+    return f"sana generate {_quoted(prompt)} {line}", remarks
+
+
+def _quoted(word: str) -> str:
+    """For any shell; for bash and zsh where it holds what could play tricks on a terminal."""
+    if not CONTROL.search(word):
+        return shlex.quote(word)
+    plain = word.replace("\\", "\\\\").replace("'", "\\'")
+    return "$'" + CONTROL.sub(_octal, plain) + "'"
+
+
+def _octal(found: re.Match[str]) -> str:
+    return "".join(f"\\{byte:03o}" for byte in found[0].encode())
+
+
+def _show(found: "Found", line: str | None, remarks: list[str], verbose: bool, color: bool) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    from sana_cli.ui import print_fact, visible
+
+    console = Console(no_color=None if color else True, highlight=False)
+    prompt = found.recipe.get("prompt", "(no prompt)")
+    console.print(Text(visible(prompt), "bold"), soft_wrap=not console.is_terminal)
+    for name, value in _facts(found, verbose):
+        print_fact(console, name, value)
+    for remark in remarks:
+        print_fact(console, "", remark, "yellow")
+    if line is not None:
+        print_fact(console, "redraw", line, one_line=True)
+
+
+def _facts(found: "Found", verbose: bool) -> list[tuple[str, str]]:
+    """Names and values of what is known, in the order in which people ask."""
+    recipe, rows = found.recipe, []
+    if recipe.get("negative"):
+        rows.append(("negative", recipe["negative"]))
+    if "model" in recipe:
+        revision = recipe.get("revision")
+        short = revision if verbose or not revision else revision[:12]
+        rows.append(("model", recipe["model"] + (f", revision {short}" if short else "")))
+    if "seed" in recipe:
+        rows.append(("seed", str(recipe["seed"])))
+    rows.append(("size", _size(found)))
+    sampling = [
+        f"{recipe['steps']} steps" if "steps" in recipe else "",
+        recipe.get("solver", ""),
+        f"guidance {recipe['guidance']:g}" if "guidance" in recipe else "",
+        f"flow shift {recipe['flow_shift']:g}" if recipe.get("flow_shift") is not None else "",
+    ]
+    rows.append(("sampling", ", ".join(filter(None, sampling))))
+    if recipe.get("image"):
+        strength = recipe.get("strength")
+        how = f", strength {strength:g}" if strength is not None else ""
+        rows.append(("started from", f"a picture, SHA-256 {recipe['image']}{how}"))
+    if "instruction" in recipe:
+        text = recipe["instruction"]
+        rows.append(("instruction", text if text and verbose else "on" if text else "off"))
+    parts = ("text", "dit", "vae")
+    precisions = {part: recipe.get(f"{part}_dtype", "unknown") for part in parts}
+    if len(set(precisions.values())) > 1:
+        rows.append(("precision", ", ".join(f"{k} {v}" for k, v in precisions.items())))
+    elif "dit_dtype" in recipe:
+        rows.append(("precision", recipe["dit_dtype"]))
+    made = [f"{k} {found.made[k]}" for k in ("sana", "torch") if k in found.made]
+    made += [f"on {found.made['device']}"] if "device" in found.made else []
+    rows.append(("made by", ", ".join(made)))
+    rows.append(("file", f"{found.path}, {found.format}"))
+    return [(name, value) for name, value in rows if value]
+
+
+def _size(found: "Found") -> str:
+    recipe = found.recipe
+    size = f"{found.width}x{found.height}"
+    native = (recipe.get("native_width"), recipe.get("native_height"))
+    if None not in native and native != (recipe.get("width"), recipe.get("height")):
+        size += f" (drawn at {native[0]}x{native[1]})"
+    return size

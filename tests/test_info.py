@@ -1,0 +1,272 @@
+"""What someone at a shell sees of `sana info`."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, PngImagePlugin
+
+from sana_cli import images
+from sana_cli.instruction import INSTRUCTION
+from sana_cli.metadata import Record
+from sana_cli.recipe import Recipe
+from sana_cli.shapes import TRAINED_SHAPES, Request, place
+
+DEMO = Recipe(
+    prompt="a red circle on a blue background",
+    negative="",
+    instruction="",
+    seed=7,
+    steps=2,
+    guidance=4.5,
+    solver="flow-dpm",
+    flow_shift=3.0,
+    width=256,
+    height=256,
+    native_width=256,
+    native_height=256,
+    fit="trained",
+    model="demo",
+    revision=None,
+    text_dtype="float32",
+    dit_dtype="float32",
+    vae_dtype="float32",
+)
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def save(name: str = "fox.png", **changes) -> str:
+    """A picture of the recipe's size with the recipe in it; nobody draws it."""
+    recipe = Recipe(**(DEMO.as_dict() | changes))
+    pixels = np.zeros((recipe.height, recipe.width, 3), np.uint8)
+    record = Record(recipe, "cpu", "2.13.0")
+    images.write(Path(name), images.encode(pixels, Path(name).suffix[1:], None, record), True)
+    return name
+
+
+def in_shell(line: str, shell: str = "sh") -> subprocess.CompletedProcess:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path}
+    return subprocess.run([shell, "-ec", line], capture_output=True, timeout=300, env=environment)
+
+
+# --- the command that draws it again -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "shell"),
+    [
+        (("a red circle on a blue background", "-s", "7", "-o", "1.png"), "sh"),
+        (
+            (
+                *('it\'s "a" $HOME `b`\n!star,\n\n\ttab 🦊 \\', "--negative", "-x 'y' #"),
+                *("-g", "3.7", "--solver", "flow-euler", "-o", "1.webp"),
+            ),
+            "sh",
+        ),
+        (("-s 7", "--res", "320x200", "--fit", "exact", "--instruction", "-o", "1.png"), "sh"),
+        (("-", "--res", "200x200", "-o", "1.avif", "--dtype", "bfloat16"), "sh"),
+        (("a \x1b[31mred\x07 'circle'\\n \x9b", "-o", "1.png"), "bash"),
+    ],
+    ids=["plain", "quotes", "dash", "stdin", "control"],
+)
+def test_the_line_draws_the_same_pixels(sana, process, words, shell):
+    prompt, *options = words
+    call = ("generate", *options, "-m", "demo", "--steps", "2")
+    if prompt == "-":
+        assert process(*call, "-", input=b"-\n").returncode == 0
+    else:
+        assert sana(*call, "--", prompt).code == 0
+    (first,) = Path().iterdir()
+    shown = sana("info", "--command", str(first))
+    assert (shown.code, shown.err) == (0, "")
+    assert "\x1b" not in shown.out
+    done = in_shell(shown.out, shell)
+    assert done.returncode == 0, done.stderr
+    (second,) = (path for path in Path().iterdir() if path != first)
+    one, two = (json.loads(sana("info", "--json", str(p)).out) for p in (first, second))
+    assert one["recipe"] == two["recipe"]
+    if first.suffix == ".png":
+        with Image.open(first) as a, Image.open(second) as b:
+            assert a.tobytes() == b.tobytes()
+
+
+def test_the_line_names_everything_that_it_can_and_says_what_it_cannot(sana):
+    path = save(
+        model="owner/fox",
+        revision="a" * 40,
+        instruction=INSTRUCTION,
+        negative="v 1.0",
+        fit="exact",
+        guidance=4.0,
+        text_dtype="bfloat16",
+    )
+    run = sana("info", "--command", path)
+    assert run.out == (
+        "sana generate 'a red circle on a blue background' --negative 'v 1.0' --model owner/fox"
+        " --fit exact --steps 2 --guidance 4 --solver flow-dpm --res 256x256 --instruction"
+        " --dtype float32 --text-precision bf16 --seed 7\n"
+    )
+    assert "drawn with revision 'aaaa" in run.err
+    for changes, remark in [
+        ({"instruction": "Draw: "}, "its instruction text is not the one of this version"),
+        ({"model": "my model"}, "its model was a folder called 'my model'"),
+        ({"image": "ab" * 32, "strength": 0.5}, "a picture whose RGB bytes have SHA-256 'abab"),
+    ]:
+        assert remark in sana("info", "--command", save(**changes)).err
+
+
+@pytest.mark.parametrize("side", TRAINED_SHAPES)
+def test_an_exact_size_finds_every_trained_shape_again(side):
+    """The line gives the size that was drawn, not the --ar that led to it."""
+    for _, height, width in TRAINED_SHAPES[side]:
+        canvas = place(Request(None, width, height), None, "trained", side)
+        assert canvas == (width, height, width, height)
+
+
+def test_a_picture_of_another_tool_gives_a_line_with_what_is_known(sana):
+    info = PngImagePlugin.PngInfo()
+    info.add_text("parameters", "a fox\nSteps: 20, Sampler: Euler, CFG scale: 7, Size: 512x768")
+    Image.new("RGB", (512, 768)).save("fox.png", pnginfo=info)
+    run = sana("info", "--command", "fox.png")
+    assert run.out == (
+        "sana generate 'a fox' --steps 20 --guidance 7 --solver flow-euler --res 512x768\n"
+    )
+    assert "its seed is not known" in run.err
+    assert "its model is not known" in run.err
+
+
+# --- what it shows -----------------------------------------------------------------------------
+
+
+def test_people_see_the_prompt_first_and_the_line_last(sana):
+    run = sana("info", save(negative="blurry", width=300, height=300))
+    lines = run.out.splitlines()
+    assert run.code == 0
+    assert lines[0] == "a red circle on a blue background"
+    facts = dict(line.split(maxsplit=1) for line in lines[1:])
+    assert facts["negative"] == "blurry"
+    assert facts["seed"] == "7"
+    assert facts["size"] == "300x300 (drawn at 256x256)"
+    assert facts["sampling"] == "2 steps, flow-dpm, guidance 4.5, flow shift 3"
+    assert facts["redraw"].startswith("sana generate 'a red circle on a blue background' --neg")
+    assert all(line[11] == " " != line[12] for line in lines[1:])  # aligned
+    assert run.err == ""
+
+
+def test_a_prompt_cannot_play_tricks_on_the_terminal(sana):
+    path = save(prompt="a \x1b]0;owned\x07 \u202efox\r [bold]:smile:[/bold] 👩\u200d🎨")
+    for words in (("info", path), ("info", "--command", path)):
+        out = sana(*words).out
+        assert not set("\x1b\x07\r") & set(out)
+        assert "\u202e" not in out or "--command" in words
+        assert "[bold]:smile:[/bold] 👩\u200d🎨" in out
+
+
+def test_json_is_one_document(sana):
+    path = save(name="fox.webp")
+    document = json.loads(sana("info", "--json", path).out)
+    assert document.pop("command").startswith("sana generate ")
+    assert document == {
+        "path": "fox.webp",
+        "format": "webp",
+        "width": 256,
+        "height": 256,
+        "source": "sana",
+        "recipe": DEMO.as_dict(),
+        "made": {"sana": document["made"]["sana"], "torch": "2.13.0", "device": "cpu"},
+        "not_understood": {},
+        "notes": [],
+    }
+
+
+def test_several_pictures_are_a_list_and_a_bad_one_stops_no_other(sana):
+    Image.new("RGB", (8, 8)).save("bare.png")
+    paths = (save("one.png"), "bare.png", save("two.jpeg", seed=8))
+    run = sana("info", "--json", *paths)
+    assert run.code == 1
+    assert run.err.startswith("error: bare.png holds no recipe")
+    rows = json.loads(run.out)["images"]
+    assert [row["path"] for row in rows] == list(paths)
+    assert [row["recipe"]["seed"] for row in rows if "recipe" in row] == [7, 8]
+    assert rows[1]["error"] == "bare.png holds no recipe"
+    run = sana("info", "--command", "-q", *paths)
+    assert [line.split("--seed ")[1] for line in run.out.splitlines()] == ["7", "8"]
+
+
+def test_the_whole_instruction_only_with_verbose(sana):
+    path = save(instruction=INSTRUCTION)
+    assert "Enhanced" not in sana("info", path).out
+    assert "- If the prompt is simple" in sana("info", "-v", path).out
+
+
+def test_a_picture_drawn_without_metadata_is_one_line_and_a_hint(sana):
+    assert sana("generate", "a", "-m", "demo", "--steps", "1", "--metadata", "none").code == 0
+    (path,) = Path().iterdir()
+    run = sana("info", str(path))
+    assert (run.code, run.out) == (1, "")
+    assert run.err.startswith(f"error: {path} holds no recipe\nhint: ")
+    assert len(run.err.splitlines()) == 2
+
+
+def test_what_is_no_picture_is_refused_in_a_line(sana, here):
+    (here / "text.png").write_text("not a picture")
+    (here / "folder").mkdir()
+    os.mkfifo(here / "pipe")
+    Image.new("RGB", (8, 8)).save("a.gif")
+    for name, reason in [
+        ("nothing.png", "cannot be read: No such file or directory"),
+        ("text.png", "is no PNG, JPEG, WebP or AVIF"),
+        ("a.gif", "is no PNG, JPEG, WebP or AVIF"),
+        ("folder", "is no file"),
+        ("pipe", "is no file"),
+        ("", "No such file"),
+        ("a\0b", "cannot be read"),
+        ("x" * 5000, "File name too long"),
+    ]:
+        run = sana("info", name)
+        assert (run.code, run.out) == (2, ""), name
+        assert reason in run.err and "Traceback" not in run.err
+        assert len(run.err) < 500
+
+
+def test_json_and_command_exclude_each_other(sana):
+    assert sana("info", save(), "--json", "--command").code == 2
+
+
+def test_a_recipe_too_long_for_a_jpeg_is_refused_before_it_is_drawn(sana, here):
+    run = sana("generate", "🦊" * 19_000, "-m", "demo", "-o", "fox.jpg")
+    assert (run.code, run.out) == (2, "")
+    assert "too long for a JPEG" in run.err and "denoise" not in run.err
+    assert not list(here.iterdir())
+
+
+def test_an_int8_text_encoder_is_asked_for_again(sana):
+    line = sana("info", "--command", save(text_dtype="int8", dit_dtype="bfloat16")).out
+    assert "--dtype bfloat16 --text-precision int8" in line
+    line = sana("info", "--command", save(text_dtype="bfloat16", dit_dtype="float16")).out
+    assert "--dtype float16" in line and "--text-precision" not in line
+
+
+def test_it_never_imports_torch(here):
+    code = f"""
+import sys
+sys.argv = ["sana", "info", {save()!r}]
+from sana_cli.app import main
+try:
+    main()
+except SystemExit as stop:
+    assert not stop.code, stop.code
+assert "torch" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
