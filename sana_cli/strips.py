@@ -132,33 +132,6 @@ def rehearse(
     return memory.peak
 
 
-def fit_strips(
-    network: Decoder | Encoder,
-    latent_size: Size,
-    budget: int,
-    *,
-    resized: Size | None = None,
-    size: Size | None = None,
-    most: int = STRIP_BYTES,
-) -> int | None:
-    """The first of `most`, `most`/2, `most`/4 … as strip_bytes whose peak is within `budget` bytes.
-
-    None if even strips of one row are too much. `network` and the peak are those of `rehearse`.
-    """
-
-    def fits(strip_bytes: int) -> bool:
-        peak = rehearse(network, latent_size, resized=resized, size=size, strip_bytes=strip_bytes)
-        return peak <= budget
-
-    if fits(most):
-        return most
-    if not fits(1):
-        return None
-    while most > 1 and not fits(most):
-        most //= 2
-    return most
-
-
 class Sweep:
     """A map, and the parts that are still to be run over it."""
 

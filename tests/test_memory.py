@@ -9,7 +9,7 @@ from test_strips import drawing, network, noise, some
 
 from sana_cli.dc_ae import DCAEConfig, Decoder, Encoder
 from sana_cli.memory import PeakMemory
-from sana_cli.strips import STRIP_BYTES, decode, encode, fit_strips, fold, rehearse
+from sana_cli.strips import STRIP_BYTES, decode, encode, fold, rehearse
 
 MB = 1 << 20
 
@@ -95,19 +95,6 @@ def test_from_2048_to_4096_only_small_maps_and_the_picture_grow():
         return eighth + sixteenth + 3 * (32 * side) ** 2
 
     assert large - small <= maps_and_picture(128) - maps_and_picture(64)
-
-
-def test_strips_are_chosen_to_fit_a_budget():
-    decoder = on_meta(RELEASED_DC_AE)
-    size = (64, 48)
-    least, most = (rehearse(decoder, size, strip_bytes=n) for n in (1, 64 * MB))
-    assert fit_strips(decoder, size, most, most=64 * MB) == 64 * MB
-    assert fit_strips(decoder, size, least - 1, most=64 * MB) is None
-    between = (least + most) // 2
-    chosen = fit_strips(decoder, size, between, most=64 * MB)
-    assert 1 <= chosen < 64 * MB
-    assert rehearse(decoder, size, strip_bytes=chosen) <= between
-    assert rehearse(decoder, size, strip_bytes=2 * chosen) > between
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
