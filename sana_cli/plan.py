@@ -24,7 +24,8 @@ from sana_cli.strips import STRIP_BYTES, fold, rehearse
 from sana_cli.units import gigabytes
 from sana_cli.weights import known_models
 
-LONGEST_TEXT = 507  # tokens: the instruction, and 300 of the prompt
+LONGEST_PROMPT = 300  # tokens
+LONGEST_TEXT = 507  # with the instruction
 LEAST_STRIP = STRIP_BYTES >> 10
 TALLEST_CHUNK = 32  # rows of the latent grid
 KEPT_FREE = 0.1  # of a device's memory, for what its libraries take beside the tensors
@@ -193,7 +194,7 @@ def _denoise_peak(plan: Plan, recipe: Recipe, files: ModelFiles) -> int:
         )
         sample = torch.empty((1, files.dit.in_channels, *grid))
         latents = torch.empty((batch, files.dit.in_channels, *grid), dtype=dtype)
-        caption = torch.empty((batch, LONGEST_TEXT, files.dit.width), dtype=dtype)
+        caption = torch.empty((batch, LONGEST_PROMPT, files.dit.width), dtype=dtype)
         at = torch.empty(batch)
         told = torch.empty(batch, dtype=dtype) if files.is_sprint else None
     with PeakMemory() as tracker:
@@ -220,7 +221,7 @@ def _autoencoder_peak(
 ) -> int:
     network.to(_dtype(recipe.vae_dtype))
     picture = 3 * recipe.native_height * recipe.native_width  # uint8, on the CPU
-    peak = rehearse(network, _grid(recipe, files), strip_bytes=plan.strip_bytes)
+    peak = int(rehearse(network, _grid(recipe, files), strip_bytes=plan.strip_bytes) * SLACK)
     return _bytes(network) + peak - (picture if plan.device != "cpu" else 0)
 
 

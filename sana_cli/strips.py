@@ -41,7 +41,7 @@ Part = Callable[[Tensor], Tensor | None]
 Size = tuple[int, int]  # (height, width)
 STRIP_BYTES = 16 << 20
 MOST_BYTES = 1 << 30  # convolution libraries count elements in 31 bits
-REHEARSED = 3  # strips of a sweep on meta: the others would take the same memory
+REHEARSED = 8  # strips of a sweep on meta: the others take much the same memory
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,310 @@
+"""The plan: predicted memory is the memory measured, limits hold, and running out is survived."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from reference import LIKE_1_6B, SPRINT, random_pipeline
+from sana_cli.device import peak_bytes
+from sana_cli.errors import NotEnoughMemory
+from sana_cli.layout import folder_parts
+from sana_cli.memory import PeakMemory
+from sana_cli.model_files import ModelFiles, open_model, released_model
+from sana_cli.pipeline import Failure, Picture, Progress, Remark, Run, draw
+from sana_cli.plan import Plan, _decode_peak, _denoise_peak, make_plan
+from sana_cli.recipe import Recipe
+from sana_cli.weights import known_models
+
+KINDS = {
+    "1.6B": {**LIKE_1_6B, "sample_size": 32},
+    "4K": {**LIKE_1_6B, "sample_size": 128, "interpolation_scale": 2.0, "shift": 6.0},
+}
+LONG = "a red circle " * 200  # no prompt takes more memory: 300 tokens are read
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    made = {}
+
+    def get(kind):
+        if kind not in made:
+            folder = tmp_path_factory.mktemp("plan") / kind
+            made[kind] = folder
+            random_pipeline(**KINDS[kind]).save_pretrained(folder)
+        return made[kind]
+
+    return get
+
+
+def recipe(files: ModelFiles, width: int, height: int, **changes) -> Recipe:
+    plain = Recipe(
+        **{"prompt": LONG, "negative": "", "instruction": "", "seed": 7, "steps": 2},
+        **{"guidance": 4.5, "solver": "flow-dpm", "flow_shift": files.flow_shift},
+        **{"width": width, "height": height, "native_width": width, "native_height": height},
+        **{"fit": "exact", "model": "x", "revision": None},
+        **dict.fromkeys(("text_dtype", "dit_dtype", "vae_dtype"), "float32"),
+    )
+    return replace(plain, **changes)
+
+
+def pictures(events) -> list[np.ndarray]:
+    return [event.pixels for event in events if isinstance(event, Picture)]
+
+
+def weights(network: torch.nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in network.parameters())
+
+
+def measured(one: Recipe, files: ModelFiles, plan: Plan) -> dict[str, int]:
+    """Peak bytes of the tensors of two stages, weights included."""
+    run = Run([one], files, plan, {}, None)
+    list(run.encode_texts())
+    list(run.load_transformer())
+    with PeakMemory() as denoise:
+        list(run.denoise(0))
+    sizes = {"denoise": weights(run.transformer) + denoise.peak}
+    list(run.load_decoder())
+    with PeakMemory() as decode:
+        list(run.decode(0))
+    return sizes | {"decode": weights(run.decoder) + decode.peak}
+
+
+@pytest.mark.parametrize("guidance", [4.5, 1.0])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("kind", "width", "height"), [("1.6B", 512, 1024), ("4K", 1024, 1024)])
+def test_the_prediction_is_what_is_then_measured(folders, kind, width, height, dtype, guidance):
+    files = open_model(folder_parts(folders(kind)))
+    one = recipe(files, width, height, guidance=guidance, dit_dtype=dtype, vae_dtype=dtype)
+    plan = make_plan([one], files, "cpu", rehearsed=True)
+    for stage, peak in measured(one, files, plan).items():
+        assert plan.peaks[stage] == pytest.approx(peak, rel=0.1), stage
+
+
+@pytest.mark.parametrize(
+    "lean",
+    [{"together": False}, {"together": False, "rows": 8}, {"together": False, "rows": 1}],
+    ids=["halves-apart", "8-rows", "1-row"],
+)
+def test_the_prediction_of_a_lean_plan_too(folders, lean):
+    files = open_model(folder_parts(folders("1.6B")))
+    one = recipe(files, 1024, 1024)
+    plan = Plan("cpu", strip_bytes=1 << 18, **lean)
+    plain = make_plan([one], files, "cpu", rehearsed=True).peaks
+    found = measured(one, files, plan)
+    assert _denoise_peak(plan, one, files) == pytest.approx(found["denoise"], rel=0.1)
+    assert _decode_peak(plan, one, files) == pytest.approx(found["decode"], rel=0.1)
+    assert found["denoise"] < plain["denoise"]
+    assert found["decode"] < plain["decode"]
+
+
+class Capped(PeakMemory):
+    """A device that holds no more than `cap` bytes of what is made in its `with` block."""
+
+    def __init__(self, cap: int, failures: int | None = None) -> None:
+        super().__init__()
+        self.cap, self.failures = cap, failures  # None: every time
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        if self.held > self.cap and self.failures != 0:
+            if self.failures:
+                self.failures -= 1
+            del result
+            raise torch.OutOfMemoryError("the cap of the test")
+        return result
+
+
+def test_a_limit_is_kept_and_the_picture_is_the_same(folders):
+    files = open_model(folder_parts(folders("1.6B")))
+    one = recipe(files, 1536, 1536)
+    plain = make_plan([one], files, "cpu", rehearsed=True)
+    (roomy,) = pictures(draw([one], files, plain))
+    budget = max(plain.peaks["encode"], int(0.5 * plain.peaks["denoise"]))
+    plan = make_plan([one], files, "cpu", limit=budget + peak_bytes("cpu"))
+    assert not plan.together
+    assert max(plan.peaks.values()) <= budget < 0.7 * plain.peaks["denoise"]
+    run = Run([one], files, plan, {}, None)
+    list(run.encode_texts())
+    list(run.load_transformer())
+    with Capped(budget - weights(run.transformer)):
+        assert not [event for event in run.denoise(0) if isinstance(event, Remark)]
+    list(run.load_decoder())
+    with Capped(budget - weights(run.decoder)):
+        events = list(run.decode(0))
+    assert not [event for event in events if isinstance(event, Remark)]
+    (picture,) = pictures(events)
+    assert np.abs(picture.astype(int) - roomy).max() <= 1
+
+
+def test_a_limit_below_every_plan_is_refused_with_what_fits(sana, tmp_path):
+    words = ("generate", "a fox", "-r", "4096", "--dtype", "bfloat16", "--dry-run")
+    run = sana(*words, "--memory", "3GB")
+    assert (run.code, run.out) == (4, "")
+    error, hint = run.err.splitlines()[-2:]
+    assert error.startswith("error: to encode 4096x4096 takes 4.")
+    assert hint.startswith("hint: use --res 1024 --text-precision int8, which fits")
+    suggested = sana(
+        *("generate", "a fox", "-r", "1024", "--dtype", "bfloat16", "--dry-run"),
+        *("--memory", "3GB", "--text-precision", "int8"),
+    )
+    assert suggested.code == 0
+
+
+def test_the_budgets_of_the_design_hold():
+    """1.6B at 4096x4096 within 6 GB, its decode alone within 1.3 GB, weights included."""
+    for name, side, budget in (
+        ("sana-0.6b-1024", 1024, 2.6e9),
+        ("sana-1.6b-2k", 2048, 4.5e9),
+        ("sana-1.6b-4k", 4096, 6e9),
+    ):
+        files = released_model(known_models()[name])
+        halves = dict.fromkeys(("dit_dtype", "vae_dtype"), "bfloat16")
+        one = recipe(files, side, side, text_dtype="int8", **halves)
+        plan = make_plan([one], files, "cpu", limit=int(budget) + peak_bytes("cpu"))
+        assert max(plan.peaks.values()) <= budget, name
+        if side == 4096:
+            assert plan.peaks["decode"] <= 1.3e9
+
+
+# --- running out all the same ------------------------------------------------------------------
+
+
+def needed(one, files, stage) -> int:
+    """What the plain plan holds in a stage beside the weights."""
+    run = Run([one], files, Plan("cpu"), {}, None)
+    list(run.encode_texts())
+    list(run.load_transformer())
+    with PeakMemory() as denoise:
+        list(run.denoise(0))
+    list(run.load_decoder())
+    with PeakMemory() as decode:
+        list(run.decode(0))
+    return {"denoise": denoise.peak, "decode": decode.peak}[stage]
+
+
+@pytest.mark.parametrize(
+    ("stage", "share", "said"),
+    [
+        ("denoise", 0.8, "the halves of guidance one after the other"),
+        ("denoise", 0.3, "rows of the latent at a time"),
+        ("decode", 0.5, "in strips of"),
+    ],
+)
+def test_running_out_is_survived_and_said(folders, stage, share, said):
+    files = open_model(folder_parts(folders("1.6B")))
+    one = recipe(files, 1024, 1024)
+    run = Run([one], files, Plan("cpu"), {}, None)
+    list(run.encode_texts())
+    list(run.load_transformer())
+    cap = int(needed(one, files, stage) * share)
+    with Capped(cap if stage == "denoise" else 2**62):
+        events = list(run.denoise(0))
+    list(run.load_decoder())
+    with Capped(cap if stage == "decode" else 2**62):
+        events += list(run.decode(0))
+    remarks = [event.text for event in events if isinstance(event, Remark) and event.warning]
+    assert remarks
+    assert said in remarks[-1]
+    (picture,) = pictures(events)
+    (plain,) = pictures(draw([one], files, Plan("cpu")))
+    assert np.abs(picture.astype(int) - plain).max() <= 1
+
+
+def test_the_next_picture_of_the_run_is_not_affected(folders):
+    files = open_model(folder_parts(folders("1.6B")))
+    both = [recipe(files, 512, 512, seed=seed) for seed in (1, 2)]
+    plain = pictures(draw(both, files, Plan("cpu")))
+    run = Run(both, files, Plan("cpu"), {}, None)
+    list(run.encode_texts())
+    list(run.load_transformer())
+    with Capped(int(needed(both[0], files, "denoise") * 0.7), failures=1):
+        first = list(run.denoise(0))
+        second = list(run.denoise(1))
+    assert [e for e in first if isinstance(e, Remark)]
+    assert not [e for e in second if isinstance(e, Remark)]
+    list(run.load_decoder())
+    (picture,) = pictures(run.decode(1))
+    assert np.array_equal(picture, plain[1])
+
+
+def test_where_nothing_helps_the_others_are_drawn(folders):
+    """One picture of a batch is far too large for the memory there is."""
+    files = open_model(folder_parts(folders("1.6B")))
+    small, large = recipe(files, 512, 512), recipe(files, 2048, 2048)
+    least = needed(small, files, "denoise")
+    run = Run([large, small], files, Plan("cpu"), {}, None)
+    list(run.encode_texts())
+    list(run.load_transformer())
+    with Capped(int(least * 1.1)):
+        run_events = [*run.finish(0, run.denoise(0)), *run.finish(1, run.denoise(1))]
+    (failure,) = (event for event in run_events if isinstance(event, Failure))
+    assert failure.index == 0
+    assert isinstance(failure.error, NotEnoughMemory)
+    assert 1 in run.latents
+    assert 0 not in run.latents
+
+
+def test_running_out_while_encoding_text_is_exit_code_4(tiny_model):
+    """There is no smaller way to read a text: the error says so, with the documented code."""
+    files = open_model(folder_parts(tiny_model))
+    run = Run([recipe(files, 512, 512)], files, Plan("cpu"), {}, None)
+    run.load_text_encoder(None, run.plan)
+    with Capped(1000), pytest.raises(NotEnoughMemory) as error:
+        list(run.encode_texts())
+    assert error.value.exit_code == 4
+    assert "text encoder" in error.value.message
+
+
+def test_running_out_while_encoding_an_image_is_survived(tmp_path):
+    folder = tmp_path / "sprint"
+    random_pipeline(sample_size=32, **SPRINT).save_pretrained(folder)
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (256, 256, 3), np.uint8)).save(
+        tmp_path / "in.png"
+    )
+    files = open_model(folder_parts(folder))
+    digest = "x"
+    pixels = {digest: np.asarray(Image.open(tmp_path / "in.png"))}
+    one = recipe(files, 1024, 1024, solver="scm", image=digest, strength=0.5, flow_shift=None)
+    run = Run([one], files, Plan("cpu"), pixels, None)
+    with PeakMemory() as plain:
+        list(run.encode_images())
+    expected = run.starts.popitem()[1]
+    run = Run([one], files, Plan("cpu"), pixels, None)
+    with Capped(int(plain.peak * 0.7)):
+        events = list(run.encode_images())
+    assert "in strips of" in next(e.text for e in events if isinstance(e, Remark))
+    assert any(isinstance(event, Progress) for event in events)
+    torch.testing.assert_close(run.starts.popitem()[1], expected, rtol=1e-4, atol=1e-5)
+
+
+# --- what the command says ---------------------------------------------------------------------
+
+
+def test_a_dry_run_prints_the_plan_and_loads_nothing(sana):
+    run = sana("generate", "a fox", "-r", "2048", "--dtype", "bfloat16", "--dry-run")
+    plan = json.loads(run.out)
+    assert set(plan["peak_bytes"]) == {"encode", "denoise", "decode"}
+    assert plan["plan"].keys() == {
+        "halves_together",
+        "rows_at_once",
+        "strip_bytes",
+        "networks_together",
+    }
+    assert max(plan["peak_bytes"].values()) <= plan["memory_bytes"]
+    assert "expected memory: encode" in run.err
+
+
+@pytest.mark.parametrize("word", ["6", "GB", "-1GB", "0", "6 parsecs", "1e9GB", "nan", "10MB", ""])
+def test_what_is_no_amount_of_memory_is_refused(sana, word):
+    run = sana("generate", "a fox", "-m", "demo", "--memory", word, "--dry-run")
+    assert run.code == 2
+    assert "hint: write it as 6GB" in run.err
+
+
+@pytest.mark.parametrize("word", ["6GB", "6gb", "6G", "5.5GiB", "6000MB", "6 GB"])
+def test_amounts_of_memory_as_people_write_them(sana, word):
+    assert sana("generate", "a fox", "-m", "demo", "--memory", word, "--dry-run").code == 0
