@@ -55,13 +55,15 @@ def save_weights(folder: Path) -> None:
 
 
 def ours(weights: Path, device: str, dtype: torch.dtype, strip_bytes: int):
-    from sana_cli.checkpoint import load_weights, on_meta, weight_files
+    from sana_cli.checkpoint import load_weights, on_meta
     from sana_cli.dc_ae import DCAEConfig, Decoder
+    from sana_cli.device import keep_no_heap
+    from sana_cli.layout import find_part
     from sana_cli.strips import decode, fold
 
+    keep_no_heap()
     decoder = on_meta(Decoder, DCAEConfig(**RELEASED), weights)
-    files = weight_files(weights, "diffusion_pytorch_model", "")
-    load_weights(decoder, files, None, only="decoder.")
+    load_weights(decoder, find_part(weights).weights, None, only="decoder.")
     fold(decoder)
     decoder.to(device, dtype, memory_format=torch.channels_last)
     return lambda z: decode(decoder, z, strip_bytes=strip_bytes).pixels.numpy()

@@ -6,6 +6,7 @@ import sys
 
 from sana_cli.errors import UsageError
 
+M_TRIM_THRESHOLD = -1  # malloc.h
 LARGE_ENCODER = 250_000_000  # weights; below, the import of bitsandbytes costs more than is saved
 
 
@@ -101,6 +102,16 @@ def full_name(device: str) -> str:
 
         return torch.cuda.get_device_name(device)
     return device
+
+
+def keep_no_heap() -> None:
+    """Let glibc return large blocks as they are freed, and not save them up for the next request.
+
+    Left alone it raises the size from which it does so to that of the largest block freed yet.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:  # of glibc; others have none
+        mallopt(M_TRIM_THRESHOLD, 128 << 10)
 
 
 def give_back(device: str) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from sana_cli.checkpoint import load_weights, on_meta
 from sana_cli.chunks import run_in_chunks
 from sana_cli.dc_ae import DCAE, Decoder, Encoder
-from sana_cli.device import give_back, is_out_of_memory, peak_bytes
+from sana_cli.device import give_back, is_out_of_memory, keep_no_heap, peak_bytes
 from sana_cli.dit import DiT
 from sana_cli.errors import BadPicture, NotEnoughMemory, SanaError, UsageError
 from sana_cli.instruction import as_read
@@ -125,6 +125,7 @@ class Run:
         self.steps = sum(r.steps - first_step(r.steps, r.strength) for r in recipes)
 
     def events(self) -> Iterator[Event]:
+        keep_no_heap()
         yield from self.encode_texts()
         give_back(self.plan.device)
         if self.images:

@@ -29,6 +29,7 @@ LONGEST_TEXT = 507  # with the instruction
 LEAST_STRIP = STRIP_BYTES >> 10
 TALLEST_CHUNK = 32  # rows of the latent grid
 KEPT_FREE = 0.1  # of a device's memory, for what its libraries take beside the tensors
+SLACK = 1.05  # strips that were not rehearsed may hold a little more
 ROOMY = 0.5  # of the memory: what surely needs less is not rehearsed, as that takes a second
 
 
