@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sana_cli.commands.options import Color, Json, Quiet
 from sana_cli.errors import MissingModel, UsageError
 
 if TYPE_CHECKING:
@@ -14,9 +15,6 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="List, fetch, check and remove models.")
 
 Names = Annotated[list[str], typer.Argument(metavar="NAME…", help="Models, as `list` calls them.")]
-Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
-Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Only results and errors.")]
-Color = Annotated[bool, typer.Option("--color/--no-color", help="Colour on a terminal.")]
 
 
 @app.command("list")
