@@ -22,7 +22,7 @@ from sana_cli.checkpoint import load_weights, on_meta
 from sana_cli.dc_ae import DCAE
 from sana_cli.device import give_back, peak_bytes
 from sana_cli.dit import DiT
-from sana_cli.errors import BadPicture, UsageError
+from sana_cli.errors import BadPicture, SanaError, UsageError
 from sana_cli.instruction import as_read
 from sana_cli.model_files import ModelFiles
 from sana_cli.recipe import Recipe
@@ -47,11 +47,18 @@ class Progress:
 
 @dataclass(frozen=True)
 class Picture:
-    """uint8 RGB (height, width, 3) of the recipe at `index`, and what had to be done for it."""
+    """uint8 RGB (height, width, 3) of the recipe at `index`."""
 
     index: int
     pixels: np.ndarray
-    note: str | None = None
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why there is no picture of the recipe at `index`. The others are drawn all the same."""
+
+    index: int
+    error: SanaError
 
 
 @dataclass(frozen=True)
@@ -62,6 +69,9 @@ class Remark:
     warning: bool = False
 
 
+Event = Progress | Picture | Failure | Remark
+
+
 def draw(
     recipes: list[Recipe],
     files: ModelFiles,
@@ -69,7 +79,7 @@ def draw(
     *,
     images: Images | None = None,
     cache: Path | None = None,
-) -> Iterator[Progress | Remark | Picture]:
+) -> Iterator[Event]:
     """Draw every recipe, all with one model and one precision: encode, denoise, then decode all.
 
     `images` holds the pixels of every picture that a recipe starts from; `cache` is a folder to
@@ -235,28 +245,33 @@ def _captions(dit: DiT, texts: list[Tensor]) -> tuple[Tensor, Tensor | None]:
 
 def _decode(
     recipes: list[Recipe], latents: list[Tensor], files: ModelFiles, device: str
-) -> Iterator[Progress | Picture]:
+) -> Iterator[Event]:
     began = time.perf_counter()
     decoder = _autoencoder(files, "decoder", _dtype(recipes[0].vae_dtype), device)
     yield _loaded(began)
     for i, (recipe, latent) in enumerate(zip(recipes, latents, strict=True)):
         began = time.perf_counter()
-        note = None
         pixels = _pixels(decoder, latent.to(device), recipe, files.vae.scaling_factor)
         if _is_bad(pixels) and recipe.vae_dtype != "float32":
             decoder.float()
             pixels = _pixels(decoder, latent.to(device), recipe, files.vae.scaling_factor)
             decoder.to(_dtype(recipe.vae_dtype))
-            note = f"decoded again in float32: {recipe.vae_dtype} gave a bad picture"
+            yield Remark(
+                f"seed {recipe.seed} was decoded again in float32: {recipe.vae_dtype} gave a bad"
+                " picture",
+                warning=True,
+            )
         if _is_bad(pixels):
             fault = "NaN" if pixels.isnan().any() else "one flat colour"
-            raise BadPicture(
+            error = BadPicture(
                 f"seed {recipe.seed} came out as {fault}",
                 "try --dtype float32, another seed, or other weights",
             )
+            yield Failure(i, error)
+            continue
         picture = (pixels * 255).round().to(torch.uint8).cpu().numpy()
         yield _done("decode", i, len(recipes), began, device)
-        yield Picture(i, picture, note)
+        yield Picture(i, picture)
 
 
 def _autoencoder(files: ModelFiles, half: str, dtype: torch.dtype, device: str) -> nn.Module:

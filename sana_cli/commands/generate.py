@@ -231,7 +231,7 @@ def _draw(
     import torch
 
     from sana_cli import images
-    from sana_cli.pipeline import Picture, Remark, draw
+    from sana_cli.pipeline import Failure, Progress, Remark, draw
     from sana_cli.signals import leaving_in_order
     from sana_cli.ui import Bars, write_stdout
 
@@ -240,12 +240,16 @@ def _draw(
     peaks: dict[str, int] = {}
     rows: list[dict[str, Any]] = []
     written: set[Path] = set()
+    failures: list[Failure] = []
     with leaving_in_order(), Bars(talk, STAGES[1:5]) as bars:
         for event in draw(recipes, files, where, images=sources, cache=cache):
             if isinstance(event, Remark):
                 (talk.warn if event.warning else talk.detail)(event.text)
                 continue
-            if not isinstance(event, Picture):
+            if isinstance(event, Failure):
+                failures.append(event)
+                continue
+            if isinstance(event, Progress):
                 seconds[event.stage] += event.seconds
                 if event.stage in bars.tasks:
                     bars.update(event.stage, event.done, event.total)
@@ -253,8 +257,6 @@ def _draw(
                     peaks[event.stage] = event.peak_bytes
                 continue
             recipe = recipes[event.index]
-            if event.note:
-                talk.warn(event.note)
             began = time.perf_counter()
             record = images.Record(recipe, where, torch.__version__) if with_recipe else None
             data = images.encode(event.pixels, target.format, quality, record)
@@ -277,6 +279,8 @@ def _draw(
         document = {"images": rows, "seconds": rounded, "peak_bytes": peaks}
         sys.stdout.write(json.dumps(document) + "\n")
     talk.detail(", ".join(f"{stage} {value:.2f} s" for stage, value in seconds.items()))
+    if failures:  # the others are drawn and saved
+        raise failures[0].error
 
 
 def _read_prompts(words: list[str]) -> list[str]:
