@@ -3,12 +3,20 @@
 import json
 import sys
 import time
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sana_cli.commands import options
+from sana_cli.commands.options import (
+    FILES,
+    RUN,
+    DTypeName,
+    FitName,
+    MetadataKind,
+    TextPrecisionName,
+)
 from sana_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -21,45 +29,7 @@ if TYPE_CHECKING:
     from sana_cli.ui import Talk
     from sana_cli.weights import Model
 
-FILES, RUN = "Files", "Running"  # panels of --help
 STAGES = ("load", "encode", "image", "denoise", "decode", "save")
-
-
-class Fit(StrEnum):
-    trained = "trained"
-    exact = "exact"
-
-
-class SolverName(StrEnum):
-    flow_dpm = "flow-dpm"
-    flow_euler = "flow-euler"
-    scm = "scm"
-
-
-class Format(StrEnum):
-    png = "png"
-    jpeg = "jpeg"
-    webp = "webp"
-    avif = "avif"
-
-
-class Metadata(StrEnum):
-    full = "full"
-    none = "none"
-
-
-class DType(StrEnum):
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-class TextPrecision(StrEnum):
-    auto = "auto"
-    int8 = "int8"
-    bf16 = "bf16"
-    fp32 = "fp32"
 
 
 def generate(
@@ -67,37 +37,10 @@ def generate(
         list[str],
         typer.Argument(metavar="PROMPT", help="What to draw; [b]-[/b] reads lines from stdin."),
     ],
-    res: Annotated[
-        str | None,
-        typer.Option(
-            "-r",
-            "--res",
-            metavar="SIZE",
-            help="512, 1024, 2048, 4096, 1k, 2k, 4k, or an exact size such as 1280x720."
-            " [dim]default: what the model draws; 1024 if none is named[/dim]",
-        ),
-    ] = None,
-    ar: Annotated[
-        str | None,
-        typer.Option(metavar="W:H", help="Aspect ratio, as in 16:9; not with an exact size."),
-    ] = None,
-    fit: Annotated[
-        Fit,
-        typer.Option(
-            help="[b]trained[/b]: the nearest shape the model was trained on, resized and cropped"
-            " to an exact size. [b]exact[/b]: the next multiples of 32, cropped."
-        ),
-    ] = Fit.trained,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            "-m",
-            "--model",
-            metavar="NAME|FOLDER",
-            help="A model's name, or a folder in the diffusers layout."
-            " [dim]default: by --res[/dim]",
-        ),
-    ] = None,
+    res: options.Res = None,
+    ar: options.Ar = None,
+    fit: options.Fit = FitName.trained,
+    model: options.Model = None,
     count: Annotated[
         int | None,
         typer.Option("-n", "--count", metavar="N", help="Pictures a prompt: seeds s, s+1, …"),
@@ -111,54 +54,13 @@ def generate(
             help="7, 1,5,9 or 1..8. [dim]default: random, printed[/dim]",
         ),
     ] = None,
-    negative: Annotated[
-        str, typer.Option("--negative", metavar="TEXT", help="What to steer away from.")
-    ] = "",
-    steps: Annotated[
-        int | None,
-        typer.Option(
-            "--steps", metavar="N", help="Denoising steps. [dim]default: 20; 2 for Sprint[/dim]"
-        ),
-    ] = None,
-    guidance: Annotated[
-        float | None,
-        typer.Option(
-            "-g",
-            "--guidance",
-            metavar="SCALE",
-            help="How closely to follow the prompt; 1 is off, save for Sprint."
-            " [dim]default: 4.5[/dim]",
-        ),
-    ] = None,
-    solver: Annotated[
-        SolverName | None,
-        typer.Option(
-            help="How the flow is integrated; [b]scm[/b] is Sprint's, which takes no other."
-            " [dim]default: flow-dpm, or scm[/dim]",
-        ),
-    ] = None,
-    image: Annotated[
-        str | None,
-        typer.Option(
-            "--image", metavar="FILE", help="Start from this picture, not from noise; for Sprint."
-        ),
-    ] = None,
-    strength: Annotated[
-        float | None,
-        typer.Option(
-            "--strength",
-            metavar="0-1",
-            help="How much of --image to replace. [dim]default: 0.6[/dim]",
-        ),
-    ] = None,
-    instruction: Annotated[
-        bool | None,
-        typer.Option(
-            "--instruction/--no-instruction",
-            help="Put the models' prompt-enhancing instruction before the prompt. [dim]default: on,"
-            " but off for demo[/dim]",
-        ),
-    ] = None,
+    negative: options.Negative = "",
+    steps: options.Steps = None,
+    guidance: options.Guidance = None,
+    solver: options.Solver = None,
+    image: options.Image = None,
+    strength: options.Strength = None,
+    instruction: options.Instruction = None,
     output: Annotated[
         str | None,
         typer.Option(
@@ -170,89 +72,28 @@ def generate(
             rich_help_panel=FILES,
         ),
     ] = None,
-    force: Annotated[
-        bool,
-        typer.Option(
-            "-f",
-            "--force",
-            help="Overwrite; otherwise the name gets -2, -3, …",
-            rich_help_panel=FILES,
-        ),
-    ] = False,
-    format: Annotated[
-        Format | None,
-        typer.Option(
-            help="[dim]default: by the output's suffix, else png[/dim]", rich_help_panel=FILES
-        ),
-    ] = None,
-    quality: Annotated[
-        int | None,
-        typer.Option(metavar="1-100", help="Of JPEG, WebP and AVIF.", rich_help_panel=FILES),
-    ] = None,
-    metadata: Annotated[
-        Metadata,
-        typer.Option(help="[b]none[/b] writes no recipe into the file.", rich_help_panel=FILES),
-    ] = Metadata.full,
-    device: Annotated[
-        str,
-        typer.Option(metavar="NAME", help="auto, cpu, cuda, cuda:1 or mps.", rich_help_panel=RUN),
-    ] = "auto",
-    dtype: Annotated[
-        DType, typer.Option(help="Precision of the networks.", rich_help_panel=RUN)
-    ] = DType.auto,
-    memory: Annotated[
-        str,
-        typer.Option(
-            metavar="SIZE",
-            help="Stay under this much memory, as in 6GB, or refuse. [dim]auto: what is free[/dim]",
-            rich_help_panel=RUN,
-        ),
-    ] = "auto",
-    text_precision: Annotated[
-        TextPrecision,
-        typer.Option(
-            help="Precision of the text encoder, whatever --dtype says. [dim]auto: int8 for a"
-            " large one on an NVIDIA GPU, else as the rest[/dim]",
-            rich_help_panel=RUN,
-        ),
-    ] = TextPrecision.auto,
-    cache: Annotated[
-        bool,
-        typer.Option(
-            "--cache/--no-cache",
-            help="Keep what the text encoder computes, and use it again.",
-            rich_help_panel=RUN,
-        ),
-    ] = True,
+    force: options.Force = False,
+    format: options.Format = None,
+    quality: options.Quality = None,
+    metadata: options.Metadata = MetadataKind.full,
+    device: options.Device = "auto",
+    dtype: options.DType = DTypeName.auto,
+    memory: options.Memory = "auto",
+    text_precision: options.TextPrecision = TextPrecisionName.auto,
+    cache: options.Cache = True,
     dry_run: Annotated[
         bool,
         typer.Option(
             "--dry-run", help="Print recipes and plan as JSON; load nothing.", rich_help_panel=RUN
         ),
     ] = False,
-    offline: Annotated[
-        bool,
-        typer.Option(
-            "--offline",
-            help="Never use the network: weights that are not here are an error.",
-            rich_help_panel=RUN,
-        ),
-    ] = False,
+    offline: options.Offline = False,
     json_output: Annotated[
         bool, typer.Option("--json", help="One JSON document on stdout.", rich_help_panel=RUN)
     ] = False,
-    quiet: Annotated[
-        bool, typer.Option("-q", "--quiet", help="Only results and errors.", rich_help_panel=RUN)
-    ] = False,
-    verbose: Annotated[
-        bool,
-        typer.Option(
-            "-v", "--verbose", help="Say more, with tracebacks for errors.", rich_help_panel=RUN
-        ),
-    ] = False,
-    color: Annotated[
-        bool, typer.Option("--color/--no-color", help="Colour on a terminal.", rich_help_panel=RUN)
-    ] = True,
+    quiet: options.RunQuiet = False,
+    verbose: options.RunVerbose = False,
+    color: options.RunColor = True,
 ) -> None:
     """Draw one or more pictures and print their paths.
 
@@ -318,7 +159,7 @@ def generate(
     where = choose_device(device)
     recipes = [choice.recipe(files, where, one) for choice in choices for one in seeds]
     _check_size(recipes[0], target.format)
-    if metadata is Metadata.full and target.format == "jpeg":
+    if metadata is MetadataKind.full and target.format == "jpeg":
         _check_fits_jpeg(recipes, where)
     _announce(talk, first.model, recipes, where)
     if first.source is not None:
@@ -331,7 +172,7 @@ def generate(
     if dry_run:
         _print_plan(recipes, target, plan, first.model, files)
     else:
-        encoding = (metadata is Metadata.full, quality, force)
+        encoding = (metadata is MetadataKind.full, quality, force)
         kept = cache_folder() if cache else None
         sources = {first.source.digest: first.source.pixels} if first.source else {}
         _draw(recipes, files, sources, plan, kept, target, encoding, json_output, talk, started)
