@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
+from sana_cli.architectures import GEMMA_2_2B
 from sana_cli.chunks import run_in_chunks
 from sana_cli.dc_ae import DCAE, Decoder, Encoder
 from sana_cli.device import peak_bytes
@@ -22,7 +23,7 @@ from sana_cli.model_files import ModelFiles, released_model
 from sana_cli.recipe import Recipe
 from sana_cli.strips import STRIP_BYTES, fold, rehearse
 from sana_cli.units import gigabytes
-from sana_cli.weights import known_models
+from sana_cli.weights import Model, known_models
 
 LONGEST_PROMPT = 300  # tokens
 LONGEST_TEXT = 507  # with the instruction
@@ -135,6 +136,22 @@ def make_plan(
     both = peaks["denoise"] + peaks["decode"]  # more than either with the other's weights
     resident = several and lean.together and both < budget
     return replace(lean, strip_bytes=plan.strip_bytes, peaks=peaks, resident=resident)
+
+
+def fits(model: Model, device: str, free: int) -> str:
+    """Whether a model at its native size fits in `free` bytes: "yes", "tight" or "no".
+
+    Where it is tight everything is done in small pieces. The figures are those of `weights.toml`,
+    which are a GPU's; elsewhere all is float32.
+    """
+    if model.memory is None or model.least_memory is None:
+        return "yes"  # a bundled one
+    fast, lean = model.memory, model.least_memory
+    if not device.startswith("cuda"):
+        text = 4 * GEMMA_2_2B.linear_weights
+        fast, lean = max(2 * fast, text), max(2 * lean, text)
+    room = free * (1 - KEPT_FREE)
+    return "yes" if fast <= room else "tight" if lean <= room else "no"
 
 
 def free_memory(device: str) -> int:

@@ -40,6 +40,8 @@ class Model:
     folder: str | None = None
     sources: tuple[Source, ...] = ()  # its own first, then those it shares
     architecture: str | None = None
+    memory: int | None = None  # bytes on a GPU at the native size, as fast as it goes
+    least_memory: int | None = None  # and in the smallest pieces
     dtype: str | None = None  # what it was trained in; None where only its files can tell
     instruction: bool = True  # whether it was trained behind the complex human instruction
     # What is taken where nothing is asked for; None where only its files can tell.

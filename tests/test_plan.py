@@ -15,7 +15,7 @@ from sana_cli.layout import folder_parts
 from sana_cli.memory import PeakMemory
 from sana_cli.model_files import ModelFiles, open_model, released_model
 from sana_cli.pipeline import Failure, Picture, Progress, Remark, Run, draw
-from sana_cli.plan import Plan, _decode_peak, _denoise_peak, make_plan
+from sana_cli.plan import Plan, _decode_peak, _denoise_peak, _text_peak, fits, make_plan
 from sana_cli.recipe import Recipe
 from sana_cli.weights import known_models
 
@@ -168,6 +168,39 @@ def test_the_budgets_of_the_design_hold():
         assert max(plan.peaks.values()) <= budget, name
         if side == 4096:
             assert plan.peaks["decode"] <= 1.3e9
+
+
+RELEASED = [model for model in known_models().values() if model.sources]
+
+
+@pytest.mark.parametrize("model", RELEASED, ids=lambda model: model.name)
+def test_the_memory_that_the_list_of_models_states_is_what_the_plan_predicts(model):
+    files = released_model(model)
+    halves = dict.fromkeys(("dit_dtype", "vae_dtype"), "bfloat16")
+    method = {"solver": model.solver, "guidance": model.guidance}
+    one = recipe(files, model.side, model.side, text_dtype="int8", **halves, **method)
+    fast = Plan("cuda")
+    *_, lean_denoising, _ = fast.leaner_denoising()  # the last is the CPU
+    *_, lean_decoding, _ = fast.leaner_decoding()
+    for stated, denoising, decoding in (
+        (model.memory, fast, fast),
+        (model.least_memory, lean_denoising, lean_decoding),
+    ):
+        peaks = (
+            _text_peak(one, files),
+            _denoise_peak(denoising, one, files),
+            _decode_peak(decoding, one, files),
+        )
+        assert stated == pytest.approx(max(peaks), rel=0.01)
+
+
+def test_what_fits_is_told_by_those_figures():
+    model = next(model for model in RELEASED if model.side == 4096)
+    told = [fits(model, "cuda", free * 10**9) for free in (16, 6, 5, 4)]
+    assert told == ["yes", "yes", "tight", "no"]
+    assert fits(model, "cpu", 16 * 10**9) == "yes"
+    assert fits(model, "cpu", 8 * 10**9) == "no"
+    assert fits(known_models()["demo"], "cpu", 10**9) == "yes"
 
 
 # --- running out all the same ------------------------------------------------------------------

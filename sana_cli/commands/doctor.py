@@ -135,10 +135,9 @@ def _text_cache() -> Facts:
 
 
 def _models() -> list[Facts]:
-    from sana_cli.commands.models import describe
-    from sana_cli.weights import known_models
+    from sana_cli.commands.models import described
 
-    return [describe(model) for model in known_models().values()]
+    return described()
 
 
 def _terminal(color: bool) -> Facts:
@@ -182,13 +181,13 @@ def _problems(facts: Facts, no_cuda: str | None) -> Iterator[str]:
 
 
 def _next(facts: Facts) -> Facts:
-    """One command, by what is here. Which models fit is not yet part of it."""
+    """One command, by what is here and what fits."""
     if facts["torch"] is None:
         return {
             "command": 'python -m pip install --force-reinstall "torch>=2.9,<2.14"',
             "reason": "nothing runs without torch",
         }
-    rows = [row for row in facts["models"] or [] if row["bytes"]]  # not bundled
+    rows = [row for row in facts["models"] or [] if row["bytes"] and row["fits"] != "no"]
     here = next((row["name"] for row in rows if row["cached"]), None)
     if here is not None:
         return {
@@ -264,6 +263,13 @@ def _lines(facts: Facts) -> Iterator[tuple[str, str]]:
     if facts["models"] is not None:
         names = ", ".join(row["name"] for row in facts["models"] if row["cached"])
         yield "models", f"{names}; `sana models list` shows all {len(facts['models'])}"
+        sides = {row["side"]: row["fits"] for row in reversed(facts["models"]) if row["bytes"]}
+        fitting = [
+            f"{side}²" + (" in small pieces" if sides[side] == "tight" else "")
+            for side in sorted(sides)
+            if sides[side] != "no"
+        ]
+        yield "fits", ", ".join(fitting) or "no released model"
     terminal = facts["terminal"]
     if terminal:
         kind = COLORS.get(terminal["color"], "no colour")

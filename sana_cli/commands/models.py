@@ -19,10 +19,8 @@ Names = Annotated[list[str], typer.Argument(metavar="NAME…", help="Models, as 
 
 @app.command("list")
 def list_models(json_output: Json = False, color: Color = True) -> None:
-    """Every model: what it draws, its licence, its size, and whether it is on this machine."""
-    from sana_cli.weights import known_models
-
-    rows = [describe(model) for model in known_models().values()]
+    """Every model: what it draws, what it takes, whether it is here and fits this machine."""
+    rows = described()
     if json_output:
         sys.stdout.write(json.dumps({"models": rows}, indent=2) + "\n")
         return
@@ -32,15 +30,19 @@ def list_models(json_output: Json = False, color: Color = True) -> None:
     from sana_cli.units import gigabytes
 
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for title, side in (("name", "left"), ("draws", "right"), ("size", "right")):
-        table.add_column(title, justify=side, no_wrap=True)  # type: ignore[arg-type]
-    table.add_column("here", no_wrap=True)
-    table.add_column("licence")
+    table.add_column("name", no_wrap=True)
+    for title in ("draws", "disk", "memory"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for title in ("here", "fits", "licence"):
+        table.add_column(title)
     for row in rows:
-        lacks = f"lacks {gigabytes(row['missing_bytes'])}"
-        here = "yes" if row["cached"] else lacks
-        size = gigabytes(row["bytes"])
-        table.add_row(row["name"], f"{row['side']}²", size, here, row["licence"])
+        lacks = row["missing_bytes"]
+        table.add_row(
+            *(row["name"], f"{row['side']}²"),
+            *(gigabytes(row[key]) if row[key] else "-" for key in ("bytes", "memory_bytes")),
+            "yes" if not lacks else "no" if lacks == row["bytes"] else "in part",
+            *(row["fits"], row["licence"]),
+        )
     Console(no_color=None if color else True, highlight=False).print(table)
 
 
@@ -198,21 +200,33 @@ def rm(
         sys.stdout.write(json.dumps(document) + "\n")
 
 
-def describe(model: "Model") -> dict[str, Any]:
-    """A model as `--json` shows it. SanaError if the lock file is broken."""
+def described() -> list[dict[str, Any]]:
+    """The models as `--json` shows them. SanaError if the lock file is broken."""
+    from sana_cli.device import choose_device
     from sana_cli.hub_cache import commit_of, source_parts
+    from sana_cli.plan import fits, free_memory
+    from sana_cli.weights import known_models
 
-    missing = [source for source in model.sources if source_parts(source) is None]
-    return {
-        "name": model.name,
-        "side": model.side,
-        "licence": model.licence,
-        "source": model.source,
-        "revision": commit_of(model),
-        "bytes": sum(source.bytes for source in model.sources),
-        "cached": not missing,
-        "missing_bytes": sum(source.bytes for source in missing),
-    }
+    device = choose_device("auto")
+    free = free_memory(device)
+    rows = []
+    for model in known_models().values():
+        missing = [source for source in model.sources if source_parts(source) is None]
+        row = {
+            "name": model.name,
+            "side": model.side,
+            "licence": model.licence,
+            "source": model.source,
+            "revision": commit_of(model),
+            "bytes": sum(source.bytes for source in model.sources),
+            "memory_bytes": model.memory,
+            "least_memory_bytes": model.least_memory,
+            "cached": not missing,
+            "missing_bytes": sum(source.bytes for source in missing),
+            "fits": fits(model, device, free),
+        }
+        rows.append(row)
+    return rows
 
 
 def _hub_models(names: list[str]) -> "list[Model]":
