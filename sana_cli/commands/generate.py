@@ -29,14 +29,25 @@ if TYPE_CHECKING:
     from sana_cli.ui import Talk
     from sana_cli.weights import Model
 
+# Of a recipe what no option sets directly, and so nobody would expect to have changed.
+UNTYPED = {"revision", "flow_shift", "instruction", "image", "text_dtype", "vae_dtype"}
 STAGES = ("load", "encode", "image", "denoise", "decode", "save")
 
 
 def generate(
+    context: typer.Context,
     prompts: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(metavar="PROMPT", help="What to draw; [b]-[/b] reads lines from stdin."),
-    ],
+    ] = None,
+    replay: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            metavar="IMAGE",
+            help="Draw what this picture's recipe says; other options and prompts override it.",
+        ),
+    ] = None,
     res: options.Res = None,
     ar: options.Ar = None,
     fit: options.Fit = FitName.trained,
@@ -109,6 +120,8 @@ def generate(
 
     sana generate "a fox, oil painting" -m sana-sprint-0.6b --image fox.jpg --strength 0.5
 
+    sana generate --from fox-7.png --steps 30
+
     sana generate "a fox" -o - > fox.png[/dim]
     """
     started = time.perf_counter()
@@ -122,29 +135,32 @@ def generate(
 
     # What can be wrong with the call is found before anything heavy is imported.
     talk = Talk(quiet, verbose, color)
+    found = _recipe_in(replay, talk) if replay is not None else {}
+    if seed is None and "seed" in found:
+        seed = str(found["seed"])
     seeds = parse_seeds(seed, count)
     check_text(output or "", "--output")
     target = parse_output(output, format.value if format else None)
     limit = parse_memory(memory)
-    asked = [
-        Settings(
-            prompt=text,
-            negative=negative,
-            model=model,
-            res=res,
-            ar=ar,
-            fit=fit.value,
-            steps=steps,
-            guidance=guidance,
-            solver=solver.value if solver else None,
-            image=image,
-            strength=strength,
-            instruction=instruction,
-            dtype=dtype.value,
-            text_precision=text_precision.value,
-        )
-        for text in _read_prompts(prompts)
-    ]
+    values = {
+        "negative": negative,
+        "model": model,
+        "res": res,
+        "ar": ar,
+        "fit": fit.value,
+        "steps": steps,
+        "guidance": guidance,
+        "solver": solver.value if solver else None,
+        "image": image,
+        "strength": strength,
+        "instruction": instruction,
+        "dtype": dtype.value,
+        "text_precision": text_precision.value,
+    }
+    if replay is not None:
+        values = _replayed(found, values, context)
+    texts = _read_prompts(prompts or []) or [values.pop("prompt", "")]
+    asked = [Settings(**values | {"prompt": text}) for text in texts]
     _check_quality(quality, target.format)
     if target.to_stdout and not dry_run:
         _check_stdout(len(asked) * len(seeds), json_output, force)
@@ -162,6 +178,7 @@ def generate(
     if metadata is MetadataKind.full and target.format == "jpeg":
         _check_fits_jpeg(recipes, where)
     _announce(talk, first.model, recipes, where)
+    _compare(recipes[0], found, talk)
     if first.source is not None:
         _announce_image(talk, first, recipes[0])
     for text in first.sampling(files).warnings:
@@ -176,6 +193,45 @@ def generate(
         kept = cache_folder() if cache else None
         sources = {first.source.digest: first.source.pixels} if first.source else {}
         _draw(recipes, files, sources, plan, kept, target, encoding, json_output, talk, started)
+
+
+def _recipe_in(path: str, talk: "Talk") -> dict[str, Any]:
+    """The fields of a picture's recipe, with what could not be read of it said aloud."""
+    from sana_cli.metadata import recipe_of
+
+    fields, notes = recipe_of(path)
+    for text in notes:
+        talk.warn(f"{path}: {text}")
+    return fields
+
+
+def _replayed(
+    recipe: dict[str, Any], values: dict[str, Any], context: typer.Context
+) -> dict[str, Any]:
+    """The settings of a recipe, with those that were typed in their place."""
+    from sana_cli.replay import settings_of
+
+    settings, _ = settings_of(recipe)
+    sources = {name: context.get_parameter_source(name) for name in values}
+    typed = {name for name, source in sources.items() if source and source.name != "DEFAULT"}
+    if "image" in recipe and recipe["image"] and "image" not in typed:
+        raise UsageError(
+            "the picture was drawn from another one, which is not inside it", "add --image FILE"
+        )
+    if "model" in typed:  # another one has its own ways, and its own size
+        for name in ("res", "solver", "steps", "guidance", "strength", "instruction"):
+            settings.pop(name, None)
+    if "ar" in typed:
+        settings.pop("res", None)
+    return settings | {name: values[name] for name in typed}
+
+
+def _compare(recipe: "Recipe", found: dict[str, Any], talk: "Talk") -> None:
+    """Say in what the picture to be drawn is not the one that its recipe was taken from."""
+    new = recipe.as_dict()
+    for name in UNTYPED & found.keys():
+        if new[name] != found[name]:
+            talk.warn(f"{name} is {new[name]!r}, and was {found[name]!r} for the picture")
 
 
 def _announce(talk: "Talk", chosen: "Model", recipes: list["Recipe"], where: str) -> None:
