@@ -1,6 +1,6 @@
 """The `sana` command: verbs, and the one place where errors become lines and exit codes.
 
-0 done · 1 other failure · 2 usage · 4 not enough memory · 5 model missing · 6 not enough disk ·
+0 done · 1 other failure · 2 usage · 3 a batch with failures · 4 not enough memory · 5 model missing · 6 not enough disk ·
 7 bad picture · 130 interrupted · 143 terminated
 """
 
@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from sana_cli import __version__
-from sana_cli.commands import doctor, generate, info, models
+from sana_cli.commands import batch, doctor, generate, info, models
 from sana_cli.device import is_out_of_memory
 from sana_cli.errors import DiskFull, NotEnoughMemory, SanaError, UsageError
 from sana_cli.signals import leaving_at_once
@@ -25,6 +25,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.command()(generate.generate)
+app.add_typer(batch.app, name="batch")
 app.command()(info.info)
 app.command()(doctor.doctor)
 app.add_typer(models.app, name="models")

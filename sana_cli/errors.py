@@ -1,5 +1,7 @@
 """What can go wrong in a way the user can mend: one line, a hint, and a documented exit code."""
 
+FAILURES = 3  # exit code of a batch that is through, but not with every job
+
 
 class SanaError(Exception):
     """A failure with a message in one line and, where there is one, what to type next."""

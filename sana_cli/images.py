@@ -19,6 +19,7 @@ SUFFIXES = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp", ".a
 LARGEST_SIDE = {"jpeg": 65500, "webp": 16383, "avif": 65535}  # pixels; PNG takes any
 DEFAULT_QUALITY = {"jpeg": 92, "webp": 90, "avif": 80}
 
+PARTIAL = ".sana"  # what names of temporary files begin with
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -62,15 +63,17 @@ def encode(pixels: np.ndarray, format: str, quality: int | None, record: Record 
     return buffer.getvalue()
 
 
-def write(path: Path, data: bytes, force: bool) -> Path:
+def write(path: Path, data: bytes, force: bool, mark: str = "") -> Path:
     """Put `data` at `path`, or at `path` with -2, -3 … if that exists and `force` is not set.
 
     The file appears complete or not at all, and an existing one is never lost half-way. Returns
-    the path written. DiskFull or SanaError if it cannot be.
+    the path written. DiskFull or SanaError if it cannot be. `mark` is put into the name of the
+    temporary file, for whoever has to clean up after a process that was killed.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(prefix=".sana-", suffix=".partial", dir=path.parent)
+        prefix = f"{PARTIAL}{mark}-"
+        descriptor, name = tempfile.mkstemp(prefix=prefix, suffix=".partial", dir=path.parent)
         partial = Path(name)
         try:
             with os.fdopen(descriptor, "wb") as file:

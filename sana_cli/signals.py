@@ -1,4 +1,6 @@
-"""Ctrl-C and termination: leave at once while nothing is at stake, in order once drawing begins."""
+"""Ctrl-C and termination: leave at once while nothing is at stake, in order once drawing begins,
+and in a batch after the picture that is being drawn.
+"""
 
 import os
 import signal
@@ -22,6 +24,29 @@ def leaving_in_order() -> Iterator[None]:
     """Exit through exceptions, so that half-written files are removed on the way."""
     with _handling(_unwind):
         yield
+
+
+class Asked:
+    """The exit code of the first signal, once it has come."""
+
+    code: int | None = None
+
+    def __bool__(self) -> bool:
+        return self.code is not None
+
+
+@contextmanager
+def leaving_when_asked_twice() -> Iterator[Asked]:
+    """Note the first signal, for a loop that looks at it; leave in order at the second."""
+    asked = Asked()
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if asked:
+            _unwind(number, frame)
+        asked.code = CODES[signal.Signals(number)]
+
+    with _handling(note):
+        yield asked
 
 
 @contextmanager

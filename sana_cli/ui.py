@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.progress import (
     BarColumn,
     DownloadColumn,
+    MofNCompleteColumn,
     Progress,
     TaskID,
     TextColumn,
@@ -54,6 +55,10 @@ class Talk:
     def warn(self, text: str) -> None:
         if not self.quiet:
             self.console.print(f"[yellow]warning:[/yellow] {escape(text)}", soft_wrap=True)
+
+    def tell(self, text: str) -> None:
+        """A line that stands, even when quiet: what an error is about."""
+        self.console.print(escape(" ".join(text.split())), soft_wrap=True)
 
     def error(self, error: SanaError) -> None:
         one_line = " ".join(error.message.split())
@@ -110,6 +115,70 @@ class Bars:
         self.progress.update(task, completed=done, total=total, visible=True)
         if done == total and not self.live:
             self.talk.say(f"{stage}: {total} done")
+
+
+class BatchBar:
+    """One bar for all pictures, with the stage under way; lines where there is no terminal."""
+
+    LINE_EVERY = 10.0  # seconds between lines
+
+    def __init__(self, talk: Talk) -> None:
+        self.talk = talk
+        self.progress = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=28),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(compact=True),
+            TextColumn("{task.fields[stage]}", style="dim", markup=False),
+            console=talk.console,
+            transient=True,
+            redirect_stdout=False,
+            speed_estimate_period=3600,  # pictures may take minutes each
+            disable=not talk.live,
+        )
+        self.task = self.progress.add_task("pictures", total=0, stage="")
+        self.done = self.total = 0
+        self.began = self.spoke = time.monotonic()
+
+    def __enter__(self) -> "BatchBar":
+        self.progress.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.progress.__exit__(kind, value, trace)
+
+    def expect(self, more: int) -> None:
+        self.total += more
+        self.progress.update(self.task, total=self.total)
+
+    def stage(self, name: str, done: int = 0, total: int = 0) -> None:
+        text = f"{name} {done}/{total}" if total > 1 else name
+        self.progress.update(self.task, stage=text)
+
+    def advance(self) -> None:
+        """One more is drawn, or has failed."""
+        self.done += 1
+        self.progress.update(self.task, completed=self.done)
+        now = time.monotonic()
+        if not self.talk.live and now - self.spoke > self.LINE_EVERY and self.done < self.total:
+            self.spoke = now
+            left = (now - self.began) / self.done * (self.total - self.done)
+            self.talk.say(f"{self.done} of {self.total} pictures, {left:.0f} s left")
+
+    def result(self, line: str) -> None:
+        """Write a line to stdout, with the bar out of its way."""
+        if self.talk.live:
+            self.progress.stop()
+        sys.stdout.write(f"{line}\n")
+        sys.stdout.flush()
+        if self.talk.live:
+            self.progress.start()
 
 
 class Downloads:

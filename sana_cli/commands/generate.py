@@ -126,7 +126,7 @@ def generate(
     """
     started = time.perf_counter()
     from sana_cli.commands.fetching import open_chosen
-    from sana_cli.names import parse_output
+    from sana_cli.names import check_quality, check_size, parse_output
     from sana_cli.recipe import parse_seeds
     from sana_cli.resolve import choose
     from sana_cli.settings import Settings, check_text
@@ -161,7 +161,7 @@ def generate(
         values = _replayed(found, values, context)
     texts = _read_prompts(prompts or []) or [values.pop("prompt", "")]
     asked = [Settings(**values | {"prompt": text}) for text in texts]
-    _check_quality(quality, target.format)
+    check_quality(quality, {target.format})
     if target.to_stdout and not dry_run:
         _check_stdout(len(asked) * len(seeds), json_output, force)
     choices = [choose(settings) for settings in asked]
@@ -174,7 +174,7 @@ def generate(
 
     where = choose_device(device)
     recipes = [choice.recipe(files, where, one) for choice in choices for one in seeds]
-    _check_size(recipes[0], target.format)
+    check_size(recipes[0], target.format)
     if metadata is MetadataKind.full and target.format == "jpeg":
         _check_fits_jpeg(recipes, where)
     _announce(talk, first.model, recipes, where)
@@ -377,25 +377,6 @@ def _stdin_lines() -> list[str]:
     if not lines:
         raise UsageError("stdin holds no prompt", "pipe one prompt a line into sana")
     return lines
-
-
-def _check_size(recipe: "Recipe", format: str) -> None:
-    from sana_cli.images import LARGEST_SIDE
-
-    if max(recipe.width, recipe.height) > LARGEST_SIDE.get(format, sys.maxsize):
-        raise UsageError(
-            f"{recipe.width}x{recipe.height} is too large for {format}, which takes"
-            f" {LARGEST_SIDE[format]} pixels a side",
-            "use --format png",
-        )
-
-
-def _check_quality(quality: int | None, format: str) -> None:
-    if quality is not None:
-        if format == "png":
-            raise UsageError("--quality has no effect on PNG", "add --format webp, or leave it out")
-        if not 1 <= quality <= 100:
-            raise UsageError(f"--quality {quality} is not between 1 and 100")
 
 
 def _check_fits_jpeg(recipes: list["Recipe"], where: str) -> None:

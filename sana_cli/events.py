@@ -1,0 +1,61 @@
+"""What a batch says on stdout with --json: JSON Lines, each an object with an `event`.
+
+plan       jobs, done (there already), failed (in an earlier run), todo, folder, device, models;
+           of a pipe, one for each round of rows
+image      id, row, path, seed, width, height, model, sha256, bytes, seconds (since the picture
+           before), peak_bytes (so far), recipe
+error      id, row, column (or null), message, hint (or null), exit_code
+heartbeat  stage, done, total: whenever nothing else was said for ten seconds
+summary    drawn, done, failed, left, seconds, exit_code: the last line, whatever happened,
+           unless the call itself was wrong (then `error` lines and exit code 2)
+"""
+
+import json
+import sys
+import threading
+import time
+from types import TracebackType
+from typing import Any
+
+HEARTBEAT = 10.0  # seconds
+
+
+class Events:
+    def __init__(self) -> None:
+        self.turn = threading.Lock()
+        self.spoke = time.monotonic()
+        self.state: dict[str, Any] = {"stage": "read", "done": 0, "total": 0}
+        self.ended = threading.Event()
+
+    def __enter__(self) -> "Events":
+        threading.Thread(target=self._beat, daemon=True).start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.ended.set()
+
+    def emit(self, event: str, **facts: Any) -> None:
+        with self.turn:
+            self._write({"event": event, **facts})
+
+    def stage(self, name: str, done: int = 0, total: int = 0) -> None:
+        self.state = {"stage": name, "done": done, "total": total}
+
+    def _write(self, line: dict[str, Any]) -> None:
+        sys.stdout.write(json.dumps(line) + "\n")
+        sys.stdout.flush()
+        self.spoke = time.monotonic()
+
+    def _beat(self) -> None:
+        while not self.ended.wait(max(0.01, self.spoke + HEARTBEAT - time.monotonic())):
+            with self.turn:
+                if not self.ended.is_set() and time.monotonic() - self.spoke >= HEARTBEAT:
+                    try:
+                        self._write({"event": "heartbeat", **self.state})
+                    except OSError:  # the reader has gone, as the next event will find
+                        return

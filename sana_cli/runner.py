@@ -1,0 +1,175 @@
+"""Draws the jobs of a batch and saves each picture; one bad job never stops the others."""
+
+import hashlib
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from sana_cli import images
+from sana_cli.device import peak_bytes
+from sana_cli.errors import BrokenModel, DiskFull, SanaError
+from sana_cli.jobs import Job, Sources
+from sana_cli.manifest import Line, Manifest
+from sana_cli.model_files import ModelFiles
+from sana_cli.pipeline import Failure, Picture, Progress, Remark, draw
+from sana_cli.weights import Model
+
+
+@dataclass(frozen=True)
+class Saved:
+    """The picture of a job is at `path`, and its line in the manifest."""
+
+    job: Job
+    path: Path
+    line: Line
+
+
+@dataclass(frozen=True)
+class Failed:
+    job: Job
+    error: SanaError
+
+
+Event = Saved | Failed | Progress | Remark
+
+
+class Runner:
+    def __init__(
+        self,
+        manifest: Manifest,
+        files_of: Callable[[Model], ModelFiles],
+        device: str,
+        sources: Sources,
+        cache: Path | None,
+        encode: Callable[[Picture, Job], bytes],
+        force: bool,
+        stopping: Callable[[], bool],
+    ) -> None:
+        """`encode` makes the bytes of a file; `stopping` asks for an end after this picture."""
+        self.manifest, self.files_of, self.device = manifest, files_of, device
+        self.sources, self.cache = sources, cache
+        self.encode, self.force, self.stopping = encode, force, stopping
+        self.before = 0.0  # when the last picture was there
+
+    def run(self, jobs: Iterable[Job]) -> Iterator[Event]:
+        """All with one model and one precision together, in the order of the first of each.
+
+        DiskFull or SanaError if no more can be kept; what was said to be saved, is.
+        """
+        try:
+            yield from self._run(jobs)
+        except _Fatal as error:
+            raise error.error from None
+
+    def _run(self, jobs: Iterable[Job]) -> Iterator[Event]:
+        groups: dict[tuple, list[Job]] = {}
+        for job in jobs:
+            recipe = job.recipe
+            precision = (recipe.text_dtype, recipe.dit_dtype, recipe.vae_dtype)
+            groups.setdefault((job.model, precision), []).append(job)
+        self.before = time.perf_counter()
+        for group in groups.values():
+            waiting = [group]
+            while waiting and not self.stopping():
+                left, error = yield from self._draw(waiting.pop(0))
+                if error is None or not left:
+                    continue
+                # What was wrong was not said of one picture, so halves will tell.
+                if len(left) == 1 or isinstance(error, BrokenModel):
+                    for job in left:
+                        yield self._failed(job, error)
+                else:
+                    half = len(left) // 2
+                    waiting[:0] = [left[:half], left[half:]]
+
+    def _draw(self, jobs: list[Job]) -> Generator[Event, None, tuple[list[Job], SanaError | None]]:
+        """What is left of the jobs, and the error that ended it if one did."""
+        left = dict(enumerate(jobs))
+        recipes = [job.recipe for job in jobs]
+        sources = self.sources if any(recipe.image for recipe in recipes) else None
+        under_way = False
+        try:
+            files = self.files_of(jobs[0].model)
+            for event in draw(recipes, files, self.device, images=sources, cache=self.cache):
+                if isinstance(event, Picture):
+                    yield self._save(left.pop(event.index), event)
+                elif isinstance(event, Failure):
+                    yield self._failed(left.pop(event.index), event.error)
+                else:
+                    yield event
+                    if isinstance(event, Remark):
+                        continue
+                    # A picture is under way from its first step; what was decoded comes at once.
+                    if self.stopping() and not under_way and event.stage != "decode":
+                        break
+                    under_way = under_way or event.stage in ("denoise", "decode")
+                    continue
+                under_way = False
+                if self.stopping():
+                    break
+        except _Fatal:
+            raise
+        except Exception as error:
+            return list(left.values()), _plain(error)
+        return list(left.values()), None
+
+    def _save(self, job: Job, picture: Picture) -> Saved | Failed:
+        try:
+            data = self.encode(picture, job)
+        except Exception as error:
+            return self._failed(job, _plain(error))
+        path, replaces = self.manifest.place(job.id, job.name, self.force)
+        now = time.perf_counter()
+        facts = {
+            "id": job.id,
+            "row": job.row,
+            "seed": job.recipe.seed,
+            "sha256": hashlib.sha256(data).hexdigest(),
+            "seconds": round(now - self.before, 3),
+            "peak_bytes": peak_bytes(self.device),
+        }
+        self.before = now
+        with _fatal():
+            self.manifest.append(status="writing", path=path.as_posix(), **facts)
+        try:
+            target = self.manifest.folder / path
+            written = images.write(target, data, replaces, f"-{self.manifest.stem}")
+        except DiskFull as error:
+            raise _Fatal(error) from None
+        except SanaError as error:
+            return self._failed(job, error)
+        with _fatal():
+            line = self.manifest.done(written.relative_to(self.manifest.folder), **facts)
+        return Saved(job, written, line)
+
+    def _failed(self, job: Job, error: SanaError) -> Failed:
+        facts = {"id": job.id, "row": job.row, "seed": job.recipe.seed}
+        with _fatal():
+            self.manifest.append(
+                status="failed", **facts, error=error.message, exit_code=error.exit_code
+            )
+        return Failed(job, error)
+
+
+class _Fatal(Exception):
+    """The disk is full or the manifest cannot be written: nothing more can be kept."""
+
+    def __init__(self, error: SanaError) -> None:
+        self.error = error
+
+
+@contextmanager
+def _fatal() -> Iterator[None]:
+    try:
+        yield
+    except SanaError as error:
+        raise _Fatal(error) from None
+
+
+def _plain(error: Exception) -> SanaError:
+    """The error without its traceback, which would keep the memory of what failed."""
+    if isinstance(error, SanaError):
+        return error.with_traceback(None)
+    return SanaError(f"{type(error).__name__}: {error}", "this is a bug, please report it")
