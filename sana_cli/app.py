@@ -1,7 +1,7 @@
 """The `sana` command: verbs, and the one place where errors become lines and exit codes.
 
-0 done · 1 other failure · 2 usage · 3 a batch with failures · 4 not enough memory · 5 model missing · 6 not enough disk ·
-7 bad picture · 130 interrupted · 143 terminated
+0 done · 1 other failure · 2 usage · 3 a batch with failures · 4 not enough memory · 5 model missing
+· 6 not enough disk · 7 bad picture · 130 interrupted · 143 terminated
 """
 
 import errno

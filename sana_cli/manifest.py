@@ -90,7 +90,7 @@ class Ledger:
         An empty file is the claim of a writer that was killed, where there are no hard links.
         """
         known, file = self.hashes.get((id, path.as_posix())), self.folder / path
-        return bool(known) and (file.stat().st_size == 0 or sha256(file) in known)
+        return known is not None and (file.stat().st_size == 0 or sha256(file) in known)
 
 
 def read_lines(data: bytes) -> tuple[list[Line], int]:

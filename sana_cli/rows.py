@@ -55,7 +55,7 @@ def parse(lines: Lines, format: str, used: Collection[str] = ()) -> Iterator[Fou
     text = _Text(lines)
     parsers = {"txt": _prompts, "jsonl": _objects, "csv": _cells, "tsv": _cells}
     try:
-        for number, values in parsers[format](text, format):
+        for number, values in parsers[format](text, format, used):
             yield values if isinstance(values, Fault) else _row(number, values, used)
     except UnicodeDecodeError:
         yield Fault(text.number, None, "this is not UTF-8 text")
@@ -83,36 +83,40 @@ class _BadHeader(Exception):
 Parsed = Iterator[tuple[int, dict[str, Any] | Fault]]
 
 
-def _prompts(text: _Text, format: str) -> Parsed:
+def _prompts(text: _Text, format: str, used: Collection[str]) -> Parsed:
     for line in text:
         prompt = line.strip()
         if prompt and not prompt.startswith("#"):
             yield text.number, {"prompt": prompt}
 
 
-def _objects(text: _Text, format: str) -> Parsed:
+def _objects(text: _Text, format: str, used: Collection[str]) -> Parsed:
     for line in text:
         if not line.strip():
             continue
         try:
-            pairs = json.loads(line, object_pairs_hook=_Pairs)
+            found = json.loads(line, object_pairs_hook=_Object)
         except (ValueError, RecursionError) as error:
             reason = str(error).split(": line")[0]
             yield text.number, Fault(text.number, None, f"this is not JSON: {reason}")
             continue
-        if not isinstance(pairs, _Pairs):
+        if not isinstance(found, _Object):
             message = 'this is no JSON object, such as {"prompt": "a fox"}'
             yield text.number, Fault(text.number, None, message)
             continue
-        twice = _twice([key for key, _ in pairs])
-        yield text.number, Fault(text.number, twice, "is there twice") if twice else dict(pairs)
+        twice = _twice(found.names)
+        yield text.number, Fault(text.number, twice, "is there twice") if twice else found
 
 
-class _Pairs(list):
-    """The members of a JSON object, before a second one of the same name replaces the first."""
+class _Object(dict[str, Any]):
+    """A JSON object that remembers a name that it had twice."""
+
+    def __init__(self, pairs: list[tuple[str, Any]]) -> None:
+        super().__init__(pairs)
+        self.names = [name for name, _ in pairs]
 
 
-def _cells(text: _Text, format: str) -> Parsed:
+def _cells(text: _Text, format: str, used: Collection[str]) -> Parsed:
     delimiter = "," if format == "csv" else "\t"
     reader = csv.reader(iter(text), delimiter=delimiter, strict=True)
     names: list[str] = []
@@ -131,6 +135,9 @@ def _cells(text: _Text, format: str) -> Parsed:
             names = [cell.strip() for cell in cells]
             if twice := _twice(names):
                 raise _BadHeader(Fault(first, twice, "is there twice"))
+            for name in map(field_name, names):
+                if name not in FIELDS and name not in used:
+                    raise _BadHeader(Fault(first, name, _unknown(name)))
             continue
         if len(cells) > len(names):
             message = f"{len(cells)} cells, but there are {len(names)} columns"
@@ -163,14 +170,15 @@ def _row(number: int, values: dict[str, Any], used: Collection[str]) -> Found:
         try:
             if name in FIELDS:
                 given[name] = _convert(name, value)
-            columns[name] = _as_text(value)
+            several = isinstance(value, list) and name in given
+            columns[name] = _as_text(given[name] if several else value)
         except ValueError as error:
             return Fault(number, name, str(error))
     return Row(number, given, columns)
 
 
 def _unknown(name: str) -> str:
-    close = get_close_matches(name.lower(), FIELDS, n=1)
+    close = get_close_matches(name.lower(), FIELDS, n=1, cutoff=0.7)
     if close:
         return f"is no field; did you mean {close[0]}?"
     return "is no field, and neither --template nor the name of the picture uses it"
@@ -178,7 +186,7 @@ def _unknown(name: str) -> str:
 
 def _convert(name: str, value: Any) -> Any:
     if name == "seed":
-        if isinstance(value, list) and all(_is_integer(item) for item in value):
+        if isinstance(value, list) and value and all(_is_integer(item) for item in value):
             return ",".join(map(str, value))
         return _whole(_as_text(value))
     if name == "instruction":

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from sana_cli.commands import options
 from sana_cli.commands.options import (
@@ -44,10 +44,20 @@ class _RunsByDefault(TyperGroup):
         return ("" if name == "run" else name), command, rest
 
 
+class _Nameless(TyperCommand.context_class):  # type: ignore[misc, valid-type]
+    @property
+    def command_path(self) -> str:
+        return super().command_path.rstrip()
+
+
+class _Run(TyperCommand):
+    context_class = _Nameless
+
+
 app = typer.Typer(cls=_RunsByDefault, help="Draw the jobs of a file or a pipe; resume.")
 
 
-@app.command()
+@app.command(cls=_Run)
 def run(
     file: Annotated[
         str,
@@ -239,7 +249,7 @@ def run(
 
 @app.command()
 def status(
-    folder: Annotated[Path, typer.Argument(help="The folder of a batch.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The -o of a batch.")],
     json_output: options.Json = False,
     color: options.Color = True,
 ) -> None:

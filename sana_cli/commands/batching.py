@@ -22,7 +22,7 @@ from sana_cli.weights import Model
 if TYPE_CHECKING:
     from sana_cli.model_files import ModelFiles
     from sana_cli.pipeline import Picture
-    from sana_cli.runner import Event, Runner
+    from sana_cli.runner import Event, Runner, Saved
 
 MOST_SHOWN = 10  # faults
 
@@ -77,7 +77,7 @@ class Batch:
         if self.events:
             self._say_plan(jobs, todo, states.count("done"), states.count("failed"))
         else:
-            sys.stdout.write(f"{len(jobs)} jobs, {todo} of them to draw into {self.folder}\n")
+            sys.stdout.write(f"{len(jobs)} jobs, {todo} to draw into {self.folder}\n")
         return 0
 
     def draw(self, rounds: Iterable[list[Found]], asked: Asked, stack: ExitStack) -> int:
@@ -155,9 +155,9 @@ class Batch:
                 self._say_error(self._error(fault), row=fault.row, column=fault.column)
             return
         first = faults[0]
-        if len(faults) == rows > 1 and len({fault.message for fault in faults}) == 1:
-            if first.column is None:  # the fault is in an option, not in every row
-                raise UsageError(first.message, first.hint)
+        alike = {(fault.column, fault.message) for fault in faults} == {(None, first.message)}
+        if len(faults) == rows > 1 and alike:  # the fault is in an option, not in every row
+            raise UsageError(first.message, first.hint)
         if len(faults) == 1:
             if self.events:
                 self._emit_error(self._error(first), row=first.row, column=first.column)
@@ -300,7 +300,7 @@ class Batch:
                 models=list(dict.fromkeys(job.recipe.model for job in jobs)),
             )
 
-    def _say_saved(self, saved: "Any") -> None:
+    def _say_saved(self, saved: "Saved") -> None:
         job, line = saved.job, saved.line
         self.bar.advance()
         if not self.events:

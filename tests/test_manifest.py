@@ -1,0 +1,199 @@
+"""What the folder of a batch remembers, whatever happened to the process or to the file."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sana_cli.errors import SanaError
+from sana_cli.manifest import Ledger, Manifest, read_lines, repair
+from sana_cli.shards import Shard
+
+LINES = st.lists(
+    st.fixed_dictionaries(
+        {
+            "status": st.just("failed"),
+            "id": st.text("0123456789abcdef", min_size=16, max_size=16),
+            "error": st.text(max_size=20),
+        }
+    ),
+    max_size=5,
+)
+
+
+def as_bytes(lines: list[dict]) -> bytes:
+    return b"".join(json.dumps(line).encode() + b"\n" for line in lines)
+
+
+@pytest.fixture
+def picture(tmp_path):
+    """Write a file into the folder as a batch does."""
+
+    def write(manifest: Manifest, id: str, name: str, data: bytes = b"x" * 99) -> Path:
+        import hashlib
+
+        facts = {"id": id, "sha256": hashlib.sha256(data).hexdigest()}
+        manifest.append(status="writing", path=name, **facts)
+        (manifest.folder / name).write_bytes(data)
+        manifest.done(Path(name), **facts)
+        return manifest.folder / name
+
+    return write
+
+
+@given(LINES, LINES, st.data())
+def test_a_manifest_cut_anywhere_is_repaired_and_goes_on(tmp_path_factory, before, after, data):
+    """Lines that were whole are kept, the torn one is gone, new ones are not glued to it."""
+    whole = as_bytes(before)
+    cut = data.draw(st.integers(0, len(whole)))
+    path = tmp_path_factory.mktemp("cut") / "manifest.jsonl"
+    path.write_bytes(whole[:cut])
+    repair(path)
+    kept = [line for i, line in enumerate(before) if len(as_bytes(before[: i + 1])) - 1 <= cut]
+    assert read_lines(path.read_bytes()) == (kept, 0)
+    with path.open("ab") as file:
+        file.write(as_bytes(after))
+    assert read_lines(path.read_bytes()) == (kept + after, 0)
+
+
+@given(LINES, st.binary(max_size=60))
+def test_what_a_power_cut_may_leave_at_the_end_is_taken_off(tmp_path_factory, lines, rest):
+    path = tmp_path_factory.mktemp("rest") / "manifest.jsonl"
+    path.write_bytes(as_bytes(lines) + rest.replace(b"\n", b"") + b"\0")
+    repair(path)
+    assert path.read_bytes() == as_bytes(lines)
+
+
+@given(st.binary(max_size=300))
+def test_no_bytes_are_too_strange_for_a_manifest(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("strange")
+    (folder / "manifest.jsonl").write_bytes(data)
+    Ledger(folder)
+    with Manifest(folder) as manifest:
+        manifest.begin(jobs=1)
+        assert len(manifest.runs) <= 1
+    assert list(Ledger(folder).runs.values())[0][0]["jobs"] == 1
+
+
+def test_a_damaged_line_in_the_middle_costs_that_line_only(tmp_path):
+    good = [{"status": "failed", "id": "a" * 16}, {"status": "failed", "id": "b" * 16}]
+    lines = [
+        as_bytes(good[:1]),
+        b'{"status": "do\n',
+        b"\0\0\0\n",
+        b'{"id": 3}\n',
+        as_bytes(good[1:]),
+    ]
+    (tmp_path / "manifest.jsonl").write_bytes(b"".join(lines))
+    ledger = Ledger(tmp_path)
+    assert (set(ledger.last), ledger.damaged) == ({"a" * 16, "b" * 16}, 3)
+
+
+def test_a_picture_is_done_while_it_is_what_was_written(tmp_path, picture):
+    with Manifest(tmp_path) as manifest:
+        path = picture(manifest, "a1", "fox.png")
+        assert manifest.status("a1") == "done"
+        assert manifest.status("b2") == "open"
+        os.utime(path, (1, 1))  # as a copy without times: settled by the hash
+        assert manifest.status("a1") == "done"
+        path.write_bytes(b"y" * 99)
+        assert manifest.status("a1") == "open"
+        path.write_bytes(b"x" * 98)
+        assert manifest.status("a1") == "open"
+        path.unlink()
+        assert manifest.status("a1") == "open"
+
+
+def test_a_picture_that_appeared_before_its_line_is_adopted(tmp_path, picture):
+    with Manifest(tmp_path) as manifest:
+        picture(manifest, "a1", "fox.png")
+    lines = (tmp_path / "manifest.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "manifest.jsonl").write_bytes(b"".join(lines[:-1]))
+    with Manifest(tmp_path) as manifest:
+        assert manifest.status("a1") == "done"
+        manifest.adopt("a1")
+    assert Ledger(tmp_path).last["a1"]["status"] == "done"
+    assert Ledger(tmp_path).last["a1"]["bytes"] == 99
+
+
+def test_only_the_same_job_replaces_a_file(tmp_path, picture):
+    with Manifest(tmp_path) as manifest:
+        path = picture(manifest, "a1", "fox.png")
+        assert manifest.place("a1", Path("fox.png"), False) == (Path("fox.png"), True)
+        assert manifest.place("b2", Path("fox.png"), False) == (Path("fox-2.png"), False)
+        assert manifest.place("b2", Path("fox.png"), True) == (Path("fox.png"), True)
+        path.write_bytes(b"edited by hand")
+        assert manifest.place("a1", Path("fox.png"), False) == (Path("fox-2.png"), False)
+
+
+def test_manifests_of_shards_are_read_as_one(tmp_path, picture):
+    for number in (1, 2):
+        with Manifest(tmp_path, Shard(number, 2)) as manifest:
+            picture(manifest, f"a{number}", f"{number}.png")
+    with Manifest(tmp_path) as manifest:
+        assert [manifest.status(id) for id in ("a1", "a2", "a3")] == ["done", "done", "open"]
+
+
+@pytest.mark.parametrize(
+    ("mine", "others", "refused"),
+    [
+        (None, None, True),
+        (Shard(1, 3), Shard(1, 3), True),
+        (Shard(1, 3), Shard(2, 3), False),
+        (Shard(1, 3), Shard(1, 2), True),
+        (None, Shard(1, 2), True),
+        (Shard(1, 2), None, True),
+    ],
+    ids=str,
+)
+def test_processes_share_a_folder_only_as_shards_of_one_division(tmp_path, mine, others, refused):
+    code = f"""
+import sys, pathlib
+from sana_cli.manifest import Manifest
+from sana_cli.shards import Shard
+with Manifest(pathlib.Path(sys.argv[1]), {others!r}) as manifest:
+    manifest.begin(jobs=1)
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], **pipes) as other:
+        assert other.stdout.readline() == "held\n"
+        if refused:
+            with pytest.raises(SanaError, match=f"in use by process {other.pid} on"):
+                Manifest(tmp_path, mine)
+        else:
+            with Manifest(tmp_path, mine):
+                pass
+        other.kill()
+    with Manifest(tmp_path, mine):  # a lock does not outlive its process
+        pass
+
+
+def test_temporary_files_of_the_dead_are_swept_and_those_of_others_are_not(tmp_path):
+    names = [".sana-manifest-a.partial", ".sana-manifest.1-of-2-b.partial", ".sana-c.partial"]
+    for name in names:
+        (tmp_path / name).write_bytes(b"")
+    with Manifest(tmp_path, Shard(2, 2)) as manifest:
+        manifest.sweep([Path()])
+    assert sorted(path.name for path in tmp_path.glob("*.partial")) == sorted(names)
+    with Manifest(tmp_path) as manifest:
+        manifest.sweep([Path()])
+    assert [path.name for path in tmp_path.glob("*.partial")] == [".sana-c.partial"]
+
+
+def test_ten_thousand_jobs_are_looked_up_in_a_moment(tmp_path, picture):
+    with Manifest(tmp_path) as manifest:
+        path = picture(manifest, "a1", "fox.png")
+        line = manifest.last["a1"]
+        manifest.append_all({**line, "id": f"{i:016x}"} for i in range(10_000))
+    began = time.perf_counter()
+    ledger = Ledger(tmp_path)
+    assert path.exists() and all(ledger.status(f"{i:016x}") == "done" for i in range(10_000))
+    assert time.perf_counter() - began < 3

@@ -1,0 +1,252 @@
+"""What a file of jobs may look like, and how its faults are told."""
+
+import itertools
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from sana_cli.errors import UsageError
+from sana_cli.rows import FORMATS, Fault, Row, parse
+from sana_cli.shards import Shard, parse_shard
+from sana_cli.templates import alternatives, columns_of, fill
+
+
+def rows(text: str | bytes, format: str, *used: str) -> list:
+    data = text.encode() if isinstance(text, str) else text
+    return list(parse(data.splitlines(keepends=True), format, used))
+
+
+def fields(text: str, format: str, *used: str) -> list[dict]:
+    found = rows(text, format, *used)
+    assert all(isinstance(row, Row) for row in found), found
+    return [row.fields for row in found]
+
+
+def fault(text: str | bytes, format: str, *used: str) -> Fault:
+    (found,) = (row for row in rows(text, format, *used) if isinstance(row, Fault))
+    return found
+
+
+# --- files -------------------------------------------------------------------------------------
+
+
+def test_a_text_file_is_a_prompt_a_line_without_comments():
+    text = "\ufeff# birds\na heron\r\n\n  an owl, #2  \n"
+    assert [(r.number, r.fields) for r in rows(text, "txt")] == [
+        (2, {"prompt": "a heron"}),
+        (4, {"prompt": "an owl, #2"}),
+    ]
+
+
+def test_braces_and_backslashes_of_a_text_file_are_left_alone():
+    assert fields("a {red|blue} \\fox {\n", "txt") == [{"prompt": "a {red|blue} \\fox {"}]
+
+
+def test_json_lines_hold_the_options_by_their_names():
+    line = '{"prompt": "a fox", "text-precision": "fp32", "steps": 4, "seed": [1, 5], "res": 512}'
+    assert fields(f'{line}\n\n{{"prompt": "x", "guidance": 2, "instruction": false}}', "jsonl") == [
+        {"prompt": "a fox", "text_precision": "fp32", "steps": 4, "seed": "1,5", "res": "512"},
+        {"prompt": "x", "guidance": 2.0, "instruction": False},
+    ]
+
+
+def test_a_table_names_its_columns_and_an_empty_cell_is_none():
+    text = 'Prompt,steps,instruction,seed\n"a fox, red",,yes,1..3\n\n"two\nlines",4,0\n'
+    assert [(r.number, r.fields) for r in rows(text, "csv")] == [
+        (2, {"prompt": "a fox, red", "instruction": True, "seed": "1..3"}),
+        (4, {"prompt": "two\nlines", "steps": 4, "instruction": False}),
+    ]
+    assert fields("prompt\tsteps\na, fox\t3\n", "tsv") == [{"prompt": "a, fox", "steps": 3}]
+
+
+def test_whole_numbers_of_a_table_that_had_gaps_are_whole():
+    assert fields("prompt,steps,seed\nx,4.0,7.0\n", "csv") == [
+        {"prompt": "x", "steps": 4, "seed": "7"}
+    ]
+
+
+def test_other_columns_are_for_those_who_use_them():
+    text = "prompt,style\nx,Oil on canvas\n"
+    (row,) = rows(text, "csv", "style")
+    assert row.columns == {"prompt": "x", "style": "Oil on canvas"}
+    assert fault(text, "csv") == Fault(
+        1, "style", "is no field, and neither --template nor the name of the picture uses it"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "format", "row", "column", "says"),
+    [
+        ("prompt,sedd\nx,1\n", "csv", 1, "sedd", "did you mean seed?"),
+        ('\n{"prompt": "x", "stepps": 1}', "jsonl", 2, "stepps", "did you mean steps?"),
+        ("prompt,Prompt\nx,y\n", "csv", 1, "prompt", "twice"),
+        ('{"prompt": "x", "prompt": "y"}', "jsonl", 1, "prompt", "twice"),
+        ("prompt\nx,y\n", "csv", 2, None, "2 cells, but there are 1 columns"),
+        ('prompt\n"x\n', "csv", 2, None, "not CSV"),
+        ("prompt,steps\nx,many\n", "csv", 2, "steps", "'many' is not a whole number"),
+        ("prompt,steps\nx,2.5\n", "csv", 2, "steps", "'2.5' is not a whole number"),
+        ("prompt,guidance\nx,high\n", "csv", 2, "guidance", "'high' is not a number"),
+        ("prompt,instruction\nx,maybe\n", "csv", 2, "instruction", "neither true nor false"),
+        ('{"prompt": "x", "steps": true}', "jsonl", 1, "steps", "not a number"),
+        ('{"prompt": ["x"]}', "jsonl", 1, "prompt", "not text"),
+        ('{"prompt": "x", "model": 3}', "jsonl", 1, "model", "not text"),
+        ('{"prompt": "x", "seed": {}}', "jsonl", 1, "seed", "not a single value"),
+        ('{"prompt": "x"', "jsonl", 1, None, "not JSON"),
+        ('"x"', "jsonl", 1, None, "no JSON object"),
+        ("[" * 100_000, "jsonl", 1, None, "not JSON"),
+        (b"a fox\n\xff\xfea\x00\n", "txt", 2, None, "not UTF-8"),
+    ],
+    ids=lambda value: ascii(value)[:30],
+)
+def test_a_fault_names_its_row_and_column(text, format, row, column, says):
+    found = fault(text, format)
+    assert (found.row, found.column) == (row, column)
+    assert says in found.message
+
+
+@given(st.binary(max_size=200), st.sampled_from(FORMATS))
+@example(b"prompt\n\r\x00", "csv")
+def test_no_bytes_are_too_strange(data, format):
+    for found in rows(data, format):
+        assert isinstance(found, Row | Fault)
+
+
+# --- templates and alternatives ----------------------------------------------------------------
+
+TEXT = st.text(alphabet=st.sampled_from("ab {}|\\é狐\n"), max_size=30)
+
+
+def escaped(text: str) -> str:
+    return "".join(f"\\{c}" if c in "{|}\\" else c for c in text)
+
+
+def test_a_template_is_filled_from_columns():
+    template = r"a {style} photo of {hair color} \{x\}"
+    assert columns_of(template, False) == ["style", "hair color"]
+    values = {"style": "{old}", "hair color": "red|grey"}
+    assert fill(template, values, False) == "a {old} photo of red|grey {x}"
+
+
+@pytest.mark.parametrize("template", ["a {} fox", "a {red|blue} fox", "a { fox", "a } fox"])
+def test_a_template_that_is_none_is_refused(template):
+    with pytest.raises(UsageError, match="--template"):
+        columns_of(template, False)
+
+
+def test_alternatives_are_taken_in_order_the_last_fastest():
+    assert alternatives("a {red|blue} {fox|owl}") == [
+        "a red fox",
+        "a red owl",
+        "a blue fox",
+        "a blue owl",
+    ]
+    assert alternatives("{|very }{big|{tiny|small} pink} x") == [
+        *("big x", "tiny pink x", "small pink x"),
+        *("very big x", "very tiny pink x", "very small pink x"),
+    ]
+    assert alternatives(r"a|b \{c\|d\} \x \\") == [r"a|b {c|d} \x " + "\\"]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("{fox}", "nothing to choose from"),
+        ("{a|b", "without a }"),
+        ("a}", "without a {"),
+        ("{1|2|3|4|5|6|7|8|9|0}" * 6, "more than 100000 combinations"),
+        ("{" * 5000, "too deep"),
+    ],
+    ids=lambda text: text[:20],
+)
+def test_alternatives_that_are_none_are_refused(text, says):
+    with pytest.raises(ValueError, match=says):
+        alternatives(text)
+
+
+@given(st.lists(st.lists(TEXT, min_size=2, max_size=3), max_size=4), TEXT)
+def test_alternatives_are_the_product_of_any_choices(groups, between):
+    text = escaped(between).join("{" + "|".join(map(escaped, group)) + "}" for group in groups)
+    expected = [between.join(choice) for choice in itertools.product(*groups)]
+    assert alternatives(text) == expected
+
+
+@given(TEXT)
+def test_escaped_text_is_itself(text):
+    assert alternatives(escaped(text)) == [text]
+    assert fill(escaped(text), {}, False) == text
+
+
+@given(TEXT)
+def test_any_text_is_expanded_or_refused(text):
+    try:
+        found = alternatives(text)
+    except ValueError as error:
+        assert str(error)
+    else:
+        assert found and all(isinstance(one, str) for one in found)
+
+
+@given(TEXT, TEXT)
+def test_a_filled_template_holds_its_value_untouched(around, value):
+    template = f"{escaped(around)}{{x}}{escaped(around)}"
+    assert columns_of(template, False) == ["x"]
+    assert fill(template, {"x": value}, False) == f"{around}{value}{around}"
+
+
+# --- shards ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "environment", "expected"),
+    [
+        ("2/3", {}, (2, 3)),
+        ("auto", {"SLURM_ARRAY_TASK_ID": "2", "SLURM_ARRAY_TASK_COUNT": "4"}, (3, 4)),
+        (
+            "auto",
+            {
+                "SLURM_ARRAY_TASK_ID": "15",
+                "SLURM_ARRAY_TASK_MIN": "10",
+                "SLURM_ARRAY_TASK_STEP": "5",
+                "SLURM_ARRAY_TASK_COUNT": "3",
+                "SLURM_PROCID": "0",
+                "SLURM_NTASKS": "1",
+            },
+            (2, 3),
+        ),
+        ("auto", {"AWS_BATCH_JOB_ARRAY_INDEX": "0", "AWS_BATCH_JOB_ARRAY_SIZE": "9"}, (1, 9)),
+        ("auto", {"RANK": "3", "WORLD_SIZE": "8"}, (4, 8)),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_a_shard_is_named_or_found(text, environment, expected):
+    assert parse_shard(text, environment) == Shard(*expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "environment"),
+    [
+        *[(text, {}) for text in ("0/3", "4/3", "1", "x/y", "auto", "1/0", "")],
+        ("auto", {"RANK": "8", "WORLD_SIZE": "8"}),
+        ("auto", {"RANK": "", "WORLD_SIZE": "8"}),
+        ("auto", {"JOB_COMPLETION_INDEX": "1"}),
+        (
+            "auto",
+            {
+                "SLURM_ARRAY_TASK_ID": "3",
+                "SLURM_ARRAY_TASK_COUNT": "4",
+                "SLURM_ARRAY_TASK_STEP": "2",
+            },
+        ),
+    ],
+    ids=str,
+)
+def test_what_is_no_shard_is_refused(text, environment):
+    with pytest.raises(UsageError, match="--shard"):
+        parse_shard(text, environment)
+
+
+@given(st.integers(0, 2**64 - 1), st.integers(1, 50))
+def test_every_job_is_in_one_shard(number, count):
+    held = [i for i in range(1, count + 1) if Shard(i, count).holds(f"{number:016x}")]
+    assert len(held) == 1
