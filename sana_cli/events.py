@@ -1,13 +1,13 @@
 """What a batch says on stdout with --json: JSON Lines, each an object with an `event`.
 
-plan       jobs, done (there already), failed (in an earlier run), todo, folder, device, models;
-           of a pipe, one for each round of rows
+plan       jobs, done (there already), failed (in an earlier run), todo, folder, shard, device,
+           models; of a pipe, one for each round of rows
 image      id, row, path, seed, width, height, model, sha256, bytes, seconds (since the picture
            before), peak_bytes (so far), recipe
 error      id, row, column (or null), message, hint (or null), exit_code
 heartbeat  stage, done, total: whenever nothing else was said for ten seconds
-summary    drawn, done, failed, left, seconds, exit_code: the last line, whatever happened,
-           unless the call itself was wrong (then `error` lines and exit code 2)
+summary    drawn, done, failed, left, seconds, exit_code: the last line, unless it
+           was stopped at once, or the call was wrong and nothing has begun
 """
 
 import json

@@ -138,9 +138,10 @@ def _column(row: Row, name: str, user: str) -> str:
 
 
 def fault(row: Row, error: SanaError) -> Fault:
-    """Where in a row the fault lies: at the first option in the message that the row sets."""
-    options = [name.replace("-", "_") for name in re.findall(r"--([a-z][a-z-]+)", error.message)]
-    column = next((name for name in options if name in row.fields), None)
+    """Where in a row the fault lies: at what the message names by its option, or quotes."""
+    named = [name.replace("-", "_") for name in re.findall(r"--([a-z][a-z-]+)", error.message)]
+    named += [name for name, value in row.fields.items() if repr(value) in error.message]
+    column = next((name for name in named if name in row.fields), None)
     return Fault(row.number, column, error.message, error.hint)
 
 

@@ -3,10 +3,11 @@
 import json
 import os
 import sys
+from collections.abc import Iterable
 from contextlib import ExitStack
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -21,6 +22,9 @@ from sana_cli.commands.options import (
     TextPrecisionName,
 )
 from sana_cli.errors import FAILURES, UsageError
+
+if TYPE_CHECKING:
+    from sana_cli.rows import Found
 
 JOBS = "Jobs"  # panel of --help
 MOST_SHOWN = 10  # faults
@@ -238,11 +242,13 @@ def run(
         force=force,
         json_output=json_output,
     )
-    found = None if file == "-" else [list(parse(read_file(file), kind, reader.used))]
+    found = [] if file == "-" else list(parse(read_file(file), kind, reader.used))
     with ExitStack() as stack:
         asked = stack.enter_context(leaving_when_asked_twice())
         batch.show(stack)
-        rounds = found or Pipe(0, kind, reader.used).rounds(lambda: bool(asked), whole=check)
+        rounds: Iterable[list[Found]] = [found] if found else []
+        if file == "-":
+            rounds = Pipe(0, kind, reader.used).rounds(lambda: bool(asked), whole=check)
         code = batch.check(rounds) if check else batch.draw(rounds, asked, stack)
     raise typer.Exit(code)
 

@@ -165,13 +165,12 @@ class Batch:
         faults = sorted(faults, key=lambda fault: fault.row)
         for fault in faults[:MOST_SHOWN]:
             error = self._error(fault)
-            self.talk.tell(error.message)
+            self.talk.tell(error.message + (f"; {error.hint}" if error.hint else ""))
             if self.events:
                 self._emit_error(error, row=fault.row, column=fault.column)
         raise UsageError(
             f"{self.where} has {len(faults)} rows at fault"
-            + (f", the first {MOST_SHOWN} of them above" if len(faults) > MOST_SHOWN else ""),
-            first.hint,
+            + (f", the first {MOST_SHOWN} of them above" if len(faults) > MOST_SHOWN else "")
         )
 
     def _error(self, fault: Fault) -> UsageError:
