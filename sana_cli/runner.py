@@ -9,11 +9,13 @@ from pathlib import Path
 
 from sana_cli import images
 from sana_cli.device import peak_bytes
-from sana_cli.errors import BrokenModel, DiskFull, SanaError
+from sana_cli.errors import BrokenModel, DiskFull, NotEnoughMemory, SanaError
 from sana_cli.jobs import Job, Sources
 from sana_cli.manifest import Line, Manifest
 from sana_cli.model_files import ModelFiles
 from sana_cli.pipeline import Failure, Picture, Progress, Remark, draw
+from sana_cli.plan import Plan
+from sana_cli.recipe import Recipe
 from sana_cli.weights import Model
 
 
@@ -40,7 +42,7 @@ class Runner:
         self,
         manifest: Manifest,
         files_of: Callable[[Model], ModelFiles],
-        device: str,
+        plan_of: Callable[[list[Recipe], ModelFiles], Plan],
         sources: Sources,
         cache: Path | None,
         encode: Callable[[Picture, Job], bytes],
@@ -48,7 +50,7 @@ class Runner:
         stopping: Callable[[], bool],
     ) -> None:
         """`encode` makes the bytes of a file; `stopping` asks for an end after this picture."""
-        self.manifest, self.files_of, self.device = manifest, files_of, device
+        self.manifest, self.files_of, self.plan_of = manifest, files_of, plan_of
         self.sources, self.cache = sources, cache
         self.encode, self.force, self.stopping = encode, force, stopping
         self.before = 0.0  # when the last picture was there
@@ -73,16 +75,21 @@ class Runner:
         for group in groups.values():
             waiting = [group]
             while waiting and not self.stopping():
-                left, error = yield from self._draw(waiting.pop(0))
+                some = waiting.pop(0)
+                left, error = (yield from self._draw(some)) if some else ([], None)
                 if error is None or not left:
                     continue
-                # What was wrong was not said of one picture, so halves will tell.
-                if len(left) == 1 or isinstance(error, BrokenModel):
-                    for job in left:
-                        yield self._failed(job, error)
-                else:
-                    half = len(left) // 2
+                if isinstance(error, NotEnoughMemory):
+                    size = max(map(_pixels, left))
+                    bad = [job for job in left if _pixels(job) == size]
+                    waiting.insert(0, [job for job in left if _pixels(job) < size])
+                elif len(left) == 1 or isinstance(error, BrokenModel):
+                    bad = left
+                else:  # it was not said of one picture, so halves will tell
+                    half, bad = len(left) // 2, []
                     waiting[:0] = [left[:half], left[half:]]
+                for job in bad:
+                    yield self._failed(job, error)
 
     def _draw(self, jobs: list[Job]) -> Generator[Event, None, tuple[list[Job], SanaError | None]]:
         """What is left of the jobs, and the error that ended it if one did."""
@@ -92,9 +99,10 @@ class Runner:
         under_way = False
         try:
             files = self.files_of(jobs[0].model)
-            for event in draw(recipes, files, self.device, images=sources, cache=self.cache):
+            plan = self.plan_of(recipes, files)
+            for event in draw(recipes, files, plan, images=sources, cache=self.cache):
                 if isinstance(event, Picture):
-                    yield self._save(left.pop(event.index), event)
+                    yield self._save(left.pop(event.index), event, plan)
                 elif isinstance(event, Failure):
                     yield self._failed(left.pop(event.index), event.error)
                 else:
@@ -115,7 +123,7 @@ class Runner:
             return list(left.values()), _plain(error)
         return list(left.values()), None
 
-    def _save(self, job: Job, picture: Picture) -> Saved | Failed:
+    def _save(self, job: Job, picture: Picture, plan: Plan) -> Saved | Failed:
         try:
             data = self.encode(picture, job)
         except Exception as error:
@@ -128,7 +136,7 @@ class Runner:
             "seed": job.recipe.seed,
             "sha256": hashlib.sha256(data).hexdigest(),
             "seconds": round(now - self.before, 3),
-            "peak_bytes": peak_bytes(self.device),
+            "peak_bytes": peak_bytes(plan.device),
         }
         self.before = now
         with _fatal():
@@ -151,6 +159,10 @@ class Runner:
                 status="failed", **facts, error=error.message, exit_code=error.exit_code
             )
         return Failed(job, error)
+
+
+def _pixels(job: Job) -> int:
+    return job.recipe.native_width * job.recipe.native_height
 
 
 class _Fatal(Exception):

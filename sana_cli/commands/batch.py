@@ -166,6 +166,7 @@ def run(
     device: options.Device = "auto",
     dtype: options.DType = DTypeName.auto,
     text_precision: options.TextPrecision = TextPrecisionName.auto,
+    memory: options.Memory = "auto",
     cache: options.Cache = True,
     offline: options.Offline = False,
     json_output: Annotated[
@@ -202,6 +203,7 @@ def run(
     from sana_cli.shards import parse_shard
     from sana_cli.signals import leaving_when_asked_twice
     from sana_cli.ui import Talk
+    from sana_cli.units import parse_memory
 
     # What can be wrong with the call or a row is found before anything heavy is imported.
     talk = Talk(quiet, verbose, color)
@@ -232,6 +234,7 @@ def run(
     batch = Batch(
         *(talk, reader, folder, share, "stdin" if file == "-" else file),
         device=device,
+        memory=parse_memory(memory),
         offline=offline,
         cache=cache,
         retry_failed=retry_failed,

@@ -13,6 +13,7 @@ from sana_cli.events import Events
 from sana_cli.jobs import Ask, Job, Planner, Reader
 from sana_cli.manifest import Ledger, Manifest
 from sana_cli.names import check_quality
+from sana_cli.recipe import Recipe
 from sana_cli.rows import Fault, Found
 from sana_cli.shards import Shard
 from sana_cli.signals import Asked
@@ -22,6 +23,7 @@ from sana_cli.weights import Model
 if TYPE_CHECKING:
     from sana_cli.model_files import ModelFiles
     from sana_cli.pipeline import Picture
+    from sana_cli.plan import Plan
     from sana_cli.runner import Event, Runner, Saved
 
 MOST_SHOWN = 10  # faults
@@ -37,6 +39,7 @@ class Batch:
         where: str,
         *,
         device: str,
+        memory: int | None,
         offline: bool,
         cache: bool,
         retry_failed: bool,
@@ -49,7 +52,8 @@ class Batch:
     ) -> None:
         """`where` names the file of jobs, for people; the rest are options."""
         self.talk, self.reader, self.folder, self.share = talk, reader, folder, share
-        self.where, self.device, self.offline, self.cache = where, device, offline, cache
+        self.where, self.device, self.memory = where, device, memory
+        self.offline, self.cache = offline, cache
         self.retry_failed, self.restart, self.max_failures = retry_failed, restart, max_failures
         self.with_recipe, self.quality, self.force = with_recipe, quality, force
         self.bar = BatchBar(talk)
@@ -124,6 +128,7 @@ class Batch:
 
         survived = UsageError if self.manifest is None else SanaError
         jobs, faults = self.planner.plan(asks, files_of, self.device, survived)
+        faults += self._too_long_for_jpeg(jobs)
         self._settle(faults, len(found))
         if self.manifest is None and jobs:
             check_quality(self.quality, {job.format for job in jobs})
@@ -145,6 +150,23 @@ class Batch:
                     known[model] = open_chosen(model, self.talk, self.offline, dry_run=True)
                 _, faults = self.planner.copy().plan(asks, known.__getitem__, self.device)
                 self._settle(faults, rows)
+
+    def _too_long_for_jpeg(self, jobs: list[Job]) -> list[Fault]:
+        """Faults of prompts that leave no room for the recipe, better known now than when drawn."""
+        if not self.with_recipe or all(job.format != "jpeg" for job in jobs):
+            return []
+        import torch
+
+        from sana_cli.metadata import Record
+
+        faults = []
+        for job in jobs:
+            if job.format == "jpeg":
+                try:
+                    Record(job.recipe, self.device, torch.__version__).as_exif("jpeg")
+                except UsageError as error:
+                    faults.append(Fault(job.row, None, error.message, error.hint))
+        return faults
 
     def _settle(self, faults: list[Fault], rows: int) -> None:
         if not faults:
@@ -252,20 +274,28 @@ class Batch:
         import torch
 
         from sana_cli import images
+        from sana_cli.metadata import Record
+        from sana_cli.plan import make_plan
         from sana_cli.runner import Runner
         from sana_cli.store import cache_folder
 
         def encode(picture: "Picture", job: Job) -> bytes:
             record = None
             if self.with_recipe:
-                record = images.Record(job.recipe, self.device, torch.__version__)
+                record = Record(job.recipe, self.device, torch.__version__)
             return images.encode(picture.pixels, job.format, self.quality, record)
+
+        def plan_of(recipes: list[Recipe], files: "ModelFiles") -> "Plan":
+            plan = make_plan(recipes, files, self.device, self.memory)
+            for text in plan.words():
+                self.talk.say(text)
+            return plan
 
         assert self.manifest is not None
         return Runner(
             self.manifest,
             self.files.__getitem__,
-            self.device,
+            plan_of,
             self.reader.sources,
             cache_folder() if self.cache else None,
             encode,
