@@ -207,13 +207,14 @@ class Planner:
         asked = ask.choice.settings
         precision = {"dtype": asked.dtype, "text_precision": asked.text_precision}
         start = int(_hash(what)[:8], 16) % (SEED_LIMIT - MOST_IMAGES)
-        for i in range(ask.count if ask.seeds is None else len(ask.seeds)):
+        count = ask.count if ask.seeds is None else len(ask.seeds)
+        if self.count + count > MOST_IMAGES:
+            raise UsageError(f"there are more than {MOST_IMAGES} jobs", "split the file")
+        for i in range(count):
             seed = None if ask.seeds is None else ask.seeds[i]
             alike = _hash(what | precision | {"seed": seed})
             before = self.repeats[alike]
             self.repeats[alike] += 1
-            if self.count == MOST_IMAGES or before == MOST_IMAGES:
-                raise UsageError(f"there are more than {MOST_IMAGES} jobs", "split the file")
             self.count += 1
             recipe = replace(first, seed=start + before if seed is None else seed)
             id = _hash(what | precision | {"seed": recipe.seed, "before": before})[:ID_DIGITS]
