@@ -142,7 +142,7 @@ def generate(
     check_text(output or "", "--output")
     target = parse_output(output, format.value if format else None)
     limit = parse_memory(memory)
-    values = {
+    values: dict[str, Any] = {
         "negative": negative,
         "model": model,
         "res": res,
