@@ -31,7 +31,20 @@ SANA = str(Path(sys.executable).with_name("sana"))
 PAIRS = {
     "help": ([SANA, "--help"], [sys.executable, "-c", "import typer, rich"]),
     "picture": (
-        [SANA, "generate", PROMPT, "-m", "demo", "-s", "1", "--device", "cpu", "-q", "-f"],
+        [
+            SANA,
+            "generate",
+            PROMPT,
+            "-m",
+            "demo",
+            "-s",
+            "1",
+            "--device",
+            "cpu",
+            "-q",
+            "-f",
+            "--no-cache",
+        ],
         [sys.executable, "-c", DIFFUSERS],
     ),
 }

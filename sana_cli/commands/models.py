@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sana_cli.commands.options import Color, Json, Quiet
+from sana_cli.commands.options import Color, Json, Quiet, Verbose
 from sana_cli.errors import MissingModel, UsageError
 
 if TYPE_CHECKING:
@@ -18,7 +18,9 @@ Names = Annotated[list[str], typer.Argument(metavar="NAME…", help="Models, as 
 
 
 @app.command("list")
-def list_models(json_output: Json = False, color: Color = True) -> None:
+def list_models(
+    json_output: Json = False, quiet: Quiet = False, verbose: Verbose = False, color: Color = True
+) -> None:
     """Every model: what it draws, what it takes, whether it is here and fits this machine."""
     rows = described()
     if json_output:
@@ -58,6 +60,7 @@ def pull(
     ] = False,
     json_output: Json = False,
     quiet: Quiet = False,
+    verbose: Verbose = False,
     color: Color = True,
 ) -> None:
     """Fetch models into the Hugging Face cache; what is there already is not fetched again."""
@@ -66,7 +69,7 @@ def pull(
     from sana_cli.ui import Talk
     from sana_cli.units import gigabytes
 
-    talk = Talk(quiet, color=color)
+    talk = Talk(quiet, verbose, color)
     models = _hub_models(names)
     if no_network():
         raise MissingModel("HF_HUB_OFFLINE forbids the network", "unset it to fetch models")
@@ -121,6 +124,8 @@ def verify(
         typer.Argument(metavar="[NAME…]", help="Models. [dim]default: all on this machine[/dim]"),
     ] = None,
     json_output: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
     color: Color = True,
 ) -> None:
     """Read every file of a model and compare it with the hash that the hub promised."""
@@ -128,7 +133,7 @@ def verify(
     from sana_cli.ui import Talk
     from sana_cli.weights import known_models
 
-    talk = Talk(color=color)
+    talk = Talk(quiet, verbose, color)
     chosen = _hub_models(names) if names else [m for m in known_models().values() if m.sources]
     faults: dict[str, list[str]] = {}
     seen: dict[Source, list[str]] = {}
@@ -166,6 +171,8 @@ def rm(
     names: Names,
     yes: Annotated[bool, typer.Option("-y", "--yes", help="Do not ask.")] = False,
     json_output: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
     color: Color = True,
 ) -> None:
     """Remove models from the Hugging Face cache, but nothing that another model still uses."""
@@ -174,7 +181,7 @@ def rm(
     from sana_cli.units import gigabytes
     from sana_cli.weights import known_models
 
-    talk = Talk(color=color)
+    talk = Talk(quiet, verbose, color)
     models = _hub_models(names)
     staying = [
         model

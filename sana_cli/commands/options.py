@@ -82,7 +82,8 @@ Model = Annotated[
         "-m",
         "--model",
         metavar="NAME|FOLDER",
-        help="A model's name, or a folder in the diffusers layout. [dim]default: by --res[/dim]",
+        help="A model's name, a folder in the diffusers layout, or OWNER/NAME on the hub."
+        " [dim]default: by --res[/dim]",
     ),
 ]
 Negative = Annotated[
