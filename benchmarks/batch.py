@@ -1,4 +1,4 @@
-"""Pictures a minute of the bundled model: `sana batch`, a shell loop over `sana generate`, diffusers.
+"""Pictures a minute of the bundled model: `sana batch` beside a shell loop and a diffusers loop.
 
     python benchmarks/batch.py --save benchmarks/batch.json
 
