@@ -162,7 +162,7 @@ def _print(document: dict[str, Any], color: bool) -> None:
         table.add_row(*(Text(visible(text), style) for text in (name, value, row["origin"])))
     console = Console(no_color=None if color else True, highlight=False)
     # Paths are for copying: where there is no terminal to fill, nothing is broken or cut.
-    console.print(table, **({} if console.is_terminal else {"width": 10_000}))
+    console.print(table, width=None if console.is_terminal else 10_000)
     console.print()
     for name, facts in document["places"].items():
         state = gigabytes(facts["bytes"]) if "bytes" in facts else ""

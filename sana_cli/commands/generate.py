@@ -137,8 +137,9 @@ def generate(
     # What can be wrong with the call is found before anything heavy is imported.
     talk = Talk(quiet, verbose, color)
     aside = take_up(context, talk)
-    ar, quality = (None if n in aside else v for n, v in (("ar", ar), ("quality", quality)))
+    ar = None if "ar" in aside else ar
     format = None if "format" in aside else format
+    quality = None if "quality" in aside else quality
     found = _recipe_in(replay, talk) if replay is not None else {}
     if seed is None and "seed" in found:
         seed = str(found["seed"])
@@ -173,8 +174,8 @@ def generate(
     files = open_chosen(first.model, talk, offline, dry_run)
 
     from sana_cli.device import choose_device
-    from sana_cli.plan import make_plan
     from sana_cli.places import cache_folder
+    from sana_cli.plan import make_plan
 
     where = choose_device(device)
     recipes = [choice.recipe(files, where, one) for choice in choices for one in seeds]
