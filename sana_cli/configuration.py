@@ -106,6 +106,8 @@ class Standing:
             name: self.defaults(sub, strict and name != "config")
             for name, sub in getattr(command, "commands", {}).items()
         }
+        if "run" in below:  # as `sana batch FILE` leaves out
+            below[""] = below["run"]
         mine: dict[str, Any] = {}
         for parameter in command.params:
             name = parameter.name

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 import typer
 
 from sana_cli.configuration import Standing, origins
-from sana_cli.settings import option
 
 if TYPE_CHECKING:
     from sana_cli.ui import Talk
@@ -40,9 +39,9 @@ def take_up(context: typer.Context, talk: "Talk") -> set[str]:
     used = {name: standing.settings[name] for name in sorted(held - aside - LOOKS)}
     if used:
         talk.say(origins(used))
-    for name in sorted(aside):
-        text = f"{option(name)[2:]} {standing.settings[name].text} of"
-        talk.detail(f"{text} {standing.settings[name].origin} is set aside: it does not apply")
+    if aside:
+        text = origins({name: standing.settings[name] for name in aside})
+        talk.say(f"set aside, as it cannot apply here: what is {text}")
     context.obj["used"] = used
     return aside
 
