@@ -177,12 +177,15 @@ def _plain(value: Any) -> Any:
 
 def _check(name: str, value: Any) -> None:
     """What an option's type alone does not see. UsageError."""
+    from sana_cli.names import check_quality
     from sana_cli.settings import Settings
     from sana_cli.shapes import parse_aspect, parse_resolution
     from sana_cli.units import parse_memory
 
     if name in ("negative", "steps", "guidance"):
         Settings("any", **{name: value})
+    if name == "quality":
+        check_quality(value, {"webp"})
     checks = {"res": parse_resolution, "ar": parse_aspect, "memory": parse_memory}
     if name in checks:
         checks[name](value)

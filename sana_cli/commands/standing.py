@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from sana_cli.configuration import Standing, origins
+from sana_cli.settings import option
 
 if TYPE_CHECKING:
     from sana_cli.ui import Talk
@@ -40,8 +41,8 @@ def take_up(context: typer.Context, talk: "Talk") -> set[str]:
     if used:
         talk.say(origins(used))
     if aside:
-        text = origins({name: standing.settings[name] for name in aside})
-        talk.say(f"set aside, as it cannot apply here: what is {text}")
+        names = ", ".join(option(name)[2:] for name in sorted(aside))
+        talk.say(f"set aside, as it does not apply to this call: {names}")
     context.obj["used"] = used
     return aside
 
