@@ -6,13 +6,15 @@
 
 import errno
 import os
+import re
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from sana_cli import __version__
-from sana_cli.commands import batch, doctor, generate, info, models
+from sana_cli.commands import batch, config, doctor, generate, info, models
+from sana_cli.configuration import Standing, origins
 from sana_cli.device import is_out_of_memory
 from sana_cli.errors import DiskFull, NotEnoughMemory, SanaError, UsageError
 from sana_cli.signals import leaving_at_once
@@ -29,6 +31,7 @@ app.add_typer(batch.app, name="batch")
 app.command()(info.info)
 app.command()(doctor.doctor)
 app.add_typer(models.app, name="models")
+app.add_typer(config.app, name="config")
 
 
 def _version(wanted: bool) -> None:
@@ -39,6 +42,7 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def root(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
@@ -47,13 +51,16 @@ def root(
 
     [dim]sana generate "a red circle on a blue background" --model demo[/dim]
     """
+    context.obj["standing"] = standing = Standing(context)
+    context.default_map = standing.defaults(context.command)
 
 
 def main() -> None:
     _open_closed_streams()
+    found: dict[str, Any] = {}  # what the call turns out to stand on
     try:
         with leaving_at_once():
-            code = app(standalone_mode=False)
+            code = app(standalone_mode=False, obj=found)
     except KeyboardInterrupt:
         code = 130
     except BrokenPipeError:
@@ -62,7 +69,7 @@ def main() -> None:
         close_stdout_quietly()
         code = 141  # what the shell reports for a writer whose reader left
     except Exception as error:
-        code = _report(error)
+        code = _report(error, found)
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -77,11 +84,14 @@ def _open_closed_streams() -> None:
             setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115
 
 
-def _report(error: Exception) -> int:
+def _report(error: Exception, found: dict[str, Any]) -> int:
     """One line and a hint for anything a user can meet; the traceback only with --verbose."""
     from sana_cli.ui import Talk
 
+    standing: Standing | None = found.get("standing")
     verbose = any(word in ("-v", "--verbose") for word in sys.argv[1:])
+    verbose = verbose or bool(standing and standing.value("verbose"))
+    color = not (standing and standing.value("color") is False) or "--color" in sys.argv
     if verbose:
         import traceback
 
@@ -91,8 +101,18 @@ def _report(error: Exception) -> int:
         error = UsageError(error.format_message(), _help_of(context))
     if not isinstance(error, SanaError):
         error = _unforeseen(error, verbose)
-    Talk(color="--no-color" not in sys.argv).error(error)
+    if isinstance(error, UsageError):
+        error = _with_origin(error, found)
+    Talk(color=color and "--no-color" not in sys.argv).error(error)
     return error.exit_code
+
+
+def _with_origin(error: UsageError, found: dict[str, Any]) -> UsageError:
+    """The same, with the place of each option in it that nobody typed."""
+    words = {word.replace("-", "_") for word in re.findall(r"--([a-z-]+)", error.message)}
+    blamed = {name: s for name, s in found.get("used", {}).items() if name in words}
+    message = f"{error.message} ({origins(blamed)})" if blamed else error.message
+    return UsageError(message, error.hint)
 
 
 def _help_of(context: typer.Context | None) -> str:

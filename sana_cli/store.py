@@ -27,16 +27,6 @@ READ_WHOLE = 2**24  # bytes
 SAMPLE = 2**20
 
 
-def cache_folder() -> Path:
-    """`$SANA_CACHE_DIR`, else the place that this platform keeps for caches."""
-    chosen = os.environ.get("SANA_CACHE_DIR")
-    if chosen:
-        return Path(chosen).expanduser()
-    from platformdirs import user_cache_path
-
-    return user_cache_path("sana", appauthor=False)
-
-
 class Store:
     """A folder of safetensors files of at most `limit` bytes; the least recently used go first.
 

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,11 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["NO_COLOR"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+
+# Nor may a developer's own standing choices change what is tested: there is no such file.
+for name in [name for name in os.environ if name.startswith("SANA_")]:
+    del os.environ[name]
+os.environ["SANA_CONFIG"] = f"{tempfile.gettempdir()}/sana-tests-{os.getpid()}/config.toml"
 
 
 @pytest.fixture(autouse=True)

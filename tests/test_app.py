@@ -13,8 +13,9 @@ HEAVY = ("torch", "transformers", "diffusers", "numpy", "PIL", "huggingface_hub"
 # Lower layers never import higher ones. A module may import its own layer and any below.
 LAYERS = [
     {"__init__"},
-    {"errors", "kernels", "store", "memory"},
+    {"errors", "kernels", "store", "memory", "places"},
     {"shapes", "recipe", "solver", "device", "instruction", "signals", "layout", "settings"},
+    {"configuration"},
     {"machine", "units"},
     {"rows", "templates", "shards"},
     {"weights", "dit", "dc_ae", "gemma"},

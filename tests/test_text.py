@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from reference import TOKENIZER, text_encoder
 from sana_cli.instruction import INSTRUCTION
 from sana_cli.layout import folder_parts
-from sana_cli.store import Store, cache_folder, identity
+from sana_cli.places import cache_folder
+from sana_cli.store import Store, identity
 from sana_cli.text_cache import TextCache
 
 DEMO = Path(__file__).resolve().parents[1] / "sana_cli" / "demo"

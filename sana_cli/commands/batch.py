@@ -21,6 +21,7 @@ from sana_cli.commands.options import (
     MetadataKind,
     TextPrecisionName,
 )
+from sana_cli.commands.standing import take_up
 from sana_cli.errors import FAILURES, UsageError
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ app = typer.Typer(cls=_RunsByDefault, help="Draw the jobs of a file or a pipe; r
 
 @app.command(cls=_Run)
 def run(
+    context: typer.Context,
     file: Annotated[
         str,
         typer.Argument(
@@ -207,6 +209,10 @@ def run(
 
     # What can be wrong with the call or a row is found before anything heavy is imported.
     talk = Talk(quiet, verbose, color)
+    aside = take_up(context, talk)
+    ar = None if "ar" in aside else ar
+    format = None if "format" in aside else format
+    quality = None if "quality" in aside else quality
     for name, text in (("--output", output), ("--template", template)):
         check_text(text or "", name)
     kind = _row_format(file, input_format)

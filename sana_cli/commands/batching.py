@@ -275,9 +275,9 @@ class Batch:
 
         from sana_cli import images
         from sana_cli.metadata import Record
+        from sana_cli.places import cache_folder
         from sana_cli.plan import make_plan
         from sana_cli.runner import Runner
-        from sana_cli.store import cache_folder
 
         def encode(picture: "Picture", job: Job) -> bytes:
             record = None

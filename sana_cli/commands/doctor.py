@@ -127,11 +127,10 @@ def _used_bytes() -> int | None:
 
 
 def _text_cache() -> Facts:
-    from sana_cli.store import cache_folder
+    from sana_cli.places import cache_folder, used_bytes
 
     folder = cache_folder()
-    used = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    return {"folder": str(folder), "used_bytes": used}
+    return {"folder": str(folder), "used_bytes": used_bytes(folder)}
 
 
 def _models() -> list[Facts]:

@@ -17,6 +17,7 @@ from sana_cli.commands.options import (
     MetadataKind,
     TextPrecisionName,
 )
+from sana_cli.commands.standing import is_standing, take_up, was_typed
 from sana_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -135,6 +136,10 @@ def generate(
 
     # What can be wrong with the call is found before anything heavy is imported.
     talk = Talk(quiet, verbose, color)
+    aside = take_up(context, talk)
+    ar = None if "ar" in aside else ar
+    format = None if "format" in aside else format
+    quality = None if "quality" in aside else quality
     found = _recipe_in(replay, talk) if replay is not None else {}
     if seed is None and "seed" in found:
         seed = str(found["seed"])
@@ -169,8 +174,8 @@ def generate(
     files = open_chosen(first.model, talk, offline, dry_run)
 
     from sana_cli.device import choose_device
+    from sana_cli.places import cache_folder
     from sana_cli.plan import make_plan
-    from sana_cli.store import cache_folder
 
     where = choose_device(device)
     recipes = [choice.recipe(files, where, one) for choice in choices for one in seeds]
@@ -208,12 +213,14 @@ def _recipe_in(path: str, talk: "Talk") -> dict[str, Any]:
 def _replayed(
     recipe: dict[str, Any], values: dict[str, Any], context: typer.Context
 ) -> dict[str, Any]:
-    """The settings of a recipe, with those that were typed in their place."""
+    """The settings of a recipe, with those that were typed in their place.
+
+    Standing choices are below the recipe: they fill what it leaves open.
+    """
     from sana_cli.replay import settings_of
 
     settings, _ = settings_of(recipe)
-    sources = {name: context.get_parameter_source(name) for name in values}
-    typed = {name for name, source in sources.items() if source and source.name != "DEFAULT"}
+    typed = {name for name in values if was_typed(context, name)}
     if "image" in recipe and recipe["image"] and "image" not in typed:
         raise UsageError(
             "the picture was drawn from another one, which is not inside it", "add --image FILE"
@@ -223,6 +230,11 @@ def _replayed(
             settings.pop(name, None)
     if "ar" in typed:
         settings.pop("res", None)
+    # A recipe that says nothing of one of these has still said it by the rest.
+    said = {"negative"} | ({"ar", "fit"} if "res" in settings else set())
+    said |= {"text_precision"} if "dtype" in settings else set()
+    standing = {name for name in values if is_standing(context, name)} - said
+    settings = {name: values[name] for name in standing} | settings
     return settings | {name: values[name] for name in typed}
 
 

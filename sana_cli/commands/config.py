@@ -1,0 +1,237 @@
+"""`sana config`: which choices stand, where each comes from, and the file that keeps them."""
+
+import errno
+import json
+import os
+import shutil
+import sys
+import tempfile
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sana_cli import configuration, places
+from sana_cli.commands.options import Color, Json, Quiet, Verbose
+from sana_cli.configuration import PROJECT_FILE, VARIABLE, Standing
+from sana_cli.errors import SanaError, UsageError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Show and keep choices that stand until something else is typed.",
+)
+
+
+@app.command()
+def show(
+    context: typer.Context,
+    json_output: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    color: Color = True,
+) -> None:
+    """Every setting with its value and where it comes from, and where everything is kept.
+
+    What is typed comes first, then variables such as SANA_STEPS, ./sana.toml, the user's file, and
+    last the defaults.
+    """
+    from sana_cli.ui import Talk
+
+    standing: Standing = context.obj["standing"]
+    faults = [*standing.broken, *standing.faults.values()]
+    document = {
+        "settings": {
+            name: {"value": _plain(value), "origin": origin}
+            for name, value, origin in _rows(standing)
+        },
+        "places": _places(),
+        "problems": [error.message for error in faults],
+    }
+    if json_output:
+        sys.stdout.write(json.dumps(document, indent=2) + "\n")
+    else:
+        _print(document, color)
+    talk = Talk(quiet, verbose, color)
+    for text in standing.remarks:
+        talk.warn(text)
+    for error in faults[1:]:
+        talk.error(error)
+    if faults:
+        raise faults[0]
+
+
+@app.command()
+def path() -> None:
+    """Print the path of the user's file, which need not exist; SANA_CONFIG moves it."""
+    sys.stdout.write(f"{places.config_file()}\n")
+
+
+@app.command("set")
+def set_value(
+    context: typer.Context,
+    key: Annotated[str, typer.Argument(metavar="KEY", help="As `sana config show` calls it.")],
+    text: Annotated[
+        str | None, typer.Argument(metavar="VALUE", help="As the option takes it.")
+    ] = None,
+    unset: Annotated[
+        bool, typer.Option("--unset", help="Remove the key from the user's file.")
+    ] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    color: Color = True,
+) -> None:
+    """Keep a value in the user's file; other keys and comments stay as they are.
+
+    [b]Examples[/b]
+
+    [dim]sana config set model demo
+
+    sana config set text-precision int8
+
+    sana config set steps --unset[/dim]
+    """
+    from sana_cli.ui import Talk
+
+    standing: Standing = context.obj["standing"]
+    if unset == (text is not None):
+        raise UsageError("a key is given either a VALUE or --unset", f"sana config set {key} VALUE")
+    talk = Talk(quiet, verbose, color)
+    name = configuration.known(key, standing.options)
+    if text is None:
+        was_there = _edit(name, None)
+        talk.say(f"{name} is {'removed from' if was_there else 'not in'} {places.config_file()}")
+        return
+    try:
+        value = configuration.read_value(standing.options[name], text, context)
+    except ValueError as error:
+        raise UsageError(
+            f"{key} cannot be {text!r}: {error}", "`sana generate --help` shows what it takes"
+        ) from None
+    _check(name, value)
+    _edit(name, _plain(value))
+    talk.say(f"{name} = {text} in {places.config_file()}")
+    higher = standing.settings.get(name)
+    if higher and higher.origin != configuration.shown(places.config_file()):
+        talk.warn(f"{higher.origin} has the higher rank here: {name} is {higher.text}")
+
+
+def _rows(standing: Standing) -> list[tuple[str, Any, str]]:
+    rows = []
+    for name, option in standing.options.items():
+        if name in standing.settings:
+            setting = standing.settings[name]
+            rows.append((name, setting.value, setting.origin))
+        else:
+            rows.append((name, option.default, "invalid" if name in standing.faults else "default"))
+    return rows
+
+
+def _places() -> dict[str, Any]:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    from sana_cli.hub_cache import lock_path
+
+    user, cache = places.config_file(), places.cache_folder()
+    return {
+        "user_file": {"path": str(user), "exists": user.is_file()},
+        "project_file": {"path": str(PROJECT_FILE.absolute()), "exists": PROJECT_FILE.is_file()},
+        "cache": {"path": str(cache), "bytes": places.used_bytes(cache)},
+        "lock": {"path": str(lock_path()), "exists": lock_path().is_file()},
+        "hub_cache": {"path": str(HF_HUB_CACHE), "exists": os.path.isdir(HF_HUB_CACHE)},
+    }
+
+
+def _print(document: dict[str, Any], color: bool) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from sana_cli.ui import visible
+    from sana_cli.units import gigabytes
+
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("key", no_wrap=True)
+    table.add_column("value", overflow="fold")
+    table.add_column("origin", overflow="fold")
+    for name, row in document["settings"].items():
+        style = "dim" if row["origin"] == "default" else ""
+        value = "-" if row["value"] is None else json.dumps(row["value"], ensure_ascii=False)
+        if isinstance(row["value"], str) and row["value"]:
+            value = row["value"]
+        table.add_row(*(Text(visible(text), style) for text in (name, value, row["origin"])))
+    console = Console(no_color=None if color else True, highlight=False)
+    # Paths are for copying: where there is no terminal to fill, nothing is broken or cut.
+    console.print(table, width=None if console.is_terminal else 10_000)
+    console.print()
+    for name, facts in document["places"].items():
+        state = gigabytes(facts["bytes"]) if "bytes" in facts else ""
+        state = state or ("" if facts["exists"] else "not there")
+        line = Text.assemble((f"{name.replace('_', ' '):<14}", "dim"), visible(facts["path"]))
+        console.print(line.append(f"  {state}" if state else "", "dim"), soft_wrap=True)
+
+
+def _plain(value: Any) -> Any:
+    return value.value if isinstance(value, Enum) else value
+
+
+def _check(name: str, value: Any) -> None:
+    """What an option's type alone does not see. UsageError."""
+    from sana_cli.names import check_quality
+    from sana_cli.settings import Settings
+    from sana_cli.shapes import parse_aspect, parse_resolution
+    from sana_cli.units import parse_memory
+
+    if name in ("negative", "steps", "guidance"):
+        Settings("any", **{name: value})
+    if name == "quality":
+        check_quality(value, {"webp"})
+    checks = {"res": parse_resolution, "ar": parse_aspect, "memory": parse_memory}
+    if name in checks:
+        checks[name](value)
+
+
+def _edit(name: str, value: Any) -> bool:
+    """Put a value into the user's file, or take the key out of it; whether the key was there."""
+    import tomlkit
+
+    # A link, as those who keep such files under version control have it, stays one.
+    file = Path(os.path.realpath(places.config_file()))
+    configuration.read_file(file)  # whose complaints are the better ones
+    if file.exists() and not file.is_file():  # such as /dev/null
+        raise UsageError(f"{file} is not a file", f"{VARIABLE}CONFIG=FILE keeps settings elsewhere")
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    document = tomlkit.parse(text)
+    keys = [key for key in document if key.replace("-", "_") == name]
+    if value is None:
+        for key in keys:
+            del document[key]
+    else:
+        document[keys[-1] if keys else name] = value
+    if value is not None or keys:
+        _write(file, tomlkit.dumps(document))
+    return bool(keys)
+
+
+def _write(file: Path, text: str) -> None:
+    """Atomically: a reader sees the old file or the new one, whatever happens meanwhile."""
+    name = None
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(suffix=".partial", dir=file.parent)
+        with os.fdopen(descriptor, "w", encoding="utf-8", newline="") as partial:
+            partial.write(text)
+            partial.flush()
+            os.fsync(partial.fileno())
+        if file.exists():
+            shutil.copymode(file, name)
+        os.replace(name, file)
+    except OSError as error:
+        if name is not None and os.path.exists(name):
+            os.unlink(name)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise SanaError(
+            f"{file} cannot be written: {error.strerror}",
+            f"{VARIABLE}CONFIG=FILE keeps settings elsewhere",
+        ) from None
