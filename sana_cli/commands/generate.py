@@ -140,6 +140,8 @@ def generate(
     ar = None if "ar" in aside else ar
     format = None if "format" in aside else format
     quality = None if "quality" in aside else quality
+    if not prompts and replay is None:
+        raise UsageError("no PROMPT is given", 'say what to draw: sana generate "a red fox"')
     found = _recipe_in(replay, talk) if replay is not None else {}
     if seed is None and "seed" in found:
         seed = str(found["seed"])
