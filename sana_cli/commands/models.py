@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sana_cli.commands.completion import hub_model
 from sana_cli.commands.options import Color, Json, Quiet, Verbose
 from sana_cli.errors import MissingModel, UsageError
 
@@ -14,7 +15,10 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, help="List, fetch, check and remove models.")
 
-Names = Annotated[list[str], typer.Argument(metavar="NAME…", help="Models, as `list` calls them.")]
+Names = Annotated[
+    list[str],
+    typer.Argument(metavar="NAME…", help="Models, as `list` calls them.", autocompletion=hub_model),
+]
 
 
 @app.command("list")
@@ -121,7 +125,11 @@ def pull(
 def verify(
     names: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[NAME…]", help="Models. [dim]default: all on this machine[/dim]"),
+        typer.Argument(
+            metavar="[NAME…]",
+            help="Models. [dim]default: all on this machine[/dim]",
+            autocompletion=hub_model,
+        ),
     ] = None,
     json_output: Json = False,
     quiet: Quiet = False,

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from sana_cli.commands.completion import model_or_folder
+
 FILES, RUN = "Files", "Running"  # panels of --help
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
@@ -82,6 +84,7 @@ Model = Annotated[
         "-m",
         "--model",
         metavar="NAME|FOLDER",
+        autocompletion=model_or_folder,
         help="A model's name, a folder in the diffusers layout, or OWNER/NAME on the hub."
         " [dim]default: by --res[/dim]",
     ),
