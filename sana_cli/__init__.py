@@ -1,3 +1,17 @@
-"""Sana text-to-image from the shell."""
+"""Sana text-to-image: a command for the shell, and `Pipeline` for Python."""
+
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
+__all__ = ["Picture", "Pipeline"]
+
+if TYPE_CHECKING:
+    from sana_cli.api import Picture, Pipeline
+
+
+def __getattr__(name: str) -> object:
+    if name in __all__:  # not before they are asked for: the command starts without them
+        from sana_cli import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

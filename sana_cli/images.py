@@ -50,17 +50,21 @@ def read(path: str) -> np.ndarray:
 
 def encode(pixels: np.ndarray, format: str, quality: int | None, record: Record | None) -> bytes:
     """The file's bytes. uint8 RGB (height, width, 3); a record of None writes no metadata."""
-    image = Image.fromarray(pixels)
     buffer = io.BytesIO()
+    options = saving(format, quality, record)
+    Image.fromarray(pixels).save(buffer, format.upper(), **options)
+    return buffer.getvalue()
+
+
+def saving(format: str, quality: int | None, record: Record | None) -> dict[str, Any]:
+    """What Pillow's `save` is told for a format: the recipe, and how hard to squeeze."""
     if format == "png":
         text = record.as_png_text() if record is not None else None
-        image.save(buffer, "PNG", pnginfo=text, compress_level=6)
-        return buffer.getvalue()
+        return {"pnginfo": text, "compress_level": 6}
     options: dict[str, Any] = {"quality": quality or DEFAULT_QUALITY[format]}
     if record is not None:
         options["exif"] = record.as_exif(format)
-    image.save(buffer, format.upper(), **options)
-    return buffer.getvalue()
+    return options
 
 
 def write(path: Path, data: bytes, force: bool, mark: str = "") -> Path:

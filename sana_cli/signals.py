@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import FrameType
 
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
@@ -21,8 +21,12 @@ def leaving_at_once() -> Iterator[None]:
 
 @contextmanager
 def leaving_in_order() -> Iterator[None]:
-    """Exit through exceptions, so that half-written files are removed on the way."""
-    with _handling(_unwind):
+    """Exit through exceptions, so that half-written files are removed on the way.
+
+    Only in the command: a program that uses the package has its own ways, which stay.
+    """
+    ours = getattr(signal.getsignal(signal.SIGINT), "__module__", None) == __name__
+    with _handling(_unwind) if ours else nullcontext():
         yield
 
 

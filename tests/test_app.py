@@ -12,7 +12,6 @@ HEAVY = ("torch", "transformers", "diffusers", "numpy", "PIL", "huggingface_hub"
 
 # Lower layers never import higher ones. A module may import its own layer and any below.
 LAYERS = [
-    {"__init__"},
     {"errors", "kernels", "store", "memory", "places"},
     {"shapes", "recipe", "solver", "device", "instruction", "signals", "layout", "settings"},
     {"configuration"},
@@ -28,8 +27,8 @@ LAYERS = [
     {"runner"},
     {"ui"},
     {"commands"},
-    {"app"},
-    {"__main__"},
+    {"app", "api"},
+    {"__init__", "__main__"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 FILES = sorted([*(ROOT / "sana_cli").rglob("*.py"), *(ROOT / "kernels").glob("*.py")])
