@@ -1,15 +1,16 @@
 """Sana text-to-image: a command for the shell, and `Pipeline` for Python."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Picture", "Pipeline"]
+__all__ = ["Picture", "Pipeline", "SanaError"]
 
 if TYPE_CHECKING:
     from sana_cli.api import Picture, Pipeline
+    from sana_cli.errors import SanaError
 
 
-def __getattr__(name: str) -> object:
+def __getattr__(name: str) -> Any:
     if name in __all__:  # not before they are asked for: the command starts without them
         from sana_cli import api
 

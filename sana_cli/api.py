@@ -19,6 +19,7 @@ from typing import IO, TYPE_CHECKING, Any, cast
 
 from PIL import Image
 
+from sana_cli.errors import SanaError
 from sana_cli.images import SUFFIXES, saving
 from sana_cli.metadata import Record
 from sana_cli.recipe import Recipe, parse_seeds
@@ -29,6 +30,8 @@ from sana_cli.weights import choose_model
 
 if TYPE_CHECKING:
     from sana_cli.pipeline import Event
+
+__all__ = ["Picture", "Pipeline", "SanaError"]
 
 logger = logging.getLogger("sana_cli")
 
@@ -53,10 +56,7 @@ class Picture(Image.Image):
 
         It overwrites, as Pillow's does. UsageError if the recipe is too long for a JPEG.
         """
-        name = getattr(fp, "name", fp)
-        named = isinstance(name, str | bytes | os.PathLike)
-        suffix = Path(os.fsdecode(name)).suffix.lower() if named else ""
-        known = format.lower() if format else SUFFIXES.get(suffix)
+        known = format.lower() if format else _format_of(getattr(fp, "name", fp))
         if known in SUFFIXES.values():
             replaced = ("pnginfo" if known == "png" else "exif") in params
             params = saving(known, None, None if replaced else self.record) | params
@@ -194,6 +194,12 @@ def _picture(pixels: Any, record: Record) -> Picture:
     picture = cast(Picture, image)
     picture.record = record
     return picture
+
+
+def _format_of(path: Any) -> str:
+    """By the suffix, as Pillow does; "" where that says nothing."""
+    named = isinstance(path, str | bytes | os.PathLike)
+    return SUFFIXES.get(Path(os.fsdecode(path)).suffix.lower(), "") if named else ""
 
 
 class _Voice(Talk):
