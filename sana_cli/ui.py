@@ -5,10 +5,13 @@ import sys
 import threading
 import time
 import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.live import Live
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
@@ -100,14 +103,17 @@ class Bars:
     ) -> None:
         self.progress.__exit__(kind, value, trace)
 
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """With the bars out of the way."""
+        with out_of_the_way(self.progress):
+            yield
+
     def result(self, line: str) -> None:
-        """Write a line to stdout, with the bars out of its way."""
-        if self.live:
-            self.progress.stop()
-        sys.stdout.write(f"{line}\n")
-        sys.stdout.flush()
-        if self.live:
-            self.progress.start()
+        """Write a line to stdout."""
+        with self.aside():
+            sys.stdout.write(f"{line}\n")
+            sys.stdout.flush()
 
     def update(self, stage: str, done: int, total: int) -> None:
         task = self.tasks[stage]
@@ -172,13 +178,28 @@ class BatchBar:
             self.talk.say(f"{self.done} of {self.total} pictures, {left:.0f} s left")
 
     def result(self, line: str) -> None:
-        """Write a line to stdout, with the bar out of its way."""
-        if self.talk.live:
-            self.progress.stop()
-        sys.stdout.write(f"{line}\n")
-        sys.stdout.flush()
-        if self.talk.live:
-            self.progress.start()
+        """Write a line to stdout."""
+        with out_of_the_way(self.progress):
+            sys.stdout.write(f"{line}\n")
+            sys.stdout.flush()
+
+
+@contextmanager
+def out_of_the_way(progress: Progress) -> Iterator[None]:
+    """Take bars off the terminal, and show them again below what was written meanwhile."""
+    if progress.disable:
+        yield
+        return
+    progress.stop()
+    yield
+    # The old one would begin by erasing as many lines as it had drawn: now those just written.
+    progress.live = Live(
+        console=progress.console,
+        transient=True,
+        redirect_stdout=False,  # results go to stdout itself, wherever that leads
+        get_renderable=progress.get_renderable,
+    )
+    progress.start()
 
 
 class Downloads:

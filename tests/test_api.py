@@ -14,10 +14,10 @@ import threading
 from dataclasses import MISSING, fields
 
 import pytest
-from hub import Hub
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from hub import Hub
 from sana_cli import Picture, Pipeline, SanaError
 from sana_cli.errors import BadPicture, MissingModel, UsageError
 from sana_cli.metadata import recipe_of

@@ -25,7 +25,7 @@ LAYERS = [
     {"pipeline"},
     {"jobs", "events"},
     {"runner"},
-    {"ui"},
+    {"ui", "preview"},
     {"commands"},
     {"app", "api"},
     {"__init__", "__main__"},

@@ -21,6 +21,8 @@ from sana_cli.commands.standing import is_standing, take_up, was_typed
 from sana_cli.errors import UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from sana_cli.model_files import ModelFiles
     from sana_cli.names import Output
     from sana_cli.pipeline import Images
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
     from sana_cli.resolve import Choice
     from sana_cli.ui import Talk
     from sana_cli.weights import Model
+
+    Preview = Callable[..., None]  # of pixels, on a console
 
 # Of a recipe what no option sets directly, and so nobody would expect to have changed.
 UNTYPED = {"revision", "flow_shift", "instruction", "image", "text_dtype", "vae_dtype"}
@@ -100,6 +104,14 @@ def generate(
         ),
     ] = False,
     offline: options.Offline = False,
+    preview: Annotated[
+        bool,
+        typer.Option(
+            "--preview/--no-preview",
+            help="Show each picture in the terminal; not with -q or --json, and never in a pipe.",
+            rich_help_panel=RUN,
+        ),
+    ] = False,
     json_output: Annotated[
         bool, typer.Option("--json", help="One JSON document on stdout.", rich_help_panel=RUN)
     ] = False,
@@ -197,9 +209,11 @@ def generate(
         _print_plan(recipes, target, plan, first.model, files)
     else:
         encoding = (metadata is MetadataKind.full, quality, force)
+        show = _previewer(talk, json_output) if preview else None
         kept = cache_folder() if cache else None
         sources = {first.source.digest: first.source.pixels} if first.source else {}
-        _draw(recipes, files, sources, plan, kept, target, encoding, json_output, talk, started)
+        seen = json_output, show
+        _draw(recipes, files, sources, plan, kept, target, encoding, seen, talk, started)
 
 
 def _recipe_in(path: str, talk: "Talk") -> dict[str, Any]:
@@ -312,7 +326,7 @@ def _draw(
     cache: Path | None,
     target: "Output",
     encoding: tuple[bool, int | None, bool],
-    json_output: bool,
+    seen: "tuple[bool, Preview | None]",
     talk: "Talk",
     started: float,
 ) -> None:
@@ -325,6 +339,7 @@ def _draw(
     from sana_cli.ui import Bars, write_stdout
 
     with_recipe, quality, force = encoding
+    json_output, show = seen
     seconds = dict.fromkeys((stage for stage in STAGES if stage != "image" or sources), 0.0)
     peaks: dict[str, int] = {}
     rows: list[dict[str, Any]] = []
@@ -346,6 +361,9 @@ def _draw(
                     peaks[event.stage] = event.peak_bytes
                 continue
             recipe = recipes[event.index]
+            if show is not None:
+                with bars.aside():
+                    show(event.pixels, talk.console)
             began = time.perf_counter()
             record = Record(recipe, plan.device, torch.__version__) if with_recipe else None
             data = images.encode(event.pixels, target.format, quality, record)
@@ -370,6 +388,16 @@ def _draw(
     talk.detail(", ".join(f"{stage} {value:.2f} s" for stage, value in seconds.items()))
     if failures:  # the others are drawn and saved
         raise failures[0].error
+
+
+def _previewer(talk: "Talk", json_output: bool) -> "Preview | None":
+    """What shows a picture in the terminal, if that can be."""
+    from sana_cli.preview import fault, show
+
+    why_not = "--json is for programs" if json_output else fault(talk.console)
+    if why_not:
+        talk.say(f"no preview: {why_not}")
+    return None if why_not or talk.quiet else show
 
 
 def _read_prompts(words: list[str]) -> list[str]:
