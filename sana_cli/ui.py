@@ -26,6 +26,7 @@ from rich.progress import (
 )
 from rich.table import Table
 from rich.text import Text
+from rich.theme import Theme
 
 from sana_cli.errors import SanaError
 
@@ -33,6 +34,18 @@ if TYPE_CHECKING:
     from sana_cli.download import RemoteFile
 
 NAME_COLUMNS = 12  # of facts, two of them blank
+# Colours of the terminal's own palette, which its owner can read on light and on dark; Rich's bars
+# have fixed ones that are made for dark.
+THEME = Theme(
+    {
+        "bar.back": "bright_black",
+        "bar.complete": "magenta",
+        "bar.finished": "green",
+        "progress.elapsed": "dim",
+        "progress.remaining": "default",
+        "progress.data.speed": "dim",
+    }
+)
 
 
 class Talk:
@@ -40,7 +53,9 @@ class Talk:
 
     def __init__(self, quiet: bool = False, verbose: bool = False, color: bool = True) -> None:
         self.quiet, self.verbose = quiet, verbose
-        self.console = Console(stderr=True, no_color=None if color else True, highlight=False)
+        self.console = Console(
+            stderr=True, no_color=None if color else True, highlight=False, theme=THEME
+        )
 
     @property
     def live(self) -> bool:
@@ -49,7 +64,9 @@ class Talk:
 
     def say(self, text: str) -> None:
         if not self.quiet:
-            self.console.print(f"[dim]{escape(text)}[/dim]", soft_wrap=True)
+            # Broken between words for people; never for whoever reads lines.
+            broken = self.console.is_terminal
+            self.console.print(f"[dim]{escape(text)}[/dim]", soft_wrap=not broken)
 
     def detail(self, text: str) -> None:
         if self.verbose:
@@ -84,6 +101,7 @@ class Bars:
             console=talk.console,
             transient=True,
             redirect_stdout=False,  # results go to stdout itself, wherever that leads
+            speed_estimate_period=3600,  # seconds; a step of a large picture may take minutes
             disable=not self.live,
         )
         self.tasks = {
