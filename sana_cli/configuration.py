@@ -8,7 +8,7 @@ type reads them, and `context.get_parameter_source` tells them from what was typ
 
 import os
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -39,6 +39,19 @@ class Setting:
     text: str
     value: Any
     origin: str
+
+
+@dataclass(frozen=True)
+class _Fault:
+    """A default that cannot be had. Click calls it for its value; help shows it as a text."""
+
+    error: UsageError
+
+    def __call__(self) -> Any:
+        raise self.error
+
+    def __str__(self) -> str:
+        return "unknown, as the configuration is faulty"
 
 
 class Standing:
@@ -115,9 +128,9 @@ class Standing:
             if name not in self.options or self.options[name].help != parameter.help:
                 continue
             if strict and self.broken:
-                mine[name] = _raising(self.broken[0])
+                mine[name] = _Fault(self.broken[0])
             elif strict and name in self.faults:
-                mine[name] = _raising(self.faults[name])
+                mine[name] = _Fault(self.faults[name])
             elif name in self.settings:
                 mine[name] = self.settings[name].text
         return mine | below
@@ -189,10 +202,3 @@ def _text(value: Any, parameter: Any) -> str:
     if not isinstance(value, str | int | float):
         raise ValueError("one string or number is wanted")
     return str(value)
-
-
-def _raising(error: UsageError) -> Callable[[], Any]:
-    def default() -> Any:
-        raise error
-
-    return default
