@@ -6,6 +6,7 @@ They become the defaults of the verbs' options (Click's `default_map`), so that 
 type reads them, and `context.get_parameter_source` tells them from what was typed.
 """
 
+import math
 import os
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -168,6 +169,8 @@ def read_file(path: Path) -> dict[str, Any]:
         raise UsageError(f"{shown(path)} is not valid TOML: {error}", "mend that line") from None
     except UnicodeDecodeError:
         raise UsageError(f"{shown(path)} is not UTF-8 text", "save it as UTF-8") from None
+    except (ValueError, RecursionError) as error:  # numbers too long, arrays too deep
+        raise UsageError(f"{shown(path)} cannot be read: {error}", "write it anew") from None
     except OSError as error:
         reason = error.strerror
         raise UsageError(f"{shown(path)} cannot be read: {reason}", "make it readable") from None
@@ -176,9 +179,12 @@ def read_file(path: Path) -> dict[str, Any]:
 def read_value(parameter: Any, text: str, context: typer.Context) -> Any:
     """What an option makes of a text. ValueError with its complaint."""
     try:
-        return parameter.process_value(context, text)
+        value = parameter.process_value(context, text)
     except typer.BadParameter as error:
         raise ValueError(error.message.rstrip(".")) from None
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError("it is not finite")
+    return value
 
 
 def shown(path: Path) -> str:

@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import tomlkit
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from typer.main import get_command
 
@@ -168,6 +171,9 @@ def test_a_number_may_stand_for_text_and_a_hyphen_for_an_underscore(sana, here):
         ("cache = 'perhaps'", ["./sana.toml: cache is 'perhaps': "]),
         ("stepz = 3", ["./sana.toml: there is no setting 'stepz'", "did you mean steps?"]),
         ("seed = 3", ["./sana.toml: seed cannot be kept: it belongs to one call"]),
+        ("guidance = nan", ["./sana.toml: guidance is nan: it is not finite"]),
+        (f"steps = {'9' * 5000}", ["./sana.toml cannot be read: ", "digits"]),
+        (f"steps = {'[' * 5000}", ["./sana.toml"]),
         ("[generate]\nsteps = 3", ["./sana.toml: there is no setting 'generate'"]),
         ("steps = 3\nsteps == 4", ["./sana.toml is not valid TOML", "line 2"]),
     ],
@@ -179,6 +185,29 @@ def test_a_fault_in_a_file_is_one_line_and_a_hint(sana, here, line, words):
     first, hint = run.err.splitlines()
     assert first.startswith("error: ") and hint.startswith("hint: ")
     assert all(word in run.err for word in words), run.err
+
+
+SCALARS = st.one_of(
+    *(st.text(), st.integers(), st.floats(), st.booleans(), st.datetimes()),
+    *(st.lists(st.integers()), st.dictionaries(st.text(), st.integers())),
+)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[*HealthCheck])
+@given(
+    content=st.one_of(
+        st.binary(max_size=60),
+        st.dictionaries(st.sampled_from(KEYS) | st.text(), SCALARS, max_size=4).map(
+            lambda values: tomlkit.dumps(values).encode("utf-8", "replace")
+        ),
+    )
+)
+def test_no_file_whatever_it_holds_gives_more_than_error_lines(sana, content):
+    Path("sana.toml").write_bytes(content)
+    run = sana("config", "show", "--json")
+    assert run.code in (0, 2), run.err
+    assert (run.code == 2) == bool(json.loads(run.out)["problems"])
+    assert all(line.startswith(("error: ", "hint: ")) for line in run.err.splitlines())
 
 
 def test_a_fault_in_a_variable_names_it(sana, monkeypatch):
