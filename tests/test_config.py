@@ -44,7 +44,9 @@ VALUES = {
     "quiet": True,
     "verbose": True,
     "color": False,
+    "preview": True,
 }
+NOT_OF_A_BATCH = {"output", "preview"}  # its --output is a folder of its own
 DRY = ("generate", "a red circle", "-s", "1", "--dry-run")
 
 
@@ -119,16 +121,17 @@ def test_what_stands_is_what_the_verbs_options_become(sana, monkeypatch, command
     if command == "batch":
         name, run, rest = verb.resolve_command(context, ["run", "x.txt"])
         context = run.make_context(name, rest, parent=context)
-    expected = {name: VALUES[name] for name in KEYS if command == "generate" or name != "output"}
+    apart = NOT_OF_A_BATCH if command == "batch" else set()
+    expected = {name: VALUES[name] for name in KEYS if name not in apart}
     taken = {name: context.params[name] for name in expected}
     assert taken == expected
     assert context.params.get("output") == (None if command == "batch" else "out/")
 
 
 def test_options_of_a_batch_are_those_of_generate_by_their_very_words():
-    """Else what stands would not reach it; only its --output means a folder of its own."""
+    """Else what stands would not reach it."""
     same = {n for n in KEYS if n in BATCH and BATCH[n].help == GENERATE[n].help}
-    assert set(KEYS) - same == {"output"}
+    assert set(KEYS) - same == NOT_OF_A_BATCH
 
 
 def test_an_empty_variable_is_no_choice(sana, monkeypatch):

@@ -11,7 +11,7 @@ from sana_cli.settings import option
 if TYPE_CHECKING:
     from sana_cli.ui import Talk
 
-LOOKS = {"quiet", "verbose", "color"}  # which change nothing that is drawn
+LOOKS = {"quiet", "verbose", "color", "preview"}  # which change nothing that is drawn
 
 
 def was_typed(context: typer.Context, name: str) -> bool:
