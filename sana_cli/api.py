@@ -153,8 +153,8 @@ class Pipeline:
 
         from sana_cli.commands.fetching import open_chosen
         from sana_cli.device import choose_device
+        from sana_cli.places import cache_folder
         from sana_cli.plan import make_plan
-        from sana_cli.store import cache_folder
 
         first, voice = choices[0], _Voice()
         files = open_chosen(first.model, voice, self.offline, dry_run=False)

@@ -38,6 +38,7 @@ VALUES = {
     "text_precision": "fp32",
     "cache": False,
     "offline": True,
+    "preview": True,
     "quiet": True,
     "verbose": True,
     "color": False,
@@ -116,16 +117,17 @@ def test_what_stands_is_what_the_verbs_options_become(sana, monkeypatch, command
     if command == "batch":
         name, run, rest = verb.resolve_command(context, ["run", "x.txt"])
         context = run.make_context(name, rest, parent=context)
-    expected = {name: VALUES[name] for name in KEYS if command == "generate" or name != "output"}
+    alone = () if command == "generate" else ("output", "preview")
+    expected = {name: VALUES[name] for name in KEYS if name not in alone}
     taken = {name: context.params[name] for name in expected}
     assert taken == expected
     assert context.params.get("output") == (None if command == "batch" else "out/")
 
 
 def test_options_of_a_batch_are_those_of_generate_by_their_very_words():
-    """Else what stands would not reach it; only its --output means a folder of its own."""
+    """Else what stands would not reach it; but it has no --preview, and an --output of its own."""
     same = {n for n in KEYS if n in BATCH and BATCH[n].help == GENERATE[n].help}
-    assert set(KEYS) - same == {"output"}
+    assert set(KEYS) - same == {"output", "preview"}
 
 
 def test_an_empty_variable_is_no_choice(sana, monkeypatch):
