@@ -41,6 +41,7 @@ VALUES = {
     "text_precision": "fp32",
     "cache": False,
     "offline": True,
+    "preview": True,
     "quiet": True,
     "verbose": True,
     "color": False,
