@@ -11,6 +11,8 @@ from sana_cli.commands.options import Color, Json, Quiet, Verbose
 from sana_cli.errors import MissingModel, UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from sana_cli.weights import Model, Source
 
 app = typer.Typer(no_args_is_help=True, help="List, fetch, check and remove models.")
@@ -217,13 +219,10 @@ def rm(
 
 def described() -> list[dict[str, Any]]:
     """The models as `--json` shows them. SanaError if the lock file is broken."""
-    from sana_cli.device import choose_device
     from sana_cli.hub_cache import commit_of, source_parts
-    from sana_cli.plan import fits, free_memory
     from sana_cli.weights import known_models
 
-    device = choose_device("auto")
-    free = free_memory(device)
+    fit = _fits_here()
     rows = []
     for model in known_models().values():
         missing = [source for source in model.sources if source_parts(source) is None]
@@ -238,10 +237,22 @@ def described() -> list[dict[str, Any]]:
             "least_memory_bytes": model.least_memory,
             "cached": not missing,
             "missing_bytes": sum(source.bytes for source in missing),
-            "fits": fits(model, device, free),
+            "fits": fit(model),
         }
         rows.append(row)
     return rows
+
+
+def _fits_here() -> "Callable[[Model], str | None]":
+    """Of a model "yes", "tight" or "no"; None where there is no torch to ask for the device."""
+    try:
+        from sana_cli.device import choose_device
+        from sana_cli.plan import fits, free_memory
+    except ImportError:
+        return lambda model: None
+    device = choose_device("auto")
+    free = free_memory(device)
+    return lambda model: fits(model, device, free)
 
 
 def _hub_models(names: list[str]) -> "list[Model]":
