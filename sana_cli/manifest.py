@@ -16,6 +16,7 @@ manifests of their own, `manifest.2-of-3.jsonl`; all those of a folder are read 
 import hashlib
 import json
 import os
+import re
 import socket
 from collections.abc import Iterable
 from datetime import UTC, datetime
@@ -90,7 +91,10 @@ class Ledger:
         An empty file is the claim of a writer that was killed, where there are no hard links.
         """
         known, file = self.hashes.get((id, path.as_posix())), self.folder / path
-        return known is not None and (file.stat().st_size == 0 or sha256(file) in known)
+        try:
+            return known is not None and (file.stat().st_size == 0 or sha256(file) in known)
+        except OSError:  # a folder, or not for us to read
+            return False
 
 
 def read_lines(data: bytes) -> tuple[list[Line], int]:
@@ -113,7 +117,10 @@ def _line(text: bytes) -> Line | None:
         return None
     if not isinstance(line, dict) or line.get("status") not in STATUSES:
         return None
-    needed = {"run": (), "writing": ("id", "path", "sha256"), "done": ("id", "path", "sha256")}
+    if line["status"] == "run":
+        shard = re.fullmatch(r"\d{1,6}/\d{1,6}", str(line.get("shard") or "1/1"))
+        return line if shard and isinstance(line.get("todo", 0), int) else None
+    needed = {"writing": ("id", "path", "sha256"), "done": ("id", "path", "sha256")}
     wanted = needed.get(line["status"], ("id",))
     return line if all(isinstance(line.get(name), str) for name in wanted) else None
 

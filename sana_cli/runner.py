@@ -101,10 +101,15 @@ class Runner:
             files = self.files_of(jobs[0].model)
             plan = self.plan_of(recipes, files)
             for event in draw(recipes, files, plan, images=sources, cache=self.cache):
-                if isinstance(event, Picture):
-                    yield self._save(left.pop(event.index), event, plan)
-                elif isinstance(event, Failure):
-                    yield self._failed(left.pop(event.index), event.error)
+                if isinstance(event, Picture | Failure):
+                    job = left[event.index]
+                    ended = (
+                        self._save(job, event, plan)
+                        if isinstance(event, Picture)
+                        else self._failed(job, event.error)
+                    )
+                    del left[event.index]
+                    yield ended
                 else:
                     yield event
                     if isinstance(event, Remark):
