@@ -51,7 +51,8 @@ class Ledger:
                 time = line["time"] = max(time, str(line.get("time", "")))
                 if line["status"] == "run":
                     self.runs[path.name] = []
-                self.runs.setdefault(path.name, []).append(line)
+                if path.name in self.runs:
+                    self.runs[path.name].append(line)
             lines += found
         for line in sorted(lines, key=lambda line: line["time"]):
             self.note(line)
@@ -82,7 +83,7 @@ class Ledger:
             if line["status"] == "done" and state.st_mtime_ns == line.get("mtime_ns"):
                 return True
             return sha256(path) == line["sha256"]
-        except OSError:
+        except (OSError, ValueError):  # it is gone, or its name is no name
             return False
 
     def is_of(self, id: str, path: Path) -> bool:
@@ -93,7 +94,7 @@ class Ledger:
         known, file = self.hashes.get((id, path.as_posix())), self.folder / path
         try:
             return known is not None and (file.stat().st_size == 0 or sha256(file) in known)
-        except OSError:  # a folder, or not for us to read
+        except (OSError, ValueError):  # a folder, or not for us to read
             return False
 
 

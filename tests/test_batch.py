@@ -51,8 +51,9 @@ def lines(folder: str | Path, status: str | None = None) -> list[dict]:
     return [line for line in found if status in (None, line["status"])]
 
 
-def events(out: str) -> list[dict]:
-    return [json.loads(line) for line in out.splitlines()]
+def events(out: str, heartbeats: bool = False) -> list[dict]:
+    found = [json.loads(line) for line in out.splitlines()]
+    return [event for event in found if heartbeats or event["event"] != "heartbeat"]
 
 
 # --- rows to pictures --------------------------------------------------------------------------
@@ -483,6 +484,15 @@ def test_weights_that_cannot_be_used_fail_their_jobs_only(sana, tiny_model, tmp_
     assert len(lines("jobs-images", "failed")) == 4
 
 
+def test_too_little_memory_for_any_job_is_no_fault_of_the_jobs(sana):
+    run = sana("batch", "jobs.txt", *DEMO, "--memory", "60MB", "--json")
+    assert run.code == 4
+    assert [event["event"] for event in events(run.out)] == ["plan", "summary"]
+    assert "more than the 60.0 MB" in run.err
+    assert not lines("jobs-images", "failed")
+    assert sana("batch", "jobs.txt", *DEMO).code == 0
+
+
 @pytest.mark.parametrize("after", range(0, 10, 2))
 def test_a_full_disk_ends_it_with_nothing_lost(sana, monkeypatch, after):
     expected = sana("batch", "jobs.txt", *DEMO, "-o", "whole").out
@@ -640,7 +650,7 @@ def test_events_are_json_lines_with_warnings_going_on(here, monkeypatch, broken,
 def test_long_work_is_heard_of(sana, monkeypatch):
     monkeypatch.setattr("sana_cli.events.HEARTBEAT", 0.05)
     run = sana("batch", "jobs.txt", "-m", "demo", "--steps", "20", "--json")
-    found = events(run.out)
+    found = events(run.out, heartbeats=True)
     assert_schemas(found)
     beats = [event for event in found if event["event"] == "heartbeat"]
     assert {beat["stage"] for beat in beats} >= {"denoise"}
