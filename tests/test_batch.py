@@ -90,6 +90,18 @@ def test_rows_win_over_options_and_options_fill_the_gaps(sana):
     ]
 
 
+def test_standing_choices_fill_the_gaps_too_and_are_said_aloud(sana):
+    Path("sana.toml").write_text('model = "demo"\nsteps = 1\nformat = "webp"\nquality = 50\n')
+    Path("jobs.csv").write_text("prompt,steps\na red circle on white,2\na blue ring on white,\n")
+    run = sana("batch", "jobs.csv", "--json")
+    found = [event for event in events(run.out) if event["event"] == "image"]
+    assert [event["recipe"]["steps"] for event in found] == [2, 1], run.err
+    assert {Path(event["path"]).suffix for event in found} == {".webp"}
+    assert "from ./sana.toml: format, model, quality, steps" in run.err
+    run = sana("batch", "jobs.csv", "--check", "-o", "x/{slug}.png")
+    assert run.code == 0 and "set aside" in run.err
+
+
 def test_a_table_fills_a_template_and_names(sana):
     Path("jobs.csv").write_text(
         "colour,shape,client\nred,circle,A/B Ltd.\nblue,{big|small} star,../CON\n"
