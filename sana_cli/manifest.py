@@ -16,6 +16,7 @@ manifests of their own, `manifest.2-of-3.jsonl`; all those of a folder are read 
 import hashlib
 import json
 import os
+import re
 import socket
 from collections.abc import Iterable
 from datetime import UTC, datetime
@@ -50,7 +51,8 @@ class Ledger:
                 time = line["time"] = max(time, str(line.get("time", "")))
                 if line["status"] == "run":
                     self.runs[path.name] = []
-                self.runs.setdefault(path.name, []).append(line)
+                if path.name in self.runs:
+                    self.runs[path.name].append(line)
             lines += found
         for line in sorted(lines, key=lambda line: line["time"]):
             self.note(line)
@@ -81,7 +83,7 @@ class Ledger:
             if line["status"] == "done" and state.st_mtime_ns == line.get("mtime_ns"):
                 return True
             return sha256(path) == line["sha256"]
-        except OSError:
+        except (OSError, ValueError):  # it is gone, or its name is no name
             return False
 
     def is_of(self, id: str, path: Path) -> bool:
@@ -90,7 +92,10 @@ class Ledger:
         An empty file is the claim of a writer that was killed, where there are no hard links.
         """
         known, file = self.hashes.get((id, path.as_posix())), self.folder / path
-        return known is not None and (file.stat().st_size == 0 or sha256(file) in known)
+        try:
+            return known is not None and (file.stat().st_size == 0 or sha256(file) in known)
+        except (OSError, ValueError):  # a folder, or not for us to read
+            return False
 
 
 def read_lines(data: bytes) -> tuple[list[Line], int]:
@@ -113,7 +118,10 @@ def _line(text: bytes) -> Line | None:
         return None
     if not isinstance(line, dict) or line.get("status") not in STATUSES:
         return None
-    needed = {"run": (), "writing": ("id", "path", "sha256"), "done": ("id", "path", "sha256")}
+    if line["status"] == "run":
+        shard = re.fullmatch(r"\d{1,6}/\d{1,6}", str(line.get("shard") or "1/1"))
+        return line if shard and isinstance(line.get("todo", 0), int) else None
+    needed = {"writing": ("id", "path", "sha256"), "done": ("id", "path", "sha256")}
     wanted = needed.get(line["status"], ("id",))
     return line if all(isinstance(line.get(name), str) for name in wanted) else None
 

@@ -58,7 +58,7 @@ class Runner:
     def run(self, jobs: Iterable[Job]) -> Iterator[Event]:
         """All with one model and one precision together, in the order of the first of each.
 
-        DiskFull or SanaError if no more can be kept; what was said to be saved, is.
+        SanaError if no more can be drawn or kept; what was said to be saved, is.
         """
         try:
             yield from self._run(jobs)
@@ -71,6 +71,7 @@ class Runner:
             recipe = job.recipe
             precision = (recipe.text_dtype, recipe.dit_dtype, recipe.vae_dtype)
             groups.setdefault((job.model, precision), []).append(job)
+        count = sum(map(len, groups.values()))
         self.before = time.perf_counter()
         for group in groups.values():
             waiting = [group]
@@ -82,6 +83,8 @@ class Runner:
                 if isinstance(error, NotEnoughMemory):
                     size = max(map(_pixels, left))
                     bad = [job for job in left if _pixels(job) == size]
+                    if len(bad) == count:  # of all there is: no fault of the jobs
+                        raise _Fatal(error)
                     waiting.insert(0, [job for job in left if _pixels(job) < size])
                 elif len(left) == 1 or isinstance(error, BrokenModel):
                     bad = left
@@ -101,10 +104,15 @@ class Runner:
             files = self.files_of(jobs[0].model)
             plan = self.plan_of(recipes, files)
             for event in draw(recipes, files, plan, images=sources, cache=self.cache):
-                if isinstance(event, Picture):
-                    yield self._save(left.pop(event.index), event, plan)
-                elif isinstance(event, Failure):
-                    yield self._failed(left.pop(event.index), event.error)
+                if isinstance(event, Picture | Failure):
+                    job = left[event.index]
+                    ended = (
+                        self._save(job, event, plan)
+                        if isinstance(event, Picture)
+                        else self._failed(job, event.error)
+                    )
+                    del left[event.index]
+                    yield ended
                 else:
                     yield event
                     if isinstance(event, Remark):
@@ -166,7 +174,7 @@ def _pixels(job: Job) -> int:
 
 
 class _Fatal(Exception):
-    """The disk is full or the manifest cannot be written: nothing more can be kept."""
+    """No other job would fare better: the disk is full, or there is too little memory for any."""
 
     def __init__(self, error: SanaError) -> None:
         self.error = error

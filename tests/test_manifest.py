@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from sana_cli.errors import SanaError
@@ -79,6 +79,33 @@ def test_no_bytes_are_too_strange_for_a_manifest(tmp_path_factory, data):
         manifest.begin(jobs=1)
         assert len(manifest.runs) <= 1
     assert list(Ledger(folder).runs.values())[0][0]["jobs"] == 1
+
+
+VALUES = st.none() | st.booleans() | st.integers() | st.text(max_size=5) | st.lists(st.integers())
+FACTS = ("id", "path", "sha256", "bytes", "mtime_ns", "time", "todo", "shard", "pid")
+STRANGE = st.fixed_dictionaries(
+    {"status": st.sampled_from(["run", "writing", "done", "failed", "again"])},
+    optional=dict.fromkeys(FACTS, VALUES),
+)
+
+
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=30
+)
+@example([{"status": "writing", "id": "", "shard": [0], "path": "", "sha256": ""}])
+@example([{"status": "done", "id": "a", "path": "\0", "sha256": ""}])
+@example([{"status": "run", "todo": True, "shard": "0/9"}])
+@given(st.lists(STRANGE, max_size=4))
+def test_no_line_is_too_strange_for_a_manifest(sana, tmp_path_factory, lines):
+    folder = tmp_path_factory.mktemp("strange")
+    (folder / "manifest.jsonl").write_bytes(as_bytes(lines))
+    with Manifest(folder) as manifest:
+        for line in lines:
+            if isinstance(line.get("id"), str):
+                assert manifest.status(line["id"]) in ("done", "open", "failed")
+                manifest.place(line["id"], Path("fox.png"), False)
+    run = sana("batch", "status", str(folder))
+    assert run.code in (0, 2, 3) and "Traceback" not in run.err, run.err
 
 
 def test_a_damaged_line_in_the_middle_costs_that_line_only(tmp_path):

@@ -272,7 +272,7 @@ def status(
     from sana_cli.manifest import Ledger, is_held
 
     ledger = Ledger(folder)
-    if not ledger.runs:
+    if not ledger.last and not ledger.runs:
         raise UsageError(f"{folder} holds no manifest of a batch", "give the folder of its -o")
     states = {id: ledger.status(id) for id in ledger.last}
     runs = [_run_row(name, lines) for name, lines in ledger.runs.items()]

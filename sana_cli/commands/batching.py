@@ -93,6 +93,7 @@ class Batch:
                     self._draw(self._open_jobs(jobs, stack), asked)
                 if asked or self._failed_enough():
                     break
+                self._say_stage("wait")  # for more rows
             if not asked:
                 self._refuse_nothing()
         except SanaError as error:
@@ -367,9 +368,12 @@ class Batch:
         if isinstance(event, Remark):
             (self._warn_once if event.warning else self.talk.detail)(event.text)
         elif isinstance(event, Progress):
-            self.bar.stage(event.stage, event.done, event.total)
-            if self.events:
-                self.events.stage(event.stage, event.done, event.total)
+            self._say_stage(event.stage, event.done, event.total)
+
+    def _say_stage(self, name: str, done: int = 0, total: int = 0) -> None:
+        self.bar.stage(name, done, total)
+        if self.events:
+            self.events.stage(name, done, total)
 
     def _warn_once(self, text: str) -> None:
         if text not in self.warned:
