@@ -40,7 +40,7 @@ Result = TypeVar("Result")
 Network = TypeVar("Network", bound=nn.Module)
 Images = Mapping[str, np.ndarray]  # SHA-256 of a picture to start from -> uint8 RGB (h, w, 3)
 
-TURN = 16  # pictures denoised, then decoded, where only one network is held at a time
+TURN = 4  # pictures denoised, then decoded, where only one network is held at a time
 
 
 @dataclass(frozen=True)
