@@ -18,7 +18,6 @@ from sana_cli.plan import Plan
 from sana_cli.recipe import Recipe
 from sana_cli.weights import Model
 
-
 AT_ONCE = 256  # pictures whose texts are held in memory together: 0.4 GB of Gemma-2-2B's
 
 
