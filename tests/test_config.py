@@ -45,7 +45,6 @@ VALUES = {
     "quiet": True,
     "verbose": True,
     "color": False,
-    "preview": True,
 }
 NOT_OF_A_BATCH = {"output", "preview"}  # its --output is a folder of its own
 DRY = ("generate", "a red circle", "-s", "1", "--dry-run")
