@@ -19,6 +19,8 @@ from sana_cli.device import is_out_of_memory
 from sana_cli.errors import DiskFull, NotEnoughMemory, SanaError, UsageError
 from sana_cli.signals import leaving_at_once
 
+GENERATE = 'to draw: sana generate "a red fox"; sana --help lists the commands'
+
 app = typer.Typer(
     name="sana",
     no_args_is_help=True,
@@ -98,7 +100,10 @@ def _report(error: Exception, found: dict[str, Any]) -> int:
         traceback.print_exc()
     if hasattr(error, "format_message"):  # Typer's own usage errors, whichever Click it carries
         context = getattr(error, "ctx", None)
-        error = UsageError(error.format_message(), _help_of(context))
+        message = error.format_message()
+        # What stands where a verb should is perhaps a prompt.
+        lost = message.startswith("No such command") and context and context.parent is None
+        error = UsageError(message, GENERATE if lost else _help_of(context))
     if not isinstance(error, SanaError):
         error = _unforeseen(error, verbose)
     if isinstance(error, UsageError):

@@ -177,7 +177,14 @@ def _fit(
     """The first plan whose peak is within the budget, else the leanest; and its peak."""
     first = next(plans)
     # The last resort, another device, is not for planning.
-    for plan in (first, *(plan for plan in plans if plan.device == first.device)):
+    others = [plan for plan in plans if plan.device == first.device]
+    needed = peak(first, recipe, files)
+    if needed <= budget or not others:
+        return first, needed
+    least = peak(others[-1], recipe, files)
+    if least > budget:
+        return others[-1], least
+    for plan in others:
         needed = peak(plan, recipe, files)
         if needed <= budget:
             break

@@ -116,3 +116,10 @@ def test_nothing_is_ever_unpickled(path):
     source = path.read_text(encoding="utf-8")
     assert "torch.load" not in source
     assert "pickle" not in imported(path)
+
+
+def test_a_prompt_without_a_verb_is_told_the_verb(sana):
+    run = sana("a red fox")
+    assert run.code == 2
+    assert 'sana generate "a red fox"' in run.err
+    assert "sana models --help" in sana("models", "bogus").err
