@@ -1,5 +1,6 @@
 """What the README says is so."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -37,6 +38,28 @@ def table_of_models() -> list[str]:
 def test_the_table_of_models_is_that_of_weights_toml():
     table = README.split("<!-- models -->")[1].split("<!-- /models -->")[0].strip().splitlines()
     assert table == table_of_models()
+
+
+def table_of_decodes() -> list[str]:
+    rows = ["| picture | way | above the weights | seconds | likeness |", "|---|---|---|---|---|"]
+    measured = json.loads((ROOT / "benchmarks" / "decode.json").read_text())["rows"]
+    for row in sorted(measured, key=lambda row: row["side"]):
+        way = {"strips": "**strips (ours)**", "untiled": "diffusers, untiled"}.get(
+            row["way"], f"diffusers, {row['way']}"
+        )
+        if "failed" in row:
+            cells = "does not fit", "–", "–"
+        else:
+            psnr = row.get("psnr")
+            like = "–" if "psnr" not in row else "the same" if psnr is None else f"{psnr:.1f} dB"
+            cells = f"{row['peak_above_weights'] / 1e9:.2f} GB", f"{row['seconds']:.0f}", like
+        rows.append(f"| {row['side']}² | {way} | {' | '.join(cells)} |")
+    return rows
+
+
+def test_the_table_of_decodes_is_what_was_measured():
+    table = README.split("<!-- decode -->")[1].split("<!-- /decode -->")[0].strip().splitlines()
+    assert [line for line in table if line.startswith("|")] == table_of_decodes()
 
 
 def demo_commands() -> list[str]:
