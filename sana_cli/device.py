@@ -2,7 +2,9 @@
 
 import ctypes
 import importlib.util
+import os
 import sys
+from pathlib import Path
 
 from sana_cli.errors import UsageError
 
@@ -133,6 +135,15 @@ def is_out_of_memory(error: Exception) -> bool:
         return True
     # What the CPU's allocator raises.
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def resident_bytes() -> int:
+    """What this process holds in memory now, or has held at most where only that is known."""
+    try:
+        pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[1]
+    except OSError:  # not Linux
+        return peak_bytes("cpu")
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
 def peak_bytes(device: str) -> int:

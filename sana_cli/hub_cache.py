@@ -103,14 +103,11 @@ def source_parts(source: Source) -> Parts | None:
         parts = {folder: find_part(place / folder, source.variants) for folder in source.folders}
     except BrokenModel:
         return None
-    known = digests(source)
-    expected = [name for name in known if _belongs(name, source)]
-    # Files that other tools have fetched are in no lock: then a config is the least there must be.
-    expected += [f"{folder}/{CONFIGS[folder][0]}" for folder in source.folders]
-    whole = all(
-        _size(place / name) == known[name].size if name in known else (place / name).is_file()
-        for name in expected
-    )
+    known = {name: digest for name, digest in digests(source).items() if _belongs(name, source)}
+    # What other tools have fetched, or we in part, is in no lock: then all configs must be there.
+    configs = {f"{folder}/{name}" for folder in source.folders for name in CONFIGS[folder]}
+    whole = all(_size(place / name) == digest.size for name, digest in known.items())
+    whole = whole and (bool(known) or all((place / name).is_file() for name in configs))
     return parts if whole else None
 
 

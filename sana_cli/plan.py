@@ -13,7 +13,7 @@ from torch import nn
 from sana_cli.architectures import GEMMA_2_2B
 from sana_cli.chunks import run_in_chunks
 from sana_cli.dc_ae import DCAE, Decoder, Encoder
-from sana_cli.device import peak_bytes
+from sana_cli.device import resident_bytes
 from sana_cli.dit import DiT
 from sana_cli.errors import NotEnoughMemory
 from sana_cli.gemma import Gemma
@@ -113,7 +113,7 @@ def make_plan(
     """
     recipe = max(recipes, key=lambda r: r.native_width * r.native_height)
     # On the CPU what the interpreter and its libraries hold counts against the user's limit.
-    held = 0 if limit is None or device.startswith("cuda") else peak_bytes(device)
+    held = 0 if limit is None or device.startswith("cuda") else resident_bytes()
     budget = (int(free_memory(device) * (1 - KEPT_FREE)) if limit is None else limit) - held
     plan = Plan(device, budget=budget)
     several = len(recipes) > 1
