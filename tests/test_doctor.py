@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sana_cli.layout import CONFIGS
 from sana_cli.machine import picture_protocol
 from sana_cli.weights import known_models
 
@@ -112,7 +113,7 @@ def test_a_model_that_was_fetched_is_found_and_recommended(tmp_path):
             part = folder / source.revision / name
             part.mkdir(parents=True, exist_ok=True)
             stem = "model" if name == "text_encoder" else "diffusion_pytorch_model"
-            for file in ("config.json", "tokenizer.json", "scheduler_config.json"):
+            for file in CONFIGS[name]:
                 (part / file).write_text("{}")
             (part / f"{stem}.{source.variants[0]}.safetensors").write_bytes(bytes(1000))
     facts, _ = examine(HF_HOME=str(tmp_path), SANA_DATA_DIR=str(tmp_path / "data"))
