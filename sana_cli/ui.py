@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from rich.console import Console
 from rich.live import Live
@@ -87,7 +87,25 @@ class Talk:
             self.console.print(f"[bold]hint:[/bold] {escape(error.hint)}", soft_wrap=True)
 
 
-class Bars:
+class _Shown:
+    """Bars that are on the terminal during a `with` block."""
+
+    progress: Progress
+
+    def __enter__(self) -> Self:
+        self.progress.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.progress.__exit__(kind, value, trace)
+
+
+class Bars(_Shown):
     """One bar a stage, with the time left; a line a stage where the terminal cannot draw."""
 
     def __init__(self, talk: Talk, stages: tuple[str, ...]) -> None:
@@ -109,18 +127,6 @@ class Bars:
             for stage in stages
         }
 
-    def __enter__(self) -> "Bars":
-        self.progress.__enter__()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.progress.__exit__(kind, value, trace)
-
     @contextmanager
     def aside(self) -> Iterator[None]:
         """With the bars out of the way."""
@@ -141,7 +147,7 @@ class Bars:
             self.talk.say(f"{stage}: {total} done")
 
 
-class BatchBar:
+class BatchBar(_Shown):
     """One bar for all pictures, with the stage under way; lines where there is no terminal."""
 
     LINE_EVERY = 10.0  # seconds between lines
@@ -164,18 +170,6 @@ class BatchBar:
         self.task = self.progress.add_task("pictures", total=0, stage="")
         self.done = self.total = 0
         self.began = self.spoke = time.monotonic()
-
-    def __enter__(self) -> "BatchBar":
-        self.progress.__enter__()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.progress.__exit__(kind, value, trace)
 
     def expect(self, more: int) -> None:
         self.total += more
@@ -220,7 +214,7 @@ def out_of_the_way(progress: Progress) -> Iterator[None]:
     progress.start()
 
 
-class Downloads:
+class Downloads(_Shown):
     """A bar a file and one for all, with speed and time left; lines where there is no terminal."""
 
     LINE_EVERY = 10.0  # seconds between lines
@@ -244,18 +238,6 @@ class Downloads:
         self.began = self.spoke = time.monotonic()
         self.drew = 0.0
         self.turn = threading.Lock()
-
-    def __enter__(self) -> "Downloads":
-        self.progress.__enter__()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.progress.__exit__(kind, value, trace)
 
     def begin(self, files: "list[RemoteFile]", waiting_bytes: int) -> None:
         self.size = sum(file.digest.size for file in files)

@@ -10,32 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from recipes import RECIPE
 from sana_cli import __version__, images
 from sana_cli.errors import SanaError, UsageError
 from sana_cli.metadata import Record, parameters
 from sana_cli.names import parse_output, safe_name, slug
 from sana_cli.recipe import Recipe
 
-RECIPE = Recipe(
-    prompt="a red circle",
-    negative="",
-    instruction="",
-    seed=7,
-    steps=20,
-    guidance=4.5,
-    solver="flow-dpm",
-    flow_shift=3.0,
-    width=64,
-    height=32,
-    native_width=64,
-    native_height=32,
-    fit="trained",
-    model="demo",
-    revision=None,
-    text_dtype="float32",
-    dit_dtype="float32",
-    vae_dtype="float32",
-)
 PIXELS = np.random.default_rng(0).integers(0, 256, (32, 64, 3), np.uint8)
 
 

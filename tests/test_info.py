@@ -4,37 +4,24 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
+from recipes import RECIPE
 from sana_cli import images
 from sana_cli.instruction import INSTRUCTION
 from sana_cli.metadata import Record
 from sana_cli.recipe import Recipe
 from sana_cli.shapes import TRAINED_SHAPES, Request, place
 
-DEMO = Recipe(
-    prompt="a red circle on a blue background",
-    negative="",
-    instruction="",
-    seed=7,
-    steps=2,
-    guidance=4.5,
-    solver="flow-dpm",
-    flow_shift=3.0,
-    width=256,
-    height=256,
-    native_width=256,
-    native_height=256,
-    fit="trained",
-    model="demo",
-    revision=None,
-    text_dtype="float32",
-    dit_dtype="float32",
-    vae_dtype="float32",
+DEMO = replace(
+    RECIPE,
+    **{"prompt": "a red circle on a blue background", "steps": 2},
+    **dict.fromkeys(("width", "height", "native_width", "native_height"), 256),
 )
 
 

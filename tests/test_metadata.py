@@ -15,31 +15,12 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
+from recipes import RECIPE
 from sana_cli import __version__, images
 from sana_cli.errors import SanaError, UsageError
 from sana_cli.metadata import Record, parameters, read, recipe_of
 from sana_cli.recipe import Recipe
 
-RECIPE = Recipe(
-    prompt="a red circle",
-    negative="",
-    instruction="",
-    seed=7,
-    steps=20,
-    guidance=4.5,
-    solver="flow-dpm",
-    flow_shift=3.0,
-    width=64,
-    height=32,
-    native_width=64,
-    native_height=32,
-    fit="trained",
-    model="demo",
-    revision=None,
-    text_dtype="float32",
-    dit_dtype="float32",
-    vae_dtype="float32",
-)
 PIXELS = np.random.default_rng(0).integers(0, 256, (32, 64, 3), np.uint8)
 FORMATS = ("png", "jpeg", "webp", "avif")
 MADE = {"sana": __version__, "torch": "2.9", "device": "cpu"}
