@@ -34,3 +34,34 @@ def attend(q: Tensor, state: Tensor) -> Tensor:
     """q (B, heads, d, N) and the state of all tokens -> (B, heads, d, N) float32."""
     weighted = state @ F.relu(q).float()
     return weighted[:, :, :-1] / (weighted[:, :, -1:] + EPS)
+
+
+# --- token-major, as the transformer runs it -------------------------------------------------
+
+
+def project_qkv(
+    x: Tensor, weight: Tensor, heads: int, norm_k: Tensor | None = None, eps: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Tokens x (B, N, D) and weight (3D, D), of q, k and v in this order.
+
+    -> q (B, N, D) in the dtype of x, and the state of k and v, (B, heads, d+1, d) float32.
+    With `norm_k` (D,), k first goes through an RMSNorm over all of D. The one of q that goes
+    with it changes nothing but its weight, which belongs into the projection: its scale of a
+    token cancels in the quotient of `attend`.
+    """
+    q, k, v = F.linear(x, weight).chunk(3, dim=-1)
+    if norm_k is not None:
+        scale = torch.rsqrt(k.float().pow(2).mean(-1, keepdim=True) + eps)
+        k = (k * scale).to(k.dtype) * norm_k
+    return q, attention_state(_heads(k, heads), _heads(v, heads))
+
+
+def attend_tokens(q: Tensor, state: Tensor) -> Tensor:
+    """q (B, N, D) before its ReLU, and the state of all tokens -> (B, N, D), in the dtype of q."""
+    out = attend(_heads(q, state.shape[1]), state).to(q.dtype)
+    return out.flatten(1, 2).transpose(1, 2)
+
+
+def _heads(x: Tensor, heads: int) -> Tensor:
+    """(B, N, D) -> (B, heads, d, N)."""
+    return x.transpose(1, 2).unflatten(1, (heads, -1))

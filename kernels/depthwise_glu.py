@@ -1,0 +1,17 @@
+"""The middle of the Mix-FFN (arXiv 2410.10629, section 2.2): a depthwise 3x3, then a gate."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def depthwise_glu(x: Tensor, weight: Tensor, bias: Tensor, rim: bool = False) -> Tensor:
+    """value·silu(gate), the two halves of the channels of a depthwise 3x3 convolution of x.
+
+    x (B, h, w, 2E), token-major and already activated; weight (2E, 1, 3, 3); bias (2E,).
+    -> (B, h, w, E). Zeros stand beyond the borders; with `rim` the first and last rows of x are
+    themselves what stands beyond, and the result is (B, h-2, w, E).
+    """
+    image = x.movedim(-1, 1)  # channels-last already
+    padding = (0 if rim else 1, 1)
+    value, gate = F.conv2d(image, weight, bias, padding=padding, groups=len(weight)).chunk(2, 1)
+    return (value * F.silu(gate)).movedim(1, -1)

@@ -1,0 +1,10 @@
+"""LayerNorm without weights, then scale and shift (adaLN-single, PixArt-α, section 2.3)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """x (B, N, D), shift and scale (D,) -> LayerNorm(x)·(1 + scale) + shift, in the dtype of x."""
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=eps), 1 + scale)

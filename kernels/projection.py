@@ -1,0 +1,20 @@
+"""Linear maps with what always follows them."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def expand(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x (B, N, D), weight (E, D), bias (E,) -> silu(x·weightᵀ + bias), (B, N, E)."""
+    return F.silu(F.linear(x, weight, bias), inplace=True)
+
+
+def add_projected(
+    x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor | None
+) -> Tensor:
+    """x += gate·(y·weightᵀ + bias), in place; the same tensor is returned.
+
+    x (B, N, D), y (B, N, E), weight (D, E), bias (D,) or None, gate (D,) or None for 1.
+    """
+    projected = F.linear(y, weight, bias)
+    return x.add_(projected) if gate is None else x.addcmul_(projected, gate)
