@@ -11,7 +11,10 @@ def depthwise_glu(x: Tensor, weight: Tensor, bias: Tensor, rim: bool = False) ->
     -> (B, h, w, E). Zeros stand beyond the borders; with `rim` the first and last rows of x are
     themselves what stands beyond, and the result is (B, h-2, w, E).
     """
-    image = x.movedim(-1, 1)  # channels-last already
     padding = (0 if rim else 1, 1)
-    value, gate = F.conv2d(image, weight, bias, padding=padding, groups=len(weight)).chunk(2, 1)
-    return (value * F.silu(gate)).movedim(1, -1)
+    image = x.movedim(-1, 1)  # channels-last already
+    del x  # whoever called may have no more use for it
+    y = F.conv2d(image, weight, bias, padding=padding, groups=len(weight))
+    del image
+    value, gate = y.movedim(1, -1).chunk(2, dim=-1)
+    return value.mul_(F.silu(gate, inplace=True))

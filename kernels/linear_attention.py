@@ -49,19 +49,31 @@ def project_qkv(
     with it changes nothing but its weight, which belongs into the projection: its scale of a
     token cancels in the quotient of `attend`.
     """
-    q, k, v = F.linear(x, weight).chunk(3, dim=-1)
+    width = x.shape[-1]
+    q = F.linear(x, weight[:width])
+    k, v = F.linear(x, weight[width:]).chunk(2, dim=-1)
     if norm_k is not None:
         scale = torch.rsqrt(k.float().pow(2).mean(-1, keepdim=True) + eps)
         k = (k * scale).to(k.dtype) * norm_k
-    return q, attention_state(_heads(k, heads), _heads(v, heads))
+    states = []
+    for keys, values in zip(k, v, strict=True):  # one after the other, for views and not copies
+        keys = F.relu(keys).float()
+        products = _heads(values.float(), heads).transpose(1, 2) @ _heads(keys, heads)
+        sums = keys.sum(0).unflatten(0, (heads, 1, -1))
+        states.append(torch.cat([products, sums], dim=1))
+    return q, torch.stack(states)
 
 
 def attend_tokens(q: Tensor, state: Tensor) -> Tensor:
     """q (B, N, D) before its ReLU, and the state of all tokens -> (B, N, D), in the dtype of q."""
-    out = attend(_heads(q, state.shape[1]), state).to(q.dtype)
-    return out.flatten(1, 2).transpose(1, 2)
+    out = torch.empty_like(q)
+    for queries, sums, target in zip(q, state, out, strict=True):
+        heads = len(sums)
+        weighted = _heads(F.relu(queries).float(), heads) @ sums.transpose(1, 2)
+        torch.div(weighted[..., :-1], weighted[..., -1:].add_(EPS), out=_heads(target, heads))
+    return out
 
 
 def _heads(x: Tensor, heads: int) -> Tensor:
-    """(B, N, D) -> (B, heads, d, N)."""
-    return x.transpose(1, 2).unflatten(1, (heads, -1))
+    """(N, D) -> (heads, N, d), a view."""
+    return x.unflatten(-1, (heads, -1)).transpose(0, 1)

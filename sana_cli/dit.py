@@ -324,7 +324,17 @@ def attention_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def position_table(grid: tuple[int, int], width: int, base: int, interpolation: float) -> Tensor:
-    """Sine-cosine positions float32 (1, h·w, D): the first half of D for columns, then rows.
+    """Sine-cosine positions float32 (1, h·w, D): the first half of D for columns, then rows."""
+    rows, columns = position_axes(grid, width, base, interpolation)
+    shape = (*grid, width // 2)
+    table = torch.cat([columns[None].expand(shape), rows[:, None].expand(shape)], dim=-1)
+    return table.flatten(0, 1)[None]
+
+
+def position_axes(
+    grid: tuple[int, int], width: int, base: int, interpolation: float
+) -> tuple[Tensor, Tensor]:
+    """The two halves of the table: of each row (h, D/2) and of each column (w, D/2), float32.
 
     The native grid of `base` cells spans base/interpolation units; any other is stretched to it.
     """
@@ -334,7 +344,4 @@ def position_table(grid: tuple[int, int], width: int, base: int, interpolation: 
         place = torch.arange(cells, dtype=torch.float32) / (cells / base) / interpolation
         angle = place.double()[:, None] * frequencies
         axes.append(torch.cat([angle.sin(), angle.cos()], dim=-1).float())
-    rows, columns = axes[0][:, None], axes[1][None]
-    shape = (*grid, width // 2)
-    table = torch.cat([columns.expand(shape), rows.expand(shape)], dim=-1)
-    return table.flatten(0, 1)[None]
+    return axes[0], axes[1]

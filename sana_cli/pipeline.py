@@ -15,21 +15,21 @@ from typing import TYPE_CHECKING, TypeVar, cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
 from sana_cli.checkpoint import load_weights, on_meta
-from sana_cli.chunks import run_in_chunks
 from sana_cli.dc_ae import DCAE, Decoder, Encoder
 from sana_cli.device import give_back, is_out_of_memory, keep_no_heap, peak_bytes
 from sana_cli.dit import DiT
+from sana_cli.engine import Engine
 from sana_cli.errors import BadPicture, NotEnoughMemory, SanaError, UsageError
+from sana_cli.guidance import GuidedVelocity, is_guided
 from sana_cli.instruction import as_read
 from sana_cli.model_files import ModelFiles
 from sana_cli.plan import Plan
 from sana_cli.recipe import Recipe
-from sana_cli.solver import SOLVERS, first_step
+from sana_cli.solver import SOLVERS, advance, first_step
 from sana_cli.strips import Decoded, decode, encode, fold
 from sana_cli.text_cache import TextCache
 
@@ -119,7 +119,7 @@ class Run:
         self.starts: dict[tuple[str, int, int], Tensor] = {}  # picture at a size -> latents
         self.latents: dict[int, Tensor] = {}  # of a recipe's index, waiting to be decoded
         self.text_encoder: TextEncoder | None = None
-        self.transformer: DiT | None = None
+        self.transformer: Engine | None = None
         self.decoder: Decoder | None = None
         self.steps_done = self.pictures_done = 0
         self.steps = sum(r.steps - first_step(r.steps, r.strength) for r in recipes)
@@ -227,19 +227,17 @@ class Run:
             part = self.files.parts["transformer"]
             dit = on_meta(DiT, self.files.dit, part.config)
             load_weights(dit, part.weights, dtype_of(self.recipes[0].dit_dtype))
-            self.transformer = self.moved(dit)
+            self.transformer = self.moved(Engine(dit))
             yield loaded(began)
 
     def denoise(self, i: int) -> Iterator[Event]:
         """Put a float32 (1, 32, h, w) into `latents`, on the CPU."""
-        recipe, files, dit = self.recipes[i], self.files, cast(DiT, self.transformer)
+        recipe, files = self.recipes[i], self.files
         texts = [self.texts[recipe.instruction, recipe.prompt]]
         if is_guided(recipe, files):
             texts.insert(0, self.texts["", recipe.negative])
         solver = SOLVERS[recipe.solver]
         schedule = solver.schedule(recipe.steps, recipe.flow_shift)
-        # Sana-Sprint is told the noise level itself, whatever its config says, as the reference.
-        unit = 1.0 if files.is_sprint else files.dit.timestep_scale
         first = first_step(recipe.steps, recipe.strength)
         draws = noise(recipe, files)
         sample, previous = next(draws), None
@@ -247,14 +245,16 @@ class Run:
             start = self.starts[recipe.image, recipe.native_height, recipe.native_width]
             sample = torch.lerp(start, sample, schedule.sigmas[first])
         ladder = Ladder(self.plan.leaner_denoising(), f"seed {recipe.seed}")
-        guided = GuidedVelocity(dit, texts, recipe, files)
+        engine = cast(Engine, self.transformer)
+        guided = GuidedVelocity(engine, texts, schedule.timesteps, recipe, files)
         sample = sample.to(self.plan.device)
         for step in range(first, recipe.steps):
             began = time.perf_counter()
-            attempt = partial(guided, sample, schedule.timesteps[step] * unit)
+            attempt = partial(guided, sample, step)
             velocity = yield from ladder.attempt(attempt)
             fresh = next(draws).to(sample.device) if solver.stochastic else None
-            sample, previous = solver.step(schedule, step, sample, velocity, previous, fresh)
+            update = solver.update(schedule, step)
+            sample, previous = advance(update, sample, velocity, previous, fresh)
             self.steps_done += 1
             yield self.done("denoise", self.steps_done, self.steps, began)
         self.latents[i] = sample.cpu()
@@ -363,53 +363,6 @@ class Ladder:
             )
 
 
-class GuidedVelocity:
-    """The velocity of one recipe's sample, by classifier-free guidance (arXiv 2207.12598)."""
-
-    def __init__(self, dit: DiT, texts: list[Tensor], recipe: Recipe, files: ModelFiles) -> None:
-        """`texts`: states of the prompt, after those of the negative one if it is guided."""
-        self.dit, self.texts, self.recipe, self.files = dit, texts, recipe, files
-        self.dtype = dtype_of(recipe.dit_dtype)
-        self.plan: Plan | None = None
-
-    def __call__(self, sample: Tensor, timestep: float, plan: Plan) -> Tensor:
-        """float32, like `sample` (1, 32, h, w)."""
-        if plan != self.plan:
-            self.prepare(plan)
-        latents = sample.to(plan.device, self.dtype)
-        halves = []
-        for caption, mask in self.captions:
-            rows = len(caption)
-            at = torch.full((rows,), timestep, device=plan.device)
-            batch = latents.expand(rows, -1, -1, -1)
-            halves.append(self.dit(batch, at, caption, mask, self.told).float())
-        velocity = torch.cat(halves)
-        if len(velocity) == 2:
-            without, given = velocity.chunk(2)
-            velocity = without + self.recipe.guidance * (given - without)
-        return velocity.to(sample.device)
-
-    def prepare(self, plan: Plan) -> None:
-        self.plan = None  # until all of it has succeeded
-        self.dit.to(plan.device)
-        run_in_chunks(self.dit, plan.rows)
-        texts = [text.to(plan.device) for text in self.texts]
-        batches = [texts] if plan.together else [[text] for text in texts]
-        self.captions = [project_texts(self.dit, batch) for batch in batches]
-        self.told = self.guidance(texts[0]) if self.files.is_sprint else None
-        self.plan = plan
-
-    def guidance(self, text: Tensor) -> Tensor:
-        """What Sana-Sprint is told (1,): in the precision of its text, as the reference does."""
-        told = torch.full((1,), self.recipe.guidance, dtype=text.dtype, device=text.device)
-        return told * self.files.dit.guidance_embeds_scale
-
-
-def is_guided(recipe: Recipe, files: ModelFiles) -> bool:
-    """Whether every step runs with the negative text too, for classifier-free guidance."""
-    return recipe.guidance > 1 and not files.is_sprint
-
-
 def noise(recipe: Recipe, files: ModelFiles) -> Iterator[Tensor]:
     """The recipe's noise, float32 (1, 32, h, w) again and again.
 
@@ -420,17 +373,6 @@ def noise(recipe: Recipe, files: ModelFiles) -> Iterator[Tensor]:
     generator = torch.Generator("cpu").manual_seed(recipe.seed)
     while True:
         yield torch.randn(shape, generator=generator)
-
-
-def project_texts(dit: DiT, texts: list[Tensor]) -> tuple[Tensor, Tensor | None]:
-    """Projected texts (B, longest, D) and the mask of real tokens, None if all are."""
-    longest = max(text.shape[1] for text in texts)
-    dtype = dit.proj_out.weight.dtype
-    rows = [F.pad(text[0], (0, 0, 0, longest - text.shape[1])) for text in texts]
-    caption = dit.project_text(torch.stack(rows).to(dtype))
-    lengths = torch.tensor([text.shape[1] for text in texts], device=caption.device)
-    mask = torch.arange(longest, device=caption.device) < lengths[:, None]
-    return caption, None if bool(mask.all()) else mask
 
 
 def covering(whole: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from sana_cli.architectures import GEMMA_2_2B
-from sana_cli.chunks import run_in_chunks
 from sana_cli.dc_ae import DCAE, Decoder, Encoder
 from sana_cli.device import resident_bytes
 from sana_cli.dit import DiT
+from sana_cli.engine import Engine, Moment
 from sana_cli.errors import NotEnoughMemory
 from sana_cli.gemma import Gemma
 from sana_cli.machine import memory
@@ -205,27 +205,26 @@ def _text_peak(recipe: Recipe, files: ModelFiles) -> int:
 
 def _denoise_peak(plan: Plan, recipe: Recipe, files: ModelFiles) -> int:
     dtype = _dtype(recipe.dit_dtype)
+    guided = recipe.guidance > 1 and not files.is_sprint
     with torch.device("meta"):
         weights = _bytes(DiT(files.dit), dtype)
         # Each block frees what it held before the next one runs: one stands for all.
-        dit = DiT(replace(files.dit, num_layers=1)).requires_grad_(False).to(dtype)
-        if plan.rows:
-            run_in_chunks(dit, plan.rows)
-        guided = recipe.guidance > 1 and not files.is_sprint
-        batch = 2 if guided and plan.together else 1
-        grid = (
-            recipe.native_height // files.vae.compression,
-            recipe.native_width // files.vae.compression,
-        )
-        sample = torch.empty((1, files.dit.in_channels, *grid))
-        latents = torch.empty((batch, files.dit.in_channels, *grid), dtype=dtype)
-        caption = torch.empty((batch, LONGEST_PROMPT, files.dit.width), dtype=dtype)
-        at = torch.empty(batch)
-        told = torch.empty(batch, dtype=dtype) if files.is_sprint else None
+        engine = Engine(DiT(replace(files.dit, num_layers=1)).requires_grad_(False).to(dtype))
+        engine.rows = plan.rows
+        sample = torch.empty((1, files.dit.in_channels, *_grid(recipe, files)))
+        # An empty text is one token.
+        lengths = [1 if recipe.negative == "" else LONGEST_PROMPT] if guided else []
+        states = torch.empty((1, LONGEST_PROMPT, files.dit.caption_channels), dtype=dtype)
+        modulation = torch.empty((6, files.dit.width), dtype=dtype)
+    texts = [engine.hear(states[:, :length]) for length in (*lengths, LONGEST_PROMPT)]
+    moment = Moment(modulation, modulation[0])
     with PeakMemory() as tracker:
-        dit(latents, at, caption, None, told)
+        engine(sample.to(dtype), moment, texts if plan.together else texts[-1:])
+    heard = files.dit.num_layers * sum(text.keys.nbytes + text.values.nbytes for text in texts)
     # Beside the pass: the sample, two estimates of x0, the noise; and the halves' velocities.
-    return weights + tracker.peak + latents.nbytes + caption.nbytes + 6 * sample.nbytes
+    return (
+        weights + tracker.peak + heard + recipe.steps * 7 * modulation[0].nbytes + 6 * sample.nbytes
+    )
 
 
 def _decode_peak(plan: Plan, recipe: Recipe, files: ModelFiles) -> int:

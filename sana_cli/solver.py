@@ -1,4 +1,4 @@
-"""Flow-DPM-Solver++ (2M), Flow-Euler and SCM as pure functions of floats and tensors.
+"""Flow-DPM-Solver++ (2M), Flow-Euler and SCM as pure functions of floats.
 
 The flow runs from noise at σ = 1 to the picture at σ = 0 with x_σ = (1-σ)·x₀ + σ·noise, and the
 network predicts the velocity v = noise - x₀ (arXiv 2410.10629, section 2.3 and appendix on
@@ -26,23 +26,46 @@ class Schedule(NamedTuple):
     timesteps: tuple[float, ...]
 
 
-class Step(NamedTuple):
-    sample: Tensor
-    denoised: Tensor  # this step's estimate of x₀, which the next step extrapolates from
+class Update(NamedTuple):
+    """A step of a solver: what it makes of tensors is linear, with these factors.
+
+    The estimate of x₀ is x - sigma·v, and the next sample is sample·x + clean·(that estimate)
+    + history·(that estimate - the one of the step before) + noise·(fresh noise).
+    """
+
+    sigma: float
+    sample: float
+    clean: float
+    history: float = 0.0
+    noise: float = 0.0
 
 
 @dataclass(frozen=True)
 class Solver:
-    """`schedule(steps, shift)`, and `step(schedule, i, sample, velocity, previous, noise)`.
+    """`schedule(steps, shift)`, and `update(schedule, i)`: the step from sigmas[i] to sigmas[i+1].
 
-    A step goes from sigmas[i] to sigmas[i+1], float32 in and out. `previous` is what the step
-    before it took for x₀, None at the first; `noise` is fresh for every step where the solver
-    is `stochastic`, else None.
+    A `stochastic` one is to be given fresh noise at every step.
     """
 
     schedule: Callable[[int, float | None], Schedule]
-    step: Callable[[Schedule, int, Tensor, Tensor, Tensor | None, Tensor | None], Step]
+    update: Callable[[Schedule, int], Update]
     stochastic: bool = False
+
+
+def advance(
+    update: Update, x: Tensor, velocity: Tensor, previous: Tensor | None, noise: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """One step: (the next sample, this step's estimate of x₀). All float32, of one shape.
+
+    `previous` is the estimate of the step before, None at the first.
+    """
+    clean = x - update.sigma * velocity
+    moved = update.sample * x + update.clean * clean
+    if previous is not None:
+        moved += update.history * (clean - previous)
+    if noise is not None:
+        moved += update.noise * noise
+    return moved, clean
 
 
 def shifted(sigma: float, shift: float | None) -> float:
@@ -58,30 +81,22 @@ def flow_dpm_schedule(steps: int, shift: float | None) -> Schedule:
     return Schedule(_float32([*sigmas, 0.0]), tuple(float(int(s * TRAIN_STEPS)) for s in sigmas))
 
 
-def flow_dpm_step(
-    schedule: Schedule,
-    i: int,
-    sample: Tensor,
-    velocity: Tensor,
-    previous: Tensor | None,
-    noise: Tensor | None,
-) -> Step:
+def flow_dpm_update(schedule: Schedule, i: int) -> Update:
     """One multistep update.
 
     DPM-Solver++ (arXiv 2211.01095, algorithm 2) with α = 1-σ and λ = ln(α/σ). The first and the
     last step are of first order; the last lands on x₀ itself.
     """
     sigma, target = schedule.sigmas[i], schedule.sigmas[i + 1]
-    denoised = sample - sigma * velocity
     if target == 0:
-        return Step(denoised, denoised)
+        return Update(sigma, 0.0, 1.0)
     h = _log_snr(target) - _log_snr(sigma)
     gain = -(1 - target) * math.expm1(-h)
-    moved = (target / sigma) * sample + gain * denoised
-    if previous is not None:
+    history = 0.0
+    if i > 0:
         r = (_log_snr(sigma) - _log_snr(schedule.sigmas[i - 1])) / h
-        moved = moved + (0.5 * gain / r) * (denoised - previous)
-    return Step(moved, denoised)
+        history = 0.5 * gain / r
+    return Update(sigma, target / sigma, gain, history)
 
 
 def flow_euler_schedule(steps: int, shift: float | None) -> Schedule:
@@ -92,16 +107,9 @@ def flow_euler_schedule(steps: int, shift: float | None) -> Schedule:
     return Schedule((*sigmas, 0.0), _float32([s * TRAIN_STEPS for s in sigmas]))
 
 
-def flow_euler_step(
-    schedule: Schedule,
-    i: int,
-    sample: Tensor,
-    velocity: Tensor,
-    previous: Tensor | None,
-    noise: Tensor | None,
-) -> Step:
+def flow_euler_update(schedule: Schedule, i: int) -> Update:
     sigma, target = schedule.sigmas[i], schedule.sigmas[i + 1]
-    return Step(sample + (target - sigma) * velocity, sample - sigma * velocity)
+    return Update(sigma, target / sigma, 1 - target / sigma)
 
 
 def scm_schedule(steps: int, shift: float | None) -> Schedule:
@@ -117,19 +125,10 @@ def scm_schedule(steps: int, shift: float | None) -> Schedule:
     return Schedule(sigmas, sigmas[:-1])
 
 
-def scm_step(
-    schedule: Schedule,
-    i: int,
-    sample: Tensor,
-    velocity: Tensor,
-    previous: Tensor | None,
-    noise: Tensor | None,
-) -> Step:
+def scm_update(schedule: Schedule, i: int) -> Update:
     """Jump to x₀, then noise it afresh to the next level (arXiv 2303.01469, algorithm 1)."""
-    assert noise is not None
     sigma, target = schedule.sigmas[i], schedule.sigmas[i + 1]
-    denoised = sample - sigma * velocity
-    return Step((1 - target) * denoised + target * noise, denoised)
+    return Update(sigma, 0.0, 1 - target, noise=target)
 
 
 def first_step(steps: int, strength: float | None) -> int:
@@ -150,7 +149,7 @@ def _float32(values: Sequence[float]) -> tuple[float, ...]:
 
 
 SOLVERS = {
-    "flow-dpm": Solver(flow_dpm_schedule, flow_dpm_step),
-    "flow-euler": Solver(flow_euler_schedule, flow_euler_step),
-    "scm": Solver(scm_schedule, scm_step, stochastic=True),
+    "flow-dpm": Solver(flow_dpm_schedule, flow_dpm_update),
+    "flow-euler": Solver(flow_euler_schedule, flow_euler_update),
+    "scm": Solver(scm_schedule, scm_update, stochastic=True),
 }

@@ -1,0 +1,194 @@
+"""The engine is the transformer, and computes less."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from reference import LIKE_0_6B, LIKE_1_6B
+from sana_cli.dit import DiT, DiTConfig
+from sana_cli.engine import Engine
+
+KINDS = {
+    "0.6B": {},
+    "1.6B": LIKE_1_6B,
+    "qk-norm": {"qk_norm": "rms_norm_across_heads"},
+    "positions": {"interpolation_scale": 2.0},
+}
+PADDED = 300  # tokens that the reference pads a text to
+
+
+def random_dit(**config) -> DiT:
+    torch.manual_seed(0)
+    dit = DiT(DiTConfig(**{"num_layers": 2, "caption_channels": 16, **LIKE_0_6B, **config}))
+    for name, parameter in dit.named_parameters():
+        if "table" in name:  # they are not drawn when the network is built
+            parameter.data = 0.3 * torch.randn_like(parameter)
+        if "norm" in name:
+            parameter.data = 1 + 0.3 * torch.randn_like(parameter)
+    return dit.eval().requires_grad_(False)
+
+
+def compare(dit: DiT, height: int, width: int, rows=None, lengths=(2, 5), padded=1) -> float:
+    """Relative difference between the engine's velocity and the plain model's."""
+    dtype = dit.proj_out.weight.dtype
+    latents = torch.randn(1, 32, height, width, dtype=dtype)
+    texts = [torch.randn(1, length, 16, dtype=dtype) for length in lengths]
+    longest = max(lengths)
+    rows_of = [
+        torch.cat([text, text.new_zeros(1, longest - text.shape[1], 16)], 1) for text in texts
+    ]
+    mask = torch.arange(longest) < torch.tensor(lengths)[:, None]
+    count = len(texts)
+    caption = dit.project_text(torch.cat(rows_of))
+    at = torch.full((count,), 700.0)
+    plain = dit(latents.expand(count, -1, -1, -1), at, caption, mask).double()
+    engine = Engine(dit)
+    engine.rows = rows
+    heard = [engine.hear(text, padded) for text in texts]
+    got = engine(latents, engine.moments([900.0, 700.0])[1], heard).double()
+    return ((got - plain).norm() / plain.norm()).item()
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 20), st.integers(1, 9), st.none() | st.integers(1, 24))
+def test_any_grid_whole_or_in_chunks_of_any_height(height, width, rows):
+    assert compare(random_dit(), height, width, rows) < 1e-6
+
+
+@pytest.mark.parametrize("rows", [None, 5])
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_every_kind_of_transformer(kind, rows):
+    assert compare(random_dit(**kind), 12, 7, rows) < 1e-6
+
+
+@pytest.mark.parametrize("lengths", [(1, 5), (1,), (4,), (1, 1)], ids=str)
+@pytest.mark.parametrize("padded", [1, 8])
+@pytest.mark.parametrize("kind", ["0.6B", "qk-norm"])
+def test_texts_of_one_token_and_of_many_padded_or_not(kind, lengths, padded):
+    assert compare(random_dit(**KINDS[kind]), 6, 4, None, lengths, padded) < 1e-6
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 2e-2), (torch.float16, 2e-3)])
+@pytest.mark.parametrize("rows", [None, 5])
+def test_half_precision_differs_by_its_own_rounding(dtype, bound, rows):
+    assert compare(random_dit().to(dtype), 12, 7, rows) < bound
+
+
+def test_chunks_can_be_made_smaller_later():
+    engine = Engine(random_dit())
+    latents, moment = torch.randn(1, 32, 9, 4), engine.moments([500.0])[0]
+    heard = [engine.hear(torch.randn(1, 5, 16))]
+    whole = engine(latents, moment, heard)
+    for engine.rows in (8, 2):
+        torch.testing.assert_close(engine(latents, moment, heard), whole)
+
+
+# --- what is saved -----------------------------------------------------------------------------
+
+
+class Operations(TorchDispatchMode):
+    """Counts them, views apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+def flops(work) -> int:
+    """Of matrix products; attention is only counted where it is written as such."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        work()
+    return counter.get_total_flops()
+
+
+def operations(work) -> int:
+    with Operations() as counter:
+        work()
+    return counter.count
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    """Wide enough for its text and its tokens to weigh as they do in the released models."""
+    wide = {"num_attention_heads": 8, "num_cross_attention_heads": 4}
+    wide |= {"cross_attention_head_dim": 64, "cross_attention_dim": 256}
+    return Engine(random_dit(**wide, num_layers=4))
+
+
+@pytest.fixture(scope="module")
+def call(engine):
+    """latents, moment, and the states of an empty text and of one of 25 tokens."""
+    latents, moment = torch.randn(1, 32, 16, 16), engine.moments([500.0])[0]
+    return latents, moment, torch.randn(1, 1, 16), torch.randn(1, 25, 16)
+
+
+def test_a_step_leaves_out_what_text_and_time_alone_determine(call):
+    latents, _, _, text = call
+    dit = random_dit()
+    caption, at = dit.project_text(text), torch.tensor([500.0])
+    plain = flops(lambda: dit(latents, at, caption))
+    times = flops(lambda: dit.time_embed(at))
+    keys_and_values = 2 * 2 * 2 * 25 * dit.config.width**2  # of two layers
+    engine = Engine(dit)
+    moment, heard = engine.moments([500.0])[0], engine.hear(text)
+    saved = plain - flops(lambda: engine(latents, moment, [heard]))
+    assert saved >= keys_and_values + times
+
+
+def test_padding_is_not_attended_to(engine, call):
+    latents, moment, _, text = call
+    own, padded = engine.hear(text), engine.hear(text, PADDED)
+    short, long = (engine(latents, moment, [heard]) for heard in (own, padded))
+    torch.testing.assert_close(short, long, rtol=1e-5, atol=1e-5)
+    saved = flops(lambda: engine(latents, moment, [padded]))
+    saved -= flops(lambda: engine(latents, moment, [own]))
+    assert saved == 4 * 2 * 2 * 256 * (PADDED - 25) * engine.config.width  # q·k and weights·v
+
+
+def test_an_empty_text_costs_no_attention(engine, call):
+    latents, moment, empty, text = call
+    constant, general = engine.hear(empty), engine.hear(empty, 2)
+    a, b = (engine(latents, moment, [heard]) for heard in (constant, general))
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    saved = flops(lambda: engine(latents, moment, [general]))
+    saved -= flops(lambda: engine(latents, moment, [constant]))
+    assert saved >= 4 * 2 * 2 * 256 * engine.config.width**2  # query and output projections
+
+
+def test_before_any_text_is_heard_the_halves_are_computed_once(engine, call):
+    latents, moment, empty, text = call
+    heard = [engine.hear(empty), engine.hear(text)]
+    together = engine(latents, moment, heard)
+    apart = torch.cat([engine(latents, moment, [one]) for one in heard])
+    torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-5)
+    saved = sum(flops(lambda one=one: engine(latents, moment, [one])) for one in heard)
+    saved -= flops(lambda: engine(latents, moment, heard))
+    assert saved >= 4 * 2 * 256 * engine.config.width**2  # q, k, v and output of one layer
+
+
+def test_all_timesteps_are_embedded_in_one_pass(engine):
+    steps = [900.0, 500.0, 100.0]
+    at_once = engine.moments(steps)
+    for step, moment in zip(steps, at_once, strict=True):
+        (alone,) = engine.moments([step])
+        torch.testing.assert_close(moment, alone)
+    assert operations(lambda: engine.moments(steps)) == operations(lambda: engine.moments([1.0]))
+
+
+def test_a_step_is_half_as_many_operations(call):
+    latents, _, empty, text = call
+    dit = random_dit()
+    caption = dit.project_text(torch.cat([text, text]))
+    pair, at = latents.expand(2, -1, -1, -1), torch.tensor([500.0, 500.0])
+    plain = operations(lambda: dit(pair, at, caption, torch.ones(2, 25, dtype=torch.bool)))
+    engine = Engine(dit)
+    moment, heard = engine.moments([500.0])[0], [engine.hear(empty), engine.hear(text)]
+    assert operations(lambda: engine(latents, moment, heard)) < plain / 2
