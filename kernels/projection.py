@@ -1,7 +1,10 @@
 """Linear maps with what always follows them."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+HALF_MAX = torch.finfo(torch.float16).max
 
 
 def expand(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -14,7 +17,10 @@ def add_projected(
 ) -> Tensor:
     """x += gate·(y·weightᵀ + bias), in place; the same tensor is returned.
 
-    x (B, N, D), y (B, N, E), weight (D, E), bias (D,) or None, gate (D,) or None for 1.
+    x (B, N, D), y (B, N, E), weight (D, E), bias (D,) or None, gate (D,) or None for 1. In
+    float16 what is gated is first brought into its range, as the reference does.
     """
     projected = F.linear(y, weight, bias)
+    if projected.dtype == torch.float16:
+        projected.clamp_(-HALF_MAX, HALF_MAX)
     return x.add_(projected) if gate is None else x.addcmul_(projected, gate)

@@ -8,13 +8,16 @@ Shapes as in `dit.py`: D width, h w the latent grid, N = h·w tokens, L text tok
 """
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sana_cli.device import is_out_of_memory
 from sana_cli.dit import Block, DiT, position_axes
+from sana_cli.graph import Graph
 from sana_cli.kernels.depthwise_glu import depthwise_glu
 from sana_cli.kernels.linear_attention import attend_tokens, project_qkv
 from sana_cli.kernels.modulation import modulate
@@ -22,12 +25,12 @@ from sana_cli.kernels.projection import add_projected, expand
 
 
 class Heard(NamedTuple):
-    """What the cross-attentions need of a text, one entry a layer."""
+    """What the cross-attentions need of a text. Empty are those that its kind does not need."""
 
     keys: Tensor  # (layers, heads, L, d)
     values: Tensor
-    bias: Tensor | None = None  # (1, L), 0 or -inf where padded
-    constant: Tensor | None = None  # (layers, D): the result itself, where it is always the same
+    bias: Tensor  # (1, L): 0, or -inf where padded
+    constant: Tensor  # (layers, D): the result itself, where it is the same for every query
 
 
 class Moment(NamedTuple):
@@ -44,6 +47,9 @@ class Engine(nn.Module):
         super().__init__()
         self.config = dit.config
         self.rows: int | None = None  # of the latent grid, worked on at once; None: all
+        self._graph: Graph | None = None
+        self._shapes: list[torch.Size] = []  # of the last call, which the graph is for
+        self.unrecorded: str | None = None  # why there is no graph, if one was tried
         blocks = [cast(Block, block) for block in dit.transformer_blocks]
         self.patch_embed = dit.patch_embed
         self.time_embed = dit.time_embed
@@ -56,6 +62,13 @@ class Engine(nn.Module):
             del dit.transformer_blocks[0]
             self.blocks.append(FusedBlock(blocks.pop(0)))
 
+    def place(self, device: str, rows: int | None) -> None:
+        """Run on a device, on so many rows of the latent grid at once; None: on all."""
+        if rows != self.rows or torch.device(device).type != self.tables.device.type:
+            self._graph, self._shapes = None, []  # it reads the weights where they were
+        self.rows = rows
+        self.to(device)
+
     def hear(self, text: Tensor, padded: int = 1) -> Heard:
         """Text states (1, L, caption_channels), padded to `padded` tokens if they are fewer."""
         length = text.shape[1]
@@ -63,18 +76,19 @@ class Engine(nn.Module):
         blocks = [cast(FusedBlock, block) for block in self.blocks]
         own = [block.keys_and_values(caption) for block in blocks]
         keys, values = (torch.stack(rows) for rows in zip(*own, strict=True))
+        nothing = caption.new_empty(0)
         if length == padded == 1:
             # A softmax over one key is 1, so whatever the query, the value is the result.
             constant = [
                 F.linear(value.flatten(), block.cross_out.weight, block.cross_out.bias)
                 for block, value in zip(blocks, values, strict=True)
             ]
-            return Heard(keys[:, :, :0], values[:, :, :0], constant=torch.stack(constant))
+            return Heard(nothing, nothing, nothing, torch.stack(constant))
         if length >= padded:
-            return Heard(keys, values)
+            return Heard(keys, values, nothing, nothing)
         room = (0, 0, 0, padded - length)
         bias = F.pad(caption.new_zeros((1, length)), (0, padded - length), value=-torch.inf)
-        return Heard(F.pad(keys, room), F.pad(values, room), bias)
+        return Heard(F.pad(keys, room), F.pad(values, room), bias, nothing)
 
     def moments(self, timesteps: Sequence[float], guidance: Tensor | None = None) -> list[Moment]:
         """One for each timestep, in the units the model was trained in.
@@ -85,6 +99,25 @@ class Engine(nn.Module):
         if guidance is not None:
             told.append(guidance)
         return list(map(Moment, *self.time_embed(*told)))
+
+    def velocity(self, latents: Tensor, moment: Moment, texts: Sequence[Heard]) -> Tensor:
+        """`forward`; on CUDA by a graph from the second call with the same shapes on."""
+        if not latents.is_cuda or self.rows or self.unrecorded:
+            return self(latents, moment, texts)
+        given = [latents, *moment, *chain.from_iterable(texts)]
+        shapes = [tensor.shape for tensor in given]
+        if shapes != self._shapes:
+            self._graph, self._shapes = None, shapes
+            return self(latents, moment, texts)
+        if self._graph is None:
+            try:
+                self._graph = Graph(self._of_tensors, given)
+            except RuntimeError as error:
+                if is_out_of_memory(error):
+                    raise
+                self.unrecorded = str(error)
+                return self(latents, moment, texts)
+        return self._graph(given).clone()
 
     def forward(self, latents: Tensor, moment: Moment, texts: Sequence[Heard]) -> Tensor:
         """Velocity (len(texts), 32, h, w) of one sample given each text, in the weights' dtype.
@@ -102,6 +135,12 @@ class Engine(nn.Module):
         tokens = (modulate(chunk, shift, scale, self.config.norm_eps) for chunk in chunks)
         x = torch.cat([F.linear(some, last.weight, last.bias) for some in tokens], dim=1)
         return x.transpose(1, 2).unflatten(-1, grid)
+
+    def _of_tensors(self, given: Sequence[Tensor]) -> Tensor:
+        """`forward`, given its arguments as one row."""
+        latents, modulation, embedding, *parts = given
+        texts = [Heard(*parts[i : i + 4]) for i in range(0, len(parts), 4)]
+        return self(latents, Moment(modulation, embedding), texts)
 
     def _embed(self, latents: Tensor) -> Tensor:
         """(1, 32, h, w) -> tokens (1, N, D), with their positions where the model has them."""
@@ -137,11 +176,12 @@ class FusedBlock(nn.Module):
             q = (own.norm_q.weight.float()[:, None] * q.float()).to(q.dtype)
             self.norm_k, self.norm_eps = _frozen(own.norm_k.weight), own.norm_k.eps
         self.qkv = _frozen(torch.cat([q, k, v]))
-        self.out = own.to_out[0]
+        self.out = cast(nn.Linear, own.to_out[0])
         self.cross_q, self.cross_k, self.cross_v = cross.to_q, cross.to_k, cross.to_v
         self.cross_norms = nn.ModuleList([cross.norm_q, cross.norm_k]) if cross.qk_norm else None
         self.cross_out = cast(nn.Linear, cross.to_out[0])
-        self.up, self.up_bias = _frozen(ff.conv_inverted.weight.flatten(1)), ff.conv_inverted.bias
+        self.up = _frozen(ff.conv_inverted.weight.flatten(1))
+        self.up_bias = cast(nn.Parameter, ff.conv_inverted.bias)
         self.depth = ff.conv_depth
         self.down = _frozen(ff.conv_point.weight.flatten(1))
 
@@ -193,7 +233,7 @@ class FusedBlock(nn.Module):
         """The Mix-FFN up to its last projection: (B, N, D) -> (B, N, 2.5·D)."""
         image = expand(tokens, self.up, self.up_bias).unflatten(1, grid)
         del tokens  # as large as all that follows allows
-        return depthwise_glu(image, self.depth.weight, self.depth.bias).flatten(1, 2)
+        return depthwise_glu(image, self.depth.weight, cast(Tensor, self.depth.bias)).flatten(1, 2)
 
     def _attend(
         self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor, tokens: int | None
@@ -220,7 +260,7 @@ class FusedBlock(nn.Module):
 
     def _listen(self, x: Tensor, text: Heard, layer: int) -> None:
         """Add to tokens (1, N, D) what they hear of a text."""
-        if text.constant is not None:
+        if text.constant.numel():
             x += text.constant[layer]
             return
         q = F.linear(x, self.cross_q.weight, self.cross_q.bias)
@@ -228,10 +268,11 @@ class FusedBlock(nn.Module):
             q = self.cross_norms[0](q)
         q = q.unflatten(-1, (self.cross_heads, -1)).transpose(1, 2)
         keys, values = text.keys[layer][None], text.values[layer][None]
+        bias = text.bias if text.bias.numel() else None
         if q.is_meta:  # a rehearsal: only there torch would make all the scores at once
             y = torch.empty_like(q)
         else:
-            y = F.scaled_dot_product_attention(q, keys, values, attn_mask=text.bias)
+            y = F.scaled_dot_product_attention(q, keys, values, attn_mask=bias)
         y = y.transpose(1, 2).flatten(2)
         add_projected(x, y, self.cross_out.weight, self.cross_out.bias, None)
 

@@ -8,6 +8,8 @@ from sana_cli.model_files import ModelFiles
 from sana_cli.plan import Plan
 from sana_cli.recipe import Recipe
 
+BUCKET = 32  # tokens
+
 
 def is_guided(recipe: Recipe, files: ModelFiles) -> bool:
     """Whether every step runs with the negative text too, for classifier-free guidance."""
@@ -39,8 +41,8 @@ class GuidedVelocity:
         moment = self.moments[step]
         latents = sample.to(plan.device, self.engine.proj_out.weight.dtype)
         turns = [self.heard] if plan.together else [[heard] for heard in self.heard]
-        halves = [self.engine(latents, moment, turn) for turn in turns]
-        velocity = torch.cat(halves).float()
+        halves = [self.engine.velocity(latents, moment, turn).float() for turn in turns]
+        velocity = torch.cat(halves)
         if len(velocity) == 2:
             without, given = velocity.chunk(2)
             velocity = torch.lerp(without, given, self.recipe.guidance)
@@ -48,12 +50,14 @@ class GuidedVelocity:
 
     def prepare(self, plan: Plan) -> None:
         self.plan = None  # until all of it has succeeded
-        engine = self.engine.to(plan.device)
-        engine.rows = plan.rows
+        engine = self.engine
+        engine.place(plan.device, plan.rows)
         dtype = engine.proj_out.weight.dtype
         texts = [text.to(plan.device) for text in self.texts]
         told = self.told(texts[0]) if self.files.is_sprint else None
-        self.heard = [engine.hear(text.to(dtype)) for text in texts]
+        # A CUDA graph is of one length of text: few lengths make for few graphs.
+        unit = BUCKET if plan.device.startswith("cuda") and not plan.rows else 1
+        self.heard = [engine.hear(text.to(dtype), bucket(text.shape[1], unit)) for text in texts]
         self.moments = engine.moments(self.timesteps, told)
         self.plan = plan
 
@@ -61,3 +65,8 @@ class GuidedVelocity:
         """What Sana-Sprint is told (1,): in the precision of its text, as the reference does."""
         told = torch.full((1,), self.recipe.guidance, dtype=text.dtype, device=text.device)
         return told * self.files.dit.guidance_embeds_scale
+
+
+def bucket(length: int, unit: int) -> int:
+    """The multiple of `unit` that a text of so many tokens is padded to; one token stays one."""
+    return length if length == 1 else -(-length // unit) * unit

@@ -248,16 +248,24 @@ class Run:
         engine = cast(Engine, self.transformer)
         guided = GuidedVelocity(engine, texts, schedule.timesteps, recipe, files)
         sample = sample.to(self.plan.device)
+        began = time.perf_counter()
+        launched: list[Callable[[], None]] = []
         for step in range(first, recipe.steps):
-            began = time.perf_counter()
             attempt = partial(guided, sample, step)
             velocity = yield from ladder.attempt(attempt)
             fresh = next(draws).to(sample.device) if solver.stochastic else None
             update = solver.update(schedule, step)
             sample, previous = advance(update, sample, velocity, previous, fresh)
-            self.steps_done += 1
-            yield self.done("denoise", self.steps_done, self.steps, began)
+            launched.append(self.mark())
+            # A GPU is never left without work: a step is waited for when the next is launched.
+            while len(launched) > (1 if sample.is_cuda and step < recipe.steps - 1 else 0):
+                launched.pop(0)()
+                self.steps_done += 1
+                yield self.progress("denoise", self.steps_done, self.steps, began)
+                began = time.perf_counter()
         self.latents[i] = sample.cpu()
+        if fault := engine.unrecorded:
+            yield Remark(f"no CUDA graph: {fault}", warning=True)
 
     # --- pixels --------------------------------------------------------------------------------
 
@@ -328,11 +336,20 @@ class Run:
                 raise
         return network
 
+    def mark(self) -> Callable[[], None]:
+        """Waits for what has been launched until now."""
+        if not self.plan.device.startswith("cuda"):
+            return lambda: None
+        return torch.cuda.current_stream(self.plan.device).record_event().synchronize
+
     def done(self, stage: str, done: int, total: int, began: float) -> Progress:
         device = self.plan.device
         if device.startswith("cuda"):
             torch.cuda.synchronize(device)
-        peak = peak_bytes(device) if done == total else 0
+        return self.progress(stage, done, total, began)
+
+    def progress(self, stage: str, done: int, total: int, began: float) -> Progress:
+        peak = peak_bytes(self.plan.device) if done == total else 0
         return Progress(stage, done, total, time.perf_counter() - began, peak)
 
 

@@ -12,7 +12,7 @@ HEAVY = ("torch", "transformers", "diffusers", "numpy", "PIL", "huggingface_hub"
 
 # Lower layers never import higher ones. A module may import its own layer and any below.
 LAYERS = [
-    {"errors", "kernels", "store", "memory", "places"},
+    {"errors", "kernels", "store", "memory", "places", "graph"},
     {"shapes", "recipe", "solver", "device", "instruction", "signals", "layout", "settings"},
     {"configuration"},
     {"machine", "units"},

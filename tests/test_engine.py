@@ -181,14 +181,3 @@ def test_all_timesteps_are_embedded_in_one_pass(engine):
         (alone,) = engine.moments([step])
         torch.testing.assert_close(moment, alone)
     assert operations(lambda: engine.moments(steps)) == operations(lambda: engine.moments([1.0]))
-
-
-def test_a_step_is_half_as_many_operations(call):
-    latents, _, empty, text = call
-    dit = random_dit()
-    caption = dit.project_text(torch.cat([text, text]))
-    pair, at = latents.expand(2, -1, -1, -1), torch.tensor([500.0, 500.0])
-    plain = operations(lambda: dit(pair, at, caption, torch.ones(2, 25, dtype=torch.bool)))
-    engine = Engine(dit)
-    moment, heard = engine.moments([500.0])[0], [engine.hear(empty), engine.hear(text)]
-    assert operations(lambda: engine(latents, moment, heard)) < plain / 2
