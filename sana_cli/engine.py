@@ -47,6 +47,7 @@ class Engine(nn.Module):
         super().__init__()
         self.config = dit.config
         self.rows: int | None = None  # of the latent grid, worked on at once; None: all
+        self._axes: tuple[object, tuple[Tensor, Tensor]] | None = None
         self._graph: Graph | None = None
         self._shapes: list[torch.Size] = []  # of the last call, which the graph is for
         self.unrecorded: str | None = None  # why there is no graph, if one was tried
@@ -150,15 +151,20 @@ class Engine(nn.Module):
         if self.config.interpolation_scale is not None:
             # Half of the table depends on the column only, the other half on the row only.
             half = self.config.width // 2
-            rows, columns = position_axes(
-                (x.shape[1], x.shape[2]),
-                self.config.width,
-                self.config.sample_size,
-                self.config.interpolation_scale,
-            )
-            x[..., :half] += columns.to(x.device)[None]
-            x[..., half:] += rows.to(x.device)[:, None]
+            rows, columns = self._positions((x.shape[1], x.shape[2]), x.device)
+            x[..., :half] += columns
+            x[..., half:] += rows[:, None]
         return x.flatten(1, 2)
+
+    def _positions(self, grid: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
+        """Made once, not at every step: what a CUDA graph reads must be on the device."""
+        if self._axes is None or self._axes[0] != (grid, device):
+            config = self.config
+            assert config.interpolation_scale is not None
+            made = (config.width, config.sample_size, config.interpolation_scale)
+            rows, columns = (axis.to(device) for axis in position_axes(grid, *made))
+            self._axes = ((grid, device), (rows, columns))
+        return self._axes[1]
 
 
 class FusedBlock(nn.Module):
