@@ -8,13 +8,15 @@ Shapes as in `dit.py`: D width, h w the latent grid, N = h·w tokens, L text tok
 """
 
 from collections.abc import Sequence
-from itertools import chain
+from functools import partial
+from itertools import chain, islice
 from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sana_cli.cross_attention import Heard, TextAttention
 from sana_cli.device import is_out_of_memory
 from sana_cli.dit import Block, DiT, position_axes
 from sana_cli.graph import Graph
@@ -22,15 +24,6 @@ from sana_cli.kernels.depthwise_glu import depthwise_glu
 from sana_cli.kernels.linear_attention import attend_tokens, project_qkv
 from sana_cli.kernels.modulation import modulate
 from sana_cli.kernels.projection import add_projected, expand
-
-
-class Heard(NamedTuple):
-    """What the cross-attentions need of a text. Empty are those that its kind does not need."""
-
-    keys: Tensor  # (layers, heads, L, d)
-    values: Tensor
-    bias: Tensor  # (1, L): 0, or -inf where padded
-    constant: Tensor  # (layers, D): the result itself, where it is the same for every query
 
 
 class Moment(NamedTuple):
@@ -70,26 +63,11 @@ class Engine(nn.Module):
         self.rows = rows
         self.to(device)
 
-    def hear(self, text: Tensor, padded: int = 1) -> Heard:
-        """Text states (1, L, caption_channels), padded to `padded` tokens if they are fewer."""
-        length = text.shape[1]
+    def hear(self, text: Tensor, padded: int = 1, absorb: bool = True) -> list[Heard]:
+        """Text states (1, L, caption_channels) as every layer needs them: see `TextAttention`."""
         caption = self.caption_norm(self.caption_projection(text))
         blocks = [cast(FusedBlock, block) for block in self.blocks]
-        own = [block.keys_and_values(caption) for block in blocks]
-        keys, values = (torch.stack(rows) for rows in zip(*own, strict=True))
-        nothing = caption.new_empty(0)
-        if length == padded == 1:
-            # A softmax over one key is 1, so whatever the query, the value is the result.
-            constant = [
-                F.linear(value.flatten(), block.cross_out.weight, block.cross_out.bias)
-                for block, value in zip(blocks, values, strict=True)
-            ]
-            return Heard(nothing, nothing, nothing, torch.stack(constant))
-        if length >= padded:
-            return Heard(keys, values, nothing, nothing)
-        room = (0, 0, 0, padded - length)
-        bias = F.pad(caption.new_zeros((1, length)), (0, padded - length), value=-torch.inf)
-        return Heard(F.pad(keys, room), F.pad(values, room), bias, nothing)
+        return [block.text_attention.hear(caption, padded, absorb) for block in blocks]
 
     def moments(self, timesteps: Sequence[float], guidance: Tensor | None = None) -> list[Moment]:
         """One for each timestep, in the units the model was trained in.
@@ -101,18 +79,19 @@ class Engine(nn.Module):
             told.append(guidance)
         return list(map(Moment, *self.time_embed(*told)))
 
-    def velocity(self, latents: Tensor, moment: Moment, texts: Sequence[Heard]) -> Tensor:
+    def velocity(self, latents: Tensor, moment: Moment, texts: Sequence[list[Heard]]) -> Tensor:
         """`forward`; on CUDA by a graph from the second call with the same shapes on."""
         if not latents.is_cuda or self.rows or self.unrecorded:
             return self(latents, moment, texts)
-        given = [latents, *moment, *chain.from_iterable(texts)]
+        heard = list(chain.from_iterable(texts))
+        given = [latents, *moment, *chain.from_iterable(heard)]
         shapes = [tensor.shape for tensor in given]
         if shapes != self._shapes:
             self._graph, self._shapes = None, shapes
             return self(latents, moment, texts)
         if self._graph is None:
             try:
-                self._graph = Graph(self._of_tensors, given)
+                self._graph = Graph(partial(self._of_tensors, texts), given)
             except RuntimeError as error:
                 if is_out_of_memory(error):
                     raise
@@ -120,7 +99,7 @@ class Engine(nn.Module):
                 return self(latents, moment, texts)
         return self._graph(given).clone()
 
-    def forward(self, latents: Tensor, moment: Moment, texts: Sequence[Heard]) -> Tensor:
+    def forward(self, latents: Tensor, moment: Moment, texts: Sequence[list[Heard]]) -> Tensor:
         """Velocity (len(texts), 32, h, w) of one sample given each text, in the weights' dtype.
 
         latents (1, 32, h, w) in that dtype.
@@ -129,7 +108,8 @@ class Engine(nn.Module):
         x = self._embed(latents)
         modulation = self.tables + moment.modulation  # (layers, 6, D)
         for i, block in enumerate(self.blocks):
-            x = block(x, modulation[i].unbind(), texts, i, grid, self.rows)
+            heard = [text[i] for text in texts]
+            x = block(x, modulation[i].unbind(), heard, grid, self.rows)
         shift, scale = (self.last_table + moment.embedding).unbind()
         last = self.proj_out
         chunks = x.split(self.rows * grid[1] if self.rows else x.shape[1], dim=1)
@@ -137,10 +117,11 @@ class Engine(nn.Module):
         x = torch.cat([F.linear(some, last.weight, last.bias) for some in tokens], dim=1)
         return x.transpose(1, 2).unflatten(-1, grid)
 
-    def _of_tensors(self, given: Sequence[Tensor]) -> Tensor:
-        """`forward`, given its arguments as one row."""
-        latents, modulation, embedding, *parts = given
-        texts = [Heard(*parts[i : i + 4]) for i in range(0, len(parts), 4)]
+    def _of_tensors(self, like: Sequence[list[Heard]], given: Sequence[Tensor]) -> Tensor:
+        """`forward`, given its arguments as one row, which holds texts of the kinds in `like`."""
+        latents, modulation, embedding, *rest = given
+        parts = iter(rest)
+        texts = [[type(one)(*islice(parts, len(one))) for one in text] for text in like]
         return self(latents, Moment(modulation, embedding), texts)
 
     def _embed(self, latents: Tensor) -> Tensor:
@@ -172,8 +153,8 @@ class FusedBlock(nn.Module):
 
     def __init__(self, plain: Block) -> None:
         super().__init__()
-        own, cross, ff = plain.attn1, plain.attn2, plain.ff
-        self.eps, self.heads, self.cross_heads = plain.eps, own.heads, cross.heads
+        own, ff = plain.attn1, plain.ff
+        self.eps, self.heads = plain.eps, own.heads
         q, k, v = own.to_q.weight, own.to_k.weight, own.to_v.weight
         self.norm_k: nn.Parameter | None = None
         self.norm_eps = 0.0
@@ -183,28 +164,17 @@ class FusedBlock(nn.Module):
             self.norm_k, self.norm_eps = _frozen(own.norm_k.weight), own.norm_k.eps
         self.qkv = _frozen(torch.cat([q, k, v]))
         self.out = cast(nn.Linear, own.to_out[0])
-        self.cross_q, self.cross_k, self.cross_v = cross.to_q, cross.to_k, cross.to_v
-        self.cross_norms = nn.ModuleList([cross.norm_q, cross.norm_k]) if cross.qk_norm else None
-        self.cross_out = cast(nn.Linear, cross.to_out[0])
+        self.text_attention = TextAttention(plain.attn2)
         self.up = _frozen(ff.conv_inverted.weight.flatten(1))
         self.up_bias = cast(nn.Parameter, ff.conv_inverted.bias)
         self.depth = ff.conv_depth
         self.down = _frozen(ff.conv_point.weight.flatten(1))
-
-    def keys_and_values(self, caption: Tensor) -> tuple[Tensor, Tensor]:
-        """(1, L, D) -> two of (heads, L, d)."""
-        k, v = self.cross_k(caption), self.cross_v(caption)
-        if self.cross_norms is not None:
-            k = self.cross_norms[1](k)
-        k, v = (t[0].unflatten(-1, (self.cross_heads, -1)).transpose(0, 1) for t in (k, v))
-        return k, v
 
     def forward(
         self,
         x: Tensor,
         modulation: Sequence[Tensor],
         texts: Sequence[Heard],
-        layer: int,
         grid: tuple[int, int],
         rows: int | None,
     ) -> Tensor:
@@ -219,7 +189,7 @@ class FusedBlock(nn.Module):
             x = x.repeat(len(texts), 1, 1)
         for half, text in zip(x.split(1), texts, strict=True):
             for chunk in half.split(tokens or half.shape[1], 1):
-                self._listen(chunk, text, layer)
+                self.text_attention(chunk, text)
         if tokens is None:
             y = self._mix(modulate(x, shift_ff, scale_ff, self.eps), grid)
             return add_projected(x, y, self.down, None, gate_ff)
@@ -263,24 +233,6 @@ class FusedBlock(nn.Module):
 
     def _project(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         return project_qkv(tokens, self.qkv, self.heads, self.norm_k, self.norm_eps)
-
-    def _listen(self, x: Tensor, text: Heard, layer: int) -> None:
-        """Add to tokens (1, N, D) what they hear of a text."""
-        if text.constant.numel():
-            x += text.constant[layer]
-            return
-        q = F.linear(x, self.cross_q.weight, self.cross_q.bias)
-        if self.cross_norms is not None:
-            q = self.cross_norms[0](q)
-        q = q.unflatten(-1, (self.cross_heads, -1)).transpose(1, 2)
-        keys, values = text.keys[layer][None], text.values[layer][None]
-        bias = text.bias if text.bias.numel() else None
-        if q.is_meta:  # a rehearsal: only there torch would make all the scores at once
-            y = torch.empty_like(q)
-        else:
-            y = F.scaled_dot_product_attention(q, keys, values, attn_mask=bias)
-        y = y.transpose(1, 2).flatten(2)
-        add_projected(x, y, self.cross_out.weight, self.cross_out.bias, None)
 
 
 def _frozen(weight: Tensor) -> nn.Parameter:

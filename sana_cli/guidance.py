@@ -57,7 +57,9 @@ class GuidedVelocity:
         told = self.told(texts[0]) if self.files.is_sprint else None
         # A CUDA graph is of one length of text: few lengths make for few graphs.
         unit = BUCKET if plan.device.startswith("cuda") and not plan.rows else 1
-        self.heard = [engine.hear(text.to(dtype), bucket(text.shape[1], unit)) for text in texts]
+        self.heard = [
+            engine.hear(text.to(dtype), bucket(text.shape[1], unit), plan.absorbs) for text in texts
+        ]
         self.moments = engine.moments(self.timesteps, told)
         self.plan = plan
 

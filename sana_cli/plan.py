@@ -44,6 +44,11 @@ class Plan:
     budget: int = 0  # bytes that tensors on the device may take
     peaks: dict[str, int] = field(default_factory=dict)  # predicted, by stage, where rehearsed
 
+    @property
+    def absorbs(self) -> bool:
+        """Whether short texts may take more memory, to save time."""
+        return self.together and self.rows is None
+
     def words(self) -> list[str]:
         """What was chosen to save memory and what is expected of it, if either was done."""
         plain = Plan(self.device)
@@ -220,11 +225,12 @@ def _denoise_peak(plan: Plan, recipe: Recipe, files: ModelFiles) -> int:
     moment = Moment(modulation, modulation[0])
     with PeakMemory() as tracker:
         engine(sample.to(dtype), moment, texts if plan.together else texts[-1:])
-    heard = files.dit.num_layers * sum(text.keys.nbytes + text.values.nbytes for text in texts)
+    heard = [sum(tensor.nbytes for layer in text for tensor in layer) for text in texts]
+    if plan.absorbs and files.dit.qk_norm is None:  # a short text may take more than a long one, up to D² numbers a layer
+        heard[-1] = max(heard[-1], files.dit.width * modulation[0].nbytes)
+    known = files.dit.num_layers * sum(heard) + recipe.steps * 7 * modulation[0].nbytes
     # Beside the pass: the sample, two estimates of x0, the noise; and the halves' velocities.
-    return (
-        weights + tracker.peak + heard + recipe.steps * 7 * modulation[0].nbytes + 6 * sample.nbytes
-    )
+    return weights + known + tracker.peak + 6 * sample.nbytes
 
 
 def _decode_peak(plan: Plan, recipe: Recipe, files: ModelFiles) -> int:

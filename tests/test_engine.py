@@ -65,10 +65,10 @@ def test_every_kind_of_transformer(kind, rows):
     assert compare(random_dit(**kind), 12, 7, rows) < 1e-6
 
 
-@pytest.mark.parametrize("lengths", [(1, 5), (1,), (4,), (1, 1)], ids=str)
+@pytest.mark.parametrize("lengths", [(1, 5), (1,), (4,), (1, 1), (3, 90)], ids=str)
 @pytest.mark.parametrize("padded", [1, 8])
 @pytest.mark.parametrize("kind", ["0.6B", "qk-norm"])
-def test_texts_of_one_token_and_of_many_padded_or_not(kind, lengths, padded):
+def test_texts_of_one_token_of_few_and_of_many_padded_or_not(kind, lengths, padded):
     assert compare(random_dit(**KINDS[kind]), 6, 4, None, lengths, padded) < 1e-6
 
 
@@ -145,7 +145,7 @@ def test_a_step_leaves_out_what_text_and_time_alone_determine(call):
 
 def test_padding_is_not_attended_to(engine, call):
     latents, moment, _, text = call
-    own, padded = engine.hear(text), engine.hear(text, PADDED)
+    own, padded = (engine.hear(text, length, absorb=False) for length in (1, PADDED))
     short, long = (engine(latents, moment, [heard]) for heard in (own, padded))
     torch.testing.assert_close(short, long, rtol=1e-5, atol=1e-5)
     saved = flops(lambda: engine(latents, moment, [padded]))
@@ -155,12 +155,29 @@ def test_padding_is_not_attended_to(engine, call):
 
 def test_an_empty_text_costs_no_attention(engine, call):
     latents, moment, empty, text = call
-    constant, general = engine.hear(empty), engine.hear(empty, 2)
+    constant, general = engine.hear(empty), engine.hear(empty, 2, absorb=False)
     a, b = (engine(latents, moment, [heard]) for heard in (constant, general))
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
     saved = flops(lambda: engine(latents, moment, [general]))
     saved -= flops(lambda: engine(latents, moment, [constant]))
     assert saved >= 4 * 2 * 2 * 256 * engine.config.width**2  # query and output projections
+
+
+def test_a_short_text_is_absorbed_by_the_projections_around_it(engine, call):
+    latents, moment, _, text = call
+    for words in (text[:, :8], text):  # of 4 heads: 32 and 100 scores
+        texts = [engine.hear(words, absorb=absorb) for absorb in (True, False)]
+        a, b = (engine(latents, moment, [heard]) for heard in texts)
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+        spent, plain = (flops(lambda h=heard: engine(latents, moment, [h])) for heard in texts)
+        scores, width = 4 * words.shape[1], engine.config.width
+        # Two products with `scores` columns for two projections, the scores and their use.
+        assert plain - spent == 4 * 2 * 2 * 256 * (width - scores + words.shape[1]) * width
+
+
+def test_a_long_text_is_not_absorbed(engine):
+    (kept, *_) = engine.hear(torch.randn(1, 33, 16))
+    assert type(kept).__name__ == "Keyed"  # 4 heads of 33 tokens: more than half of 256 channels
 
 
 def test_before_any_text_is_heard_the_halves_are_computed_once(engine, call):
