@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from sana_cli.errors import BrokenModel
-from sana_cli.layout import read_json
+from sana_cli.layout import Tensors, read_json
 
 Config = TypeVar("Config")
 WEIGHT_DTYPES = {torch.float32, torch.float16, torch.bfloat16, torch.float64}
@@ -69,7 +69,7 @@ def _frozen(value: Any) -> Any:
 
 def load_weights(
     model: nn.Module,
-    files: Sequence[Path],
+    files: Sequence[Path | Tensors],
     dtype: torch.dtype | None,
     only: str = "",
     prefix: str = "",
@@ -105,7 +105,8 @@ def load_weights(
         problems.sort()
         shown = "; ".join(problems[:NAMES_SHOWN])
         more = f"; and {len(problems) - NAMES_SHOWN} more" if len(problems) > NAMES_SHOWN else ""
-        where = files[0] if len(files) == 1 else files[0].parent
+        first = files[0]
+        where = first.parent if isinstance(first, Path) and len(files) > 1 else first
         raise BrokenModel(
             f"{where} does not fit its config ({len(problems)} tensors): {shown}{more}",
             "are the weights and config.json of the same model?",
@@ -114,7 +115,10 @@ def load_weights(
     return model.eval().requires_grad_(False)
 
 
-def _tensors(path: Path, only: str) -> Iterator[tuple[str, Tensor]]:
+def _tensors(path: Path | Tensors, only: str) -> Iterator[tuple[str, Tensor]]:
+    if not isinstance(path, Path):
+        yield from path.tensors(only)
+        return
     try:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - not a dict

@@ -13,10 +13,10 @@ STEM.safetensors.index[.VARIANT].json.
 
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from sana_cli.errors import BrokenModel
 
@@ -36,12 +36,23 @@ STEMS = {
 ANY_VARIANT = ("", "bf16", "fp16")  # of a folder that nobody has described: the plain ones first
 
 
+class Tensors(Protocol):
+    """Weights that are in no file: drawn at random, or held in memory by somebody else."""
+
+    def tensors(self, only: str) -> Iterator[tuple[str, Any]]:
+        """Those whose names begin with `only`, which is stripped, each once."""
+
+
 @dataclass(frozen=True)
 class Part:
-    """One folder of a model on this machine, and the weight files to load from it, if any."""
+    """One folder of a model on this machine, and the weights to load for it, if any."""
 
     folder: Path
-    weights: tuple[Path, ...] = ()
+    weights: tuple[Path | Tensors, ...] = ()
+
+    @property
+    def files(self) -> list[Path]:
+        return [path for path in self.weights if isinstance(path, Path)]
 
     @property
     def config(self) -> Path:

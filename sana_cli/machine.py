@@ -226,3 +226,61 @@ def picture_protocol(environment: Mapping[str, str], is_terminal: bool) -> tuple
 def spills_into_ram(facts: dict[str, Any]) -> bool:
     """Whether an NVIDIA driver here may move a full GPU's memory into RAM, and crawl."""
     return sys.platform == "win32" or "microsoft" in facts["os"].lower()
+
+
+def power(root: Path = Path("/sys")) -> dict[str, Any]:
+    """What may slow this machine: whether it runs `on_battery`, the CPU frequency's `governor`, and
+    the firmware's `profile`. Linux only; None where it does not tell."""
+
+    def read(path: str) -> str | None:
+        try:
+            return (root / path).read_text(encoding="utf-8").strip()
+        except OSError:
+            return None
+
+    batteries = []
+    for supply in sorted((root / "class" / "power_supply").glob("*")):
+        if (supply / "type").is_file() and (supply / "type").read_text().strip() == "Battery":
+            # A mouse has one too.
+            if (read(f"class/power_supply/{supply.name}/scope") or "System") == "System":
+                batteries.append(read(f"class/power_supply/{supply.name}/status"))
+    cpu = "devices/system/cpu/cpu0/cpufreq"
+    return {
+        "on_battery": "Discharging" in batteries if batteries else None,
+        "governor": read(f"{cpu}/scaling_governor"),
+        "frequency_driver": read(f"{cpu}/scaling_driver"),
+        "profile": read("firmware/acpi/platform_profile"),
+    }
+
+
+def saving_power(facts: Mapping[str, Any]) -> list[str]:
+    """What of `power` is likely to make everything slower."""
+    found = []
+    if facts["on_battery"]:
+        found.append("it runs on battery")
+    # With the p-state drivers "powersave" is the usual name of full speed on demand.
+    if facts["governor"] == "powersave" and "pstate" not in (facts["frequency_driver"] or ""):
+        found.append("the CPU's governor is powersave")
+    if facts["profile"] in ("low-power", "quiet", "cool"):
+        found.append(f"the power profile is {facts['profile']}")
+    return found
+
+
+def nvidia_state(index: int) -> dict[str, float] | None:
+    """Of a GPU by its number among those that torch sees, as its driver counts them: watts allowed
+    and used, MHz now and at most, °C."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return None
+    names = ("power.limit", "power.draw", "clocks.sm", "clocks.max.sm", "temperature.gpu")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    which = visible[index].strip() if index < len(visible) and visible[index].strip() else index
+    query = [program, f"--id={which}", f"--query-gpu={','.join(names)}"]
+    try:
+        done = subprocess.run(
+            [*query, "--format=csv,noheader,nounits"], capture_output=True, text=True, timeout=5
+        )
+        values = [float(value) for value in done.stdout.strip().split(",")]
+    except (OSError, ValueError, subprocess.TimeoutExpired):  # laptops may tell no power limit
+        return None
+    return dict(zip(names, values, strict=False)) if done.returncode == 0 else None

@@ -42,7 +42,7 @@ class TextCache:
         encoder = parts["text_encoder"]
         facts = [__version__, torch.__version__, full_name(device), precision]
         try:
-            whole = identity([encoder.config, *encoder.weights, tokenizer_file(parts)])
+            whole = identity([encoder.config, *encoder.files, tokenizer_file(parts)])
         except OSError as error:
             raise BrokenModel(f"{error.filename} cannot be read: {error.strerror}") from None
         self.texts = Store(folder / "text", LIMIT, [*facts, whole])
@@ -51,7 +51,7 @@ class TextCache:
             # What is quantised depends on the weights alone, and serves every device.
             library = version("bitsandbytes")
             self.texts.facts.append(library)
-            facts = [library, identity(encoder.weights)]
+            facts = [library, identity(encoder.files)]
             self.layers = Store(folder / "int8", INT8_LIMIT, facts, checked=False)
         self.device = device
 

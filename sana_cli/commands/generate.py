@@ -295,7 +295,7 @@ def _print_plan(
     from sana_cli.hub_cache import source_parts
 
     missing = [source for source in chosen.sources if source_parts(source) is None]
-    weights = [path for part in files.parts.values() for path in part.weights]
+    weights = [path for part in files.parts.values() for path in part.files]
     document = {
         "device": plan.device,
         "plan": {

@@ -51,6 +51,8 @@ def _ruled_out(context: typer.Context) -> set[str]:
     from sana_cli.images import SUFFIXES
 
     values, names = context.params, set()
+    if "output" not in values:  # a verb that writes no pictures
+        return names
     file = os.path.basename(values["output"] or "")  # nothing of a folder, which ends in /
     implied = SUFFIXES.get(os.path.splitext(file)[1].lower())
     if was_typed(context, "output") and implied:
