@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from sana_cli import __version__
-from sana_cli.commands import batch, config, doctor, generate, info, models
+from sana_cli.commands import batch, bench, config, doctor, generate, info, models
 from sana_cli.configuration import Standing, origins
 from sana_cli.device import is_out_of_memory
 from sana_cli.errors import DiskFull, NotEnoughMemory, SanaError, UsageError
@@ -30,6 +30,7 @@ app = typer.Typer(
 )
 app.command()(generate.generate)
 app.add_typer(batch.app, name="batch")
+app.command()(bench.bench)
 app.command()(info.info)
 app.command()(doctor.doctor)
 app.add_typer(models.app, name="models")

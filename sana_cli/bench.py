@@ -4,15 +4,16 @@ this machine could do.
 `sana bench --json` and `--save` write one document:
 
 schema      1
-sana, torch, triton, diffusers    versions, null where a library is not here
-machine     os, cpu, cores, threads, device, device_name, driver, power (see `machine.power`),
-            kernels ("triton", or why they run as plain torch)
-rates       bytes_per_second of a copy; flops_per_second of matrix products, by precision
+sana, torch, triton    versions, null where there is none
+machine     os, cpu, cores, threads, device, device_name, driver, power (see `machine.power`; of an
+            NVIDIA GPU see `machine.nvidia_state`), kernels ("triton", or "torch" and why)
+rates       bytes_per_second of a copy; flops_per_second of matrix products, by precision: the
+            better of two measurements, before and after the runs
 runs, warmup, count    of this call; `count` pictures are drawn in every run
 warnings    what may have spoiled the numbers
 sizes       for every size asked for:
   model, width, height, random_weights, tokenizer ("its own" or "made up"), recipe, plan
-  predicted_peak_bytes    by phase, as the plan foretold
+  predicted_peak_bytes    of tensors, by stage, as the plan foretells
   phases    load, encode, denoise, decode, save, and total, the sum of the last four:
     seconds        median, least, most, each (of the runs); all pictures of a run together
     peak_bytes     the most memory held during the phase: allocated on a CUDA device; elsewhere
@@ -35,19 +36,66 @@ from typing import Any
 
 import torch
 
-from sana_cli import images
+from sana_cli import __version__, images, machine
 from sana_cli.device import give_back
 from sana_cli.errors import UsageError
+from sana_cli.kernels.dispatch import why_torch
 from sana_cli.metadata import Record
 from sana_cli.model_files import ModelFiles
 from sana_cli.pipeline import Event, Failure, Picture, Progress, Remark, draw
 from sana_cli.plan import Plan
 from sana_cli.recipe import Recipe
-from sana_cli.roofline import Work, decoding, denoising
+from sana_cli.roofline import Work, bandwidth, decoding, denoising, matrix_rate
 
 SCHEMA = 1
 PHASES = ("load", "encode", "denoise", "decode", "save")
 Facts = dict[str, Any]
+
+
+def surroundings(device: str) -> Facts:
+    """What the numbers depend on beside the model: versions and the machine."""
+    cpu, why = machine.cpu(), why_torch(torch.device(device))
+    facts: Facts = {
+        "os": machine.system()["os"],
+        "cpu": cpu["name"],
+        "cores": cpu["cores"],
+        "threads": torch.get_num_threads(),
+        "device": device,
+        "device_name": cpu["name"],
+        "driver": machine.nvidia_driver(),
+        "power": machine.power(),
+        "kernels": "triton" if why is None else f"torch: {why}",
+    }
+    if device.startswith("cuda"):
+        facts["device_name"] = torch.cuda.get_device_name(device)
+        facts["power"]["gpu"] = machine.nvidia_state(torch.device(device).index or 0)
+    return {
+        "schema": SCHEMA,
+        "sana": __version__,
+        "torch": torch.__version__,
+        "triton": machine.installed("triton", "triton-windows", "pytorch-triton"),
+        "machine": facts,
+    }
+
+
+def rates(device: str, dtypes: set[str]) -> Facts:
+    """What the device does at best, in about a second."""
+    return {
+        "bytes_per_second": bandwidth(device),
+        "flops_per_second": {d: matrix_rate(device, getattr(torch, d)) for d in sorted(dtypes)},
+    }
+
+
+def better(one: Facts, other: Facts) -> tuple[Facts, float]:
+    """The best of rates measured twice, and how many times they differ at most."""
+    bandwidths = one["bytes_per_second"], other["bytes_per_second"]
+    pairs = {
+        d: (one["flops_per_second"][d], other["flops_per_second"][d])
+        for d in one["flops_per_second"]
+    }
+    apart = max(max(pair) / min(pair) for pair in (bandwidths, *pairs.values()))
+    best = {d: max(pair) for d, pair in pairs.items()}
+    return {"bytes_per_second": max(bandwidths), "flops_per_second": best}, apart
 
 
 class Meter:

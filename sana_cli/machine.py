@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -238,12 +239,12 @@ def power(root: Path = Path("/sys")) -> dict[str, Any]:
         except OSError:
             return None
 
-    batteries = []
-    for supply in sorted((root / "class" / "power_supply").glob("*")):
-        if (supply / "type").is_file() and (supply / "type").read_text().strip() == "Battery":
-            # A mouse has one too.
-            if (read(f"class/power_supply/{supply.name}/scope") or "System") == "System":
-                batteries.append(read(f"class/power_supply/{supply.name}/status"))
+    batteries = [
+        read(f"class/power_supply/{supply.name}/status")
+        for supply in (root / "class" / "power_supply").glob("*")
+        if read(f"class/power_supply/{supply.name}/type") == "Battery"
+        and read(f"class/power_supply/{supply.name}/scope") != "Device"  # as of a mouse
+    ]
     cpu = "devices/system/cpu/cpu0/cpufreq"
     return {
         "on_battery": "Discharging" in batteries if batteries else None,
@@ -280,7 +281,10 @@ def nvidia_state(index: int) -> dict[str, float] | None:
         done = subprocess.run(
             [*query, "--format=csv,noheader,nounits"], capture_output=True, text=True, timeout=5
         )
-        values = [float(value) for value in done.stdout.strip().split(",")]
-    except (OSError, ValueError, subprocess.TimeoutExpired):  # laptops may tell no power limit
+    except (OSError, subprocess.TimeoutExpired):
         return None
-    return dict(zip(names, values, strict=False)) if done.returncode == 0 else None
+    found = {}
+    for name, value in zip(names, done.stdout.split(","), strict=False):
+        with suppress(ValueError):  # laptops may tell no limit of power
+            found[name] = float(value)
+    return found if done.returncode == 0 else None
