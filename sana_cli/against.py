@@ -109,8 +109,8 @@ class Diffusers:
         _fill(dit, files, "transformer", recipe.dit_dtype, device)
 
         with torch.device("meta"):
-            vae = diffusers.AutoencoderDC(**asdict(files.vae))
-        vae.encoder = None
+            vae: Any = diffusers.AutoencoderDC(**asdict(files.vae))
+        vae.encoder = None  # it would be loaded for nothing
         _fill(vae, files, "vae", recipe.vae_dtype, device, only="decoder.")
 
         tokenizer = AutoTokenizer.from_pretrained(parts["tokenizer"].folder)
@@ -237,7 +237,7 @@ def _fill(
     prefix: str = "",
 ) -> None:
     """Load a part's weights and move it."""
-    target = module.decoder if only else module
+    target = module.get_submodule(only.rstrip("."))
     weights = files.parts[part].weights
     load_weights(target, weights, getattr(torch, dtype), only=only, prefix=prefix)
     module.to(device)

@@ -368,7 +368,8 @@ def _against(
     runs, warmup = times
     warmup = max(1, warmup)
     talk.say(f"the same with {against.value}")
-    pairs, recipes, plan = [], subject.recipes, subject.plan
+    pairs: list[tuple[Run, Run]] = []
+    recipes, plan = subject.recipes, subject.plan
     try:
         theirs = Diffusers(
             recipes[0], subject.files, plan.device, compiled=against is Against.compiled
@@ -437,7 +438,7 @@ def _show_size(
     pictures = "1 picture" if count == 1 else f"{count} pictures"
     precisions = [recipe[f"{part}_dtype"] for part in ("text", "dit", "vae")]
     console.print(
-        f"{pictures}, {recipe['steps']} steps of {recipe['solver']}, guidance"
+        f"{pictures}, {recipe['steps']} step{'s' * (recipe['steps'] > 1)} of {recipe['solver']}, guidance"
         f" {recipe['guidance']:g}, in {' / '.join(dict.fromkeys(precisions))};"
         f" median of {document['runs']}",
         style="dim",

@@ -50,7 +50,8 @@ def take_up(context: typer.Context, talk: "Talk") -> set[str]:
 def _ruled_out(context: typer.Context) -> set[str]:
     from sana_cli.images import SUFFIXES
 
-    values, names = context.params, set()
+    values = context.params
+    names: set[str] = set()
     if "output" not in values:  # a verb that writes no pictures
         return names
     file = os.path.basename(values["output"] or "")  # nothing of a folder, which ends in /
