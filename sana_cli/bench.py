@@ -8,13 +8,14 @@ sana, torch, triton    versions, null where there is none
 machine     os, cpu, cores, threads, device, device_name, driver, power (see `machine.power`; of an
             NVIDIA GPU see `machine.nvidia_state`), kernels ("triton", or "torch" and why)
 rates       bytes_per_second of a copy; flops_per_second of matrix products, by precision: the
-            better of two measurements, before and after the runs
+            best of what was measured before the runs of each size and after the last
 runs, warmup, count    of this call; `count` pictures are drawn in every run
 warnings    what may have spoiled the numbers
 sizes       for every size asked for:
   model, width, height, random_weights, tokenizer ("its own" or "made up"), recipe, plan
   predicted_peak_bytes    of tensors, by stage, as the plan foretells
-  phases    load, encode, denoise, decode, save, and total, the sum of the last four:
+  phases    load (of random weights the time to draw them), encode, denoise, decode, save, and
+            total, the sum of the last four:
     seconds        median, least, most, each (of the runs); all pictures of a run together
     peak_bytes     the most memory held during the phase: allocated on a CUDA device; elsewhere
                    resident in the process, with its libraries; null where the system tells neither
@@ -86,16 +87,15 @@ def rates(device: str, dtypes: set[str]) -> Facts:
     }
 
 
-def better(one: Facts, other: Facts) -> tuple[Facts, float]:
-    """The best of rates measured twice, and how many times they differ at most."""
-    bandwidths = one["bytes_per_second"], other["bytes_per_second"]
-    pairs = {
-        d: (one["flops_per_second"][d], other["flops_per_second"][d])
-        for d in one["flops_per_second"]
+def best(seen: list[Facts]) -> tuple[Facts, float]:
+    """The best of rates that were measured several times, and how many times they differ."""
+    copies = [one["bytes_per_second"] for one in seen]
+    products = {
+        d: [one["flops_per_second"][d] for one in seen] for d in seen[0]["flops_per_second"]
     }
-    apart = max(max(pair) / min(pair) for pair in (bandwidths, *pairs.values()))
-    best = {d: max(pair) for d, pair in pairs.items()}
-    return {"bytes_per_second": max(bandwidths), "flops_per_second": best}, apart
+    apart = max(max(values) / min(values) for values in (copies, *products.values()))
+    found = {d: max(values) for d, values in products.items()}
+    return {"bytes_per_second": max(copies), "flops_per_second": found}, apart
 
 
 class Meter:

@@ -39,18 +39,21 @@ class RandomTensors:
 
     def tensors(self, only: str) -> Iterator[tuple[str, Tensor]]:
         block = torch.randn(BLOCK, generator=torch.Generator().manual_seed(0))
+        moved = block.to(self.device)
         for name, shape in self.shapes.items():
             if not name.startswith(only):
                 continue
-            # As in a real model, whose table stays in its file, on the CPU.
-            device = "cpu" if name.endswith("embed_tokens.weight") else self.device
-            if len(shape) == 1:
+            scale = 1 / math.sqrt(math.prod(shape[1:]))
+            if name.endswith("embed_tokens.weight"):
+                # A real table stays in its file and takes no memory. Nor do rows that overlap.
+                tensor = (block * scale).to(self.dtype)
+                tensor = tensor.as_strided(shape, ((BLOCK - shape[1]) // shape[0], 1))
+            elif len(shape) == 1:
                 value = 0.0 if name.endswith("bias") else 1.0
-                tensor = torch.full(shape, value, dtype=self.dtype, device=device)
+                tensor = torch.full(shape, value, dtype=self.dtype, device=self.device)
             else:
-                numbers = block.roll(zlib.crc32(name.encode()) % BLOCK)
-                numbers = numbers / math.sqrt(math.prod(shape[1:]))
-                tensor = torch.empty(shape, dtype=self.dtype, device=device)
+                numbers = moved.roll(zlib.crc32(name.encode()) % BLOCK) * scale
+                tensor = torch.empty(shape, dtype=self.dtype, device=self.device)
                 for piece in tensor.view(-1).split(BLOCK):
                     piece.copy_(numbers[: len(piece)])
             yield name.removeprefix(only), tensor

@@ -1,6 +1,7 @@
 """`sana bench`: how fast this machine draws, and how near that is to what it could do."""
 
 import json
+import math
 import sys
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -146,7 +147,8 @@ def bench(
     from sana_cli import bench as measuring
 
     before = measuring.read_earlier(earlier) if earlier is not None else None
-    choices = [_choose(model, size, asked) for size in _sizes(res)]
+    sizes = _sizes(res)
+    choices = [_choose(model, size, asked) for size in sizes]
 
     from sana_cli.device import choose_device
     from sana_cli.signals import leaving_in_order
@@ -154,8 +156,8 @@ def bench(
     where = choose_device(device)
     with leaving_in_order(), TemporaryDirectory(prefix="sana-bench-") as folder:
         subjects = [
-            _subject(choice, where, count, limit, random_weights, against, Path(folder), talk)
-            for choice in choices
+            _subject(*both, where, count, limit, random_weights, against, Path(folder), talk)
+            for both in zip(choices, sizes, strict=True)
         ]
         if before is not None:
             _check_comparable(before, subjects)
@@ -197,20 +199,25 @@ def _sizes(asked: list[str] | None) -> list[str | None]:
 
 
 def _choose(model: str | None, size: str | None, asked: dict[str, Any]) -> "Choice":
-    """A named model draws any size, whether or not it was trained for it: the work is the same."""
+    """The size chooses the model if none is named. One that is draws any, see `_subject`."""
     from sana_cli.resolve import choose
     from sana_cli.settings import Settings
+
+    return choose(Settings(PROMPT, model=model, res=None if model else size, **asked))
+
+
+def _sides(size: str) -> tuple[int, int]:
+    """(width, height) in pixels, the next multiples of 32."""
     from sana_cli.shapes import parse_resolution
 
-    fit = "trained"
-    if model is not None and size is not None:
-        request = parse_resolution(size)
-        size, fit = (f"{request.side}x{request.side}" if request.side else size), "exact"
-    return choose(Settings(PROMPT, model=model, res=size, fit=fit, **asked))
+    request = parse_resolution(size)
+    width, height = request.side or request.width, request.side or request.height
+    return math.ceil(width / 32) * 32, math.ceil(height / 32) * 32
 
 
 def _subject(
     choice: "Choice",
+    size: str | None,
     where: str,
     count: int,
     limit: int | None,
@@ -238,7 +245,9 @@ def _subject(
     else:
         files = open_chosen(model, talk, offline=True, dry_run=False)
     first = choice.recipe(files, where, 1)
-    first = replace(first, width=first.native_width, height=first.native_height)
+    # As large as was asked for, whether or not the model was trained for it: the work is the same.
+    width, height = _sides(size) if size else (first.native_width, first.native_height)
+    first = replace(first, native_width=width, native_height=height, width=width, height=height)
     if against is not None and first.text_dtype == "int8":
         from sana_cli.device import wide_dtype
 
@@ -279,13 +288,16 @@ def _measure(
     for text in warnings:
         talk.warn(f"expect less than this machine can do: {text}")
     dtypes = {d for s in subjects for d in (s.recipes[0].dit_dtype, s.recipes[0].vae_dtype)}
-    talk.say("measuring the machine")
-    rates = measuring.rates(where, dtypes)
-    measured = [_runs(subject, times, folder, talk) for subject in subjects]
+    seen, measured = [], []
+    for subject in subjects:
+        talk.say("measuring the machine")
+        seen.append(measuring.rates(where, dtypes))
+        measured.append(_runs(subject, times, folder, talk))
+    seen.append(measuring.rates(where, dtypes))
     compared = [
         _against(subject, times, against, folder, talk) if against else None for subject in subjects
     ]
-    rates, apart = measuring.better(rates, measuring.rates(where, dtypes))
+    rates, apart = measuring.best(seen)
     if apart > UNSTEADY:
         warnings.append(
             f"this machine did the same work up to {apart:.1f} times slower at one time than at"
@@ -438,8 +450,8 @@ def _show_size(
     pictures = "1 picture" if count == 1 else f"{count} pictures"
     precisions = [recipe[f"{part}_dtype"] for part in ("text", "dit", "vae")]
     console.print(
-        f"{pictures}, {recipe['steps']} step{'s' * (recipe['steps'] > 1)} of {recipe['solver']}, guidance"
-        f" {recipe['guidance']:g}, in {' / '.join(dict.fromkeys(precisions))};"
+        f"{pictures}, {recipe['steps']} step{'s' * (recipe['steps'] > 1)} of {recipe['solver']},"
+        f" guidance {recipe['guidance']:g}, in {' / '.join(dict.fromkeys(precisions))};"
         f" median of {document['runs']}",
         style="dim",
     )
