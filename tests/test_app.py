@@ -35,7 +35,9 @@ RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 FILES = sorted([*(ROOT / "sana_cli").rglob("*.py"), *(ROOT / "kernels").glob("*.py")])
 
 
-@pytest.mark.parametrize("words", [["--help"], ["generate", "--help"], ["--version"]])
+@pytest.mark.parametrize(
+    "words", [["--help"], ["generate", "--help"], ["bench", "--help"], ["--version"]]
+)
 def test_help_imports_nothing_heavy(words):
     code = f"""
 import sys

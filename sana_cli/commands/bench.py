@@ -31,6 +31,8 @@ PROMPT = "a red circle on a blue background"
 MOST_RUNS = 1000
 MOST_COUNT = 1000
 AMPLE = 2**62  # bytes
+
+Sides = tuple[int, int]  # (width, height) in pixels
 UNSTEADY = 1.5  # times that rates may differ before and after the runs
 
 
@@ -157,7 +159,7 @@ def bench(
     with leaving_in_order(), TemporaryDirectory(prefix="sana-bench-") as folder:
         subjects = [
             _subject(*both, where, count, limit, random_weights, against, Path(folder), talk)
-            for both in zip(choices, sizes, strict=True)
+            for both in zip(choices, sizes.values(), strict=True)
         ]
         if before is not None:
             _check_comparable(before, subjects)
@@ -188,14 +190,21 @@ class Subject:
     own_tokenizer: bool
 
 
-def _sizes(asked: list[str] | None) -> list[str | None]:
-    """`["512,1k", "2048"]` -> `["512", "1k", "2048"]`; the model's own where none is asked for."""
+def _sizes(asked: list[str] | None) -> dict[str | None, Sides | None]:
+    """`["512,1k", "300x200"]` -> (width, height) of each in pixels, the next multiples of 32;
+    {None: None}, the model's own, where nothing is asked for."""
+    from sana_cli.shapes import parse_resolution
+
     if not asked:
-        return [None]
-    sizes = [size.strip() for words in asked for size in words.split(",")]
-    if "" in sizes:
-        raise UsageError(f"--res {','.join(asked)!r} has an empty size", "write --res 512,1024")
-    return list(dict.fromkeys(sizes))
+        return {None: None}
+    sizes: dict[str | None, Sides | None] = {}
+    for size in ",".join(asked).split(","):
+        if not size.strip():
+            raise UsageError(f"--res {','.join(asked)!r} has an empty size", "write --res 512,1024")
+        request = parse_resolution(size)
+        width, height = request.side or request.width, request.side or request.height
+        sizes[size] = math.ceil(width / 32) * 32, math.ceil(height / 32) * 32
+    return sizes
 
 
 def _choose(model: str | None, size: str | None, asked: dict[str, Any]) -> "Choice":
@@ -206,18 +215,9 @@ def _choose(model: str | None, size: str | None, asked: dict[str, Any]) -> "Choi
     return choose(Settings(PROMPT, model=model, res=None if model else size, **asked))
 
 
-def _sides(size: str) -> tuple[int, int]:
-    """(width, height) in pixels, the next multiples of 32."""
-    from sana_cli.shapes import parse_resolution
-
-    request = parse_resolution(size)
-    width, height = request.side or request.width, request.side or request.height
-    return math.ceil(width / 32) * 32, math.ceil(height / 32) * 32
-
-
 def _subject(
     choice: "Choice",
-    size: str | None,
+    sides: Sides | None,
     where: str,
     count: int,
     limit: int | None,
@@ -246,7 +246,7 @@ def _subject(
         files = open_chosen(model, talk, offline=True, dry_run=False)
     first = choice.recipe(files, where, 1)
     # As large as was asked for, whether or not the model was trained for it: the work is the same.
-    width, height = _sides(size) if size else (first.native_width, first.native_height)
+    width, height = sides or (first.native_width, first.native_height)
     first = replace(first, native_width=width, native_height=height, width=width, height=height)
     if against is not None and first.text_dtype == "int8":
         from sana_cli.device import wide_dtype
