@@ -14,6 +14,7 @@ ratio      by stage: the median over pairs of diffusers' time to ours; above 1 w
 peak_bytes    of diffusers' runs; ours are in `phases`, measured before diffusers was there
 psnr       the likeness in dB of the pictures of the last pair, the worst; null if they are equal
 shared     names of the parts whose tensors serve both
+remarks    what our pipeline said in these runs
 failed     instead of all but `with`: why it does not work
 """
 
@@ -201,6 +202,7 @@ def result(theirs: Diffusers, pairs: list[tuple[Run, Run]]) -> Facts:
         "peak_bytes": max(peaks, default=None),
         "psnr": min((value for value in likeness if value is not None), default=None),
         "shared": ["transformer", "text_encoder"],
+        "remarks": list(dict.fromkeys(text for run, _ in pairs for text in run.remarks)),
     }
 
 

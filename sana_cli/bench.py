@@ -258,10 +258,11 @@ def compare(now: Facts, before: Facts) -> Facts:
         old = earlier.get(_key(size))
         if old is None:
             continue
+        loaded = not (size["random_weights"] or old["random_weights"])
         ratios = {
             name: phase["seconds"]["median"] / old["phases"][name]["seconds"]["median"]
             for name, phase in size["phases"].items()
-            if old["phases"][name]["seconds"]["median"]
+            if (name != "load" or loaded) and old["phases"][name]["seconds"]["median"]
         }
         rows.append({key: size[key] for key in ("model", "width", "height")} | {"ratios": ratios})
         differences += [

@@ -279,12 +279,11 @@ def _measure(
     talk: "Talk",
 ) -> dict[str, Any]:
     from sana_cli import bench as measuring
-    from sana_cli.machine import saving_power
+    from sana_cli.machine import power, saving_power
 
-    document = measuring.surroundings(where)
     runs, warmup = times
     count = len(subjects[0].recipes)
-    warnings = saving_power(document["machine"]["power"])
+    warnings = saving_power(power())
     for text in warnings:
         talk.warn(f"expect less than this machine can do: {text}")
     dtypes = {d for s in subjects for d in (s.recipes[0].dit_dtype, s.recipes[0].vae_dtype)}
@@ -293,6 +292,7 @@ def _measure(
         talk.say("measuring the machine")
         seen.append(measuring.rates(where, dtypes))
         measured.append(_runs(subject, times, folder, talk))
+    document = measuring.surroundings(where)  # of a GPU while it is warm
     seen.append(measuring.rates(where, dtypes))
     compared = [
         _against(subject, times, against, folder, talk) if against else None for subject in subjects
