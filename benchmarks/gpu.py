@@ -146,7 +146,7 @@ def likeness(
 
         def note(decoder: nn.Module, latent: Tensor, **words: Any) -> Any:
             seen.append(latent.float().cpu() * files.vae.scaling_factor)
-            return decode(decoder, latent, **words)  # type: ignore[arg-type]
+            return decode(decoder, latent, **words)
 
         pipeline.decode = note
         try:
@@ -354,7 +354,7 @@ def against(options: argparse.Namespace, report: Report) -> None:
 
 
 def profile(options: argparse.Namespace, report: Report) -> None:
-    from sana_cli.roofline import bandwidth, matrix_rate
+    from sana_cli.roofline import bandwidth, decoding, denoising, matrix_rate
 
     device = options.device
     dtype = wide(device)
@@ -365,14 +365,19 @@ def profile(options: argparse.Namespace, report: Report) -> None:
         with tempfile.TemporaryDirectory() as folder:
             steps = {"steps": 2 if options.quick else 20}
             recipe, files = described(model, None, device, Path(folder), dtype, steps)
-            for stage, rows in profiled(recipe, files, device, copies, products).items():
-                report.add("profile", model=model, stage=stage, steps=recipe.steps, kernels=rows)
+            counted = {"denoise": denoising(recipe, files), "decode": decoding(recipe, files)}
+            for stage, (seconds, rows) in profiled(recipe, files, device, copies, products).items():
+                facts = {"model": model, "stage": stage, "steps": recipe.steps, "seconds": seconds}
+                facts["busy_seconds"] = sum(row["seconds"] for row in rows)
+                facts["floor_seconds"] = counted[stage].floor(products, copies)
+                report.add("profile", **facts, kernels=rows[:40])
 
 
 def profiled(
     recipe: Any, files: Any, device: str, copies: float, products: float
-) -> dict[str, list[Row]]:
-    """The kernels of the second of two pictures, whose graphs and kernels are made: by stage."""
+) -> dict[str, tuple[float, list[Row]]]:
+    """By stage the seconds and the kernels of the second of two pictures: what is made once, as
+    graphs, was made for the first."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as Profiler
 
@@ -381,20 +386,23 @@ def profiled(
 
     cuda = device.startswith("cuda")
     activities = [ProfilerActivity.CUDA] if cuda else [ProfilerActivity.CPU]
-    found: dict[str, list[Row]] = {}
+    found: dict[str, tuple[float, list[Row]]] = {}
     running: Any = None
+    began = 0.0
     with launches() as floors:
         recipes = [recipe, replace(recipe, seed=2)]
         for event in draw(recipes, files, Plan(device, resident=True)):
             last = isinstance(event, Progress) and event.done == event.total
             if running is not None and last and isinstance(event, Progress):
+                seconds = time.perf_counter() - began
                 running.stop()
-                found[event.stage] = shares(running, floors, copies, products, cuda)
+                found[event.stage] = seconds, shares(running, floors, copies, products, cuda)
                 running = None
             first = isinstance(event, Picture) and event.index == 0
             if first or (last and isinstance(event, Progress) and event.stage == "denoise"):
                 running = Profiler(activities=activities)
                 running.start()
+                began = time.perf_counter()
     return found
 
 
@@ -418,7 +426,7 @@ def shares(
             each = [max(flops / products, size / copies) for flops, size in known]
             row["floor_seconds"] = row["calls"] * sum(each) / len(each)
             row["reached"] = row["floor_seconds"] / row["seconds"]
-    return rows[:40]
+    return rows
 
 
 @contextmanager
@@ -450,13 +458,13 @@ def launches() -> Iterator[dict[str, list[tuple[int, int]]]]:
             seen[kernel.__name__].append((flops, sum(tensors.values())))
             real(kernel, grid, *given, **words)
 
-        found.launch = counted  # type: ignore[attr-defined]
+        found.launch = counted
         changed.append((found, real))
     try:
         yield seen
     finally:
         for found, real in changed:
-            found.launch = real  # type: ignore[attr-defined]
+            found.launch = real
 
 
 # --- all of it ---------------------------------------------------------------------------------
@@ -486,12 +494,6 @@ def run_section(name: str, options: argparse.Namespace, report: Report, seconds:
     return facts
 
 
-def about(device: str) -> Row:
-    from sana_cli.bench import surroundings
-
-    return surroundings(device)
-
-
 def table(report: Report) -> None:
     """What was found, for people, on stdout."""
     from rich.console import Console
@@ -501,9 +503,10 @@ def table(report: Report) -> None:
 
     def show(title: str, columns: list[str], rows: list[list[str]]) -> None:
         if rows:
-            sheet = Table(*columns, title=title, title_justify="left", box=None, pad_edge=False)
+            sheet = Table(*columns, box=None, pad_edge=False)
             for row in rows:
                 sheet.add_row(*row)
+            console.print(title, style="bold")
             console.print(sheet)
             console.print()
 
@@ -565,7 +568,9 @@ def table(report: Report) -> None:
     for row in report.rows("profile"):
         if "kernels" in row:
             show(
-                f"{row['model']}, {row['stage']} of a picture",
+                f"{row['model']}, {row['stage']} of a picture: {1e3 * row['seconds']:.1f} ms, the"
+                f" device busy for {1e3 * row['busy_seconds']:.1f}, floor"
+                f" {1e3 * row['floor_seconds']:.1f}",
                 ["kernel", "calls", "ms", "share", "of its floor"],
                 [
                     [k["kernel"][:70], str(k["calls"]), number(1e3 * k["seconds"], "", 2),
@@ -629,7 +634,9 @@ def main() -> None:
         sys.exit("needs CUDA, which this torch has not; --device cpu --quick tries the script")
     began, allowed = time.perf_counter(), 0
     report.path.unlink(missing_ok=True)
-    report.add("about", facts=about(options.device))
+    from sana_cli.bench import surroundings
+
+    report.add("about", facts=surroundings(options.device))
     for name in options.only:
         allowed += SECTIONS[name]
         if name == "kernels" and not options.device.startswith("cuda"):

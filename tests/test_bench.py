@@ -9,14 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 
 from sana_cli.dc_ae import DCAE
+from sana_cli.instruction import INSTRUCTION
 from sana_cli.machine import power, saving_power
 from sana_cli.model_files import ModelFiles, released_model
+from sana_cli.random_weights import RandomTensors, random_model
 from sana_cli.recipe import Recipe
 from sana_cli.resolve import choose
 from sana_cli.roofline import Work, decoding, denoising, operations
 from sana_cli.settings import Settings
+from sana_cli.weights import known_models
 
 DEMO = ("bench", "-m", "demo", "--device", "cpu", "--steps", "2")
 PHASES = ["load", "encode", "denoise", "decode", "save", "total"]
@@ -236,6 +240,41 @@ main()
     assert (done.returncode, done.stdout) == (2, "")
     assert "--against needs diffusers" in done.stderr
     assert "pip install" in done.stderr
+
+
+# --- random weights ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["sana-0.6b-512", "sana-1.6b-4k", "sana-sprint-1.6b"])
+def test_of_a_released_model_only_the_configs_are_made_up(tmp_path, name):
+    model = known_models()[name]
+    made, released = random_model(model, None, tmp_path, "cpu"), released_model(model)
+    assert (made.dit, made.vae, made.text) == (released.dit, released.vae, released.text)
+    assert (made.flow_shift, made.unknown_keys) == (released.flow_shift, ())
+    assert sum(path.stat().st_size for path in tmp_path.rglob("*.json")) < 50_000
+    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer" / "tokenizer.json"))
+    assert 180 < len(tokenizer.encode(INSTRUCTION).ids) < 210, "of Gemma-2's it takes about 190"
+
+
+def test_weights_that_are_drawn_keep_the_size_of_what_goes_through():
+    shapes = {
+        "a.weight": torch.Size([256, 512]),
+        "b.weight": torch.Size([64, 32, 3, 3]),
+        "norm.weight": torch.Size([512]),
+        "a.bias": torch.Size([256]),
+        "embed_tokens.weight": torch.Size([5000, 512]),
+    }
+    drawn = dict(RandomTensors(shapes, torch.float32, "cpu").tensors(""))
+    assert {name: tensor.shape for name, tensor in drawn.items()} == shapes
+    out = torch.randn(100, 512) @ drawn["a.weight"].T
+    assert out.std() == pytest.approx(1, rel=0.05)
+    image = torch.nn.functional.conv2d(torch.randn(1, 32, 32, 32), drawn["b.weight"])
+    assert image.std() == pytest.approx(1, rel=0.05)
+    assert (drawn["norm.weight"] == 1).all() and (drawn["a.bias"] == 0).all()
+    table = drawn["embed_tokens.weight"]
+    assert len(table[:100].unique(dim=0)) == 100, "each token has its own row"
+    again = dict(RandomTensors(shapes, torch.float32, "cpu").tensors("a."))
+    assert again["weight"].equal(drawn["a.weight"])
 
 
 # --- floors ------------------------------------------------------------------------------------
