@@ -127,6 +127,7 @@ def likeness(
     """Signal to noise of the latents after two steps, in dB, the plain network in float32 being
     the truth: of the pipeline, and of the plain network in the precision of the pipeline."""
     from sana_cli import pipeline
+    from sana_cli.guidance import is_guided
     from sana_cli.pipeline import Failure, draw
     from sana_cli.plan import Plan
     from sana_cli.text_encoder import TextEncoder
@@ -135,8 +136,7 @@ def likeness(
         recipe, files = described(model, size, device, Path(folder), dtype, settings)
         encoder = TextEncoder(files.parts, recipe.text_dtype, device)
         texts = [encoder.encode(recipe.prompt, recipe.instruction)]
-        guided = recipe.guidance > 1 and not files.is_sprint
-        if guided:
+        if is_guided(recipe, files):
             texts.insert(0, encoder.encode(recipe.negative))
         del encoder
         truth = plain(recipe, files, texts, device, torch.float32)
@@ -164,7 +164,7 @@ def plain(recipe: Any, files: Any, texts: list[Tensor], device: str, dtype: torc
     """Latents float32 (1, 32, h, w) on the CPU, by the network as `dit.py` writes it down."""
     from sana_cli.checkpoint import load_weights, on_meta
     from sana_cli.dit import DiT
-    from sana_cli.solver import SOLVERS
+    from sana_cli.solver import SOLVERS, advance
 
     part = files.parts["transformer"]
     dit = on_meta(DiT, files.dit, part.config)
@@ -188,7 +188,8 @@ def plain(recipe: Any, files: Any, texts: list[Tensor], device: str, dtype: torc
         if len(halves) == 2:
             velocity = halves[0] + recipe.guidance * (halves[1] - halves[0])
         fresh = torch.randn(shape, generator=generator).to(device) if solver.stochastic else None
-        sample, previous = solver.step(schedule, step, sample, velocity, previous, fresh)
+        update = solver.update(schedule, step)
+        sample, previous = advance(update, sample, velocity, previous, fresh)
     return sample.float().cpu()
 
 

@@ -1,9 +1,10 @@
 """The same pictures by diffusers, on the same weights, in the same process, turn and turn about.
 
 diffusers' modules are built without weights and given tensors: those of the transformer and of the
-text encoder serve both programs, so only the decoder is there twice (ours merges its kernels in
-float32 before they are narrowed). All of diffusers' networks stay loaded, as in its pipeline; ours
-come and go as they always do, and their loading is not counted. Neither is saving.
+text encoder serve both programs. There twice are only what ours merges, the maps to queries, keys
+and values, and the decoder, whose kernels are merged in float32 before they are narrowed. All of
+diffusers' networks stay loaded, as in its pipeline; ours come and go as they always do, and their
+loading is not counted. Neither is saving.
 
 The part `against` of the document of `sana bench`:
 

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from sana_cli.dc_ae import DCAE, Decoder, EfficientViTBlock
 from sana_cli.dit import Block, DiT
+from sana_cli.guidance import is_guided
 from sana_cli.model_files import ModelFiles
 from sana_cli.recipe import Recipe
 from sana_cli.strips import fold
@@ -110,7 +111,7 @@ def denoising(recipe: Recipe, files: ModelFiles) -> Work:
     ends = operations(lambda: (dit.patch_embed(latent), dit.proj_out(x)))
     cross = operations(lambda: (block.attn2.to_q(x), block.attn2.to_out[0](x)))
     half = ends + layers * (attention + rest)
-    guided = recipe.guidance > 1 and not files.is_sprint
+    guided = is_guided(recipe, files)
     if guided:
         flops = 2 * half - attention + layers * cross * (2 if recipe.negative else 1)
     else:
