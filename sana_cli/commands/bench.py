@@ -134,8 +134,10 @@ def bench(
     if force and save is None:
         raise UsageError("--force has no effect without --save", "leave it out")
     limit = parse_memory(memory)
+    sizes = _sizes(res)
     asked: dict[str, Any] = {"steps": steps, "guidance": guidance, "dtype": dtype.value}
     asked["text_precision"] = text_precision.value
+    choices = [_choose(model, size, asked) for size in sizes]
     if against is not None:
         if text_precision is TextPrecisionName.int8:
             raise UsageError(
@@ -149,8 +151,6 @@ def bench(
     from sana_cli import bench as measuring
 
     before = measuring.read_earlier(earlier) if earlier is not None else None
-    sizes = _sizes(res)
-    choices = [_choose(model, size, asked) for size in sizes]
 
     from sana_cli.device import choose_device
     from sana_cli.signals import leaving_in_order
