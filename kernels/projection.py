@@ -3,9 +3,15 @@
 import torch.nn.functional as F
 from torch import Tensor
 
+from sana_cli.kernels import dispatch
+
 
 def expand(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """x (B, N, D), weight (E, D), bias (E,) -> silu(x·weightᵀ + bias), (B, N, E)."""
+    if dispatch.uses_triton(x):
+        from sana_cli.kernels import projection_triton
+
+        return projection_triton.expand(x, weight, bias)
     return F.silu(F.linear(x, weight, bias), inplace=True)
 
 
@@ -16,5 +22,9 @@ def add_projected(
 
     x (B, N, D), y (B, N, E), weight (D, E), bias (D,) or None, gate (D,) or None for 1.
     """
+    if dispatch.uses_triton(x):
+        from sana_cli.kernels import projection_triton
+
+        return projection_triton.add_projected(x, y, weight, bias, gate)
     projected = F.linear(y, weight, bias)
     return x.add_(projected) if gate is None else x.addcmul_(projected, gate)
