@@ -38,19 +38,22 @@ FLOAT32 = Blocks(64, 64, 32, 4, 3)
 GROUP = 8  # tiles of rows that go together
 
 
-def choose_blocks(x: Tensor, m: int, n: int) -> Blocks:
-    """For a result m x n, on the device and in the dtype of x."""
+def choose_blocks(x: Tensor, m: int, n: int, widest: int) -> Blocks:
+    """For a result m x n, on the device and in the dtype of x, of `widest` columns at most."""
     if x.dtype == torch.float32:
         return FLOAT32
     shapes = BY_CAPABILITY.get(capability(x.device), CONSUMER)
-    enough = (s for s in shapes if triton.cdiv(m, s.m) * triton.cdiv(n, s.n) >= ENOUGH)
-    return next(enough, shapes[-1])
+    for blocks in shapes:
+        enough = triton.cdiv(m, blocks.m) * triton.cdiv(n, blocks.n) >= ENOUGH
+        if blocks.n <= widest and enough:
+            return blocks
+    return shapes[-1]
 
 
 def expand(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     x = x.contiguous()
     out = x.new_empty(*x.shape[:-1], len(weight))
-    _start(expand_kernel, x, weight, (bias, out))
+    _start(expand_kernel, x, weight, (bias, out), 256)
     return out
 
 
@@ -59,14 +62,15 @@ def add_projected(
 ) -> Tensor:
     if not x.is_contiguous():
         raise ValueError("x is updated in place and must be contiguous")
-    _start(add_projected_kernel, y.contiguous(), weight, (bias, gate, x))
+    # With a tile of x there are no registers for more than 128 columns.
+    _start(add_projected_kernel, y.contiguous(), weight, (bias, gate, x), 128)
     return x
 
 
-def _start(kernel: triton.JITFunction, x: Tensor, weight: Tensor, rest: tuple) -> None:
+def _start(kernel: triton.JITFunction, x: Tensor, weight: Tensor, rest: tuple, widest: int) -> None:
     n, k = weight.shape
     m = x.numel() // k
-    blocks = choose_blocks(x, m, n)
+    blocks = choose_blocks(x, m, n, widest)
     launch(
         kernel,
         (triton.cdiv(m, blocks.m) * triton.cdiv(n, blocks.n),),
