@@ -58,7 +58,7 @@ def depthwise_glu_kernel(
     v_above, v_here, v_below = v_bias, v_bias, v_bias
     g_above, g_here, g_below = g_bias, g_bias, g_bias
     rows_out = height - 2 + 2 * ABOVE
-    for step in range(ROWS + 2):
+    for step in range(tl.minimum(ROWS, rows_out - first) + 2):
         row = first + step - ABOVE
         at = x + (image * height + row) * width * (2 * half) + column * (2 * half) + channel
         inside = real & (column < width) & (column * 0 + row >= 0) & (column * 0 + row < height)
@@ -78,8 +78,8 @@ def depthwise_glu_kernel(
         done = first + step - 2
         to = out + (image * rows_out + done) * width * half + column * half + channel
         y = v_above * (g_above / (1 + tl.exp(-g_above)))
-        whole = (column * 0 + step >= 2) & (column * 0 + done < rows_out)
-        tl.store(to, y.to(out.dtype.element_ty), mask=real & (column < width) & whole)
+        whole = real & (column < width) & (column * 0 + step >= 2)
+        tl.store(to, y.to(out.dtype.element_ty), mask=whole)
         v_above, v_here, v_below = v_here, v_below, v_bias
         g_above, g_here, g_below = g_here, g_below, g_bias
 
