@@ -17,7 +17,7 @@ from torch import Tensor
 from sana_cli.kernels.cases import SIDES, WIDTHS, Case, like
 from sana_cli.kernels.launch import capability, imagine, launch, precision
 from sana_cli.kernels.linear_attention import EPS
-from sana_cli.kernels.projection_triton import GROUP, place
+from sana_cli.kernels.projection_triton import ENOUGH, GROUP, place
 
 CHANNELS = 64
 
@@ -31,16 +31,22 @@ class Blocks(NamedTuple):
     stages: int
 
 
-CONSUMER = Blocks(128, 32, 8, 3)
-LARGE = Blocks(128, 64, 8, 3)
+# The first that makes enough programs to occupy a large GPU is taken, else the last.
+CONSUMER = (Blocks(128, 32, 8, 3), Blocks(64, 64, 4, 3))
+LARGE = (Blocks(128, 64, 8, 3), Blocks(64, 64, 4, 3))
 BY_CAPABILITY = {(8, 0): LARGE, (9, 0): LARGE, (10, 0): LARGE}
 FLOAT32 = Blocks(32, 32, 4, 2)
 
 
-def choose_blocks(x: Tensor) -> Blocks:
+def choose_blocks(x: Tensor, blocks: int) -> Blocks:
+    """For tokens x (B, N, D) and that many blocks of channels."""
     if x.dtype == torch.float32:
         return FLOAT32
-    return BY_CAPABILITY.get(capability(x.device), CONSUMER)
+    shapes = BY_CAPABILITY.get(capability(x.device), CONSUMER)
+    for shape in shapes:
+        if len(x) * triton.cdiv(x.shape[1], shape.m) * blocks >= ENOUGH:
+            return shape
+    return shapes[-1]
 
 
 def project_qkv(
@@ -50,8 +56,9 @@ def project_qkv(
     batch, n, width = x.shape
     features = len(weight) // 3
     d = features // heads
-    m, step, warps, stages = choose_blocks(x)
-    tiles, blocks = triton.cdiv(n, m), triton.cdiv(features, CHANNELS)
+    blocks = triton.cdiv(features, CHANNELS)
+    m, step, warps, stages = choose_blocks(x, blocks)
+    tiles = triton.cdiv(n, m)
     q = x.new_empty(batch, n, features)
     sums = _no_sums(x, tiles, heads, d)
     k = v = squares = None
@@ -78,12 +85,12 @@ def project_qkv(
             (blocks, tiles, batch),
             *(k, v, squares, norm_k.contiguous(), sums, n, features, eps),
             HEAD=d,
-            BLOCK_M=m // 2,
+            BLOCK_M=32,
             CHANNELS=CHANNELS,
             BLOCKS=triton.next_power_of_2(blocks),
-            PARTS=2,
+            PARTS=m // 32,
             PRECISION=precision(),
-            num_warps=8,
+            num_warps=4,
         )
     return q, _sum(sums)
 
@@ -214,9 +221,10 @@ def sum_normed_kernel(
         )
         scale = tl.rsqrt(tl.sum(square, 0) / features + eps)
         inside = (rows < n - row)[:, None] & real[None]
-        at = (image * n + row) * features + column + rows[:, None] * features + channels[None]
-        k_tile = tl.load(k + at, mask=inside, other=0.0).to(tl.float32)
-        v_tile = tl.load(v + at, mask=inside, other=0.0)
+        origin = (image * n + row) * features + column
+        at = rows[:, None] * features + channels[None]
+        k_tile = tl.load(k + origin + at, mask=inside, other=0.0).to(tl.float32)
+        v_tile = tl.load(v + origin + at, mask=inside, other=0.0)
         k_tile = (k_tile * scale[:, None]).to(dtype).to(tl.float32)
         k_tile = (k_tile * weight[None]).to(dtype).to(tl.float32)
         k_tile = tl.maximum(k_tile, 0.0)
@@ -273,11 +281,12 @@ def attend_tokens_kernel(
     values = tl.load(at[:, None] + place[None] * HEAD, mask=same, other=0.0)
     totals = tl.load(at[:, None] + place[None] * 0 + HEAD * HEAD, mask=same, other=0.0)
     inside = (rows < n - row)[:, None] & real[None]
-    at = (image * n + row) * features + column + rows[:, None] * features + channel[None]
-    query = tl.maximum(tl.load(q + at, mask=inside, other=0.0).to(tl.float32), 0.0)
+    origin = (image * n + row) * features + column
+    at = rows[:, None] * features + channel[None]
+    query = tl.maximum(tl.load(q + origin + at, mask=inside, other=0.0).to(tl.float32), 0.0)
     above = tl.dot(query, values, input_precision=PRECISION)
     below = tl.dot(query, totals, input_precision=PRECISION) + eps
-    tl.store(out + at, (above / below).to(out.dtype.element_ty), mask=inside)
+    tl.store(out + origin + at, (above / below).to(out.dtype.element_ty), mask=inside)
 
 
 def cases(target: tuple[int, int]) -> Iterator[Case]:

@@ -3,7 +3,11 @@
 With a GPU the compiled kernels run; without one Triton's interpreter does, on the CPU (conftest).
 """
 
+import json
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +25,7 @@ from sana_cli.kernels import (
     projection_triton,
 )
 from sana_cli.kernels.depthwise_glu import depthwise_glu
+from sana_cli.kernels.dispatch import chosen_path
 from sana_cli.kernels.linear_attention import attend_tokens, project_qkv
 from sana_cli.kernels.modulation import modulate
 from sana_cli.kernels.projection import add_projected, expand
@@ -183,3 +188,88 @@ def test_a_token_without_features_attends_to_nothing(draw):
     state = draw(1, 1, 33, 32).float()
     q = -draw(1, 5, 32).abs()
     assert not linear_attention_triton.attend_tokens(q, state).any()
+
+
+# --- which way, and at what cost -----------------------------------------------------------------
+
+
+def python(*words: str) -> subprocess.CompletedProcess:
+    """A process of its own, whose Triton compiles."""
+    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    words = (sys.executable, "-P", *words)
+    return subprocess.run(words, capture_output=True, text=True, env=kept, timeout=600)
+
+
+def test_a_network_on_the_cpu_never_imports_triton():
+    done = python(
+        "-c",
+        """
+import sys, torch
+from sana_cli.dit import DiT
+from sana_cli.kernels.depthwise_glu import depthwise_glu
+from sana_cli.kernels.linear_attention import attend_tokens, project_qkv
+from sana_cli.kernels.modulation import modulate
+from sana_cli.kernels.projection import add_projected, expand
+x = modulate(torch.randn(1, 12, 32), torch.randn(32), torch.randn(32), 1e-6)
+add_projected(x, attend_tokens(*project_qkv(x, torch.randn(96, 32), 1)), torch.eye(32), None, None)
+wide = expand(x, torch.randn(128, 32), torch.randn(128)).unflatten(1, (3, 4))
+assert depthwise_glu(wide, torch.randn(128, 1, 3, 3), torch.randn(128)).shape == (1, 3, 4, 64)
+assert "triton" not in sys.modules
+""",
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_reason_for_the_torch_path_is_told():
+    for kind in ("cpu", "mps"):
+        assert chosen_path(kind) == ("torch", f"there is no Triton for {kind}")
+
+
+def test_kernels_compile_for_a_gpu_that_is_not_here():
+    done = python("-m", "sana_cli.kernels.aot", "--arch", "89", "--json")
+    assert done.returncode == 0, done.stderr
+    costs = json.loads(done.stdout)
+    names = {cost["case"].split()[0] for cost in costs}
+    assert {"modulate_kernel", "project_qkv_kernel", "expand_kernel"} <= names
+    for cost in costs:
+        assert 0 < cost["registers"] <= 255
+        assert cost["stack"] == 0
+        assert cost["fault"] is None
+        assert not cost["matrices"] or "MMA" in cost["tensor_cores"]
+
+
+def test_costs_too_high_are_found():
+    done = python(
+        "-c",
+        """
+import sys, torch
+from sana_cli.kernels import aot, projection_triton
+from sana_cli.kernels.cases import like
+from sana_cli.kernels.launch import imagine
+from sana_cli.kernels.projection_triton import Blocks, expand
+
+def cost(dtype, *blocks):
+    projection_triton.CONSUMER = (Blocks(*blocks),)
+    x, weight, bias = (like(*shape, dtype=dtype) for shape in ((1, 64, 64), (64, 64), (64,)))
+    aot.gather = lambda target: imagine("", target, expand, x, weight, bias)
+    return aot.measure((8, 9), 0)
+
+costs = [
+    cost(torch.bfloat16, 128, 256, 64, 4, 3),
+    cost(torch.bfloat16, 128, 128, 128, 8, 4),
+    cost(torch.float32, 64, 64, 32, 4, 3),
+]
+aot.measure_all = lambda archs, jobs: costs
+sys.argv = ["aot", "--json"]
+sys.exit(aot.main())
+""",
+    )
+    assert done.returncode == 1
+    lines = done.stderr.splitlines()
+    for line, words in zip(
+        lines,
+        ("spills", "bytes of shared memory, and a program has 101376", "without tensor cores"),
+        strict=True,
+    ):
+        assert line.startswith("error: expand_kernel")
+        assert words in line
