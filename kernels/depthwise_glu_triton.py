@@ -4,6 +4,8 @@ A program walks down a strip of columns. Each row it reads adds to three rows of
 pixel is loaded once for its left, middle and right neighbour and never again for those above.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
 from collections.abc import Iterator
 
 import triton

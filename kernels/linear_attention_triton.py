@@ -6,6 +6,8 @@ the blocks on the diagonal, where both are of one head. What it keeps it writes 
 own, and a second kernel adds those up in a fixed order: the same input gives the same bits.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
 from collections.abc import Iterator
 from typing import NamedTuple
 

@@ -1,5 +1,7 @@
 """`modulation.py` in one pass: a program keeps a whole row in registers."""
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
 from collections.abc import Iterator
 
 import triton

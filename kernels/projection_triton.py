@@ -4,6 +4,8 @@ Every program makes one tile of the result, float32 until it is stored. Programs
 that those that run together share rows and columns: what one has read, the next finds in the L2.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
 from collections.abc import Iterator
 from typing import NamedTuple
 

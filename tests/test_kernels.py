@@ -225,6 +225,7 @@ def test_every_reason_for_the_torch_path_is_told():
         assert chosen_path(kind) == ("torch", f"there is no Triton for {kind}")
 
 
+@pytest.mark.slow
 def test_kernels_compile_for_a_gpu_that_is_not_here():
     done = python("-m", "sana_cli.kernels.aot", "--arch", "89", "--json")
     assert done.returncode == 0, done.stderr
