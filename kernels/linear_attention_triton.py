@@ -8,6 +8,7 @@ own, and a second kernel adds those up in a fixed order: the same input gives th
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
+import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -292,13 +293,11 @@ def attend_tokens_kernel(
 
 
 def cases(target: tuple[int, int]) -> Iterator[Case]:
-    for model, d in WIDTHS.items():
-        heads = d // 32
-        state = like(2, heads, 33, 32, dtype=torch.float32)
-        for side in SIDES:
-            x, label = like(2, (side // 32) ** 2, d), f"{model} {side}"
-            weight, norm = like(3 * d, d), like(d)
-            yield from imagine(label, target, project_qkv, x, weight, heads, None, 0.0)
-            of = f"{label}, k normed"
-            yield from imagine(of, target, project_qkv, x, weight, heads, norm, 1e-5)
-            yield from imagine(label, target, attend_tokens, x, state)
+    for (model, d), side, batch in itertools.product(WIDTHS.items(), SIDES, (1, 2)):
+        heads, label = d // 32, f"{model} {batch}x{side}²"
+        x, weight, norm = like(batch, (side // 32) ** 2, d), like(3 * d, d), like(d)
+        state = like(batch, heads, 33, 32, dtype=torch.float32)
+        yield from imagine(label, target, project_qkv, x, weight, heads, None, 0.0)
+        of = f"normed {label}"
+        yield from imagine(of, target, project_qkv, x, weight, heads, norm, 1e-5)
+        yield from imagine(label, target, attend_tokens, x, state)

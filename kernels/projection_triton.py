@@ -6,6 +6,7 @@ that those that run together share rows and columns: what one has read, the next
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
+import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -166,18 +167,17 @@ def product(
 
 
 def cases(target: tuple[int, int]) -> Iterator[Case]:
-    for model, d in WIDTHS.items():
+    for (model, d), side, batch in itertools.product(WIDTHS.items(), SIDES, (1, 2)):
+        label = f"{model} {batch}x{side}²"
+        x = like(batch, (side // 32) ** 2, d)
         e = 5 * d // 2  # the hidden width of the feed-forward network; it makes two, for the gate
-        for side in SIDES:
-            label = f"{model} {side}"
-            x = like(2, (side // 32) ** 2, d)
-            wide = like(*x.shape[:2], e)
-            yield from imagine(label, target, expand, x, like(2 * e, d), like(2 * e))
-            for name, y, bias, gate in (
-                ("self", x, like(d), like(d)),
-                ("cross", x, like(d), None),
-                ("down", wide, None, like(d)),
-            ):
-                weight = like(d, y.shape[-1])
-                of = f"{label} {name}"
-                yield from imagine(of, target, add_projected, x, y, weight, bias, gate)
+        wide = like(*x.shape[:2], e)
+        yield from imagine(label, target, expand, x, like(2 * e, d), like(2 * e))
+        for name, y, bias, gate in (
+            ("self", x, like(d), like(d)),
+            ("cross", x, like(d), None),
+            ("down", wide, None, like(d)),
+        ):
+            weight = like(d, y.shape[-1])
+            of = f"{name} {label}"
+            yield from imagine(of, target, add_projected, x, y, weight, bias, gate)
