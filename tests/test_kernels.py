@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("triton")
+# Interpreters before 3.9 convert arrays as numpy 2.4 no longer does. Their compilers are fine.
+pytest.importorskip("triton", minversion=None if torch.cuda.is_available() else "3.9")
 
 from test_engine import KINDS, compare, random_dit
 
