@@ -1,23 +1,38 @@
 """What a Triton kernel is compiled for: the shape of a case that `aot.py` goes through."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
+
+import torch
+from torch import Tensor
+
+WIDTHS = {"0.6B": 1152, "1.6B": 2240}  # of the two transformers
+SIDES = (512, 1024, 4096)  # of images: what is launched changes with the number of tokens
 
 
 @dataclass(frozen=True)
 class Case:
     """One specialisation of one kernel, as a model launches it.
 
-    Every `*_triton.py` has `cases()`, which lists its own.
+    Every `*_triton.py` has `cases(capability)`, which lists its own on such a GPU. They come from
+    `launch.imagine`, which runs the launcher itself, so that they cannot differ from it.
     """
 
-    name: str  # for people: "expand 0.6B"
+    name: str  # for people: "expand_kernel 0.6B 1024"
     kernel: Any  # the function that triton.jit made
     signature: dict[str, str]  # of every argument: "*bf16", "i32", "fp32" or "constexpr"
     constants: dict[str, Any]  # the values of the constexpr ones
     num_warps: int
     num_stages: int
-    tensor_cores: bool = False  # it multiplies matrices and must use them
-    aligned: tuple[str, ...] = field(
-        default=()
-    )  # integers that are multiples of 16, besides pointers
+    aligned: tuple[str, ...]  # integers that are multiples of 16; pointers always are
+
+    def labelled(self, label: str) -> "Case":
+        return replace(self, name=f"{self.name} {label}")
+
+    def is_compiled_as(self, other: "Case") -> bool:
+        return replace(self, name="") == replace(other, name="")
+
+
+def like(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """A tensor that has everything but values."""
+    return torch.empty(shape, dtype=dtype, device="meta")

@@ -12,7 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sana_cli.kernels import dispatch
+
 EPS = 1e-15  # as diffusers; only reached where every feature of a query is zero
+TRITON_HEADS = (16, 32, 64)  # widths of a head that its Triton kernels know; Sana's is 32
 
 
 def relu_linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -49,7 +52,11 @@ def project_qkv(
     with it changes nothing but its weight, which belongs into the projection: its scale of a
     token cancels in the quotient of `attend`.
     """
-    width = x.shape[-1]
+    if dispatch.uses_triton(x) and len(weight) // 3 // heads in TRITON_HEADS:
+        from sana_cli.kernels import linear_attention_triton
+
+        return linear_attention_triton.project_qkv(x, weight, heads, norm_k, eps)
+    width = len(weight) // 3
     q = F.linear(x, weight[:width])
     k, v = F.linear(x, weight[width:]).chunk(2, dim=-1)
     if norm_k is not None:
@@ -66,6 +73,10 @@ def project_qkv(
 
 def attend_tokens(q: Tensor, state: Tensor) -> Tensor:
     """q (B, N, D) before its ReLU, and the state of all tokens -> (B, N, D), in the dtype of q."""
+    if dispatch.uses_triton(q) and state.shape[-1] in TRITON_HEADS:
+        from sana_cli.kernels import linear_attention_triton
+
+        return linear_attention_triton.attend_tokens(q, state)
     out = torch.empty_like(q)
     for queries, sums, target in zip(q, state, out, strict=True):
         heads = len(sums)

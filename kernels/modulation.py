@@ -4,7 +4,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sana_cli.kernels import dispatch
+
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     """x (B, N, D), shift and scale (D,) -> LayerNorm(x)·(1 + scale) + shift, in the dtype of x."""
+    if dispatch.uses_triton(x):
+        from sana_cli.kernels import modulation_triton
+
+        return modulation_triton.modulate(x, shift, scale, eps)
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=eps), 1 + scale)

@@ -4,11 +4,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sana_cli.kernels import dispatch
+
 HALF_MAX = torch.finfo(torch.float16).max
 
 
 def expand(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """x (B, N, D), weight (E, D), bias (E,) -> silu(x·weightᵀ + bias), (B, N, E)."""
+    if dispatch.uses_triton(x):
+        from sana_cli.kernels import projection_triton
+
+        return projection_triton.expand(x, weight, bias)
     return F.silu(F.linear(x, weight, bias), inplace=True)
 
 
@@ -20,6 +26,10 @@ def add_projected(
     x (B, N, D), y (B, N, E), weight (D, E), bias (D,) or None, gate (D,) or None for 1. In
     float16 what is gated is first brought into its range, as the reference does.
     """
+    if dispatch.uses_triton(x):
+        from sana_cli.kernels import projection_triton
+
+        return projection_triton.add_projected(x, y, weight, bias, gate)
     projected = F.linear(y, weight, bias)
     if projected.dtype == torch.float16:
         projected.clamp_(-HALF_MAX, HALF_MAX)

@@ -23,6 +23,14 @@ for name in [name for name in os.environ if name.startswith("SANA_")]:
 os.environ["SANA_CONFIG"] = f"{tempfile.gettempdir()}/sana-tests-{os.getpid()}/config.toml"
 
 
+def pytest_configure() -> None:
+    """Without a GPU Triton interprets its kernels: it decides so as it is first imported."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
+
+
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory, monkeypatch) -> Path:
     """The folder of what is kept between runs: empty for every test, and never the user's."""

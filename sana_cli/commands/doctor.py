@@ -70,11 +70,7 @@ def examine(color: bool, tell: Callable[[str], None]) -> Facts:
     facts["memory"] = ask("memory", machine.memory)
     facts["devices"], no_cuda = ask("devices", machine.devices) or (None, None)
     facts["nvidia_driver"] = ask("driver", machine.nvidia_driver)
-    facts["kernels"] = {
-        "path": "torch",
-        "reason": "this version has no fused kernels: every operation is torch's own",
-        "triton": machine.installed("triton", "triton-windows", "pytorch-triton"),
-    }
+    facts["kernels"] = ask("kernels", _kernels)
     facts["bitsandbytes"] = machine.installed("bitsandbytes")
     facts["hub"] = ask("hub", _hub)
     facts["text_cache"] = ask("text cache", _text_cache)
@@ -83,6 +79,17 @@ def examine(color: bool, tell: Callable[[str], None]) -> Facts:
     facts["problems"] = problems + list(_problems(facts, no_cuda))
     facts["next"] = _next(facts)
     return facts
+
+
+def _kernels() -> Facts:
+    """For the device that is taken unless another is asked for."""
+    from sana_cli import machine
+    from sana_cli.device import choose_device
+    from sana_cli.kernels.dispatch import chosen_path
+
+    path, reason = chosen_path(choose_device("auto"))
+    triton = machine.installed("triton", "triton-windows", "pytorch-triton")
+    return {"path": path, "reason": reason, "triton": triton}
 
 
 def _hub() -> Facts:
@@ -252,9 +259,9 @@ def _lines(facts: Facts) -> Iterator[tuple[str, str]]:
         yield "gpu", "none that torch can use; everything runs on the CPU, in float32"
     if facts["nvidia_driver"]:
         yield "driver", f"NVIDIA {facts['nvidia_driver']}"
-    kernels = facts["kernels"]
-    triton = f"Triton {kernels['triton']}" if kernels["triton"] else "Triton is not installed"
-    yield "kernels", f"{kernels['path']} path: {kernels['reason']} ({triton})"
+    if kernels := facts["kernels"]:
+        triton = f"Triton {kernels['triton']}" if kernels["triton"] else "Triton is not installed"
+        yield "kernels", f"{kernels['path']} path: {kernels['reason']} ({triton})"
     yield "8 bits", f"bitsandbytes {facts['bitsandbytes'] or 'is not installed'}"
     yield from _hub_lines(facts["hub"])
     if texts := facts["text_cache"]:

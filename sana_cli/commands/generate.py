@@ -188,6 +188,7 @@ def generate(
     files = open_chosen(first.model, talk, offline, dry_run)
 
     from sana_cli.device import choose_device
+    from sana_cli.kernels.dispatch import chosen_path
     from sana_cli.places import cache_folder
     from sana_cli.plan import make_plan
 
@@ -197,6 +198,7 @@ def generate(
     if metadata is MetadataKind.full and target.format == "jpeg":
         _check_fits_jpeg(recipes, where)
     _announce(talk, first.model, recipes, where)
+    talk.detail("kernels: {} path, as {}".format(*chosen_path(where)))
     _compare(recipes[0], found, talk)
     if first.source is not None:
         _announce_image(talk, first, recipes[0])

@@ -1,0 +1,111 @@
+"""`depthwise_glu.py` in one pass over token-major pixels.
+
+A program walks down a strip of columns. Each row it reads adds to three rows of the result, so a
+pixel is loaded once for its left, middle and right neighbour and never again for those above.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+from collections.abc import Iterator
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sana_cli.kernels.cases import WIDTHS, Case, like
+from sana_cli.kernels.launch import imagine, launch
+
+# Of a program. A thread has two channels, whose 36 weights it keeps: with four it needs 150
+# registers instead of 80, and half as many fit on a GPU.
+COLUMNS, ROWS, CHANNELS, WARPS = 8, 8, 32, 4
+
+
+def depthwise_glu(x: Tensor, weight: Tensor, bias: Tensor, rim: bool) -> Tensor:
+    x = x.contiguous()
+    batch, height, width, channels = x.shape
+    above = 0 if rim else 1  # rows of zeros beyond the border
+    out = x.new_empty(batch, height - 2 + 2 * above, width, channels // 2)
+    blocks = triton.cdiv(channels // 2, CHANNELS)
+    launch(
+        depthwise_glu_kernel,
+        (blocks * triton.cdiv(width, COLUMNS), triton.cdiv(out.shape[1], ROWS), batch),
+        *(x, weight.contiguous(), bias.contiguous(), out, height, width, channels // 2),
+        ABOVE=above,
+        COLUMNS=COLUMNS,
+        ROWS=ROWS,
+        CHANNELS=CHANNELS,
+        num_warps=WARPS,
+    )
+    return out
+
+
+@triton.jit
+def depthwise_glu_kernel(
+    x, weight, bias, out, height, width, half,
+    ABOVE: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(half, CHANNELS)
+    first = tl.program_id(1) * ROWS
+    image = tl.program_id(2).to(tl.int64)
+    column = (tl.program_id(0) // blocks * COLUMNS + tl.arange(0, COLUMNS))[:, None]
+    channel = (tl.program_id(0) % blocks * CHANNELS + tl.arange(0, CHANNELS))[None]
+    real = channel < half
+    # Named by the row they stand in and the column they reach for.
+    v00, v01, v02, v10, v11, v12, v20, v21, v22 = taps(weight, channel, real)
+    g00, g01, g02, g10, g11, g12, g20, g21, g22 = taps(weight + half * 9, channel, real)
+    none = tl.zeros((COLUMNS, CHANNELS), tl.float32)
+    v_bias = none + tl.load(bias + channel, mask=real, other=0.0).to(tl.float32)
+    g_bias = none + tl.load(bias + half + channel, mask=real, other=0.0).to(tl.float32)
+    # Sums of the row of the result above the one being read, at it, and below it.
+    v_above, v_here, v_below = v_bias, v_bias, v_bias
+    g_above, g_here, g_below = g_bias, g_bias, g_bias
+    rows_out = height - 2 + 2 * ABOVE
+    for step in range(tl.minimum(ROWS, rows_out - first) + 2):
+        row = first + step - ABOVE
+        at = x + (image * height + row) * width * (2 * half) + column * (2 * half) + channel
+        inside = real & (column < width) & (column * 0 + row >= 0) & (column * 0 + row < height)
+        left, right = inside & (column > 0), inside & (column + 1 < width)
+        v0 = tl.load(at - 2 * half, mask=left, other=0.0).to(tl.float32)
+        g0 = tl.load(at - half, mask=left, other=0.0).to(tl.float32)
+        v1 = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        g1 = tl.load(at + half, mask=inside, other=0.0).to(tl.float32)
+        v2 = tl.load(at + 2 * half, mask=right, other=0.0).to(tl.float32)
+        g2 = tl.load(at + 3 * half, mask=right, other=0.0).to(tl.float32)
+        v_above += v0 * v20 + v1 * v21 + v2 * v22
+        g_above += g0 * g20 + g1 * g21 + g2 * g22
+        v_here += v0 * v10 + v1 * v11 + v2 * v12
+        g_here += g0 * g10 + g1 * g11 + g2 * g12
+        v_below += v0 * v00 + v1 * v01 + v2 * v02
+        g_below += g0 * g00 + g1 * g01 + g2 * g02
+        done = first + step - 2
+        to = out + (image * rows_out + done) * width * half + column * half + channel
+        y = v_above * (g_above / (1 + tl.exp(-g_above)))
+        whole = real & (column < width) & (column * 0 + step >= 2)
+        tl.store(to, y.to(out.dtype.element_ty), mask=whole)
+        v_above, v_here, v_below = v_here, v_below, v_bias
+        g_above, g_here, g_below = g_here, g_below, g_bias
+
+
+@triton.jit
+def taps(weight, channel, real):
+    at = weight + channel * 9
+    return (
+        tl.load(at, mask=real, other=0.0).to(tl.float32),
+        tl.load(at + 1, mask=real, other=0.0).to(tl.float32),
+        tl.load(at + 2, mask=real, other=0.0).to(tl.float32),
+        tl.load(at + 3, mask=real, other=0.0).to(tl.float32),
+        tl.load(at + 4, mask=real, other=0.0).to(tl.float32),
+        tl.load(at + 5, mask=real, other=0.0).to(tl.float32),
+        tl.load(at + 6, mask=real, other=0.0).to(tl.float32),
+        tl.load(at + 7, mask=real, other=0.0).to(tl.float32),
+        tl.load(at + 8, mask=real, other=0.0).to(tl.float32),
+    )
+
+
+def cases(target: tuple[int, int]) -> Iterator[Case]:
+    for model, d in WIDTHS.items():
+        e = 5 * d // 2
+        x, weight, bias = like(2, 32, 32, 2 * e), like(2 * e, 1, 3, 3), like(2 * e)
+        for rim in (False, True):
+            label = f"{model}, rim" if rim else model
+            yield from imagine(label, target, depthwise_glu, x, weight, bias, rim)

@@ -1,0 +1,303 @@
+"""Token-major linear attention of `linear_attention.py`: three projections and the sums in one.
+
+Σ v φ(k)ᵀ is taken by the programs that make k and v, before either reaches memory. A program has
+CHANNELS of them, which are a few whole heads: it multiplies all by all, and keeps of the product
+the blocks on the diagonal, where both are of one head. What it keeps it writes to a place of its
+own, and a second kernel adds those up in a fixed order: the same input gives the same bits.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+import itertools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sana_cli.kernels.cases import SIDES, WIDTHS, Case, like
+from sana_cli.kernels.launch import capability, imagine, launch, precision
+from sana_cli.kernels.linear_attention import EPS
+from sana_cli.kernels.projection_triton import ENOUGH, GROUP, place
+
+CHANNELS = 64
+
+
+class Blocks(NamedTuple):
+    """Rows of a tile, channels of each of q, k and v in a step, warps and stages."""
+
+    m: int
+    k: int
+    warps: int
+    stages: int
+
+
+# The first that makes enough programs to occupy a large GPU is taken, else the last.
+CONSUMER = (Blocks(128, 32, 8, 3), Blocks(64, 64, 4, 3))
+LARGE = (Blocks(128, 64, 8, 3), Blocks(64, 64, 4, 3))
+BY_CAPABILITY = {(8, 0): LARGE, (9, 0): LARGE, (10, 0): LARGE}
+FLOAT32 = Blocks(32, 32, 4, 2)
+
+
+def choose_blocks(x: Tensor, blocks: int) -> Blocks:
+    """For tokens x (B, N, D) and that many blocks of channels."""
+    if x.dtype == torch.float32:
+        return FLOAT32
+    shapes = BY_CAPABILITY.get(capability(x.device), CONSUMER)
+    for shape in shapes:
+        if len(x) * triton.cdiv(x.shape[1], shape.m) * blocks >= ENOUGH:
+            return shape
+    return shapes[-1]
+
+
+def project_qkv(
+    x: Tensor, weight: Tensor, heads: int, norm_k: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    x, weight = x.contiguous(), weight.contiguous()
+    batch, n, width = x.shape
+    features = len(weight) // 3
+    d = features // heads
+    blocks = triton.cdiv(features, CHANNELS)
+    m, step, warps, stages = choose_blocks(x, blocks)
+    tiles = triton.cdiv(n, m)
+    q = x.new_empty(batch, n, features)
+    sums = _no_sums(x, tiles, heads, d)
+    k = v = squares = None
+    if norm_k is not None:
+        k, v = torch.empty_like(q), torch.empty_like(q)
+        squares = x.new_empty(batch, blocks, n, dtype=torch.float32)
+    launch(
+        project_qkv_kernel,
+        (tiles * blocks, batch),
+        *(x, weight, q, k, v, squares, None if norm_k is not None else sums, n, width, features),
+        HEAD=d,
+        BLOCK_M=m,
+        CHANNELS=CHANNELS,
+        BLOCK_K=step,
+        EVEN=width % step == 0,
+        GROUP=GROUP,
+        PRECISION=precision(),
+        num_warps=warps,
+        num_stages=stages,
+    )
+    if norm_k is not None:
+        launch(
+            sum_normed_kernel,
+            (blocks, tiles, batch),
+            *(k, v, squares, norm_k.contiguous(), sums, n, features, eps),
+            HEAD=d,
+            BLOCK_M=32,
+            CHANNELS=CHANNELS,
+            BLOCKS=triton.next_power_of_2(blocks),
+            PARTS=m // 32,
+            PRECISION=precision(),
+            num_warps=4,
+        )
+    return q, _sum(sums)
+
+
+def _no_sums(x: Tensor, tiles: int, heads: int, d: int) -> Tensor:
+    return x.new_empty(len(x), tiles, heads, d + 1, d, dtype=torch.float32)
+
+
+def _sum(sums: Tensor) -> Tensor:
+    """(B, tiles, heads, d+1, d) -> (B, heads, d+1, d)."""
+    batch, tiles = sums.shape[:2]
+    if tiles == 1:
+        return sums[:, 0]
+    state = sums.new_empty(batch, *sums.shape[2:])
+    size, block = state[0].numel(), 256
+    launch(
+        sum_tiles_kernel,
+        (triton.cdiv(size, block), batch),
+        *(sums, state, tiles, size),
+        BLOCK=block,
+        num_warps=4,
+    )
+    return state
+
+
+def attend_tokens(q: Tensor, state: Tensor) -> Tensor:
+    q, state = q.contiguous(), state.contiguous()
+    batch, n, features = q.shape
+    out = torch.empty_like(q)
+    m = 32 if q.dtype == torch.float32 else 64
+    launch(
+        attend_tokens_kernel,
+        (triton.cdiv(features, CHANNELS), triton.cdiv(n, m), batch),
+        *(q, state, out, n, features, EPS),
+        HEAD=state.shape[-1],
+        BLOCK_M=m,
+        CHANNELS=CHANNELS,
+        # Values of 16 bits fit into tf32 whole. The state, rounded to it, is 80 dB true.
+        PRECISION=precision() if q.dtype == torch.float32 else "tf32",
+        num_warps=4,
+    )
+    return out
+
+
+@triton.jit
+def project_qkv_kernel(
+    x, weight, q, k, v, squares, sums, n, width, features,
+    HEAD: tl.constexpr, BLOCK_M: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_K: tl.constexpr,
+    EVEN: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """q, k and v of BLOCK_M tokens and CHANNELS. k and v are stored only where `squares` is given,
+    which gets Σ k² over these channels; else their sums are."""
+    row, column = place(n, features, BLOCK_M, CHANNELS, GROUP)
+    image = tl.program_id(1).to(tl.int64)
+    rows, channels, steps = tl.arange(0, BLOCK_M), tl.arange(0, CHANNELS), tl.arange(0, BLOCK_K)
+    # Beyond the end the last row and channel are taken again: see `projection_triton.product`.
+    x_at = x + (image * n + row) * width + tl.minimum(rows, n - 1 - row)[:, None] * width
+    x_at += steps[None]
+    near = tl.minimum(channels, features - 1 - column)
+    q_at = weight + column.to(tl.int64) * width + near[None] * width + steps[:, None]
+    k_at = q_at + features.to(tl.int64) * width
+    v_at = k_at + features.to(tl.int64) * width
+    q_sum = tl.zeros((BLOCK_M, CHANNELS), tl.float32)
+    k_sum = tl.zeros((BLOCK_M, CHANNELS), tl.float32)
+    v_sum = tl.zeros((BLOCK_M, CHANNELS), tl.float32)
+    for start in range(0, width, BLOCK_K):
+        if EVEN:
+            a, q_b, k_b, v_b = tl.load(x_at), tl.load(q_at), tl.load(k_at), tl.load(v_at)
+        else:
+            left = steps < width - start
+            a = tl.load(x_at, mask=left[None], other=0.0)
+            q_b = tl.load(q_at, mask=left[:, None], other=0.0)
+            k_b = tl.load(k_at, mask=left[:, None], other=0.0)
+            v_b = tl.load(v_at, mask=left[:, None], other=0.0)
+        q_sum = tl.dot(a, q_b, q_sum, input_precision=PRECISION)
+        k_sum = tl.dot(a, k_b, k_sum, input_precision=PRECISION)
+        v_sum = tl.dot(a, v_b, v_sum, input_precision=PRECISION)
+        x_at += BLOCK_K
+        q_at += BLOCK_K
+        k_at += BLOCK_K
+        v_at += BLOCK_K
+    inside = (rows < n - row)[:, None] & (channels < features - column)[None]
+    origin = (image * n + row) * features + column
+    at = rows[:, None] * features + channels[None]
+    dtype = q.dtype.element_ty
+    tl.store(q + origin + at, q_sum.to(dtype), mask=inside)
+    k_tile = tl.where(inside, k_sum, 0.0).to(dtype)
+    v_tile = tl.where(inside, v_sum, 0.0).to(dtype)
+    if squares is not None:
+        tl.store(k + origin + at, k_tile, mask=inside)
+        tl.store(v + origin + at, v_tile, mask=inside)
+        square = k_tile.to(tl.float32) * k_tile.to(tl.float32)
+        blocks = tl.cdiv(features, CHANNELS)
+        squares += (image * blocks + column // CHANNELS) * n + row
+        tl.store(squares + rows, tl.sum(square, 1), mask=rows < n - row)
+    else:
+        tile = image * tl.cdiv(n, BLOCK_M) + row // BLOCK_M
+        sums += tile * (features * (HEAD + 1))
+        k_tile = tl.maximum(k_tile.to(tl.float32), 0.0)
+        total = tl.sum(k_tile, 0)
+        products = tl.dot(tl.trans(v_tile), k_tile.to(dtype), input_precision=PRECISION)
+        store_heads(products, total, sums, column, features, HEAD, CHANNELS)
+
+
+@triton.jit
+def sum_normed_kernel(
+    k, v, squares, norm, sums, n, features, eps,
+    HEAD: tl.constexpr, BLOCK_M: tl.constexpr, CHANNELS: tl.constexpr, BLOCKS: tl.constexpr,
+    PARTS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The sums of k and v in PARTS tiles, k through its RMSNorm first, rounded as torch rounds."""
+    column = tl.program_id(0) * CHANNELS
+    image = tl.program_id(2).to(tl.int64)
+    channels, block = tl.arange(0, CHANNELS), tl.arange(0, BLOCKS)
+    blocks = tl.cdiv(features, CHANNELS)
+    real = channels < features - column
+    dtype = k.dtype.element_ty
+    weight = tl.load(norm + column + channels, mask=real, other=0.0).to(tl.float32)
+    products = tl.zeros((CHANNELS, CHANNELS), tl.float32)
+    total = tl.zeros((CHANNELS,), tl.float32)
+    for part in range(PARTS):
+        row = (tl.program_id(1) * PARTS + part) * BLOCK_M
+        rows = tl.arange(0, BLOCK_M)
+        square = tl.load(
+            squares + image * blocks * n + row + block[:, None] * n + rows[None],
+            mask=(block < blocks)[:, None] & (rows < n - row)[None],
+            other=0.0,
+        )
+        scale = tl.rsqrt(tl.sum(square, 0) / features + eps)
+        inside = (rows < n - row)[:, None] & real[None]
+        origin = (image * n + row) * features + column
+        at = rows[:, None] * features + channels[None]
+        k_tile = tl.load(k + origin + at, mask=inside, other=0.0).to(tl.float32)
+        v_tile = tl.load(v + origin + at, mask=inside, other=0.0)
+        k_tile = (k_tile * scale[:, None]).to(dtype).to(tl.float32)
+        k_tile = (k_tile * weight[None]).to(dtype).to(tl.float32)
+        k_tile = tl.maximum(k_tile, 0.0)
+        total += tl.sum(k_tile, 0)
+        products = tl.dot(tl.trans(v_tile), k_tile.to(dtype), products, input_precision=PRECISION)
+    sums += (image * tl.num_programs(1) + tl.program_id(1)) * (features * (HEAD + 1))
+    store_heads(products, total, sums, column, features, HEAD, CHANNELS)
+
+
+@triton.jit
+def store_heads(
+    products, total, sums, column, features, HEAD: tl.constexpr, CHANNELS: tl.constexpr
+):
+    """The blocks of v·kᵀ (CHANNELS, CHANNELS) where both are of one head, and Σ kᵀ below each.
+
+    sums: (heads, HEAD+1, HEAD), as `attention_state`.
+    """
+    channel = tl.arange(0, CHANNELS)
+    head, place = channel // HEAD, channel % HEAD
+    sums += column * (HEAD + 1)
+    real = channel < features - column
+    same = (head[:, None] == head[None]) & real[:, None] & real[None]
+    at = sums + head * (HEAD * (HEAD + 1)) + place
+    tl.store(at[None] + place[:, None] * HEAD, products, mask=same)
+    tl.store(at + HEAD * HEAD, total, mask=real)
+
+
+@triton.jit
+def sum_tiles_kernel(sums, state, tiles, size, BLOCK: tl.constexpr):
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    image = tl.program_id(1).to(tl.int64)
+    at = sums + image * tiles * size + place
+    total = tl.zeros((BLOCK,), tl.float32)
+    for _ in range(tiles):
+        total += tl.load(at, mask=place < size, other=0.0)
+        at += size
+    tl.store(state + image * size + place, total, mask=place < size)
+
+
+@triton.jit
+def attend_tokens_kernel(
+    q, state, out, n, features, eps,
+    HEAD: tl.constexpr, BLOCK_M: tl.constexpr, CHANNELS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Numerators and denominators of several heads as two products with block-diagonal matrices."""
+    column, row = tl.program_id(0) * CHANNELS, tl.program_id(1) * BLOCK_M
+    image = tl.program_id(2).to(tl.int64)
+    rows, channel = tl.arange(0, BLOCK_M), tl.arange(0, CHANNELS)
+    head, place = channel // HEAD, channel % HEAD
+    real = channel < features - column
+    same = (head[:, None] == head[None]) & real[:, None] & real[None]
+    state += image * (features * (HEAD + 1)) + column * (HEAD + 1)
+    at = state + head * (HEAD * (HEAD + 1)) + place  # by the channel of k, which goes down
+    values = tl.load(at[:, None] + place[None] * HEAD, mask=same, other=0.0)
+    totals = tl.load(at[:, None] + place[None] * 0 + HEAD * HEAD, mask=same, other=0.0)
+    inside = (rows < n - row)[:, None] & real[None]
+    origin = (image * n + row) * features + column
+    at = rows[:, None] * features + channel[None]
+    query = tl.maximum(tl.load(q + origin + at, mask=inside, other=0.0).to(tl.float32), 0.0)
+    above = tl.dot(query, values, input_precision=PRECISION)
+    below = tl.dot(query, totals, input_precision=PRECISION) + eps
+    tl.store(out + origin + at, (above / below).to(out.dtype.element_ty), mask=inside)
+
+
+def cases(target: tuple[int, int]) -> Iterator[Case]:
+    for (model, d), side, batch in itertools.product(WIDTHS.items(), SIDES, (1, 2)):
+        heads, label = d // 32, f"{model} {batch}x{side}²"
+        x, weight, norm = like(batch, (side // 32) ** 2, d), like(3 * d, d), like(d)
+        state = like(batch, heads, 33, 32, dtype=torch.float32)
+        yield from imagine(label, target, project_qkv, x, weight, heads, None, 0.0)
+        of = f"normed {label}"
+        yield from imagine(of, target, project_qkv, x, weight, heads, norm, 1e-5)
+        yield from imagine(label, target, attend_tokens, x, state)

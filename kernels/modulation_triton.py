@@ -1,0 +1,45 @@
+"""`modulation.py` in one pass: a program keeps a whole row in registers."""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+from collections.abc import Iterator
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sana_cli.kernels.cases import WIDTHS, Case, like
+from sana_cli.kernels.launch import imagine, launch
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    x = x.contiguous()
+    out = x.new_empty(x.shape)
+    width = x.shape[-1]
+    launch(
+        modulate_kernel,
+        (x.numel() // width,),
+        *(x, shift.contiguous(), scale.contiguous(), out, width, eps),
+        BLOCK=triton.next_power_of_2(width),
+        num_warps=4 if width <= 2048 else 8,
+    )
+    return out
+
+
+@triton.jit
+def modulate_kernel(x, shift, scale, out, width, eps, BLOCK: tl.constexpr):
+    columns = tl.arange(0, BLOCK)
+    inside = columns < width
+    start = tl.program_id(0).to(tl.int64) * width
+    row = tl.load(x + start + columns, mask=inside, other=0.0).to(tl.float32)
+    row = tl.where(inside, row - tl.sum(row, 0) / width, 0.0)
+    row *= tl.rsqrt(tl.sum(row * row, 0) / width + eps)
+    factor = 1 + tl.load(scale + columns, mask=inside, other=0.0).to(tl.float32)
+    row = row * factor + tl.load(shift + columns, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + start + columns, row.to(out.dtype.element_ty), mask=inside)
+
+
+def cases(target: tuple[int, int]) -> Iterator[Case]:
+    for model, d in WIDTHS.items():
+        x = like(2, 1024, d)
+        yield from imagine(model, target, modulate, x, like(d), like(d), 1e-6)

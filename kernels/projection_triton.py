@@ -1,0 +1,187 @@
+"""Matrix products that do on the way out what `projection.py` does afterwards.
+
+Every program makes one tile of the result, float32 until it is stored. Programs are numbered so
+that those that run together share rows and columns: what one has read, the next finds in the L2.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+import itertools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sana_cli.kernels.cases import SIDES, WIDTHS, Case, like
+from sana_cli.kernels.launch import capability, imagine, launch, precision
+
+
+class Blocks(NamedTuple):
+    """A tile is m x n, made in steps of k."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+
+# The first that makes enough tiles to occupy a large GPU is taken, else the last. Chosen by what
+# fits, until someone measures: registers without spills, and the operands of as many steps as
+# there are stages (before Hopper one fewer) in shared memory, which has 99 KB on consumer GPUs,
+# 163 KB on A100, and 227 KB on Hopper and data-centre Blackwell.
+ENOUGH = 120
+SMALL = (Blocks(128, 64, 64, 4, 3), Blocks(64, 64, 64, 4, 4))
+CONSUMER = (Blocks(128, 128, 64, 8, 4), *SMALL)
+LARGE = (Blocks(128, 256, 64, 8, 3), Blocks(128, 128, 64, 8, 4), *SMALL)
+BY_CAPABILITY = {(8, 0): LARGE, (9, 0): LARGE, (10, 0): LARGE}
+FLOAT32 = Blocks(64, 64, 32, 4, 3)
+HALF_MAX: tl.constexpr = tl.constexpr(65504.0)
+GROUP = 8  # tiles of rows that go together
+
+
+def choose_blocks(x: Tensor, m: int, n: int, widest: int) -> Blocks:
+    """For a result m x n, on the device and in the dtype of x, of `widest` columns at most."""
+    if x.dtype == torch.float32:
+        return FLOAT32
+    shapes = BY_CAPABILITY.get(capability(x.device), CONSUMER)
+    for blocks in shapes:
+        enough = triton.cdiv(m, blocks.m) * triton.cdiv(n, blocks.n) >= ENOUGH
+        if blocks.n <= widest and enough:
+            return blocks
+    return shapes[-1]
+
+
+def expand(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    x = x.contiguous()
+    out = x.new_empty(*x.shape[:-1], len(weight))
+    _start(expand_kernel, x, weight, (bias, out), 256)
+    return out
+
+
+def add_projected(
+    x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor | None
+) -> Tensor:
+    if not x.is_contiguous():
+        raise ValueError("x is updated in place and must be contiguous")
+    # With a tile of x there are no registers for more than 128 columns.
+    _start(add_projected_kernel, y.contiguous(), weight, (bias, gate, x), 128)
+    return x
+
+
+def _start(kernel: triton.JITFunction, x: Tensor, weight: Tensor, rest: tuple, widest: int) -> None:
+    n, k = weight.shape
+    m = x.numel() // k
+    blocks = choose_blocks(x, m, n, widest)
+    launch(
+        kernel,
+        (triton.cdiv(m, blocks.m) * triton.cdiv(n, blocks.n),),
+        *(x, weight.contiguous(), *rest, m, n, k),
+        BLOCK_M=blocks.m,
+        BLOCK_N=blocks.n,
+        BLOCK_K=blocks.k,
+        EVEN=k % blocks.k == 0,
+        GROUP=GROUP,
+        PRECISION=precision(),
+        num_warps=blocks.warps,
+        num_stages=blocks.stages,
+    )
+
+
+@triton.jit
+def expand_kernel(
+    x, weight, bias, out, m, n, k,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
+    GROUP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    row, column = place(m, n, BLOCK_M, BLOCK_N, GROUP)
+    y = product(x, weight, row, column, m, n, k, BLOCK_M, BLOCK_N, BLOCK_K, EVEN, PRECISION)
+    columns = tl.arange(0, BLOCK_N)
+    rows = tl.arange(0, BLOCK_M)
+    right = columns < n - column
+    y += tl.load(bias + column + columns, mask=right, other=0.0).to(tl.float32)[None]
+    y = y / (1 + tl.exp(-y))
+    at = out + row.to(tl.int64) * n + column + rows[:, None] * n + columns[None]
+    tl.store(at, y.to(out.dtype.element_ty), mask=(rows < m - row)[:, None] & right[None])
+
+
+@triton.jit
+def add_projected_kernel(
+    y, weight, bias, gate, x, m, n, k,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
+    GROUP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    row, column = place(m, n, BLOCK_M, BLOCK_N, GROUP)
+    z = product(y, weight, row, column, m, n, k, BLOCK_M, BLOCK_N, BLOCK_K, EVEN, PRECISION)
+    columns = tl.arange(0, BLOCK_N)
+    rows = tl.arange(0, BLOCK_M)
+    right = columns < n - column
+    if bias is not None:
+        z += tl.load(bias + column + columns, mask=right, other=0.0).to(tl.float32)[None]
+    if x.dtype.element_ty == tl.float16:  # brought into its range; NaN stays what it is
+        z = tl.where(z > HALF_MAX, HALF_MAX, tl.where(z < -HALF_MAX, -HALF_MAX, z))
+    if gate is not None:
+        z *= tl.load(gate + column + columns, mask=right, other=0.0).to(tl.float32)[None]
+    at = x + row.to(tl.int64) * n + column + rows[:, None] * n + columns[None]
+    inside = (rows < m - row)[:, None] & right[None]
+    z += tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(at, z.to(x.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def place(m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
+    """The first row and column of this program's tile: down GROUP tiles, then to the right."""
+    down, right = tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N)
+    group, index = tl.program_id(0) // (GROUP * right), tl.program_id(0) % (GROUP * right)
+    height = tl.minimum(down - group * GROUP, GROUP)
+    return (group * GROUP + index % height) * BLOCK_M, index // height * BLOCK_N
+
+
+@triton.jit
+def product(
+    x, weight, row, column, m, n, k,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Rows of x (m, k) times rows of weight (n, k): a tile of x·weightᵀ in float32.
+
+    Beyond the end the last row is taken again, which costs no mask; those results are not used.
+    Tensors may have more than 2^31 elements, so a tile's origin is 64 bits and the rest 32.
+    """
+    steps = tl.arange(0, BLOCK_K)
+    rows = tl.minimum(tl.arange(0, BLOCK_M), m - 1 - row)
+    columns = tl.minimum(tl.arange(0, BLOCK_N), n - 1 - column)
+    x_at = x + row.to(tl.int64) * k + rows[:, None] * k + steps[None]
+    weight_at = weight + column.to(tl.int64) * k + columns[None] * k + steps[:, None]
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, k, BLOCK_K):
+        if EVEN:
+            a, b = tl.load(x_at), tl.load(weight_at)
+        else:
+            left = steps < k - start
+            a = tl.load(x_at, mask=left[None], other=0.0)
+            b = tl.load(weight_at, mask=left[:, None], other=0.0)
+        total = tl.dot(a, b, total, input_precision=PRECISION)
+        x_at += BLOCK_K
+        weight_at += BLOCK_K
+    return total
+
+
+def cases(target: tuple[int, int]) -> Iterator[Case]:
+    for (model, d), side, batch in itertools.product(WIDTHS.items(), SIDES, (1, 2)):
+        label = f"{model} {batch}x{side}²"
+        x = like(batch, (side // 32) ** 2, d)
+        e = 5 * d // 2  # the hidden width of the feed-forward network; it makes two, for the gate
+        wide = like(*x.shape[:2], e)
+        yield from imagine(label, target, expand, x, like(2 * e, d), like(2 * e))
+        for name, y, bias, gate in (
+            ("self", x, like(d), like(d)),
+            ("cross", x, like(d), None),
+            ("down", wide, None, like(d)),
+        ):
+            weight = like(d, y.shape[-1])
+            of = f"{name} {label}"
+            yield from imagine(of, target, add_projected, x, y, weight, bias, gate)

@@ -1,0 +1,289 @@
+"""The Triton kernels against the torch lines that define them, for shapes that fit no tile.
+
+With a GPU the compiled kernels run; without one Triton's interpreter does, on the CPU (conftest).
+"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+# Interpreters before 3.9 convert arrays as numpy 2.4 no longer does. Their compilers are fine.
+pytest.importorskip("triton", minversion=None if torch.cuda.is_available() else "3.9")
+
+from test_engine import KINDS, compare, random_dit
+
+from sana_cli.kernels import (
+    depthwise_glu_triton,
+    dispatch,
+    linear_attention_triton,
+    modulation_triton,
+    projection_triton,
+)
+from sana_cli.kernels.depthwise_glu import depthwise_glu
+from sana_cli.kernels.dispatch import chosen_path
+from sana_cli.kernels.linear_attention import attend_tokens, project_qkv
+from sana_cli.kernels.modulation import modulate
+from sana_cli.kernels.projection import add_projected, expand
+
+ON_GPU = torch.cuda.is_available()
+MODULES = depthwise_glu_triton, linear_attention_triton, modulation_triton, projection_triton
+DEVICE = "cuda" if ON_GPU else "cpu"
+# The interpreter computes with the bits of bfloat16 as if they were integers.
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if ON_GPU else [])]
+# Signal to noise in dB, against the torch lines in float64. A result rounded once to p bits has
+# about 6·p + 6: 150 for float32 (p = 24), 72 for float16 (11), 54 for bfloat16 (8). Kernels round
+# k up to three times and v once before they multiply the two, as torch does: 6 dB less. A state in
+# tf32 has 80 dB, and a float32 sum of thousands of terms 130. One wrong element in 10,000 has 40.
+LEAST = {torch.float32: 125.0, torch.float16: 62.0, torch.bfloat16: 44.0}
+
+
+@pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def dtype(request) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def fresh_memory_is_nan(monkeypatch):
+    """What a kernel leaves out shows."""
+
+    for place, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
+        empty = getattr(place, name)
+        monkeypatch.setattr(
+            place, name, lambda *a, empty=empty, **b: empty(*a, **b).fill_(math.nan)
+        )
+
+
+@pytest.fixture
+def draw(dtype) -> Callable[..., Tensor]:
+    generator = torch.Generator().manual_seed(5)
+
+    def normal(*shape: int, size: float = 1.0) -> Tensor:
+        return (torch.randn(shape, generator=generator) * size).to(DEVICE, dtype)
+
+    return normal
+
+
+def decibels(found: Tensor, true: Tensor) -> float:
+    assert found.shape == true.shape
+    noise = (found.double() - true).square().sum()
+    return (10 * torch.log10(true.square().sum() / noise)).item() if noise else math.inf
+
+
+@pytest.fixture
+def check(dtype, monkeypatch) -> Callable[..., None]:
+    """Near the definition in float64, and the same bits again."""
+
+    def check(fused: Callable[..., Any], definition: Callable[..., Any], *inputs: Any) -> None:
+        def copies(dtype: torch.dtype | None = None) -> list:
+            return [x.to(dtype, copy=True) if isinstance(x, Tensor) else x for x in inputs]
+
+        found, again = (several(fused(*copies())) for _ in range(2))
+        with monkeypatch.context() as patch:
+            patch.setattr(Tensor, "float", Tensor.double)  # where a definition widens itself
+            true = several(definition(*copies(torch.float64)))
+        for one, same, exact in zip(found, again, true, strict=True):
+            assert torch.equal(one, same)
+            assert decibels(one, exact) > LEAST[dtype]
+
+    return check
+
+
+def several(result: Any) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+@pytest.mark.parametrize(
+    ("batch", "tokens", "width"), [(1, 1, 32), (2, 7, 96), (1, 3, 1152), (2, 2, 2240)]
+)
+def test_modulated_rows(draw, check, batch, tokens, width):
+    x = draw(batch, tokens, width) + 3  # a mean, which is taken away
+    check(modulation_triton.modulate, modulate, x, draw(width), draw(width), 1e-6)
+
+
+# The interpreter is slow, so the widths of the models come one at a time: as D, 2E or E.
+@pytest.mark.parametrize(
+    ("batch", "tokens", "width", "wide"),
+    [(1, 1, 16, 32), (2, 35, 96, 240), (1, 130, 40, 136), (1, 3, 1152, 64), (1, 2, 2240, 48),
+     (1, 2, 16, 11200)],
+)  # fmt: skip
+def test_expanded_tokens(draw, check, batch, tokens, width, wide):
+    weight = draw(wide, width, size=width**-0.5)
+    check(projection_triton.expand, expand, draw(batch, tokens, width), weight, draw(wide))
+
+
+@pytest.mark.parametrize(("with_bias", "with_gate"), [(1, 1), (1, 0), (0, 1), (0, 0)])
+@pytest.mark.parametrize(
+    ("batch", "tokens", "width", "wide"),
+    [(1, 1, 32, 16), (2, 63, 96, 80), (1, 2, 48, 2880), (1, 2, 32, 5600), (1, 3, 1152, 16),
+     (2, 2, 2240, 32)],
+)  # fmt: skip
+def test_projections_that_are_added(draw, check, batch, tokens, width, wide, with_bias, with_gate):
+    inputs = (
+        draw(batch, tokens, width),
+        draw(batch, tokens, wide),
+        draw(width, wide, size=wide**-0.5),
+        draw(width) if with_bias else None,
+        draw(width) if with_gate else None,
+    )
+    check(projection_triton.add_projected, add_projected, *inputs)
+
+
+def test_what_is_added_to_is_changed_in_place(draw):
+    x, y, weight = draw(1, 5, 32), draw(1, 5, 16), draw(32, 16)
+    assert projection_triton.add_projected(x, y, weight, None, None) is x
+
+
+@pytest.mark.parametrize(
+    ("batch", "height", "width", "channels", "rim"),
+    [(1, 1, 1, 8, False), (1, 1, 1, 8, True), (2, 3, 5, 40, False), (1, 3, 5, 40, True),
+     (1, 7, 9, 32, False), (1, 7, 9, 16, True), (1, 17, 8, 24, False), (1, 9, 3, 24, True),
+     (1, 1, 2, 576, False), (1, 1, 3, 1120, True)],
+)  # fmt: skip
+def test_convolved_and_gated_pixels(draw, check, batch, height, width, channels, rim):
+    x = draw(batch, height + 2 * rim, width, 2 * channels)
+    inputs = x, draw(2 * channels, 1, 3, 3, size=1 / 3), draw(2 * channels), rim
+    check(depthwise_glu_triton.depthwise_glu, depthwise_glu, *inputs)
+
+
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize(
+    ("batch", "tokens", "width", "heads", "head"),
+    [(1, 1, 32, 1, 32), (2, 135, 96, 3, 32), (2, 9, 80, 5, 16), (1, 33, 128, 2, 64),
+     (1, 3, 1152, 1, 32), (1, 2, 2240, 2, 32), (1, 4, 32, 36, 32), (1, 3, 32, 70, 32)],
+)  # fmt: skip
+def test_projected_tokens_and_their_state(draw, check, batch, tokens, width, heads, head, normed):
+    x = draw(batch, tokens, width)
+    weight = draw(3 * heads * head, width, size=width**-0.5)
+    norm = draw(heads * head) if normed else None
+    inputs = x, weight, heads, norm, 1e-5
+    check(linear_attention_triton.project_qkv, project_qkv, *inputs)
+
+
+@pytest.mark.parametrize(
+    ("batch", "tokens", "heads", "head"),
+    [(1, 1, 1, 32), (2, 135, 3, 32), (2, 9, 5, 16), (1, 33, 2, 64), (1, 4, 36, 32), (1, 3, 70, 32)],
+)
+def test_tokens_that_attend(draw, check, batch, tokens, heads, head):
+    state = draw(batch, heads, head + 1, head).float()
+    state[:, :, -1] = state[:, :, -1].abs() * 10
+    check(
+        linear_attention_triton.attend_tokens,
+        attend_tokens,
+        *(draw(batch, tokens, heads * head), state),
+    )
+
+
+def test_a_token_without_features_attends_to_nothing(draw):
+    state = draw(1, 1, 33, 32).float()
+    q = -draw(1, 5, 32).abs()
+    assert not linear_attention_triton.attend_tokens(q, state).any()
+
+
+@pytest.mark.parametrize("kind", ["0.6B", "qk-norm"])
+def test_the_whole_engine_in_triton_is_the_transformer(kind, monkeypatch):
+    names = set()
+
+    def launch(kernel: Any, *rest: Any, **options: Any) -> None:
+        names.add(kernel.__name__)
+        start(kernel, *rest, **options)
+
+    start = modulation_triton.launch
+    for module in MODULES:
+        monkeypatch.setattr(module, "launch", launch)
+    monkeypatch.setattr(dispatch, "uses_triton", lambda x: True)
+    with torch.device(DEVICE):
+        assert compare(random_dit(num_layers=1, **KINDS[kind]), 5, 3) < 3e-6
+    assert len(names) == (7 if kind == "qk-norm" else 6)  # one more sums k after its norm
+
+
+# --- which way, and at what cost -----------------------------------------------------------------
+
+
+def python(*words: str) -> subprocess.CompletedProcess:
+    """A process of its own, whose Triton compiles."""
+    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    words = (sys.executable, "-P", *words)
+    return subprocess.run(words, capture_output=True, text=True, env=kept, timeout=600)
+
+
+def test_a_network_on_the_cpu_never_imports_triton():
+    done = python(
+        "-c",
+        """
+import sys, torch
+from sana_cli.kernels.depthwise_glu import depthwise_glu
+from sana_cli.kernels.linear_attention import attend_tokens, project_qkv
+from sana_cli.kernels.modulation import modulate
+from sana_cli.kernels.projection import add_projected, expand
+x = modulate(torch.randn(1, 12, 32), torch.randn(32), torch.randn(32), 1e-6)
+add_projected(x, attend_tokens(*project_qkv(x, torch.randn(96, 32), 1)), torch.eye(32), None, None)
+wide = expand(x, torch.randn(128, 32), torch.randn(128)).unflatten(1, (3, 4))
+assert depthwise_glu(wide, torch.randn(128, 1, 3, 3), torch.randn(128)).shape == (1, 3, 4, 64)
+assert "triton" not in sys.modules
+""",
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_reason_for_the_torch_path_is_told():
+    for kind in ("cpu", "mps"):
+        assert chosen_path(kind) == ("torch", f"there is no Triton for {kind}")
+
+
+@pytest.mark.slow
+def test_kernels_compile_for_a_gpu_that_is_not_here():
+    done = python("-m", "sana_cli.kernels.aot", "--arch", "89", "--json")
+    assert done.returncode == 0, done.stderr
+    costs = json.loads(done.stdout)
+    names = {cost["case"].split()[0] for cost in costs}
+    assert {"modulate_kernel", "project_qkv_kernel", "expand_kernel"} <= names
+    for cost in costs:
+        assert 0 < cost["registers"] <= 255
+        assert cost["stack"] == 0
+        assert cost["fault"] is None
+        assert not cost["matrices"] or "MMA" in cost["tensor_cores"]
+
+
+def test_costs_too_high_are_found():
+    done = python(
+        "-c",
+        """
+import sys, torch
+from sana_cli.kernels import aot, projection_triton
+from sana_cli.kernels.cases import like
+from sana_cli.kernels.launch import imagine
+from sana_cli.kernels.projection_triton import Blocks, expand
+
+def cost(dtype, *blocks):
+    projection_triton.CONSUMER = (Blocks(*blocks),)
+    x, weight, bias = (like(*shape, dtype=dtype) for shape in ((1, 64, 64), (64, 64), (64,)))
+    aot.gather = lambda target: imagine("", target, expand, x, weight, bias)
+    return aot.measure((8, 9), 0)
+
+costs = [
+    cost(torch.bfloat16, 128, 256, 64, 4, 3),
+    cost(torch.bfloat16, 128, 128, 128, 8, 4),
+    cost(torch.float32, 64, 64, 32, 4, 3),
+]
+aot.measure_all = lambda archs, jobs: costs
+sys.argv = ["aot", "--json"]
+sys.exit(aot.main())
+""",
+    )
+    assert done.returncode == 1
+    lines = done.stderr.splitlines()
+    for line, words in zip(
+        lines,
+        ("spills", "bytes of shared memory, and a program has 101376", "without tensor cores"),
+        strict=True,
+    ):
+        assert line.startswith("error: expand_kernel")
+        assert words in line
