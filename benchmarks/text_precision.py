@@ -41,8 +41,8 @@ def on_demo(count: int) -> dict:
     from sana_cli.pipeline import Picture, draw
     from sana_cli.plan import Plan
     from sana_cli.text_encoder import TextEncoder
-    from training.checker import check
     from training.evaluate import held_out, recipe
+    from training.shape_checker import check
 
     parts = folder_parts(DEMO)
     files = open_model(parts)

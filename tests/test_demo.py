@@ -27,8 +27,8 @@ def pixels(path: str) -> np.ndarray:
     ],
 )
 def test_it_draws_what_it_is_told(sana, tmp_path, prompt, shape, colour, ground):
-    from training.checker import check
-    from training.scenes import Object, Scene
+    from training.shape_checker import check
+    from training.shapes import Object, Scene
 
     run = sana("generate", prompt, "-m", "demo", "-s", "1", "-o", f"{tmp_path}/")
     assert run.code == 0, run.err
@@ -44,8 +44,8 @@ def test_it_follows_most_prompts_it_was_not_trained_on():
     from sana_cli.pipeline import Picture
     from sana_cli.pipeline import draw as stages
     from sana_cli.plan import Plan
-    from training.checker import check
     from training.evaluate import held_out, recipe
+    from training.shape_checker import check
 
     files = open_model(folder_parts(DEMO))
     prompts = held_out(12, 1) + held_out(8, 2)

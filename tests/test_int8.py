@@ -83,8 +83,8 @@ def test_the_states_of_the_bundled_model_are_within_two_hundredths(cache):
 
 
 def test_pictures_hardly_change_and_still_obey(sana, tmp_path):
-    from training.checker import check
-    from training.scenes import Object, Scene
+    from training.shape_checker import check
+    from training.shapes import Object, Scene
 
     call = ("generate", *PROMPTS, "-m", "demo", "-s", "1", "--device", "cpu")
     pictures = []

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sana_cli.dc_ae import DCAE, ChannelRMSNorm, DCAEConfig
 from training.optim import Average, Muon, descend, load_state, open_log, save_state, schedule
-from training.scenes import draw, training_scene
+from training.shapes import draw, training_scene
 
 CONFIG = DCAEConfig(
     encoder_block_types=("ResBlock",) * 3 + ("EfficientViTBlock",) * 3,

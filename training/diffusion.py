@@ -24,7 +24,7 @@ from training.optim import (
     save_state,
     schedule,
 )
-from training.scenes import Scene, describe, draw, training_scene
+from training.shapes import Scene, describe, draw, training_scene
 from training.text import WIDTH, Reader, tokenise
 
 CONFIG = DiTConfig(

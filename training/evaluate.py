@@ -18,8 +18,8 @@ from sana_cli.pipeline import Picture, draw
 from sana_cli.plan import Plan
 from sana_cli.recipe import Recipe
 from sana_cli.weights import known_models
-from training.checker import check
-from training.scenes import Scene, describe, sample_scene
+from training.shape_checker import check
+from training.shapes import Scene, describe, sample_scene
 
 ROOT = Path(__file__).resolve().parents[1]
 SEED = 20_000  # of the prompts; training uses other streams

@@ -24,7 +24,7 @@ from torch import nn
 from transformers import Gemma2Config, Gemma2Model
 
 from training.optim import Average, Muon, descend, load_state, open_log, save_state, schedule
-from training.scenes import (
+from training.shapes import (
     COLOURS,
     POSITIONS,
     RELATIONS,

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from training.checker import check
-from training.scenes import COLOURS, RELATIONS, SHAPES, Scene, draw, sample_scene
+from training.shape_checker import check
+from training.shapes import COLOURS, RELATIONS, SHAPES, Scene, draw, sample_scene
 
 SIDE = 256
 

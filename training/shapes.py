@@ -1,4 +1,4 @@
-"""The world the bundled model knows: flat shapes on plain or two-tone backgrounds, drawn by code.
+"""The first of the two worlds the bundled model knows: flat shapes on plain or two-tone grounds.
 
 A `Scene` says what is in a picture; `draw` makes the pixels, `describe` one of many captions.
 Lengths are fractions of the picture's side, x to the right and y down.
@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from zlib import crc32
 
 import numpy as np
+
+from training.outlines import box, fan, polygon
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (215, 40, 40),
@@ -224,17 +226,12 @@ def shape_distance(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     if shape == "ring":
         return np.abs(np.hypot(u, v) - 0.76) - 0.24
     if shape == "square":
-        return _box(u, v, 0.85, 0.85)
+        return box(u, v, 0.85, 0.85)
     if shape == "cross":
-        return np.minimum(_box(u, v, 1.0, 0.32), _box(u, v, 0.32, 1.0))
+        return np.minimum(box(u, v, 1.0, 0.32), box(u, v, 0.32, 1.0))
     if shape == "heart":
         return _heart(u, v)
-    return _polygon(_CORNERS[shape], u, v)
-
-
-def _box(u: np.ndarray, v: np.ndarray, half_width: float, half_height: float) -> np.ndarray:
-    a, b = np.abs(u) - half_width, np.abs(v) - half_height
-    return np.hypot(np.maximum(a, 0), np.maximum(b, 0)) + np.minimum(np.maximum(a, b), 0)
+    return polygon(_CORNERS[shape], u, v)
 
 
 def _heart(u: np.ndarray, v: np.ndarray) -> np.ndarray:
@@ -247,28 +244,8 @@ def _heart(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     return np.where(p + q > 1, lobe, corner) * scale
 
 
-def _polygon(corners: np.ndarray, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Distance to the nearest edge, signed by the parity of edges crossed to the right."""
-    nearest = np.full(u.shape, np.inf, np.float32)
-    inside = np.zeros(u.shape, bool)
-    for (ax, ay), (bx, by) in zip(corners, np.roll(corners, -1, axis=0), strict=True):
-        dx, dy = bx - ax, by - ay
-        t = np.clip(((u - ax) * dx + (v - ay) * dy) / (dx * dx + dy * dy), 0, 1)
-        np.minimum(nearest, (u - ax - t * dx) ** 2 + (v - ay - t * dy) ** 2, out=nearest)
-        if ay != by:
-            crosses = (ay > v) != (by > v)
-            inside ^= crosses & (u < ax + (v - ay) * dx / dy)
-    return np.where(inside, -1, 1) * np.sqrt(nearest)
-
-
-def _fan(radii: tuple[float, ...], count: int, start: float, down: float = 0.0) -> np.ndarray:
-    angles = start + 2 * np.pi * np.arange(count) / count
-    reach = np.resize(radii, count)
-    return np.stack([reach * np.cos(angles), reach * np.sin(angles) + down], 1).astype(np.float32)
-
-
 _CORNERS = {
-    "triangle": _fan((1.2,), 3, -np.pi / 2, down=0.25),
-    "star": _fan((1.18, 0.5), 10, -np.pi / 2, down=0.08),
-    "hexagon": _fan((1.05,), 6, 0.0),
+    "triangle": fan((1.2,), 3, -np.pi / 2, down=0.25),
+    "star": fan((1.18, 0.5), 10, -np.pi / 2, down=0.08),
+    "hexagon": fan((1.05,), 6, 0.0),
 }

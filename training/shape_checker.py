@@ -1,4 +1,4 @@
-"""Does a picture show what its scene says? Judged from the pixels alone, attribute by attribute.
+"""Does a picture of shapes show what its scene says? Judged from the pixels alone, attribute by attribute.
 
 Every pixel takes the name of the nearest colour. The object of a colour is the largest connected
 patch of it; its shape is the one whose outline, scaled to the same area and put on the same
@@ -10,7 +10,7 @@ from functools import cache
 import numpy as np
 from scipy import ndimage
 
-from training.scenes import COLOURS, POSITIONS, SHAPES, SIZES, Object, Scene, shape_distance
+from training.shapes import COLOURS, POSITIONS, SHAPES, SIZES, Object, Scene, shape_distance
 
 NAMES = list(COLOURS)
 PALETTE = np.array(list(COLOURS.values()), np.float32)
