@@ -1,4 +1,4 @@
-"""Does a picture of shapes show what its scene says? Judged from the pixels alone, attribute by attribute.
+"""Does a picture of shapes show what its scene says? Judged from the pixels, fact by fact.
 
 Every pixel takes the name of the nearest colour. The object of a colour is the largest connected
 patch of it; its shape is the one whose outline, scaled to the same area and put on the same

@@ -1,0 +1,256 @@
+"""The second world the bundled model knows: illustrated scenes of a sky, a land and objects.
+
+A `Scene` says everything that a picture of it depends on; `painter` makes the pixels, `captions`
+the words. Lengths are fractions of the picture's side, x to the right and y down.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from zlib import crc32
+
+import numpy as np
+
+from training.palette import COLOURS, land_colour, sky_colours, snow_colour, thing_colour
+from training.things import REACH
+
+SKIES = ("dawn", "noon", "sunset", "starry night", "moonlit night")
+LANDS = ("mountains", "snowy mountains", "hills", "dunes", "sea", "city")
+FLYING = ("balloon", "cloud", "bird")
+STANDING = ("house", "tree", "pine", "cactus")
+SAILING = ("boat", "bridge")
+KINDS = (*STANDING, *SAILING, *FLYING)
+PLACES = ("left", "middle", "right")
+RELATIONS = ("left of", "right of", "above", "below")
+AT = {"left": 0.24, "middle": 0.5, "right": 0.76}
+WEARS = {
+    "house": ("red", "orange", "yellow", "green", "blue", "purple", "pink", "white"),
+    "tree": ("green", "red", "orange", "yellow", "pink"),
+    "pine": ("green", "blue", "white", "orange"),
+    "cactus": ("green", "purple", "pink"),
+    "boat": ("red", "orange", "yellow", "green", "blue", "purple", "pink", "white"),
+    "bridge": ("red", "orange", "white", "purple"),
+    "balloon": ("red", "orange", "yellow", "green", "blue", "purple", "pink", "white"),
+    "bird": ("red", "yellow", "blue", "purple", "white", "orange"),
+    "cloud": ("white",),
+}
+HORIZON = {  # where the ground, or the water, begins
+    "mountains": 0.76,
+    "snowy mountains": 0.76,
+    "hills": 0.78,
+    "dunes": 0.78,
+    "sea": 0.56,
+    "city": 0.78,
+}
+CONTRAST = 52.0  # an object's colour is at least this far, in RGB, from everything behind it
+
+
+@dataclass(frozen=True)
+class Group:
+    """One to three objects of a kind and colour; `spots` holds x, y and half the height of each."""
+
+    kind: str
+    colour: str
+    spots: tuple[tuple[float, float, float], ...]
+    place: str | None = None  # of an object that is alone in its row
+
+    @property
+    def count(self) -> int:
+        return len(self.spots)
+
+
+@dataclass(frozen=True)
+class Scene:
+    sky: str
+    land: str
+    groups: tuple[Group, ...]  # at most two
+    relation: str | None  # that the first group is in to the second
+    shore: bool  # of a sea, so that something can stand there
+    seed: int  # of what no caption tells: ridges, stars, where sun or moon is
+
+    @property
+    def light(self) -> str:
+        return "night" if self.sky.endswith("night") else self.sky
+
+    @property
+    def held_out(self) -> bool:
+        """One in twelve combinations of objects (of one object, sky and land) is never trained."""
+        if not self.groups:
+            return False
+        parts = sorted(f"{g.count} {g.colour} {g.kind}" for g in self.groups)
+        parts += [self.relation or ""] if len(parts) == 2 else [self.sky, self.land]
+        return crc32("|".join(parts).encode()) % 12 == 0
+
+
+@cache
+def wearable(kind: str, light: str, land: str) -> tuple[str, ...]:
+    """The colours of an object that stand out from what it can stand before."""
+    sky, body = sky_colours(light, 12), land_colour(light, land, "body")
+    ground = land_colour(light, land, "ground")
+    if kind in SAILING:
+        behind = [body, body * 0.9]
+    elif kind in FLYING:
+        behind = [*sky[1:9]]
+    else:
+        behind = [ground, body, *sky[7:]] if land != "sea" else [ground, body]
+    if kind != "cloud" and land == "snowy mountains":
+        behind.append(snow_colour(light))
+    return tuple(
+        colour
+        for colour in WEARS[kind]
+        if kind == "cloud"
+        or min(np.linalg.norm(thing_colour(light, colour) - b) for b in behind) >= CONTRAST
+    )
+
+
+def sample_scene(
+    rng: np.random.Generator,
+    *,
+    kinds: tuple[str, ...] | None = None,
+    counts: tuple[int, ...] | None = None,
+) -> Scene:
+    """A scene at random; `kinds` and `counts` fix the groups."""
+    while True:
+        sky = str(rng.choice(SKIES, p=(0.24, 0.24, 0.24, 0.14, 0.14)))
+        land = str(rng.choice(LANDS))
+        chosen = kinds if kinds is not None else _kinds(rng, land)
+        scene = _arranged(rng, sky, land, chosen, counts)
+        if scene is not None:
+            return scene
+
+
+def training_scene(rng: np.random.Generator) -> Scene:
+    while True:
+        scene = sample_scene(rng)
+        if not scene.held_out:
+            return scene
+
+
+def _kinds(rng: np.random.Generator, land: str) -> tuple[str, ...]:
+    known = [*FLYING, *STANDING, *(SAILING * 2 if land == "sea" else ())]
+    count = int(rng.choice(3, p=(0.06, 0.42, 0.52)))
+    return tuple(str(kind) for kind in rng.choice(known, count, replace=False))
+
+
+def _row(kind: str) -> str:
+    return next(
+        name
+        for name, of in (("fly", FLYING), ("stand", STANDING), ("sail", SAILING))
+        if kind in of
+    )
+
+
+def _arranged(
+    rng: np.random.Generator,
+    sky: str,
+    land: str,
+    kinds: tuple[str, ...],
+    counts: tuple[int, ...] | None,
+) -> Scene | None:
+    """None if these objects do not go with this sky and land."""
+    rows = [_row(kind) for kind in kinds]
+    if ("sail" in rows and land != "sea") or set(rows) == {"sail", "stand"}:
+        return None
+    if kinds.count("bridge") > 1 or set(kinds) == {"bridge", "boat"}:
+        return None
+    light = "night" if sky.endswith("night") else sky
+    colours = []
+    for kind in kinds:
+        free = [c for c in wearable(kind, light, land) if c not in colours or rng.random() < 0.1]
+        if not free:
+            return None
+        colours.append(str(rng.choice(free)))
+    if counts is None:
+        ones = (0.5, 0.26, 0.24) if len(kinds) == 1 else (0.7, 0.18, 0.12)
+        counts = tuple(1 if k == "bridge" else 1 + int(rng.choice(3, p=ones)) for k in kinds)
+    if "bridge" in kinds and counts[kinds.index("bridge")] > 1:
+        return None
+    shared = len(kinds) == 2 and rows[0] == rows[1]
+    if sum(counts) > 4 or (shared and sum(counts) > 3):
+        return None
+    under = sky in ("noon", "moonlit night")  # a disc stands high, and needs room
+    spots = _spots(rng, kinds, counts, rows, under)
+    groups, places = [], []
+    for kind, colour, row_spots, count in zip(kinds, colours, spots, counts, strict=True):
+        x = row_spots[0][0]
+        alone = count == 1 and not shared and kind != "bridge"
+        places.append(next((p for p in PLACES if abs(AT[p] - x) < 0.08), None) if alone else None)
+        groups.append(Group(kind, colour, tuple(row_spots), places[-1]))
+    relation = _relation(groups) if len(groups) == 2 else None
+    shore = land == "sea" and "stand" in rows
+    return Scene(sky, land, tuple(groups), relation, shore, int(rng.integers(2**31)))
+
+
+def _spots(
+    rng: np.random.Generator,
+    kinds: tuple[str, ...],
+    counts: tuple[int, ...],
+    rows: list[str],
+    under: bool,
+) -> list[list[tuple[float, float, float]]]:
+    """Objects of one row share its width; those of two rows stand where they like."""
+    result: list[list[tuple[float, float, float]]] = []
+    if len(kinds) == 2 and rows[0] == rows[1]:
+        across = _across(rng, sum(counts))
+        if rng.random() < 0.5:  # the first group may stand on either side
+            halves = across[: counts[0]], across[counts[0] :]
+        else:
+            halves = across[counts[1] :], across[: counts[1]]
+    elif len(kinds) == 2 and counts == (1, 1) and rng.random() < 0.6:  # one above the other
+        x = rng.uniform(0.26, 0.74)
+        halves = [x], [float(np.clip(x + rng.uniform(-0.06, 0.06), 0.24, 0.76))]
+    else:
+        halves = tuple(_across(rng, count) for count in counts)
+    crowd = sum(counts) if len(set(rows)) < len(rows) else max(counts, default=1)
+    for kind, row, across in zip(kinds, rows, halves if kinds else (), strict=True):
+        half = {"fly": 0.155, "stand": 0.185, "sail": 0.17}[row] * rng.uniform(0.93, 1.07)
+        half *= {"cloud": 1.1, "bird": 0.95, "bridge": 2.2}.get(kind, 1.0)
+        half = min(half, 0.38 / crowd / REACH[kind][0])
+        if kind == "bridge":
+            half = min(half, 0.4)
+            across = [rng.uniform(0.46, 0.54)]
+        spots = []
+        for x in across:
+            if row == "fly":
+                y = rng.uniform(0.31, 0.36) if under and len(across) > 1 else rng.uniform(0.2, 0.27)
+            elif row == "stand":
+                y = rng.uniform(0.87, 0.92) - half
+            elif kind == "bridge":
+                y = rng.uniform(0.62, 0.68)
+            else:
+                y = rng.uniform(0.76, 0.86) - half
+            reach = REACH[kind][0] * half + 0.015
+            spots.append((float(np.clip(x, reach, 1 - reach)), float(y), float(half)))
+        result.append(spots)
+    return result
+
+
+def _across(rng: np.random.Generator, count: int) -> list[float]:
+    """Places of objects in a row, from left to right."""
+    if count == 1:
+        return [float(AT[str(rng.choice(PLACES))] + rng.uniform(-0.035, 0.035))]
+    pitch = 0.9 / count
+    slack = 0.08 * pitch
+    return [0.05 + pitch * (i + 0.5) + float(rng.uniform(-slack, slack)) for i in range(count)]
+
+
+def _relation(groups: list[Group]) -> str | None:
+    """How the first group lies to the second, where anyone would say so."""
+    first, second = groups
+    rows = _row(first.kind), _row(second.kind)
+    dx = np.mean([s[0] for s in first.spots]) - np.mean([s[0] for s in second.spots])
+    if rows[0] == rows[1]:
+        return "left of" if dx < 0 else "right of"
+    if first.count == second.count == 1:
+        if abs(dx) < 0.12:
+            return "above" if rows[0] == "fly" else "below"
+        if abs(dx) > 0.4:
+            return "left of" if dx < 0 else "right of"
+    return None
+
+
+def named_colours(kind: str) -> bool:
+    """Clouds are as white as the light lets them be, and no caption says more."""
+    return len(WEARS[kind]) > 1
+
+
+assert set(COLOURS) == {colour for wears in WEARS.values() for colour in wears}
