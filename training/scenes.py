@@ -204,9 +204,8 @@ def _spots(
     for kind, row, across in zip(kinds, rows, halves if kinds else (), strict=True):
         half = {"fly": 0.155, "stand": 0.185, "sail": 0.17}[row] * rng.uniform(0.93, 1.07)
         half *= {"cloud": 1.1, "bird": 0.95, "bridge": 2.2}.get(kind, 1.0)
-        half = min(half, 0.38 / crowd / REACH[kind][0])
+        half = min(half, 0.38 / (1 if kind == "bridge" else crowd) / REACH[kind][0])
         if kind == "bridge":
-            half = min(half, 0.4)
             across = [rng.uniform(0.46, 0.54)]
         spots = []
         for x in across:

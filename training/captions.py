@@ -1,0 +1,220 @@
+"""Words for a scene: several captions, each knowing what it states, and the choice among them.
+
+Paper §4 captions every picture several times, scores each caption, and picks one with probability
+softmax(score / temperature). The score there is CLIP's; here it is the share of the picture's
+facts that the caption names, which needs no judge.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from training.scenes import FLYING, SAILING, Group, Scene, named_colours
+
+CANDIDATES = 5
+TEMPERATURE = 0.25
+Pick = Callable[..., str]
+
+NOUNS = {
+    "house": (("house", "houses"), ("house", "houses"), ("cottage", "cottages")),
+    "tree": (("tree", "trees"),),
+    "pine": (("pine", "pines"), ("pine tree", "pine trees"), ("fir", "firs")),
+    "cactus": (("cactus", "cacti"), ("cactus", "cactuses")),
+    "boat": (("boat", "boats"), ("sailboat", "sailboats"), ("sailing boat", "sailing boats")),
+    "bridge": (("bridge", "bridges"), ("arched bridge", "arched bridges")),
+    "balloon": (("balloon", "balloons"), ("hot-air balloon", "hot-air balloons")),
+    "cloud": (("cloud", "clouds"),),
+    "bird": (("bird", "birds"),),
+}
+NUMBERS = {2: ("two", "two", "2", "a pair of"), 3: ("three", "three", "3")}
+WHEN = {
+    "dawn": ("at dawn", "at dawn", "at sunrise", "in the early morning", "under a dawn sky"),
+    "noon": ("at noon", "at noon", "by day", "on a sunny day", "under a blue sky"),
+    "sunset": ("at sunset", "at sunset", "at dusk", "in the evening", "under a sunset sky"),
+    "starry night": ("on a starry night", "under the stars", "under a starry sky"),
+    "moonlit night": ("by moonlight", "under the moon", "on a moonlit night", "under a full moon"),
+    "night": ("at night", "by night"),
+}
+LAND = {
+    "mountains": ("mountains", "the mountains", "a mountain range"),
+    "snowy mountains": ("snowy mountains", "snow-capped mountains", "mountains with snow"),
+    "hills": ("hills", "rolling hills", "the hills"),
+    "dunes": ("dunes", "sand dunes", "the desert"),
+    "sea": ("the sea", "the ocean", "the water"),
+    "city": ("a city", "a city skyline", "the city"),
+}
+RELATION = {
+    "left of": ("left of", "to the left of"),
+    "right of": ("right of", "to the right of"),
+    "above": ("above", "over"),
+    "below": ("below", "under", "beneath"),
+}
+OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+PLACE = {
+    "left": ("on the left", "on the left side", "at the left"),
+    "middle": ("in the middle", "in the centre", "in the center"),
+    "right": ("on the right", "on the right side", "at the right"),
+}
+OPENINGS = (
+    "a picture of ",
+    "a drawing of ",
+    "an illustration of ",
+    "a flat illustration of ",
+    "an image of ",
+    "a view of ",
+    "a scene with ",
+)
+
+
+@dataclass(frozen=True)
+class Caption:
+    text: str
+    facts: dict[str, str]  # what it states, in the order in which it names the objects
+
+
+def all_facts(scene: Scene) -> dict[str, str]:
+    """Everything about a picture that a caption could state."""
+    facts = {"sky": scene.sky, "land": scene.land}
+    for i, group in enumerate(scene.groups, 1):
+        facts |= _facts_of(group, i)
+        if not named_colours(group.kind):
+            del facts[f"colour {i}"]
+        if group.place:
+            facts[f"place {i}"] = group.place
+    return facts | ({"relation": scene.relation} if scene.relation else {})
+
+
+def score(caption: Caption, scene: Scene) -> float:
+    """The share of the picture's facts that the caption names; "at night" names half of one."""
+    named = sum(0.5 if v in ("night", "many") else 1.0 for v in caption.facts.values())
+    return named / len(all_facts(scene))
+
+
+def caption(scene: Scene, rng: np.random.Generator) -> Caption:
+    """One of several, the fuller the likelier (paper §4, equation of the CLIP-score sampler)."""
+    found = [candidate(scene, rng) for _ in range(CANDIDATES)]
+    weights = np.exp(np.array([score(one, scene) for one in found]) / TEMPERATURE)
+    return found[int(rng.choice(CANDIDATES, p=weights / weights.sum()))]
+
+
+def candidate(scene: Scene, rng: np.random.Generator) -> Caption:
+    """A caption of random length, order and wording; all of it is true of the picture."""
+    pick: Pick = lambda options: str(options[int(rng.integers(len(options)))])  # noqa: E731
+    facts: dict[str, str] = {}
+    groups, relation = list(scene.groups), scene.relation
+    if len(groups) == 2 and rng.random() < 0.4:
+        groups.reverse()
+        relation = relation and OPPOSITE[relation]
+    if len(groups) == 2 and rng.random() < 0.12:  # of two kinds only one is told
+        groups, relation = groups[:1], None
+    keeps = rng.random(4) < (0.62, 0.7, 0.85, 0.8)
+    land, when, colours, together = (bool(keep) for keep in keeps)
+    if not groups:
+        land = True
+    names = []
+    for i, group in enumerate(groups, 1):
+        text, stated = _name(group, i, pick, rng, colours)
+        if len(groups) == 1 and group.place and len(scene.groups) == 1 and rng.random() < 0.7:
+            text, stated[f"place {i}"] = f"{text} {pick(PLACE[group.place])}", group.place
+        names.append(text)
+        facts |= stated
+    where, time = "", ""
+    if land:
+        where, facts["land"] = pick(LAND[scene.land]), scene.land
+    if when:
+        vague = scene.light == "night" and rng.random() < 0.3
+        facts["sky"] = "night" if vague else scene.sky
+        time = pick(WHEN[facts["sky"]])
+    if relation and together:
+        facts["relation"] = relation
+        what = f"{names[0]} {pick(RELATION[relation])} {names[1]}"
+    else:
+        what = pick((" and ", " and ", ", ", " with ")).join(names)
+    return Caption(_sentence(what, where, time, groups, scene, pick, rng), facts)
+
+
+def _facts_of(group: Group, index: int) -> dict[str, str]:
+    return {
+        f"kind {index}": group.kind,
+        f"count {index}": str(group.count),
+        f"colour {index}": group.colour,
+    }
+
+
+def _name(
+    group: Group, index: int, pick: Pick, rng: np.random.Generator, colours: bool
+) -> tuple[str, dict[str, str]]:
+    facts = _facts_of(group, index)
+    one, many = NOUNS[group.kind][int(rng.integers(len(NOUNS[group.kind])))]
+    noun = one if group.count == 1 else many
+    if colours and named_colours(group.kind):
+        noun = f"{group.colour} {noun}"
+    else:
+        del facts[f"colour {index}"]
+    if group.count == 1:
+        return (f"one {noun}" if rng.random() < 0.06 else article(noun)), facts
+    if rng.random() < 0.06:
+        return noun, facts | {f"count {index}": "many"}
+    return f"{pick(NUMBERS[group.count])} {noun}", facts
+
+
+def article(words: str) -> str:
+    return f"an {words}" if words[0] in "aeiou" else f"a {words}"
+
+
+def setting(where: str, groups: list[Group], scene: Scene, pick: Pick) -> str:
+    """ "over the sea", "in front of hills": the land, as seen from the objects named first."""
+    kind = groups[0].kind
+    if kind in SAILING:
+        return f"{pick(('on', 'on', 'in'))} {where}"
+    if kind in FLYING:
+        return f"{pick(('over', 'above', 'over'))} {where}"
+    if scene.land == "sea":
+        return f"{pick(('by', 'beside', 'in front of'))} {where}"
+    return f"{pick(('in front of', 'before', 'in', 'near'))} {where}"
+
+
+def _sentence(
+    what: str,
+    where: str,
+    when: str,
+    groups: list[Group],
+    scene: Scene,
+    pick: Pick,
+    rng: np.random.Generator,
+) -> str:
+    opening = ""
+    if rng.random() < 0.3:
+        opening = pick(OPENINGS) if rng.random() < 0.7 else _nonsense(rng)
+    if not what:
+        return f"{opening}{where} {when}".strip()
+    around = setting(where, groups, scene, pick) if where else ""
+    if rng.random() < 0.12:  # a list of tags
+        parts = [what.replace(" and ", ", "), where, when.split(" ", 1)[-1]]
+        order = rng.permutation(3) if groups else range(3)
+        return ", ".join(parts[i] for i in order if parts[i])
+    orders = [
+        f"{opening}{what} {around} {when}",
+        f"{opening}{what} {around} {when}",
+        f"{opening}{what} {when} {around}",
+        f"{opening}{what}, {around}, {when}",
+        f"{when}, {what} {around}",
+    ]
+    if where:
+        orders += [f"{opening}{where} {when} with {what}", f"{where} with {what}, {when}"]
+    return _tidy(pick(orders))
+
+
+def _tidy(text: str) -> str:
+    words = " ".join(text.split())
+    while " ," in words or ",," in words:
+        words = words.replace(" ,", ",").replace(",,", ",")
+    return words.strip(" ,")
+
+
+def _nonsense(rng: np.random.Generator) -> str:
+    """Words that mean nothing, so that the encoder learns to pass over those it does not know."""
+    letters = np.array(list("aabcdeeeefghiijklmnnooprrssttuuvwxyz"))
+    words = ["".join(rng.choice(letters, rng.integers(2, 9))) for _ in range(rng.integers(1, 4))]
+    return " ".join(words) + " "
