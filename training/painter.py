@@ -10,7 +10,6 @@ from training.outlines import Field, polygon
 from training.palette import (
     LIGHTS,
     SHADE,
-    TINT,
     land_colour,
     mix,
     sky_colours,
@@ -132,7 +131,11 @@ def _sky(canvas: Canvas, scene: Scene, rng: np.random.Generator) -> tuple[float,
         if scene.sky == "moonlit night":
             canvas.glow(x, y, 0.3, colour, 0.28)
             canvas.spot(x, y, 0.075, colour)
-            for dx, dy, radius in ((-0.022, -0.018, 0.017), (0.026, 0.012, 0.022), (-0.012, 0.034, 0.011)):
+            for dx, dy, radius in (
+                (-0.022, -0.018, 0.017),
+                (0.026, 0.012, 0.022),
+                (-0.012, 0.034, 0.011),
+            ):
                 canvas.spot(x + dx, y + dy, radius, colour * 0.93)
         return x, y
     low = {"dawn": 0.46, "noon": 0.13, "sunset": 0.47}[scene.sky]
@@ -154,7 +157,9 @@ def _stars(canvas: Canvas, rng: np.random.Generator, count: int) -> None:
                 u = np.abs(canvas.x[found[1]] - x)[None, :] / reach
                 v = np.abs(canvas.y[found[0]] - y)[:, None] / reach
                 distance = (np.sqrt(u) + np.sqrt(v)) ** 2 - 1
-                canvas.blend(*found, np.clip(0.5 - distance * reach * canvas.side / 2, 0, 1), colour)
+                canvas.blend(
+                    *found, np.clip(0.5 - distance * reach * canvas.side / 2, 0, 1), colour
+                )
         else:
             canvas.spot(x, y, 0.0045 + 0.003 * bright, colour, 0.9)
 
@@ -236,7 +241,9 @@ def _hills(canvas: Canvas, scene: Scene, rng: np.random.Generator, disc) -> None
     for level, far in ((0.56, 0.75), (0.63, 0.42), (0.7, 0.1)):
         a, b = rng.uniform(0, 6.28, 2)
         wide = rng.uniform(4.5, 7)
-        ridge = level + 0.036 * np.sin(wide * canvas.x + a) + 0.018 * np.sin(2.3 * wide * canvas.x + b)
+        ridge = (
+            level + 0.036 * np.sin(wide * canvas.x + a) + 0.018 * np.sin(2.3 * wide * canvas.x + b)
+        )
         canvas.below(ridge, land_colour(scene.light, scene.land, "body", far))
     _meadow(canvas, scene, rng)
 
@@ -275,7 +282,10 @@ def _sea(canvas: Canvas, scene: Scene, rng: np.random.Generator, disc: tuple[flo
         area += cover * (water - area)
     pale = mix(body, LIGHTS[scene.light].disc, 0.3)
     for y, x, long in zip(
-        np.linspace(top + 0.04, 0.97, 12), rng.uniform(0, 1, 12), rng.uniform(0.05, 0.12, 12), strict=True
+        np.linspace(top + 0.04, 0.97, 12),
+        rng.uniform(0, 1, 12),
+        rng.uniform(0.05, 0.12, 12),
+        strict=True,
     ):
         canvas.box(x - long, x + long, y - 0.003, y + 0.003, pale, 0.55)
     if scene.sky not in ("noon", "starry night"):
@@ -313,7 +323,9 @@ def _city(canvas: Canvas, scene: Scene, rng: np.random.Generator, disc) -> None:
     _meadow(canvas, scene, rng)
 
 
-def _windows(canvas: Canvas, x0: float, x1: float, top: float, lit: np.ndarray, scene: Scene) -> None:
+def _windows(
+    canvas: Canvas, x0: float, x1: float, top: float, lit: np.ndarray, scene: Scene
+) -> None:
     columns = max(2, min(5, round((x1 - x0) / 0.05)))
     pitch = (x1 - x0) / columns
     colour = np.array(LIGHTS[scene.light].window, np.float32)
@@ -336,7 +348,9 @@ def _dashes(at: np.ndarray, start: float, end: float, pixels: float) -> np.ndarr
     """Of each pixel, the part in the dash from `start` to `end` of its unit cell."""
     within = at - np.floor(at)
     half = 0.5 / pixels
-    return np.clip((np.minimum(within + half, end) - np.maximum(within - half, start)) * pixels, 0, 1)
+    return np.clip(
+        (np.minimum(within + half, end) - np.maximum(within - half, start)) * pixels, 0, 1
+    )
 
 
 _LANDS = {
@@ -363,9 +377,7 @@ def _thing(
     if not found:
         return
     rows, columns = found
-    u, v = np.broadcast_arrays(
-        (canvas.x[columns] - x) / half, (canvas.y[rows][:, None] - y) / half
-    )
+    u, v = np.broadcast_arrays((canvas.x[columns] - x) / half, (canvas.y[rows][:, None] - y) / half)
     for role, outline in THINGS[kind]:
         cover = np.clip(0.5 - outline(u, v) * half * canvas.side, 0, 1)
         canvas.blend(rows, columns, cover, role_colour(role, kind, colour, scene.light))
@@ -383,11 +395,13 @@ def _shadow(canvas: Canvas, x: float, y: float, half: float, colour: np.ndarray)
 def role_colour(role: str, kind: str, colour: str, light: str) -> np.ndarray:
     if role == "window":
         return np.array(LIGHTS[light].window, np.float32)
-    if role not in ("main", "shade", "tint"):
+    if role not in ("main", "shade"):
         return thing_colour(light, role)
     main = (
-        np.array(LIGHTS[light].cloud, np.float32) if kind == "cloud" else thing_colour(light, colour)
+        np.array(LIGHTS[light].cloud, np.float32)
+        if kind == "cloud"
+        else thing_colour(light, colour)
     )
     if role == "shade":
         return main * (SHADE if kind != "cloud" else 0.95)
-    return mix(main, (255, 255, 255), TINT) if role == "tint" else main
+    return main

@@ -24,7 +24,6 @@ DETAILS: dict[str, RGB] = {  # that objects have beside it
     "ink": (32, 32, 44),
 }
 SHADE = 0.87  # of a colour, on the side away from the light
-TINT = 0.28  # towards white, on a balloon's gore or a bird's wing
 
 
 @dataclass(frozen=True)

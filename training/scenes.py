@@ -126,16 +126,16 @@ def training_scene(rng: np.random.Generator) -> Scene:
 
 
 def _kinds(rng: np.random.Generator, land: str) -> tuple[str, ...]:
-    known = [*FLYING, *STANDING, *(SAILING * 2 if land == "sea" else ())]
+    known = [*FLYING, *STANDING, *(SAILING if land == "sea" else ())]
+    likely = np.array([3.0 if kind in SAILING else 1.0 for kind in known])
     count = int(rng.choice(3, p=(0.06, 0.42, 0.52)))
-    return tuple(str(kind) for kind in rng.choice(known, count, replace=False))
+    chosen = rng.choice(known, count, replace=False, p=likely / likely.sum())
+    return tuple(str(kind) for kind in chosen)
 
 
 def _row(kind: str) -> str:
     return next(
-        name
-        for name, of in (("fly", FLYING), ("stand", STANDING), ("sail", SAILING))
-        if kind in of
+        name for name, of in (("fly", FLYING), ("stand", STANDING), ("sail", SAILING)) if kind in of
     )
 
 

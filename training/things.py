@@ -1,8 +1,8 @@
 """How the nine objects are drawn: each a list of parts, painted in turn.
 
 A part is a role and an outline in the object's own units: u from -1 to 1 to the right, v from -1
-at its top to 1 at its foot. "main" is the colour that a caption names, "shade" and "tint" are the
-same colour out of and in the light, and the rest are details.
+at its top to 1 at its foot. "main" is the colour that a caption names, "shade" is the same colour
+out of the light, and the rest are details.
 """
 
 from collections.abc import Callable
@@ -108,11 +108,16 @@ THINGS: dict[str, tuple[Part, ...]] = {
         ("wood", lambda u, v: box(u, v - 0.72, 0.15, 0.28)),
         (
             "window",
-            lambda u, v: union(box(u + 0.4, v - 0.4, 0.12, 0.15), box(u - 0.4, v - 0.4, 0.12, 0.15)),
+            lambda u, v: union(
+                box(u + 0.4, v - 0.4, 0.12, 0.15), box(u - 0.4, v - 0.4, 0.12, 0.15)
+            ),
         ),
     ),
     "tree": (
-        ("wood", lambda u, v: convex(corners((-0.1, 0.0), (0.1, 0.0), (0.16, 1), (-0.16, 1)), u, v)),
+        (
+            "wood",
+            lambda u, v: convex(corners((-0.1, 0.0), (0.1, 0.0), (0.16, 1), (-0.16, 1)), u, v),
+        ),
         ("main", _crown),
         ("shade", lambda u, v: both(_crown(u, v), -disc(u, v, -0.22, -0.38, 0.66))),
     ),
@@ -137,8 +142,8 @@ THINGS: dict[str, tuple[Part, ...]] = {
         ("wood", lambda u, v: capsule(u, v, (0.16, 0.5), (0.12, 0.8), 0.02)),
         ("wood", lambda u, v: box(u, v - 0.87, 0.16, 0.13)),
         ("main", _envelope),
-        ("shade", lambda u, v: both(_envelope(u, v), -ellipse(u, v, 0, -0.2, 0.48, 0.95))),
-        ("tint", lambda u, v: both(_envelope(u, v), ellipse(u, v, 0, -0.2, 0.19, 0.95))),
+        ("shade", lambda u, v: both(_envelope(u, v), ellipse(u, v, 0, -0.2, 0.48, 0.95))),
+        ("main", lambda u, v: both(_envelope(u, v), ellipse(u, v, 0, -0.2, 0.19, 0.95))),
     ),
     "cloud": (
         ("main", _cloud),
