@@ -109,6 +109,8 @@ class Canvas:
             self.blend(*found, alpha * np.clip(near, 0, 1) ** 2, colour)
 
 
+_CRATERS = ((-0.022, -0.018, 0.017), (0.026, 0.012, 0.022), (-0.012, 0.034, 0.011))
+
 # --- sky -----------------------------------------------------------------------------------
 
 
@@ -397,11 +399,8 @@ def role_colour(role: str, kind: str, colour: str, light: str) -> np.ndarray:
         return np.array(LIGHTS[light].window, np.float32)
     if role not in ("main", "shade"):
         return thing_colour(light, role)
-    main = (
-        np.array(LIGHTS[light].cloud, np.float32)
-        if kind == "cloud"
-        else thing_colour(light, colour)
-    )
-    if role == "shade":
-        return main * (SHADE if kind != "cloud" else 0.95)
-    return main
+    if kind == "cloud":
+        main, shade = np.array(LIGHTS[light].cloud, np.float32), 0.95
+    else:
+        main, shade = thing_colour(light, colour), SHADE
+    return main * shade if role == "shade" else main

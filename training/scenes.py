@@ -41,7 +41,7 @@ HORIZON = {  # where the ground, or the water, begins
     "sea": 0.56,
     "city": 0.78,
 }
-CONTRAST = 52.0  # an object's colour is at least this far, in RGB, from everything behind it
+CONTRAST = 55.0  # an object's colour is at least this far, in RGB, from everything behind it
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ out of the light, and the rest are details.
 
 from collections.abc import Callable
 
+import numpy as np
+
 from training.outlines import (
     Field,
     both,
@@ -138,8 +140,7 @@ THINGS: dict[str, tuple[Part, ...]] = {
         ("shade", lambda u, v: both(_hull(u, v), 0.7 - v)),
     ),
     "balloon": (
-        ("wood", lambda u, v: capsule(u, v, (-0.16, 0.5), (-0.12, 0.8), 0.02)),
-        ("wood", lambda u, v: capsule(u, v, (0.16, 0.5), (0.12, 0.8), 0.02)),
+        ("wood", lambda u, v: capsule(np.abs(u), v, (0.16, 0.5), (0.12, 0.8), 0.02)),
         ("wood", lambda u, v: box(u, v - 0.87, 0.16, 0.13)),
         ("main", _envelope),
         ("shade", lambda u, v: both(_envelope(u, v), ellipse(u, v, 0, -0.2, 0.48, 0.95))),
