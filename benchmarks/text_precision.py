@@ -41,12 +41,13 @@ def on_demo(count: int) -> dict:
     from sana_cli.pipeline import Picture, draw
     from sana_cli.plan import Plan
     from sana_cli.text_encoder import TextEncoder
-    from training.evaluate import held_out, recipe
+    from training.evaluate import recipe
+    from training.prompts import shape_prompts
     from training.shape_checker import check
 
     parts = folder_parts(DEMO)
     files = open_model(parts)
-    scenes, prompts = zip(*held_out(count, 1), strict=True)
+    scenes, prompts = zip(*shape_prompts(count, 1), strict=True)
     states, pictures = {}, {}
     for precision in ("float32", "bfloat16", "int8"):
         encoder = TextEncoder(parts, precision, "cpu")

@@ -44,11 +44,12 @@ def test_it_follows_most_prompts_it_was_not_trained_on():
     from sana_cli.pipeline import Picture
     from sana_cli.pipeline import draw as stages
     from sana_cli.plan import Plan
-    from training.evaluate import held_out, recipe
+    from training.evaluate import recipe
+    from training.prompts import shape_prompts
     from training.shape_checker import check
 
     files = open_model(folder_parts(DEMO))
-    prompts = held_out(12, 1) + held_out(8, 2)
+    prompts = shape_prompts(12, 1) + shape_prompts(8, 2)
     recipes = [recipe(t, s, files.flow_shift, 20, 4.5) for s, (_, t) in enumerate(prompts)]
     drawn = [e.pixels for e in stages(recipes, files, Plan("cpu")) if isinstance(e, Picture)]
     right = [all(check(s, p).values()) for (s, _), p in zip(prompts, drawn, strict=True)]

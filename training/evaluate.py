@@ -1,41 +1,46 @@
-"""`python -m training.evaluate`: how often the bundled model draws what held-out prompts say.
+"""`python -m training.evaluate`: how often a model draws what held-out prompts say.
 
-Draws 200 one-object and 100 two-object prompts, none of whose combinations of colours, shapes
-and relation was trained on, at the default settings of `sana generate`, and lets the checker
-judge the pixels. Prints one JSON document; `--sheet` also saves a contact sheet of 24.
+By default the 500 prompts of `training.prompts` about illustrated scenes, judged by
+`training.checker`; with `--world shapes` 200 one-object and 100 two-object prompts about shapes,
+judged by `training.shape_checker`. Both at the default settings of `sana generate`. A prompt is
+obeyed if everything that it states is seen in the pixels. `--sheet` saves a contact sheet of 24.
 """
 
 import argparse
 import json
+import math
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from sana_cli.layout import folder_parts
-from sana_cli.model_files import open_model
+from sana_cli.model_files import ModelFiles, open_model
 from sana_cli.pipeline import Picture, draw
 from sana_cli.plan import Plan
 from sana_cli.recipe import Recipe
 from sana_cli.weights import known_models
-from training.shape_checker import check
-from training.shapes import Scene, describe, sample_scene
+from training import checker, shape_checker
+from training.prompts import SEED, SHAPES, prompts, shape_prompts
 
 ROOT = Path(__file__).resolve().parents[1]
-SEED = 20_000  # of the prompts; training uses other streams
+Verdict = dict[str, bool]
+Judged = tuple[str, str, Callable[[np.ndarray], Verdict]]  # category, prompt, judge of its picture
 
 
-def held_out(count: int, objects: int, seed: int = SEED) -> list[tuple[Scene, str]]:
-    rng = np.random.default_rng((seed, objects))
-    found = []
-    while len(found) < count:
-        scene = sample_scene(rng, objects)
-        if scene.held_out:
-            found.append((scene, describe(scene, rng)))
-    return found
-
-
-def recipe(prompt: str, seed: int, shift: float | None, steps: int, guidance: float) -> Recipe:
+def recipe(
+    prompt: str,
+    seed: int,
+    shift: float | None,
+    steps: int,
+    guidance: float,
+    *,
+    solver: str = "flow-dpm",
+    side: int = 256,
+    dtype: str = "float32",
+) -> Recipe:
     return Recipe(
         prompt=prompt,
         negative="",
@@ -43,64 +48,122 @@ def recipe(prompt: str, seed: int, shift: float | None, steps: int, guidance: fl
         seed=seed,
         steps=steps,
         guidance=guidance,
-        solver="flow-dpm",
+        solver=solver,
         flow_shift=shift,
-        width=256,
-        height=256,
-        native_width=256,
-        native_height=256,
+        width=side,
+        height=side,
+        native_width=side,
+        native_height=side,
         fit="trained",
         model="demo",
         revision=None,
-        text_dtype="float32",
-        dit_dtype="float32",
-        vae_dtype="float32",
+        text_dtype=dtype,
+        dit_dtype=dtype,
+        vae_dtype=dtype,
     )
 
 
+def scene_questions(seed: int = SEED) -> list[Judged]:
+    return [(p.category, p.text, partial(checker.check, p.facts)) for p in prompts(seed)]
+
+
+def shape_questions(seed: int = SEED) -> list[Judged]:
+    found = shape_prompts(SHAPES["one shape"], 1, seed) + shape_prompts(
+        SHAPES["two shapes"], 2, seed
+    )
+    names = list(SHAPES)
+    return [
+        (names[len(scene.objects) - 1], text, partial(shape_checker.check, scene))
+        for scene, text in found
+    ]
+
+
+def pictures(recipes: list[Recipe], files: ModelFiles, device: str) -> list[np.ndarray]:
+    return [e.pixels for e in draw(recipes, files, Plan(device)) if isinstance(e, Picture)]
+
+
 def main() -> None:
+    demo = known_models()["demo"]
     parser = argparse.ArgumentParser(prog="python -m training.evaluate", description=__doc__)
     parser.add_argument("--model", type=Path, default=ROOT / "sana_cli" / "demo")
-    parser.add_argument("--one", type=int, default=200, help="prompts with one object")
-    parser.add_argument("--two", type=int, default=100, help="prompts with two objects")
+    parser.add_argument("--world", choices=("scenes", "shapes"), default="scenes")
     parser.add_argument("--seed", type=int, default=SEED, help="of the choice of prompts")
-    parser.add_argument("--steps", type=int, default=known_models()["demo"].steps)
-    parser.add_argument("--guidance", type=float, default=known_models()["demo"].guidance)
+    parser.add_argument("--every", type=int, default=1, help="one prompt of so many")
+    parser.add_argument("--side", type=int, default=256, help="of the pictures")
+    parser.add_argument("--steps", type=int, default=demo.steps)
+    parser.add_argument("--guidance", type=float, default=demo.guidance)
+    parser.add_argument("--solver", choices=("flow-dpm", "flow-euler"), default="flow-dpm")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", action="store_true", help="a document instead of a table")
     parser.add_argument("--sheet", type=Path, help="save a contact sheet of 24 here")
     options = parser.parse_args()
 
+    ask = scene_questions if options.world == "scenes" else shape_questions
+    questions = list(enumerate(ask(options.seed)))[:: options.every]
     files = open_model(folder_parts(options.model))
-    prompts = held_out(options.one, 1, options.seed) + held_out(options.two, 2, options.seed)
     recipes = [
-        recipe(text, seed, files.flow_shift, options.steps, options.guidance)
-        for seed, (_, text) in enumerate(prompts)
+        recipe(
+            text,
+            seed,
+            files.flow_shift,
+            options.steps,
+            options.guidance,
+            solver=options.solver,
+            side=options.side,
+        )
+        for seed, (_, text, _) in questions
     ]
-    pictures = [e.pixels for e in draw(recipes, files, Plan("cpu")) if isinstance(e, Picture)]
-    verdicts = [check(scene, pixels) for (scene, _), pixels in zip(prompts, pictures, strict=True)]
-    report = {
-        "prompts": {"one object": options.one, "two objects": options.two},
-        "seed": options.seed,
-        "steps": options.steps,
-        "guidance": options.guidance,
-        "one object": summary(verdicts[: options.one]),
-        "two objects": summary(verdicts[options.one :]),
-    }
-    print(json.dumps(report, indent=2))
+    drawn = pictures(recipes, files, options.device)
+    verdicts = [
+        (category, judge(pixels))
+        for (_, (category, _, judge)), pixels in zip(questions, drawn, strict=True)
+    ]
+    settings = ("world", "seed", "every", "side", "steps", "guidance", "solver")
+    report = {name: getattr(options, name) for name in settings} | summary(verdicts)
+    print(json.dumps(report, indent=2) if options.json else table(report))
     if options.sheet:
-        halves = pictures[:12], pictures[options.one : options.one + 12]
-        rows = [np.concatenate(half[i : i + 6], axis=1) for half in halves for i in (0, 6)]
+        chosen = np.linspace(0, len(drawn) - 1, 24).astype(int)
+        rows = [np.concatenate([drawn[i] for i in chosen[r : r + 6]], 1) for r in (0, 6, 12, 18)]
         Image.fromarray(np.concatenate(rows)).save(options.sheet)
-        shown = prompts[:12] + prompts[options.one : options.one + 12]
-        print("\n".join(text for _, text in shown))
+        print("\n".join(questions[i][1][1] for i in chosen))
 
 
-def summary(verdicts: list[dict[str, bool]]) -> dict[str, float]:
-    """Share of prompts with every attribute right, then of each attribute by itself."""
-    names = sorted({name for verdict in verdicts for name in verdict})
-    shares = {"all": float(np.mean([all(v.values()) for v in verdicts]))}
-    for name in names:
-        shares[name] = float(np.mean([v[name] for v in verdicts if name in v]))
-    return {name: round(share, 3) for name, share in shares.items()}
+def summary(verdicts: list[tuple[str, Verdict]]) -> dict[str, dict]:
+    """Of each category: prompts, share obeyed, its 95 % interval, and the share of each fact."""
+    report = {}
+    for category in dict.fromkeys(category for category, _ in verdicts):
+        found = [verdict for name, verdict in verdicts if name == category]
+        right = sum(all(verdict.values()) for verdict in found)
+        facts = sorted({fact for verdict in found for fact in verdict})
+        report[category] = {
+            "prompts": len(found),
+            "all": round(right / len(found), 3),
+            "interval": [round(end, 3) for end in interval(right, len(found))],
+        } | {
+            fact: round(float(np.mean([v[fact] for v in found if fact in v])), 3) for fact in facts
+        }
+    return {"categories": report}
+
+
+def interval(right: int, count: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share."""
+    share = right / count
+    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + (z / count / 2) ** 2)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def table(report: dict) -> str:
+    """Markdown, as GenEval reports: a row a category, and their mean."""
+    lines = ["| category | prompts | obeyed | 95 % interval |", "|---|---|---|---|"]
+    rows = report["categories"]
+    for category, row in rows.items():
+        low, high = row["interval"]
+        share = f"{row['all']:.1%} | {low:.1%} – {high:.1%}".replace("%", " %")
+        lines.append(f"| {category} | {row['prompts']} | {share} |")
+    mean = float(np.mean([row["all"] for row in rows.values()]))
+    prompts_in_all = sum(row["prompts"] for row in rows.values())
+    return "\n".join([*lines, f"| mean | {prompts_in_all} | {mean:.1%} | |".replace("%", " %")])
 
 
 if __name__ == "__main__":

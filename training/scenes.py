@@ -111,7 +111,7 @@ def sample_scene(
     """A scene at random; `kinds` and `counts` fix the groups."""
     while True:
         sky = str(rng.choice(SKIES, p=(0.24, 0.24, 0.24, 0.14, 0.14)))
-        land = str(rng.choice(LANDS))
+        land = str(rng.choice(LANDS, p=(0.15, 0.15, 0.15, 0.14, 0.26, 0.15)))
         chosen = kinds if kinds is not None else _kinds(rng, land)
         scene = _arranged(rng, sky, land, chosen, counts)
         if scene is not None:
