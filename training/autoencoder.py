@@ -1,7 +1,11 @@
-"""Stage 1: the DC-AE, on crops of drawn scenes, by L1 on pixels and on their differences."""
+"""Stage 1: the DC-AE, on crops of drawn pictures, by L1 on pixels and on their differences.
 
-import json
-import time
+Encoder and decoder learn together on crops; then the decoder alone on whole pictures, with the
+encoder, and so the latents, as they are (DC-AE's last phase, arXiv 2410.10733 section 3.3,
+without its adversary: flat drawings do not need one).
+"""
+
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,82 +14,98 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sana_cli.dc_ae import DCAE, ChannelRMSNorm, DCAEConfig
-from training.optim import Average, Muon, descend, load_state, open_log, save_state, schedule
-from training.shapes import draw, training_scene
-
-CONFIG = DCAEConfig(
-    encoder_block_types=("ResBlock",) * 3 + ("EfficientViTBlock",) * 3,
-    decoder_block_types=("ResBlock",) * 3 + ("EfficientViTBlock",) * 3,
-    encoder_block_out_channels=(8, 16, 32, 64, 128, 128),
-    decoder_block_out_channels=(8, 16, 32, 64, 128, 128),
-    encoder_layers_per_block=(1, 1, 1, 1, 1, 1),
-    decoder_layers_per_block=(1, 1, 1, 2, 2, 2),
-    upsample_block_type="interpolate",
-    downsample_block_type="Conv",
-)
-SIDE = 256
-CROP = 128
-BATCH = 8
-# Noise put on the latents, so that the decoder forgives what a sampler gets wrong, and the pull
-# towards zero that keeps the encoder from escaping it by growing. Together: a std near one.
-LATENT_NOISE = 0.2
-LATENT_DECAY = 2e-3
+from training.loop import Losses, Machine, Stage, train
+from training.settings import Settings
+from training.world import draw, training_sample
 
 
-def images(rng: np.random.Generator, batch: int, crop: int) -> Tensor:
-    """(batch, 3, crop, crop) float32 in [-1, 1], channels last; crops lie anywhere in a scene."""
-    crops = []
-    for _ in range(batch):
-        top, left = rng.integers(0, SIDE - crop + 1, 2) if crop < SIDE else (0, 0)
-        crops.append(draw(training_scene(rng), SIDE, (int(top), int(left), crop)))
-    pixels = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2)
-    return pixels.float().div_(127.5).sub_(1).contiguous(memory_format=torch.channels_last)
+@dataclass(frozen=True)
+class Crops:
+    """uint8 (batch, crop, crop, 3) of a step: anywhere in pictures of any of the sides."""
+
+    seed: int
+    stream: int
+    sides: tuple[int, ...]
+    batch: int
+    crop: int
+
+    def __call__(self, step: int) -> Tensor:
+        rng = np.random.default_rng((self.seed, self.stream, step))
+        crops = []
+        for _ in range(self.batch):
+            sample, side = training_sample(rng), int(rng.choice(self.sides))
+            top, left = (int(n) for n in rng.integers(0, side - self.crop + 1, 2))
+            crops.append(draw(sample, side, (top, left, self.crop)))
+        return torch.from_numpy(np.stack(crops))
 
 
-def loss_of(decoded: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
+def to_image(pixels: Tensor, device: str) -> Tensor:
+    """uint8 (B, H, W, 3) -> float32 (B, 3, H, W) in [-1, 1], channels last, on the device."""
+    return pixels.to(device).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+
+
+def reconstruction(decoded: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
     """(loss, plain L1). The differences between neighbours weigh edges, which L1 alone blurs."""
+    decoded = decoded.float()
     l1 = F.l1_loss(decoded, image)
     edges = F.l1_loss(decoded.diff(dim=-1), image.diff(dim=-1))
-    edges = edges + F.l1_loss(decoded.diff(dim=-2), image.diff(dim=-2))
-    return l1 + edges, l1
+    return l1 + edges + F.l1_loss(decoded.diff(dim=-2), image.diff(dim=-2)), l1
 
 
-def build() -> DCAE:
+def build(config: DCAEConfig) -> DCAE:
     """Residual branches start at zero: three times faster here than starting at one."""
-    model = DCAE(CONFIG).to(memory_format=torch.channels_last)
+    model = DCAE(config).to(memory_format=torch.channels_last)
     for name, module in model.named_modules():
         if isinstance(module, ChannelRMSNorm) and not name.endswith("decoder.norm_out"):
             torch.nn.init.zeros_(module.weight)
     return model
 
 
-def train(folder: Path, steps: int, lr: float, seed: int) -> None:
+def stage(settings: Settings, machine: Machine, seed: int) -> Stage:
     torch.manual_seed(seed)
-    model = build()
-    optimiser, average = Muon(model, lr), Average(model, 0.998)
-    state = folder / "autoencoder.safetensors"
-    note = load_state(state, model, average, optimiser) or {"step": 0, "seconds": 0.0}
-    log = open_log(folder / "autoencoder.jsonl", note["step"])
-    began = time.monotonic() - note["seconds"]
-    shown: list[float] = []
-    for step in range(note["step"], steps):
-        rng = np.random.default_rng((seed, step))
-        torch.manual_seed(seed * 1_000_003 + step)
-        image = images(rng, BATCH, CROP)
-        latents = model.encode(image)
-        noisy = latents + LATENT_NOISE * torch.randn_like(latents)
-        loss, l1 = loss_of(model.decode(noisy), image)
-        loss = loss + LATENT_DECAY * latents.square().mean()
-        descend(loss, model, optimiser, average, lr * schedule(step, steps), step)
-        shown.append(l1.item())
-        if (step + 1) % 25 == 0 or step + 1 == steps:
-            row = {"step": step + 1, "l1": round(sum(shown) / len(shown), 5)}
-            row |= {
-                "std": round(latents.std().item(), 3),
-                "seconds": round(time.monotonic() - began),
-            }
-            print(json.dumps(row), file=log, flush=True)
-            shown = []
-        if (step + 1) % 250 == 0 or step + 1 == steps:
-            note = {"step": step + 1, "seconds": time.monotonic() - began}
-            save_state(state, model, average, optimiser, note)
+    model = build(settings.autoencoder)
+
+    def losses(pixels: Tensor) -> Losses:
+        image = to_image(pixels, machine.device)
+        latents = model.encode(image).float()
+        noisy = latents + settings.latent_noise * torch.randn_like(latents)
+        loss, l1 = reconstruction(model.decode(noisy), image)
+        loss = loss + settings.latent_decay * latents.square().mean()
+        return {"loss": loss, "l1": l1, "std": latents.std()}
+
+    sides = settings.low_side, settings.high_side
+    crops = Crops(seed, 1, sides, settings.autoencoder_batch, settings.crop)
+    return Stage(
+        "autoencoder",
+        model,
+        settings.autoencoder_steps,
+        settings.autoencoder_rate,
+        0.998,
+        crops,
+        losses,
+    )
+
+
+def decoder_stage(settings: Settings, machine: Machine, seed: int, model: DCAE) -> Stage:
+    """The decoder alone, on whole pictures of the low resolution and as large crops of the high."""
+    model.decoder.requires_grad_(True)
+
+    def losses(pixels: Tensor) -> Losses:
+        image = to_image(pixels, machine.device)
+        with torch.no_grad():
+            latents = model.encode(image).float()
+        noisy = latents + settings.latent_noise * torch.randn_like(latents)
+        loss, l1 = reconstruction(model.decode(noisy), image)
+        return {"loss": loss, "l1": l1}
+
+    sides = settings.low_side, settings.high_side
+    crops = Crops(seed, 2, sides, settings.decoder_batch, settings.low_side)
+    return Stage(
+        "decoder", model, settings.decoder_steps, settings.decoder_rate, 0.998, crops, losses
+    )
+
+
+def finished(folder: Path, settings: Settings, machine: Machine, seed: int) -> DCAE:
+    """The trained autoencoder; trains what is not done yet."""
+    model = train(stage(settings, machine, seed), folder, machine, seed)
+    return train(decoder_stage(settings, machine, seed, model), folder, machine, seed)

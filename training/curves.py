@@ -13,8 +13,10 @@ from matplotlib import pyplot
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = {
     "autoencoder": "l1",
+    "decoder": "l1",
     "text": "loss",
-    "diffusion": "loss",
+    "low": "loss",
+    "high": "loss",
 }
 
 
@@ -24,7 +26,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "demo-training")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    figure, panels = pyplot.subplots(1, len(STAGES), figsize=(13, 3.5), layout="constrained")
+    figure, panels = pyplot.subplots(1, len(STAGES), figsize=(18, 3.5), layout="constrained")
     for panel, (stage, quantity) in zip(panels, STAGES.items(), strict=True):
         log = options.run / f"{stage}.jsonl"
         shutil.copy(log, options.out)

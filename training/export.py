@@ -7,38 +7,35 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from tokenizers import Tokenizer
 from torch import nn
+from transformers import Gemma2Model
 
-from training import autoencoder, diffusion, text
-from training.optim import averaged
+from sana_cli.dc_ae import DCAE
+from sana_cli.dit import DiT
+from training.settings import Settings
 
 
-def export(run: Path, target: Path) -> None:
+def export(
+    run: Path, target: Path, settings: Settings, vae: DCAE, encoder: Gemma2Model, dit: DiT
+) -> None:
     """Write `target` whole: the averaged weights of every stage in bfloat16, and the configs."""
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     scaling = json.loads((run / "scaling.json").read_text())["scaling_factor"]
 
     shutil.copytree(run / "tokenizer", partial / "tokenizer")
-    vocabulary = Tokenizer.from_file(str(run / "tokenizer" / "tokenizer.json")).get_vocab_size()
-    encoder = averaged(run / "text.safetensors", text.Reader(vocabulary)).encoder
     encoder.config.architectures = ["Gemma2Model"]
     _write_part(partial / "text_encoder", "model", encoder, encoder.config.to_diff_dict())
-
-    dit = averaged(run / "diffusion.safetensors", diffusion.build())
-    config = {"_class_name": "SanaTransformer2DModel", **asdict(diffusion.CONFIG)}
+    config = {"_class_name": "SanaTransformer2DModel", **asdict(settings.transformer)}
     _write_part(partial / "transformer", "diffusion_pytorch_model", dit, config)
-
-    vae = averaged(run / "autoencoder.safetensors", autoencoder.build())
-    config = {"_class_name": "AutoencoderDC", **asdict(autoencoder.CONFIG)}
+    config = {"_class_name": "AutoencoderDC", **asdict(settings.autoencoder)}
     config["scaling_factor"] = scaling
     _write_part(partial / "vae", "diffusion_pytorch_model", vae, config)
 
     scheduler = {
         "_class_name": "DPMSolverMultistepScheduler",
         "algorithm_type": "dpmsolver++",
-        "flow_shift": diffusion.FLOW_SHIFT,
+        "flow_shift": settings.flow_shift,
         "num_train_timesteps": 1000,
         "prediction_type": "flow_prediction",
         "solver_order": 2,
@@ -60,7 +57,7 @@ def export(run: Path, target: Path) -> None:
 
 def _write_part(folder: Path, stem: str, model: nn.Module, config: dict) -> None:
     _write_json(folder / "config.json", config)
-    tensors = {k: v.to(torch.bfloat16).contiguous() for k, v in model.state_dict().items()}
+    tensors = {k: v.to("cpu", torch.bfloat16).contiguous() for k, v in model.state_dict().items()}
     save_file(tensors, folder / f"{stem}.safetensors", metadata={"format": "pt"})
 
 

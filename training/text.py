@@ -5,7 +5,8 @@ state of a caption's last token, everything the caption states; then it is froze
 """
 
 import json
-import time
+import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,30 +21,22 @@ from tokenizers import (
     processors,
     trainers,
 )
-from torch import nn
+from torch import Tensor, nn
 from transformers import Gemma2Config, Gemma2Model
 
-from training.optim import Average, Muon, descend, load_state, open_log, save_state, schedule
-from training.shapes import (
-    COLOURS,
-    POSITIONS,
-    RELATIONS,
-    SHAPES,
-    SIZES,
-    Scene,
-    describe,
-    training_scene,
-)
+from training.loop import Losses, Machine, Stage, train
+from training.settings import Settings
+from training.world import QUESTIONS, describe, training_sample
+
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are forks of this process
 
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>"]
-WIDTH = 128
-BATCH = 128
 
 
 def train_tokenizer(path: Path, seed: int = 0, captions: int = 20_000) -> None:
     """Byte-fallback BPE in Gemma's form: spaces become "▁", any text has an encoding."""
     rng = np.random.default_rng(seed)
-    texts = [describe(training_scene(rng), rng) for _ in range(captions)]
+    texts = [describe(training_sample(rng), rng).text for _ in range(captions)]
     learner = Tokenizer(models.BPE())
     learner.normalizer = normalizers.Replace(" ", "▁")
     learner.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")  # no token spans words
@@ -76,7 +69,6 @@ def train_tokenizer(path: Path, seed: int = 0, captions: int = 20_000) -> None:
         single="<bos> $A", pair="<bos> $A <bos> $B", special_tokens=[("<bos>", 2)]
     )
     path.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(path / "tokenizer.json"))
     settings = {
         "tokenizer_class": "GemmaTokenizer",
         "bos_token": "<bos>",
@@ -89,18 +81,20 @@ def train_tokenizer(path: Path, seed: int = 0, captions: int = 20_000) -> None:
         "model_max_length": 8192,
     }
     (path / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    tokenizer.save(str(path / "tokenizer.json.partial"))
+    os.replace(path / "tokenizer.json.partial", path / "tokenizer.json")
 
 
-def encoder_config(vocabulary: int) -> Gemma2Config:
+def encoder_config(vocabulary: int, width: int, layers: int) -> Gemma2Config:
     return Gemma2Config(
         vocab_size=vocabulary,
-        hidden_size=WIDTH,
-        intermediate_size=3 * WIDTH,
-        num_hidden_layers=4,
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=32,
-        query_pre_attn_scalar=32,
+        head_dim=width // 4,
+        query_pre_attn_scalar=width // 4,
         max_position_embeddings=8192,
     )
 
@@ -108,49 +102,18 @@ def encoder_config(vocabulary: int) -> Gemma2Config:
 class Reader(nn.Module):
     """The encoder with one linear question per fact that a caption can state."""
 
-    def __init__(self, vocabulary: int) -> None:
+    def __init__(self, vocabulary: int, width: int, layers: int) -> None:
         super().__init__()
-        self.encoder = Gemma2Model(encoder_config(vocabulary))
-        self.questions = nn.ModuleDict({k: nn.Linear(WIDTH, len(v)) for k, v in ANSWERS.items()})
+        self.encoder = Gemma2Model(encoder_config(vocabulary, width, layers))
+        self.questions = nn.ModuleDict({k: nn.Linear(width, len(v)) for k, v in QUESTIONS.items()})
 
-    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    def forward(self, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
         states = self.encoder(ids, attention_mask=mask).last_hidden_state
-        last = states[torch.arange(len(ids)), mask.sum(1) - 1]
+        last = states[torch.arange(len(ids), device=ids.device), mask.sum(1) - 1]
         return {name: question(last) for name, question in self.questions.items()}
 
 
-ANSWERS: dict[str, list[str | None]] = {
-    "first colour": [*COLOURS],
-    "first shape": [*SHAPES],
-    "second colour": [None, *COLOURS],
-    "second shape": [None, *SHAPES],
-    "relation": [None, *RELATIONS],
-    "size": [None, *SIZES],
-    "position": [None, *POSITIONS],
-    "background": [*COLOURS],
-    "second background": [None, *COLOURS],
-    "axis": [None, "over", "beside"],
-}
-
-
-def facts(scene: Scene) -> dict[str, str | None]:
-    first, second = scene.objects[0], scene.objects[1] if scene.relation else None
-    two_tone = len(scene.background) == 2
-    return {
-        "first colour": first.colour,
-        "first shape": first.shape,
-        "second colour": second and second.colour,
-        "second shape": second and second.shape,
-        "relation": scene.relation,
-        "size": first.size,
-        "position": first.position,
-        "background": scene.background[0],
-        "second background": scene.background[1] if two_tone else None,
-        "axis": ("over", "beside")[scene.axis] if two_tone else None,
-    }
-
-
-def tokenise(tokenizer: Tokenizer, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+def tokenise(tokenizer: Tokenizer, captions: list[str]) -> tuple[Tensor, Tensor]:
     """Right-padded ids and mask, both int64 (B, longest)."""
     rows = [e.ids for e in tokenizer.encode_batch(captions)]
     ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
@@ -161,36 +124,47 @@ def tokenise(tokenizer: Tokenizer, captions: list[str]) -> tuple[torch.Tensor, t
     return ids, mask
 
 
-def train(folder: Path, steps: int, lr: float, seed: int) -> None:
-    if not (folder / "tokenizer" / "tokenizer.json").is_file():
-        train_tokenizer(folder / "tokenizer", seed)
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer" / "tokenizer.json"))
+@dataclass(frozen=True)
+class Captions:
+    """ids and mask of a step's captions, and the index of each one's answer to each question."""
+
+    seed: int
+    batch: int
+    tokenizer: Tokenizer
+
+    def __call__(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        rng = np.random.default_rng((self.seed, 3, step))
+        told = [describe(training_sample(rng), rng) for _ in range(self.batch)]
+        ids, mask = tokenise(self.tokenizer, [one.text for one in told])
+        answers = [[QUESTIONS[q].index(one.facts.get(q)) for q in QUESTIONS] for one in told]
+        return ids, mask, torch.tensor(answers)
+
+
+def stage(settings: Settings, machine: Machine, seed: int, tokenizer: Tokenizer) -> Stage:
     torch.manual_seed(seed)
-    model = Reader(tokenizer.get_vocab_size())
-    optimiser, average = Muon(model, lr), Average(model, 0.99)
-    state = folder / "text.safetensors"
-    note = load_state(state, model, average, optimiser) or {"step": 0, "seconds": 0.0}
-    began = time.monotonic() - note["seconds"]
-    log = open_log(folder / "text.jsonl", note["step"])
-    for step in range(note["step"], steps):
-        rng = np.random.default_rng((seed, 2, step))
-        scenes = [training_scene(rng) for _ in range(BATCH)]
-        ids, mask = tokenise(tokenizer, [describe(s, rng) for s in scenes])
+    model = Reader(tokenizer.get_vocab_size(), settings.text_width, settings.text_layers)
+
+    def losses(batch: tuple[Tensor, Tensor, Tensor]) -> Losses:
+        ids, mask, truth = (part.to(machine.device) for part in batch)
         answers = model(ids, mask)
-        truths = [facts(s) for s in scenes]
-        loss, right = torch.zeros(()), torch.ones(BATCH, dtype=torch.bool)
-        for name, options in ANSWERS.items():
-            target = torch.tensor([options.index(t[name]) for t in truths])
-            loss = loss + F.cross_entropy(answers[name], target)
-            right &= answers[name].argmax(1) == target
-        descend(loss, model, optimiser, average, lr * schedule(step, steps), step)
-        if (step + 1) % 25 == 0 or step + 1 == steps:
-            row = {"step": step + 1, "loss": round(loss.item(), 4)}
-            row |= {
-                "all_right": right.float().mean().item(),
-                "seconds": round(time.monotonic() - began),
-            }
-            print(json.dumps(row), file=log, flush=True)
-        if (step + 1) % 250 == 0 or step + 1 == steps:
-            note = {"step": step + 1, "seconds": time.monotonic() - began}
-            save_state(state, model, average, optimiser, note)
+        loss = ids.new_zeros((), dtype=torch.float32)
+        right = torch.ones_like(ids[:, 0], dtype=torch.bool)
+        for i, answer in enumerate(answers.values()):
+            loss = loss + F.cross_entropy(answer.float(), truth[:, i])
+            right &= answer.argmax(1) == truth[:, i]
+        return {"loss": loss, "all right": right.float().mean()}
+
+    captions = Captions(seed, settings.text_batch, tokenizer)
+    return Stage("text", model, settings.text_steps, settings.text_rate, 0.99, captions, losses)
+
+
+def finished(
+    folder: Path, settings: Settings, machine: Machine, seed: int
+) -> tuple[Tokenizer, Gemma2Model]:
+    """Tokenizer and frozen encoder; trains what is not done yet."""
+    path = folder / "tokenizer" / "tokenizer.json"
+    if not path.is_file():
+        train_tokenizer(path.parent, seed)
+    tokenizer = Tokenizer.from_file(str(path))
+    reader = train(stage(settings, machine, seed, tokenizer), folder, machine, seed)
+    return tokenizer, reader.encoder

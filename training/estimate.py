@@ -1,0 +1,63 @@
+"""How long a run would take on this machine, from a few steps of each of its stages."""
+
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from training import autoencoder, diffusion, text
+from training.loop import Machine, Stage, train
+from training.settings import Settings
+
+WARM, TIMED = 2, 5
+
+
+def estimate(settings: Settings, machine: Machine, seed: int) -> str:
+    """A Markdown table: of each stage the steps, seconds a step and minutes, and their sum."""
+    rows: list[tuple[str, int, float]] = []
+
+    def timed(stage: Stage, folder: Path) -> None:
+        stamps: list[float] = []
+        losses = stage.losses
+
+        def noted(batch):
+            if machine.device == "cuda":
+                torch.cuda.synchronize()
+            stamps.append(time.monotonic())
+            return losses(batch)
+
+        short = replace(stage, steps=WARM + TIMED + 1, losses=noted)
+        train(short, folder, machine, seed)
+        stage.model.requires_grad_(True)
+        rows.append((stage.name, stage.steps, (stamps[-1] - stamps[WARM]) / TIMED))
+
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        first = autoencoder.stage(settings, machine, seed)
+        timed(first, folder)
+        vae = first.model.requires_grad_(False)
+        timed(autoencoder.decoder_stage(settings, machine, seed, vae), folder)
+        vae.requires_grad_(False)
+        text.train_tokenizer(folder / "tokenizer", seed, captions=2000)
+        tokenizer = text.Tokenizer.from_file(str(folder / "tokenizer" / "tokenizer.json"))
+        reader = text.stage(settings, machine, seed, tokenizer)
+        timed(reader, folder)
+        s, banks = settings, {}
+        for side, pictures in ((s.low_side, s.low_pictures), (s.high_side, s.high_pictures)):
+            began = time.monotonic()
+            some = min(32 * max(1, machine.workers), pictures)
+            banks[side] = diffusion.bank(folder, vae, machine, seed, side, some)
+            each = (time.monotonic() - began) / some
+            rows.append((f"latents of {side}²", pictures, each))
+        few = replace(s, low_pictures=len(banks[s.low_side]), high_pictures=len(banks[s.high_side]))
+        parts = folder, few, machine, seed, tokenizer, reader.model.encoder, banks
+        cascade = diffusion.Cascade(*parts)
+        model = diffusion.build(s.transformer, s.text_scale)
+        timed(cascade.stage("low", model, s.low_steps, s.low_rate, 1), folder)
+        timed(cascade.stage("high", model, s.high_steps, s.high_rate, s.low_every), folder)
+    lines = ["| stage | steps | seconds each | minutes |", "|---|---|---|---|"]
+    lines += [f"| {name} | {n} | {each:.3f} | {n * each / 60:.1f} |" for name, n, each in rows]
+    total = sum(n * each for _, n, each in rows) / 60
+    return "\n".join([*lines, f"| all | | | {total:.1f} |"])

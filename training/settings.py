@@ -1,0 +1,141 @@
+"""Every number of the recipe in one table, for a GPU, for a CPU overnight, and for a test."""
+
+from dataclasses import dataclass, fields, replace
+
+from sana_cli.dc_ae import DCAEConfig
+from sana_cli.dit import DiTConfig
+
+_KINDS = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
+
+
+def _autoencoder(encoder: tuple[int, ...], decoder: tuple[int, ...], head: int = 32) -> DCAEConfig:
+    return DCAEConfig(
+        attention_head_dim=head,
+        encoder_block_types=_KINDS,
+        decoder_block_types=_KINDS,
+        encoder_block_out_channels=encoder,
+        decoder_block_out_channels=decoder,
+        encoder_layers_per_block=(1, 1, 1, 1, 1, 1),
+        decoder_layers_per_block=(1, 1, 2, 2, 2, 2),
+        upsample_block_type="interpolate",
+        downsample_block_type="Conv",
+    )
+
+
+def _transformer(heads: int, layers: int, text: int, sample_size: int) -> DiTConfig:
+    return DiTConfig(
+        num_attention_heads=heads,
+        attention_head_dim=32,
+        num_layers=layers,
+        num_cross_attention_heads=heads,
+        cross_attention_head_dim=32,
+        cross_attention_dim=32 * heads,
+        caption_channels=text,
+        sample_size=sample_size,
+    )
+
+
+@dataclass(frozen=True)
+class Settings:
+    # What is trained: 2.9 M, 7.6 M and 0.9 M parameters, 23 MB in bfloat16.
+    autoencoder: DCAEConfig = _autoencoder((8, 16, 32, 64, 128, 128), (16, 32, 64, 64, 128, 128))
+    transformer: DiTConfig = _transformer(heads=7, layers=9, text=128, sample_size=8)
+    text_width: int = 128
+    text_layers: int = 4
+    low_side: int = 256  # the cascade: pixels of its first and second resolution
+    high_side: int = 512
+
+    # Stage 1, the autoencoder: crops out of pictures of both sizes.
+    crop: int = 128
+    autoencoder_steps: int = 9000
+    autoencoder_batch: int = 64
+    autoencoder_rate: float = 1e-3
+    # Noise put on the latents, so that the decoder forgives what a sampler gets wrong, and the
+    # pull towards zero that keeps the encoder from escaping it by growing. Together: a standard
+    # deviation near one.
+    latent_noise: float = 0.2
+    latent_decay: float = 2e-3
+    # Its decoder alone, finetuned last on pictures that are whole.
+    decoder_steps: int = 2000
+    decoder_batch: int = 32
+    decoder_rate: float = 5e-4
+
+    # Stage 2, the text encoder.
+    text_steps: int = 2500
+    text_batch: int = 256
+    text_rate: float = 2e-3
+
+    # Stage 3, the transformer, low resolution then high.
+    low_pictures: int = 49_152  # in the bank of latents
+    low_steps: int = 16_000
+    low_batch: int = 512
+    low_rate: float = 1e-3
+    high_pictures: int = 16_384
+    high_steps: int = 6000
+    high_batch: int = 192
+    high_rate: float = 5e-4
+    low_every: int = 3  # of so many batches of the second half one is still low
+    flow_shift: float = 3.0
+    empty_captions: float = 0.1
+    text_scale: float = 0.01  # of the RMS-normalised states at the start (paper, section 2.3)
+    average_decay: float = 0.9995
+
+    # How it is run.
+    workers: int = 14  # processes that draw pictures and word captions
+    save_seconds: float = 60.0
+
+
+H200 = Settings()
+CPU = replace(
+    H200,
+    autoencoder_steps=6000,
+    autoencoder_batch=8,
+    decoder_steps=1500,
+    decoder_batch=2,
+    text_steps=1200,
+    text_batch=128,
+    low_pictures=12_288,
+    low_steps=9000,
+    low_batch=64,
+    high_pictures=4096,
+    high_steps=2000,
+    high_batch=24,
+    average_decay=0.999,
+    workers=0,
+    save_seconds=300.0,
+)
+TOY = replace(
+    CPU,
+    autoencoder=_autoencoder((4, 4, 8, 8, 16, 32), (4, 4, 8, 8, 16, 32), head=8),
+    transformer=_transformer(heads=2, layers=2, text=32, sample_size=2),
+    text_width=32,
+    text_layers=1,
+    low_side=64,
+    high_side=96,
+    crop=32,
+    autoencoder_steps=12,
+    autoencoder_batch=2,
+    decoder_steps=4,
+    text_steps=12,
+    text_batch=8,
+    low_pictures=48,
+    low_steps=12,
+    low_batch=8,
+    high_pictures=16,
+    high_steps=6,
+    high_batch=4,
+    save_seconds=0.0,
+)
+PRESETS = {"h200": H200, "cpu": CPU, "toy": TOY}
+
+
+def with_changes(settings: Settings, changes: list[str]) -> Settings:
+    """Numbers given as "name=value"; ValueError for a name that there is not."""
+    kinds = {f.name: type(getattr(settings, f.name)) for f in fields(settings)}
+    for change in changes:
+        name, _, value = change.partition("=")
+        if kinds.get(name) not in (int, float):
+            numbers = sorted(n for n, kind in kinds.items() if kind in (int, float))
+            raise ValueError(f"no setting {name!r}; there are {', '.join(numbers)}")
+        settings = replace(settings, **{name: kinds[name](value)})
+    return settings
