@@ -18,7 +18,7 @@ from training.settings import PRESETS, with_changes
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def main() -> None:
+def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m training", description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--preset", choices=PRESETS, help="h200 on cuda, cpu on a cpu")
@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "sana_cli" / "demo", help="the result")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--estimate", action="store_true", help="train nothing, print a forecast")
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     try:
         preset = PRESETS[options.preset or {"cpu": "cpu", "cuda": "h200"}[options.device]]
         settings = with_changes(preset, options.set)
@@ -36,7 +36,7 @@ def main() -> None:
     if options.device == "cuda":
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")
-    machine = Machine(options.device, settings.workers, settings.save_seconds)
+    machine = Machine(options.device, settings.workers, settings.save_seconds, settings.log_every)
     if options.estimate:
         print(estimate(settings, machine, options.seed))
         return

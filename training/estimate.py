@@ -40,7 +40,7 @@ def estimate(settings: Settings, machine: Machine, seed: int) -> str:
         vae = first.model.requires_grad_(False)
         timed(autoencoder.decoder_stage(settings, machine, seed, vae), folder)
         vae.requires_grad_(False)
-        text.train_tokenizer(folder / "tokenizer", seed, captions=2000)
+        text.train_tokenizer(folder / "tokenizer", seed, 2000)
         tokenizer = text.Tokenizer.from_file(str(folder / "tokenizer" / "tokenizer.json"))
         reader = text.stage(settings, machine, seed, tokenizer)
         timed(reader, folder)

@@ -18,7 +18,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from training.optim import Average, Muon, descend, load_state, open_log, save_state, schedule
 
-LOG_EVERY = 25
 Batch = Any
 Losses = dict[str, Tensor]  # by name, the first is descended
 
@@ -42,6 +41,7 @@ class Machine:
     device: str
     workers: int
     save_seconds: float
+    log_every: int = 25
 
     def precision(self) -> AbstractContextManager:
         """bfloat16 products on a GPU, float32 on a CPU."""
@@ -55,39 +55,44 @@ def train(stage: Stage, folder: Path, machine: Machine, seed: int) -> nn.Module:
     average = Average(model, stage.average_decay)
     state = folder / f"{stage.name}.safetensors"
     note = load_state(state, model, average, optimiser) or {"step": 0, "seconds": 0.0}
-    log = open_log(folder / f"{stage.name}.jsonl", note["step"])
     began = saved = time.monotonic()
     shown: list[Losses] = []
     first = note["step"]
-    for step, batch in zip(range(first, stage.steps), stream(stage, first, machine), strict=True):
-        torch.manual_seed(seed * 1_000_003 + step)
-        with machine.precision():
-            losses = stage.losses(batch)
-        rate = stage.rate * schedule(step, stage.steps)
-        descend(next(iter(losses.values())), model, optimiser, average, rate, step)
-        shown.append({name: loss.detach() for name, loss in losses.items()})
-        last = step + 1 == stage.steps
-        if (step + 1) % LOG_EVERY == 0 or last:
-            means = {k: torch.stack([one[k].float() for one in shown]).mean() for k in shown[0]}
+    batches = ahead(stage.batch, range(first, stage.steps), machine.workers)
+    with open_log(folder / f"{stage.name}.jsonl", first) as log:
+        for step, batch in zip(range(first, stage.steps), batches, strict=True):
+            torch.manual_seed(seed * 1_000_003 + step)
+            with machine.precision():
+                losses = stage.losses(batch)
+            rate = stage.rate * schedule(step, stage.steps)
+            descend(next(iter(losses.values())), model, optimiser, average, rate, step)
+            shown.append({name: loss.detach() for name, loss in losses.items()})
+            last = step + 1 == stage.steps
+            if (step + 1) % machine.log_every and not last:
+                continue
             now = time.monotonic()
-            seconds = note["seconds"] + now - began
-            row = {"step": step + 1} | {k: round(v.item(), 5) for k, v in means.items()}
-            print(json.dumps(row | {"seconds": round(seconds, 1)}), file=log, flush=True)
+            told = {"step": step + 1, "seconds": note["seconds"] + now - began}
+            print(json.dumps(_row(told, shown)), file=log, flush=True)
             shown = []
             if last or now - saved >= machine.save_seconds:
-                told = {"step": step + 1, "seconds": seconds}
                 save_state(state, model, average, optimiser, told)
                 saved = now
     average.copy_to(model)
     return model.eval().requires_grad_(False)
 
 
-def stream(stage: Stage, first: int, machine: Machine) -> Iterator[Batch]:
-    """The batches of all steps from `first` on, in order, made ahead by worker processes."""
-    return ahead(stage.batch, range(first, stage.steps), machine.workers)
+def _row(told: dict, shown: list[Losses]) -> dict:
+    """The means of all losses since the last row; only here does a GPU have to be waited for."""
+    means = {k: torch.stack([one[k].float() for one in shown]).mean().item() for k in shown[0]}
+    return (
+        {"step": told["step"]}
+        | {name: round(mean, 5) for name, mean in means.items()}
+        | {"seconds": round(told["seconds"], 1)}
+    )
 
 
 def ahead(make: Callable[[int], Batch], numbers: range, workers: int) -> Iterator[Batch]:
+    """`make` of each number, in order, made ahead by worker processes if there are any."""
     if not workers or not numbers:
         return map(make, numbers)
     return iter(

@@ -31,6 +31,7 @@ class Prompt:
     category: str
     text: str
     facts: dict[str, str]
+    scene: Scene  # one of the many whose picture obeys it
 
 
 def prompts(seed: int = SEED) -> list[Prompt]:
@@ -101,7 +102,7 @@ def _worded(category: str, scene: Scene, rng: np.random.Generator) -> Prompt:
             f"show me {where} {when} and {{}}",
         ]
     facts = {name: full[name] for name in stated if name in full}
-    return Prompt(category, pick(templates).format(what), facts)
+    return Prompt(category, pick(templates).format(what), facts, scene)
 
 
 def _name(group: Group, coloured: bool, pick: Pick) -> str:

@@ -61,6 +61,7 @@ class Settings:
     decoder_rate: float = 5e-4
 
     # Stage 2, the text encoder.
+    tokenizer_captions: int = 20_000
     text_steps: int = 2500
     text_batch: int = 256
     text_rate: float = 2e-3
@@ -82,7 +83,8 @@ class Settings:
 
     # How it is run.
     workers: int = 14  # processes that draw pictures and word captions
-    save_seconds: float = 60.0
+    save_seconds: float = 60.0  # at a row of the log, and not sooner after the last time
+    log_every: int = 25
 
 
 H200 = Settings()
@@ -116,6 +118,7 @@ TOY = replace(
     autoencoder_steps=12,
     autoencoder_batch=2,
     decoder_steps=4,
+    tokenizer_captions=1000,
     text_steps=12,
     text_batch=8,
     low_pictures=48,
@@ -125,6 +128,7 @@ TOY = replace(
     high_steps=6,
     high_batch=4,
     save_seconds=0.0,
+    log_every=4,
 )
 PRESETS = {"h200": H200, "cpu": CPU, "toy": TOY}
 

@@ -33,7 +33,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are forks of this 
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>"]
 
 
-def train_tokenizer(path: Path, seed: int = 0, captions: int = 20_000) -> None:
+def train_tokenizer(path: Path, seed: int, captions: int) -> None:
     """Byte-fallback BPE in Gemma's form: spaces become "▁", any text has an encoding."""
     rng = np.random.default_rng(seed)
     texts = [describe(training_sample(rng), rng).text for _ in range(captions)]
@@ -164,7 +164,7 @@ def finished(
     """Tokenizer and frozen encoder; trains what is not done yet."""
     path = folder / "tokenizer" / "tokenizer.json"
     if not path.is_file():
-        train_tokenizer(path.parent, seed)
+        train_tokenizer(path.parent, seed, settings.tokenizer_captions)
     tokenizer = Tokenizer.from_file(str(path))
     reader = train(stage(settings, machine, seed, tokenizer), folder, machine, seed)
     return tokenizer, reader.encoder

@@ -1,0 +1,153 @@
+"""The recipe of the bundled model: it runs whole, resumes to the bit, and tells no lies."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+from training.captions import TEMPERATURE, all_facts, candidate, caption, score
+from training.checker import check
+from training.painter import paint
+from training.prompts import PROMPTS, prompts
+from training.scenes import training_scene
+from training.world import QUESTIONS, describe, draw, training_sample
+
+ROOT = Path(__file__).resolve().parents[1]
+CALL = ("--preset", "toy", "--set", "low_steps=60")
+
+
+def folder_bytes(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_killed_run_ends_in_the_same_bits_as_one_that_was_not(tmp_path):
+    from training.__main__ import main
+
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    call = [*CALL, "--run", f"{whole}/run", "--out", f"{whole}/model"]
+    main(call)
+
+    call = [*CALL, "--run", f"{cut}/run", "--out", f"{cut}/model"]
+    process = subprocess.Popen([sys.executable, "-m", "training", *call], cwd=ROOT)
+    state = cut / "run" / "low.safetensors"
+    while process.poll() is None and not state.is_file():
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    with safe_open(state, "pt") as file:
+        assert 0 < json.loads(file.metadata()["note"])["step"] < 60
+    assert not (cut / "model").exists()
+
+    main(call)
+    assert folder_bytes(cut / "model") == folder_bytes(whole / "model")
+    rows = [(d / "run" / "low.jsonl").read_text().splitlines() for d in (whole, cut)]
+    losses = [[(row["step"], row["loss"]) for row in map(json.loads, log)] for log in rows]
+    assert losses[0] == losses[1]
+    _draws(whole / "model")
+
+
+def _draws(folder: Path) -> None:
+    """What was exported is a model like any other."""
+    from sana_cli.layout import folder_parts
+    from sana_cli.model_files import open_model
+    from training.evaluate import pictures, recipe
+
+    files = open_model(folder_parts(folder))
+    one = recipe("a red house", 1, files.flow_shift, 2, 4.5, side=64)
+    (pixels,) = pictures([one], files, "cpu")
+    assert pixels.shape == (64, 64, 3)
+
+
+def test_worker_processes_make_the_same_batches_in_the_same_order():
+    from training.autoencoder import Crops
+    from training.loop import ahead
+
+    crops = Crops(seed=1, stream=1, sides=(64, 96), batch=2, crop=32)
+    alone, helped = (list(ahead(crops, range(3, 9), workers)) for workers in (0, 2))
+    assert len(alone) == 6
+    assert all(torch.equal(a, b) for a, b in zip(alone, helped, strict=True))
+
+
+def test_many_matrices_at_once_become_orthogonal():
+    from training.optim import orthogonalised
+
+    torch.manual_seed(0)
+    for shape in ((3, 24, 64), (3, 64, 24)):
+        made = orthogonalised(torch.randn(shape))
+        values = torch.linalg.svdvals(made)
+        assert values.min() > 0.6 and values.max() < 1.3
+        alone = torch.cat([orthogonalised(one[None]) for one in torch.unbind(made)])
+        assert torch.allclose(alone, orthogonalised(made), atol=1e-5)
+
+
+def test_captions_state_what_is_so():
+    rng = np.random.default_rng(1)
+    for _ in range(300):
+        scene = training_scene(rng)
+        told, truth = candidate(scene, rng), all_facts(scene)
+        assert 0 < score(told, scene) <= 1
+        for fact in ("sky", "land"):
+            if fact in told.facts:
+                assert told.facts[fact] in (truth[fact], "night")
+        named = {told.facts[k] for k in told.facts if k.startswith("colour")}
+        assert named <= {group.colour for group in scene.groups}
+
+
+def test_a_fuller_caption_is_chosen_more_often():
+    """softmax(score / temperature) of five beats one of five by a margin that can be stated."""
+    rng = np.random.default_rng(2)
+    chosen, plain = [], []
+    for _ in range(300):
+        scene = training_scene(rng)
+        chosen.append(score(caption(scene, rng), scene))
+        plain.append(score(candidate(scene, rng), scene))
+    assert 0 < TEMPERATURE < 1
+    assert np.mean(chosen) > np.mean(plain) + 0.05
+
+
+def test_every_fact_of_a_caption_is_an_answer_that_the_encoder_learns():
+    rng = np.random.default_rng(3)
+    for _ in range(300):
+        for question, answer in describe(training_sample(rng), rng).facts.items():
+            assert answer in QUESTIONS[question]
+
+
+def test_prompts_are_500_in_six_categories_and_not_in_the_words_of_training():
+    asked = prompts()
+    assert len(asked) == 500 == len({(p.category, p.text) for p in asked})
+    assert {c: sum(p.category == c for p in asked) for c in PROMPTS} == PROMPTS
+    assert all(p.scene.held_out for p in asked)
+    rng = np.random.default_rng(4)
+    trained = {describe(training_sample(rng), rng).text for _ in range(4000)}
+    assert not trained & {p.text for p in asked}
+
+
+@pytest.mark.parametrize("category", PROMPTS)
+def test_each_prompt_can_be_obeyed(category):
+    asked = [p for p in prompts() if p.category == category][::8]
+    right = [all(check(p.facts, paint(p.scene, 256)).values()) for p in asked]
+    assert all(right)
+
+
+def test_both_worlds_are_in_the_training():
+    rng = np.random.default_rng(5)
+    samples = [training_sample(rng) for _ in range(60)]
+    modules = {type(sample).__module__ for sample in samples}
+    assert modules == {"training.scenes", "training.shapes"}
+    assert all(draw(sample, 64).shape == (64, 64, 3) for sample in samples)
+    assert not any(sample.held_out for sample in samples)
+
+
+def test_one_number_of_the_table_can_be_changed_and_no_other_name():
+    from training.settings import CPU, with_changes
+
+    assert with_changes(CPU, ["low_steps=5"]).low_steps == 5
+    with pytest.raises(ValueError, match="low_stepz"):
+        with_changes(CPU, ["low_stepz=5"])
