@@ -4,18 +4,24 @@ By default the 500 prompts of `training.prompts` about illustrated scenes, judge
 `training.checker`; with `--world shapes` 200 one-object and 100 two-object prompts about shapes,
 judged by `training.shape_checker`. Both at the default settings of `sana generate`. A prompt is
 obeyed if everything that it states is seen in the pixels. `--sheet` saves a contact sheet of 24.
+With `--copies` the model's autoencoder copies true drawings instead: the most that the best
+transformer could reach behind it.
 """
 
 import argparse
 import json
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
+from sana_cli.checkpoint import load_weights, on_meta
+from sana_cli.dc_ae import DCAE
 from sana_cli.layout import folder_parts
 from sana_cli.model_files import ModelFiles, open_model
 from sana_cli.pipeline import Picture, draw
@@ -23,11 +29,21 @@ from sana_cli.plan import Plan
 from sana_cli.recipe import Recipe
 from sana_cli.weights import known_models
 from training import checker, shape_checker
+from training.autoencoder import to_image
 from training.prompts import SEED, SHAPES, prompts, shape_prompts
+from training.world import Sample
+from training.world import draw as paint
 
 ROOT = Path(__file__).resolve().parents[1]
 Verdict = dict[str, bool]
-Judged = tuple[str, str, Callable[[np.ndarray], Verdict]]  # category, prompt, judge of its picture
+
+
+@dataclass(frozen=True)
+class Question:
+    category: str
+    prompt: str
+    judge: Callable[[np.ndarray], Verdict]
+    scene: Sample  # that obeys it
 
 
 def recipe(
@@ -63,23 +79,36 @@ def recipe(
     )
 
 
-def scene_questions(seed: int = SEED) -> list[Judged]:
-    return [(p.category, p.text, partial(checker.check, p.facts)) for p in prompts(seed)]
-
-
-def shape_questions(seed: int = SEED) -> list[Judged]:
-    found = shape_prompts(SHAPES["one shape"], 1, seed) + shape_prompts(
-        SHAPES["two shapes"], 2, seed
-    )
-    names = list(SHAPES)
+def scene_questions(seed: int = SEED) -> list[Question]:
     return [
-        (names[len(scene.objects) - 1], text, partial(shape_checker.check, scene))
-        for scene, text in found
+        Question(p.category, p.text, partial(checker.check, p.facts), p.scene)
+        for p in prompts(seed)
+    ]
+
+
+def shape_questions(seed: int = SEED) -> list[Question]:
+    return [
+        Question(category, text, partial(shape_checker.check, scene), scene)
+        for objects, (category, count) in enumerate(SHAPES.items(), 1)
+        for scene, text in shape_prompts(count, objects, seed)
     ]
 
 
 def pictures(recipes: list[Recipe], files: ModelFiles, device: str) -> list[np.ndarray]:
     return [e.pixels for e in draw(recipes, files, Plan(device)) if isinstance(e, Picture)]
+
+
+def copies(scenes: list[Sample], files: ModelFiles, side: int) -> list[np.ndarray]:
+    """What is left of true drawings behind the autoencoder, in float32 on the CPU."""
+    vae = on_meta(DCAE, files.vae, files.parts["vae"].config)
+    load_weights(vae, files.parts["vae"].weights, torch.float32)
+    vae.eval().requires_grad_(False)
+    found = []
+    for scene in scenes:
+        image = to_image(torch.from_numpy(paint(scene, side))[None], "cpu")
+        copy = vae.decode(vae.encode(image))[0].permute(1, 2, 0)
+        found.append(((copy + 1) * 127.5).round().clamp(0, 255).byte().numpy())
+    return found
 
 
 def main() -> None:
@@ -94,6 +123,7 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, default=demo.guidance)
     parser.add_argument("--solver", choices=("flow-dpm", "flow-euler"), default="flow-dpm")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--copies", action="store_true", help="judge copies of true drawings")
     parser.add_argument("--json", action="store_true", help="a document instead of a table")
     parser.add_argument("--sheet", type=Path, help="save a contact sheet of 24 here")
     options = parser.parse_args()
@@ -101,31 +131,34 @@ def main() -> None:
     ask = scene_questions if options.world == "scenes" else shape_questions
     questions = list(enumerate(ask(options.seed)))[:: options.every]
     files = open_model(folder_parts(options.model))
-    recipes = [
-        recipe(
-            text,
-            seed,
-            files.flow_shift,
-            options.steps,
-            options.guidance,
-            solver=options.solver,
-            side=options.side,
-        )
-        for seed, (_, text, _) in questions
-    ]
-    drawn = pictures(recipes, files, options.device)
+    if options.copies:
+        drawn = copies([question.scene for _, question in questions], files, options.side)
+    else:
+        how = options.steps, options.guidance
+        recipes = [
+            recipe(
+                question.prompt,
+                seed,
+                files.flow_shift,
+                *how,
+                solver=options.solver,
+                side=options.side,
+            )
+            for seed, question in questions
+        ]
+        drawn = pictures(recipes, files, options.device)
     verdicts = [
-        (category, judge(pixels))
-        for (_, (category, _, judge)), pixels in zip(questions, drawn, strict=True)
+        (question.category, question.judge(pixels))
+        for (_, question), pixels in zip(questions, drawn, strict=True)
     ]
-    settings = ("world", "seed", "every", "side", "steps", "guidance", "solver")
+    settings = ("world", "seed", "every", "side", "steps", "guidance", "solver", "copies")
     report = {name: getattr(options, name) for name in settings} | summary(verdicts)
     print(json.dumps(report, indent=2) if options.json else table(report))
     if options.sheet:
         chosen = np.linspace(0, len(drawn) - 1, 24).astype(int)
         rows = [np.concatenate([drawn[i] for i in chosen[r : r + 6]], 1) for r in (0, 6, 12, 18)]
         Image.fromarray(np.concatenate(rows)).save(options.sheet)
-        print("\n".join(questions[i][1][1] for i in chosen))
+        print("\n".join(questions[i][1].prompt for i in chosen))
 
 
 def summary(verdicts: list[tuple[str, Verdict]]) -> dict[str, dict]:
