@@ -16,7 +16,7 @@ def scenes(count: int, objects: int, seed: int) -> list[Scene]:
 
 @pytest.mark.parametrize("objects", [1, 2])
 def test_ground_truth_is_accepted(objects):
-    wanted = scenes(300, objects, seed=1)
+    wanted = scenes(120, objects, seed=1)
     right = [all(check(scene, draw(scene, SIDE)).values()) for scene in wanted]
     assert np.mean(right) >= 0.99
 
@@ -27,7 +27,7 @@ def test_one_wrong_attribute_is_refused(what, objects):
     rng = np.random.default_rng(2)
     accepted = [
         all(check(scene, draw(_spoilt(scene, what, rng), SIDE)).values())
-        for scene in scenes(100, objects, seed=3)
+        for scene in scenes(50, objects, seed=3)
         if objects == 2 or what != "place" or scene.objects[0].position
     ]
     assert np.mean(accepted) <= 0.02
@@ -75,7 +75,7 @@ def test_a_blob_of_the_right_colour_and_place_is_refused():
 
     rng = np.random.default_rng(7)
     accepted = []
-    for scene in scenes(100, 1, seed=8):
+    for scene in scenes(50, 1, seed=8):
         thing = scene.objects[0]
         picture = draw(Scene((), scene.background, scene.axis), SIDE)
         rows, columns = np.indices((SIDE, SIDE)) / SIDE

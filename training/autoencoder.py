@@ -29,19 +29,19 @@ class Crops:
     batch: int
     crop: int
 
-    def __call__(self, step: int) -> Tensor:
+    def __call__(self, step: int) -> np.ndarray:
         rng = np.random.default_rng((self.seed, self.stream, step))
         crops = []
         for _ in range(self.batch):
             sample, side = training_sample(rng), int(rng.choice(self.sides))
             top, left = (int(n) for n in rng.integers(0, side - self.crop + 1, 2))
             crops.append(draw(sample, side, (top, left, self.crop)))
-        return torch.from_numpy(np.stack(crops))
+        return np.stack(crops)
 
 
-def to_image(pixels: Tensor, device: str) -> Tensor:
+def to_image(pixels: np.ndarray, device: str) -> Tensor:
     """uint8 (B, H, W, 3) -> float32 (B, 3, H, W) in [-1, 1], channels last, on the device."""
-    return pixels.to(device).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+    return torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
 
 def reconstruction(decoded: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,7 +65,7 @@ def stage(settings: Settings, machine: Machine, seed: int) -> Stage:
     torch.manual_seed(seed)
     model = build(settings.autoencoder)
 
-    def losses(pixels: Tensor) -> Losses:
+    def losses(pixels: np.ndarray) -> Losses:
         image = to_image(pixels, machine.device)
         latents = model.encode(image).float()
         noisy = latents + settings.latent_noise * torch.randn_like(latents)
@@ -90,7 +90,7 @@ def decoder_stage(settings: Settings, machine: Machine, seed: int, model: DCAE) 
     """The decoder alone, on whole pictures of the low resolution and as large crops of the high."""
     model.decoder.requires_grad_(True)
 
-    def losses(pixels: Tensor) -> Losses:
+    def losses(pixels: np.ndarray) -> Losses:
         image = to_image(pixels, machine.device)
         with torch.no_grad():
             latents = model.encode(image).float()

@@ -33,9 +33,9 @@ def bank_sample(seed: int, side: int, number: int) -> Sample:
     return training_sample(np.random.default_rng((seed, 4, side, number)))
 
 
-def _drawn(seed: int, side: int, pictures: int, chunk: int) -> Tensor:
+def _drawn(seed: int, side: int, pictures: int, chunk: int) -> np.ndarray:
     numbers = range(chunk * ENCODED, min((chunk + 1) * ENCODED, pictures))
-    return torch.from_numpy(np.stack([draw(bank_sample(seed, side, i), side) for i in numbers]))
+    return np.stack([draw(bank_sample(seed, side, i), side) for i in numbers])
 
 
 def bank(folder: Path, vae: DCAE, machine: Machine, seed: int, side: int, pictures: int) -> Tensor:
@@ -69,7 +69,7 @@ class Told:
     tokenizer: Tokenizer
     low_every: int
 
-    def __call__(self, step: int) -> tuple[int, Tensor, Tensor, Tensor]:
+    def __call__(self, step: int) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
         s = self.settings
         low = step % self.low_every == 0
         side, pictures = (s.low_side, s.low_pictures) if low else (s.high_side, s.high_pictures)
@@ -82,7 +82,7 @@ class Told:
             else describe(bank_sample(self.seed, side, int(i)), rng).text
             for i in chosen
         ]
-        return side, torch.from_numpy(chosen), *tokenise(self.tokenizer, captions)
+        return side, chosen, *tokenise(self.tokenizer, captions)
 
 
 def build(config: DiTConfig, text_scale: float) -> DiT:
@@ -125,12 +125,12 @@ class Cascade:
     def stage(self, name: str, model: DiT, steps: int, rate: float, low_every: int) -> Stage:
         s, device = self.settings, self.machine.device
 
-        def losses(batch: tuple[int, Tensor, Tensor, Tensor]) -> Losses:
-            side, chosen, ids, mask = batch
-            ids, mask = ids.to(device), mask.to(device)
+        def losses(batch: tuple[int, np.ndarray, np.ndarray, np.ndarray]) -> Losses:
+            side, *rest = batch
+            chosen, ids, mask = (torch.from_numpy(part).to(device) for part in rest)
             with torch.no_grad():
                 text = self.encoder(ids, attention_mask=mask).last_hidden_state
-            clean = self.banks[side][chosen.to(device)]
+            clean = self.banks[side][chosen]
             noise, sigma = torch.randn_like(clean), sample_sigmas(len(clean), s.flow_shift, device)
             mixed = torch.lerp(clean, noise, sigma[:, None, None, None])
             velocity = model(mixed, sigma * 1000, model.project_text(text), mask.bool())

@@ -105,7 +105,7 @@ def copies(scenes: list[Sample], files: ModelFiles, side: int) -> list[np.ndarra
     vae.eval().requires_grad_(False)
     found = []
     for scene in scenes:
-        image = to_image(torch.from_numpy(paint(scene, side))[None], "cpu")
+        image = to_image(paint(scene, side)[None], "cpu")
         copy = vae.decode(vae.encode(image))[0].permute(1, 2, 0)
         found.append(((copy + 1) * 127.5).round().clamp(0, 255).byte().numpy())
     return found

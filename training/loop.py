@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from training.optim import Average, Muon, descend, load_state, open_log, save_state, schedule
 
-Batch = Any
+Batch = Any  # of numpy arrays, which go through a pipe: shared memory may be scarce
 Losses = dict[str, Tensor]  # by name, the first is descended
 
 
@@ -101,9 +101,14 @@ def ahead(make: Callable[[int], Batch], numbers: range, workers: int) -> Iterato
             batch_size=None,
             sampler=numbers,
             num_workers=min(workers, len(numbers)),
-            prefetch_factor=8,
+            prefetch_factor=4,
+            collate_fn=_as_it_is,
         )
     )
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch
 
 
 class _Made(Dataset):

@@ -113,14 +113,14 @@ class Reader(nn.Module):
         return {name: question(last) for name, question in self.questions.items()}
 
 
-def tokenise(tokenizer: Tokenizer, captions: list[str]) -> tuple[Tensor, Tensor]:
+def tokenise(tokenizer: Tokenizer, captions: list[str]) -> tuple[np.ndarray, np.ndarray]:
     """Right-padded ids and mask, both int64 (B, longest)."""
     rows = [e.ids for e in tokenizer.encode_batch(captions)]
-    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
-    mask = torch.zeros_like(ids)
+    lengths = np.array([len(row) for row in rows])
+    mask = (np.arange(lengths.max()) < lengths[:, None]).astype(np.int64)
+    ids = np.zeros_like(mask)
     for i, row in enumerate(rows):
-        ids[i, : len(row)] = torch.tensor(row)
-        mask[i, : len(row)] = 1
+        ids[i, : len(row)] = row
     return ids, mask
 
 
@@ -132,20 +132,20 @@ class Captions:
     batch: int
     tokenizer: Tokenizer
 
-    def __call__(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
+    def __call__(self, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         rng = np.random.default_rng((self.seed, 3, step))
         told = [describe(training_sample(rng), rng) for _ in range(self.batch)]
         ids, mask = tokenise(self.tokenizer, [one.text for one in told])
         answers = [[QUESTIONS[q].index(one.facts.get(q)) for q in QUESTIONS] for one in told]
-        return ids, mask, torch.tensor(answers)
+        return ids, mask, np.array(answers)
 
 
 def stage(settings: Settings, machine: Machine, seed: int, tokenizer: Tokenizer) -> Stage:
     torch.manual_seed(seed)
     model = Reader(tokenizer.get_vocab_size(), settings.text_width, settings.text_layers)
 
-    def losses(batch: tuple[Tensor, Tensor, Tensor]) -> Losses:
-        ids, mask, truth = (part.to(machine.device) for part in batch)
+    def losses(batch: tuple[np.ndarray, np.ndarray, np.ndarray]) -> Losses:
+        ids, mask, truth = (torch.from_numpy(part).to(machine.device) for part in batch)
         answers = model(ids, mask)
         loss = ids.new_zeros((), dtype=torch.float32)
         right = torch.ones_like(ids[:, 0], dtype=torch.bool)
