@@ -27,7 +27,7 @@ def test_one_wrong_attribute_is_refused(what, objects):
     rng = np.random.default_rng(2)
     accepted = [
         all(check(scene, draw(_spoilt(scene, what, rng), SIDE)).values())
-        for scene in scenes(50, objects, seed=3)
+        for scene in scenes(100, objects, seed=3)
         if objects == 2 or what != "place" or scene.objects[0].position
     ]
     assert np.mean(accepted) <= 0.02

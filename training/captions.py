@@ -64,6 +64,16 @@ OPENINGS = (
     "an image of ",
     "a view of ",
     "a scene with ",
+    "a postcard of ",
+    "this is ",
+    "draw ",
+    "paint ",
+    "give me ",
+    "i want ",
+    "imagine ",
+    "look at ",
+    "we have ",
+    "the picture shows ",
 )
 
 
@@ -131,7 +141,8 @@ def candidate(scene: Scene, rng: np.random.Generator) -> Caption:
         what = f"{names[0]} {pick(RELATION[relation])} {names[1]}"
     else:
         what = pick((" and ", " and ", ", ", " with ")).join(names)
-    return Caption(_sentence(what, where, time, groups, scene, pick, rng), facts)
+    text = _sentence(what, where, time, groups, scene, pick, rng)
+    return Caption(_with_nonsense(text, rng) if rng.random() < 0.25 else text, facts)
 
 
 def _facts_of(group: Group, index: int) -> dict[str, str]:
@@ -184,9 +195,7 @@ def _sentence(
     pick: Pick,
     rng: np.random.Generator,
 ) -> str:
-    opening = ""
-    if rng.random() < 0.3:
-        opening = pick(OPENINGS) if rng.random() < 0.7 else _nonsense(rng)
+    opening = pick(OPENINGS) if rng.random() < 0.3 else ""
     if not what:
         return f"{opening}{where} {when}".strip()
     around = setting(where, groups, scene, pick) if where else ""
@@ -202,19 +211,27 @@ def _sentence(
         f"{when}, {what} {around}",
     ]
     if where:
-        orders += [f"{opening}{where} {when} with {what}", f"{where} with {what}, {when}"]
+        orders += [
+            f"{opening}{where} {when} with {what}",
+            f"{where} with {what}, {when}",
+            f"{opening}{what}; {when}; {where}",
+            f"{opening}{where} {when}: {what}",
+            f"{opening}{what} {when}, {where} far away",
+        ]
     return _tidy(pick(orders))
 
 
 def _tidy(text: str) -> str:
     words = " ".join(text.split())
-    while " ," in words or ",," in words:
-        words = words.replace(" ,", ",").replace(",,", ",")
-    return words.strip(" ,")
+    for mark in (",", ";", ":"):
+        words = words.replace(f" {mark}", mark)
+    for doubled in (",,", ";;", ",:"):
+        words = words.replace(doubled, doubled[-1])
+    return words.strip(" ,;:")
 
 
-def _nonsense(rng: np.random.Generator) -> str:
-    """Words that mean nothing, so that the encoder learns to pass over those it does not know."""
+def _with_nonsense(text: str, rng: np.random.Generator) -> str:
+    """Words that mean nothing at either end, so that the encoder passes over what it never saw."""
     letters = np.array(list("aabcdeeeefghiijklmnnooprrssttuuvwxyz"))
     words = ["".join(rng.choice(letters, rng.integers(2, 9))) for _ in range(rng.integers(1, 4))]
-    return " ".join(words) + " "
+    return " ".join([*words, text] if rng.random() < 0.6 else [text, *words])

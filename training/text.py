@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers import Gemma2Config, Gemma2Model
 
 from training.loop import Losses, Machine, Stage, train
+from training.prompts import prompts
 from training.settings import Settings
 from training.world import QUESTIONS, describe, training_sample
 
@@ -167,4 +168,22 @@ def finished(
         train_tokenizer(path.parent, seed, settings.tokenizer_captions)
     tokenizer = Tokenizer.from_file(str(path))
     reader = train(stage(settings, machine, seed, tokenizer), folder, machine, seed)
+    (folder / "reading.json").write_text(json.dumps(reading(tokenizer, reader, machine)) + "\n")
     return tokenizer, reader.encoder
+
+
+@torch.no_grad()
+def reading(tokenizer: Tokenizer, reader: nn.Module, machine: Machine) -> dict[str, float]:
+    """Of each category of the evaluation's prompts, the share that is read right in every fact.
+
+    What is not read cannot be drawn; and the words of these prompts are not those of training.
+    """
+    asked = prompts()
+    batch = (torch.from_numpy(part) for part in tokenise(tokenizer, [p.text for p in asked]))
+    answers = reader(*(part.to(machine.device) for part in batch))
+    read = {q: answers[q].argmax(1).tolist() for q in QUESTIONS}
+    right: dict[str, list[bool]] = {}
+    for i, prompt in enumerate(asked):
+        facts = [QUESTIONS[q][read[q][i]] == fact for q, fact in prompt.facts.items()]
+        right.setdefault(prompt.category, []).append(all(facts))
+    return {category: round(sum(found) / len(found), 3) for category, found in right.items()}
