@@ -159,6 +159,18 @@ def test_both_worlds_are_in_the_training():
     assert not any(sample.held_out for sample in samples)
 
 
+def test_a_run_goes_on_with_the_numbers_it_was_begun_with(tmp_path, capsys):
+    from training.__main__ import begun_otherwise, main
+    from training.settings import TOY, with_changes
+
+    assert begun_otherwise(tmp_path / "settings.json", TOY, 1) == []
+    assert begun_otherwise(tmp_path / "settings.json", with_changes(TOY, ["workers=3"]), 1) == []
+    with pytest.raises(SystemExit):
+        main(["--preset", "toy", "--set", "low_steps=7", "--run", f"{tmp_path}"])
+    assert "begun with other low_steps" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
 def test_one_number_of_the_table_can_be_changed_and_no_other_name():
     from training.settings import CPU, with_changes
 

@@ -5,6 +5,8 @@ overnight. `--estimate` runs a few steps of each stage and says how long all of 
 """
 
 import argparse
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -13,7 +15,7 @@ from training import autoencoder, diffusion, text
 from training.estimate import estimate
 from training.export import export
 from training.loop import Machine
-from training.settings import PRESETS, with_changes
+from training.settings import PRESETS, Settings, with_changes
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -42,10 +44,26 @@ def main(words: list[str] | None = None) -> None:
         return
     run, seed = options.run, options.seed
     run.mkdir(parents=True, exist_ok=True)
+    changed = begun_otherwise(run / "settings.json", settings, seed)
+    if changed:
+        parser.error(f"{run} was begun with other {', '.join(changed)}; use another --run")
     vae = autoencoder.finished(run, settings, machine, seed)
     tokenizer, encoder = text.finished(run, settings, machine, seed)
     dit = diffusion.finished(run, settings, machine, seed, vae, tokenizer, encoder)
     export(run, options.out, settings, vae, encoder, dit)
+
+
+def begun_otherwise(path: Path, settings: Settings, seed: int) -> list[str]:
+    """What differs from the settings that the run was begun with; notes them if it is new.
+
+    Only what changes the result: not the workers, nor when it is saved.
+    """
+    now = json.loads(json.dumps(asdict(settings) | {"seed": seed}))
+    if not path.is_file():
+        path.write_text(json.dumps(now, indent=2) + "\n")
+    begun = json.loads(path.read_text())
+    free = {"workers", "save_seconds", "log_every"}
+    return [name for name in now if name not in free and begun.get(name) != now[name]]
 
 
 if __name__ == "__main__":
