@@ -238,6 +238,13 @@ def test_every_reason_for_the_torch_path_is_told():
         assert chosen_path(kind) == ("torch", f"there is no Triton for {kind}")
 
 
+def test_verbose_tells_which_way_the_kernels_run(sana):
+    words = "generate", "a fox", "--model", "demo", "--dry-run", "--device", "cpu"
+    line = "kernels: torch path, as there is no Triton for cpu"
+    assert line in sana(*words, "-v").err.splitlines()
+    assert line not in sana(*words).err
+
+
 @pytest.mark.slow
 def test_kernels_compile_for_a_gpu_that_is_not_here():
     done = python("-m", "sana_cli.kernels.aot", "--arch", "89", "--json")
