@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sana_cli.kernels import dispatch
+from sana_cli.kernels.linear import linear
 
 
 def expand(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -12,7 +13,7 @@ def expand(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         from sana_cli.kernels import projection_triton
 
         return projection_triton.expand(x, weight, bias)
-    return F.silu(F.linear(x, weight, bias), inplace=True)
+    return linear(x, weight, bias, silu=True)
 
 
 def add_projected(
