@@ -555,12 +555,17 @@ class SubpixelUpsample(nn.Module):
                 pixels = z[:, j * out : (j + 1) * out, :, j : j + width]
                 target = y[:, :, i::2, j::2]
                 if self.shortcut:
-                    # Of the repeated channels unfolded to 2x2 pixels, those that land here.
-                    channels = (torch.arange(out, device=x.device) * 4 + 2 * i + j) // self.repeats
-                    torch.add(pixels, x.index_select(1, channels), out=target)
+                    torch.add(pixels, self._landing(x, 2 * i + j), out=target)
                 else:
                     target.copy_(pixels)
         return y
+
+    def _landing(self, x: Tensor, place: int) -> Tensor:
+        """Of the repeated channels of x unfolded to 2x2 pixels, those that land on one of them."""
+        if 4 % self.repeats == 0:
+            return x[:, place // self.repeats :: 4 // self.repeats]
+        channels = (torch.arange(self.out, device=x.device) * 4 + place) // self.repeats
+        return x.index_select(1, channels)
 
 
 def fold(decoder: Decoder) -> None:
