@@ -1,6 +1,5 @@
 """Linear maps with what always follows them."""
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from sana_cli.kernels import dispatch
@@ -27,5 +26,5 @@ def add_projected(
         from sana_cli.kernels import projection_triton
 
         return projection_triton.add_projected(x, y, weight, bias, gate)
-    projected = F.linear(y, weight, bias)
+    projected = linear(y, weight, bias)
     return x.add_(projected) if gate is None else x.addcmul_(projected, gate)
