@@ -85,7 +85,8 @@ def test_a_nan_stays_one_through_norm_and_activation(draw, triton):
 @pytest.mark.parametrize(
     ("batch", "height", "width", "groups", "group", "kernel", "reach"),
     [(1, 1, 1, 1, 32, 5, 2), (1, 3, 5, 3, 32, 5, 2), (2, 9, 17, 1, 32, 5, 3),
-     (1, 8, 16, 1, 8, 3, 3), (1, 2, 33, 2, 24, 7, 3), (1, 17, 1, 1, 64, 5, 2), (1, 4, 3, 2, 32, 1, 0)],
+     (1, 8, 16, 1, 8, 3, 3), (1, 2, 33, 2, 24, 7, 3), (1, 17, 1, 1, 64, 5, 2),
+     (1, 4, 3, 2, 32, 1, 0)],
 )  # fmt: skip
 def test_features_of_another_scale(
     draw, triton, batch, height, width, groups, group, kernel, reach
