@@ -1,5 +1,7 @@
 """`kv_state.py`: a program has some tokens of a head; torch adds up, in a fixed order."""
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
 from collections.abc import Iterator
 
 import torch

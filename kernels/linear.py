@@ -11,8 +11,8 @@ from torch import Tensor
 
 def uses_onednn(x: Tensor) -> bool:
     """Whether products with x are better asked of oneDNN by name."""
-    onednn = torch.backends.mkldnn
-    return x.dtype == torch.float32 and x.is_cpu and onednn.is_available() and onednn.enabled
+    both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    return both and x.is_cpu and x.dtype == torch.float32
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, silu: bool = False) -> Tensor:

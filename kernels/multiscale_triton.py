@@ -4,6 +4,8 @@ A program has one group of channels of a tile of pixels. Neighbouring taps read 
 pixels, which the L1 cache holds; the product within the group is one matrix product.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
 from collections.abc import Iterator
 
 import triton

@@ -5,6 +5,8 @@ cores makes, but the kernel is bound by reading the channels. Extremes of progra
 torch, which lets NaN through.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
 from collections.abc import Iterator
 
 import torch
