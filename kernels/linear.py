@@ -1,6 +1,6 @@
 """Linear maps on the CPU at its full speed.
 
-PyTorch takes them through MKL, which runs at a third to a half of the speed on CPUs that are not
+PyTorch takes them through MKL, which runs at about half the speed on CPUs that are not
 Intel's; and it takes 1x1 convolutions through oneDNN only where there is more than one thread.
 """
 
