@@ -10,7 +10,7 @@ from torch import Tensor
 from sana_cli.kernels.cases import Case
 from sana_cli.kernels.dispatch import LEAST_CAPABILITY
 
-_DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+_DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.uint8: "u8"}
 _imagined: tuple[tuple[int, int], list[Case]] | None = None  # a capability, and what it would run
 
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sana_cli.kernels import dispatch
+from sana_cli.kernels.linear import linear
 
 EPS = 1e-15  # as diffusers; only reached where every feature of a query is zero
 TRITON_HEADS = (16, 32, 64)  # widths of a head that its Triton kernels know; Sana's is 32
@@ -57,8 +58,8 @@ def project_qkv(
 
         return linear_attention_triton.project_qkv(x, weight, heads, norm_k, eps)
     width = len(weight) // 3
-    q = F.linear(x, weight[:width])
-    k, v = F.linear(x, weight[width:]).chunk(2, dim=-1)
+    q = linear(x, weight[:width])
+    k, v = linear(x, weight[width:]).chunk(2, dim=-1)
     if norm_k is not None:
         scale = torch.rsqrt(k.float().pow(2).mean(-1, keepdim=True) + eps)
         k = (k * scale).to(k.dtype) * norm_k

@@ -1,10 +1,10 @@
 """Linear maps with what always follows them."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sana_cli.kernels import dispatch
+from sana_cli.kernels.linear import linear
 
 HALF_MAX = torch.finfo(torch.float16).max
 
@@ -15,7 +15,7 @@ def expand(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         from sana_cli.kernels import projection_triton
 
         return projection_triton.expand(x, weight, bias)
-    return F.silu(F.linear(x, weight, bias), inplace=True)
+    return linear(x, weight, bias, silu=True)
 
 
 def add_projected(
@@ -30,7 +30,7 @@ def add_projected(
         from sana_cli.kernels import projection_triton
 
         return projection_triton.add_projected(x, y, weight, bias, gate)
-    projected = F.linear(y, weight, bias)
+    projected = linear(y, weight, bias)
     if projected.dtype == torch.float16:
         projected.clamp_(-HALF_MAX, HALF_MAX)
     return x.add_(projected) if gate is None else x.addcmul_(projected, gate)

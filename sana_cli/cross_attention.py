@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sana_cli.dit import CrossAttention
+from sana_cli.kernels.linear import linear
 from sana_cli.kernels.projection import add_projected
 
 
@@ -84,11 +85,11 @@ class TextAttention(nn.Module):
             x += heard.result
             return
         if isinstance(heard, Absorbed):
-            scores = F.linear(x, heard.queries, heard.bias).unflatten(-1, (self.heads, -1))
+            scores = linear(x, heard.queries, heard.bias).unflatten(-1, (self.heads, -1))
             weights = scores.softmax(-1).flatten(-2)
             add_projected(x, weights, heard.results, self.to_out.bias, None)
             return
-        q = self.to_q(x)
+        q = linear(x, self.to_q.weight, self.to_q.bias)
         if self.qk_norm:
             q = self.norm_q(q)
         q = q.unflatten(-1, (self.heads, -1)).transpose(1, 2)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sana_cli.kernels.linear_attention import relu_linear_attention
+from sana_cli.kernels.rms_norm import ACTIVATIONS
 
 Stages = tuple[int, ...]
 MOST_BLOCKS = 100
@@ -135,7 +136,7 @@ class Decoder(nn.Module):
             self.up_blocks.append(nn.Sequential(*stage))
         width = widths[0] if layers[0] > 0 else widths[1]
         self.norm_out = ChannelRMSNorm(width)
-        self.conv_act = ACTIVATIONS[config.decoder_conv_act_fn]
+        self.activation = config.decoder_conv_act_fn
         self.conv_out: nn.Module
         if layers[0] > 0:
             self.conv_out = nn.Conv2d(width, config.in_channels, 3, padding=1)
@@ -148,7 +149,7 @@ class Decoder(nn.Module):
             x = x + z.repeat_interleave(self.repeats, dim=1)
         for stage in reversed(self.up_blocks):
             x = stage(x)
-        return self.conv_out(self.conv_act(self.norm_out(x)))
+        return self.conv_out(ACTIVATIONS[self.activation](self.norm_out(x)))
 
 
 class ResBlock(nn.Module):
@@ -290,9 +291,10 @@ class ChannelRMSNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        scale = torch.rsqrt(x.float().pow(2).mean(1, keepdim=True) + self.eps)
-        x = (x * scale).to(self.weight.dtype)
-        return x * self.weight[:, None, None] + self.bias[:, None, None]
+        wide = torch.promote_types(x.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=wide)
+        x = (x * torch.rsqrt(norm.square() / x.shape[1] + self.eps)).to(self.weight.dtype)
+        return torch.addcmul(self.bias[:, None, None], x, self.weight[:, None, None])
 
 
 def group_mean(x: Tensor, groups: int) -> Tensor:
@@ -309,4 +311,3 @@ BLOCKS: dict[str, type[nn.Module]] = {
     "ResBlock": ResBlock,
     "EfficientViTBlock": EfficientViTBlock,
 }
-ACTIVATIONS = {"relu": F.relu, "silu": F.silu}

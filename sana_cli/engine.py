@@ -13,7 +13,6 @@ from itertools import chain, islice
 from typing import NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sana_cli.cross_attention import Heard, TextAttention
@@ -21,6 +20,7 @@ from sana_cli.device import is_out_of_memory
 from sana_cli.dit import Block, DiT, position_axes
 from sana_cli.graph import Graph
 from sana_cli.kernels.depthwise_glu import depthwise_glu
+from sana_cli.kernels.linear import linear
 from sana_cli.kernels.linear_attention import attend_tokens, project_qkv
 from sana_cli.kernels.modulation import modulate
 from sana_cli.kernels.projection import add_projected, expand
@@ -114,7 +114,7 @@ class Engine(nn.Module):
         last = self.proj_out
         chunks = x.split(self.rows * grid[1] if self.rows else x.shape[1], dim=1)
         tokens = (modulate(chunk, shift, scale, self.config.norm_eps) for chunk in chunks)
-        x = torch.cat([F.linear(some, last.weight, last.bias) for some in tokens], dim=1)
+        x = torch.cat([linear(some, last.weight, last.bias) for some in tokens], dim=1)
         return x.transpose(1, 2).unflatten(-1, grid)
 
     def _of_tensors(self, like: Sequence[list[Heard]], given: Sequence[Tensor]) -> Tensor:
@@ -128,7 +128,7 @@ class Engine(nn.Module):
         """(1, 32, h, w) -> tokens (1, N, D), with their positions where the model has them."""
         projection = self.patch_embed.proj
         tokens = latents.movedim(1, -1)
-        x = F.linear(tokens, projection.weight.flatten(1), projection.bias)
+        x = linear(tokens, projection.weight.flatten(1), projection.bias)
         if self.config.interpolation_scale is not None:
             # Half of the table depends on the column only, the other half on the row only.
             half = self.config.width // 2

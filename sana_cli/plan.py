@@ -27,6 +27,8 @@ from sana_cli.weights import Model, known_models
 
 LONGEST_PROMPT = 300  # tokens
 LONGEST_TEXT = 507  # with the instruction
+# To launch a strip's kernels takes a GPU's driver the same time however large the strip is.
+GPU_STRIP_BYTES = 4 * STRIP_BYTES
 LEAST_STRIP = STRIP_BYTES >> 10
 TALLEST_CHUNK = 32  # rows of the latent grid
 KEPT_FREE = 0.1  # of a device's memory, for what its libraries take beside the tensors
@@ -51,7 +53,7 @@ class Plan:
 
     def words(self) -> list[str]:
         """What was chosen to save memory and what is expected of it, if either was done."""
-        plain = Plan(self.device)
+        plain = _plain(self.device)
         changes = (
             replace(plain, together=self.together),
             replace(plain, rows=self.rows),
@@ -120,7 +122,7 @@ def make_plan(
     # On the CPU what the interpreter and its libraries hold counts against the user's limit.
     held = 0 if limit is None or device.startswith("cuda") else resident_bytes()
     budget = (int(free_memory(device) * (1 - KEPT_FREE)) if limit is None else limit) - held
-    plan = Plan(device, budget=budget)
+    plan = _plain(device, budget)
     several = len(recipes) > 1
     if limit is None and not rehearsed and _surely(recipe, files) < ROOMY * budget:
         return replace(plan, resident=several)
@@ -135,7 +137,7 @@ def make_plan(
         raise NotEnoughMemory(
             f"to {worst} {recipe.native_width}x{recipe.native_height} takes {gigabytes(least)},"
             f" more than the {gigabytes(budget + held)} there are",
-            _what_fits(recipe, files, Plan(device, budget=budget))
+            _what_fits(recipe, files, _plain(device, budget))
             or f"it fits in --memory {least / 1e9 + 0.05:.1f}GB",
         )
     both = peaks["denoise"] + peaks["decode"]  # more than either with the other's weights
@@ -174,6 +176,12 @@ def free_memory(device: str) -> int:
 
 
 Peak = Callable[[Plan, Recipe, ModelFiles], int]
+
+
+def _plain(device: str, budget: int = 0) -> Plan:
+    """Nothing done to save memory."""
+    strip_bytes = GPU_STRIP_BYTES if device.startswith("cuda") else STRIP_BYTES
+    return Plan(device, strip_bytes=strip_bytes, budget=budget)
 
 
 def _fit(
@@ -226,7 +234,9 @@ def _denoise_peak(plan: Plan, recipe: Recipe, files: ModelFiles) -> int:
     with PeakMemory() as tracker:
         engine(sample.to(dtype), moment, texts if plan.together else texts[-1:])
     heard = [sum(tensor.nbytes for layer in text for tensor in layer) for text in texts]
-    if plan.absorbs and files.dit.qk_norm is None:  # a short text may take more than a long one, up to D² numbers a layer
+    if (
+        plan.absorbs and files.dit.qk_norm is None
+    ):  # a short text may take more than a long one, up to D² numbers a layer
         heard[-1] = max(heard[-1], files.dit.width * modulation[0].nbytes)
     known = files.dit.num_layers * sum(heard) + recipe.steps * 7 * modulation[0].nbytes
     # Beside the pass: the sample, two estimates of x0, the noise; and the halves' velocities.

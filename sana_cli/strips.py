@@ -34,7 +34,14 @@ from sana_cli.dc_ae import (
     Upsample,
     group_mean,
 )
-from sana_cli.kernels.linear_attention import attend, attention_state
+from sana_cli.kernels.depthwise_glu import depthwise_glu
+from sana_cli.kernels.kv_state import kv_state
+from sana_cli.kernels.linear import linear
+from sana_cli.kernels.linear_attention import attend_tokens
+from sana_cli.kernels.multiscale import aggregate
+from sana_cli.kernels.picture import levels, picture
+from sana_cli.kernels.projection import expand
+from sana_cli.kernels.rms_norm import rms_norm
 from sana_cli.memory import PeakMemory
 
 Part = Callable[[Tensor], Tensor | None]
@@ -79,8 +86,7 @@ def decoding(decoder: Decoder, latent: Tensor, strip_bytes: int) -> "Sweep":
         for block in cast(nn.Sequential, stage):
             sweep.through(block)
     width = decoder.norm_out.weight.numel()
-    sweep.add(partial(_normalise, decoder.norm_out), width)
-    sweep.add(lambda x: decoder.conv_act(x, inplace=True), width)
+    sweep.add(partial(_normalise, decoder.norm_out, activation=decoder.activation), width)
     sweep.through(decoder.conv_out)
     return sweep
 
@@ -178,6 +184,10 @@ class Sweep:
         if resized and resized != (self.height, self.width):
             self.add(Bilinear((self.height, self.width), resized), 3)
             self.height, self.width = resized
+        last, rows = self.parts[-1]
+        head = None
+        if not resized and isinstance(last, Conv):  # it goes along with making levels
+            head, self.parts[-1] = last.conv, (last.window, rows)
         height, width = size or (self.height, self.width)
         left, at = (self.width - width) // 2, -((self.height - height) // 2)
         home = "meta" if self.map.is_meta else "cpu"
@@ -185,13 +195,17 @@ class Sweep:
         low = torch.ones((), device=self.map.device)
         high = torch.zeros((), device=self.map.device)
         for strip in self._strips():
-            first, last = max(at, 0), min(at + strip.shape[2], height)
-            if first < last:
-                inside = strip[0, :, first - at : last - at, left : left + width]
-                values = inside.permute(1, 2, 0).float().mul(0.5).add_(0.5).clamp_(0, 1)
-                low, high = torch.minimum(low, values.amin()), torch.maximum(high, values.amax())
-                pixels[first:last] = values.mul_(255).round_().to(torch.uint8)
-            at += strip.shape[2]
+            rows = strip.shape[2] - (2 if head else 0)
+            first, stop = max(at, 0), min(at + rows, height)
+            if first < stop:
+                if head:
+                    window = _tokens(strip)[:, first - at : stop - at + 2]
+                    made = picture(window, head.weight, cast(Tensor, head.bias), left, width)
+                else:
+                    made = levels(strip[..., first - at : stop - at, left : left + width])
+                pixels[first:stop] = made[0]
+                low, high = torch.minimum(low, made[1]), torch.maximum(high, made[2])
+            at += rows
         return Decoded(pixels, low, high)
 
     def _attend(self, attention: MultiscaleLinearAttention) -> None:
@@ -200,21 +214,19 @@ class Sweep:
         self.add(Features(attention, slice(1, 3), self.height), _widest(attention))
         state: Tensor | None = None
         for strip in self._strips():
-            key, value = strip.unflatten(1, (-1, 2, attention.head_dim)).flatten(-2).unbind(2)
-            sums = attention_state(key, value)
+            sums = kv_state(_tokens(strip).flatten(1, 2), attention.head_dim)
             state = sums if state is None else state.add_(sums)
         whole = cast(Tensor, state)
 
         def apply(strip: Tensor) -> Tensor:
-            query = strip.unflatten(1, (-1, attention.head_dim)).flatten(-2)
-            out = attend(query, whole).to(strip.dtype)
-            out = out.flatten(1, 2).unflatten(-1, strip.shape[2:])
-            out = attention.to_out(out.movedim(1, -1)).movedim(-1, 1)
-            return _normalise(attention.norm_out, out)
+            out = attend_tokens(_tokens(strip).flatten(1, 2), whole)
+            out = linear(out, attention.to_out.weight).unflatten(1, strip.shape[2:])
+            return out.movedim(-1, 1)
 
         queries = Features(attention, slice(0, 1), self.height)
         self.parts.clear()
-        self.add(Residual(Chain(queries, apply)), _widest(attention))
+        body = Chain(queries, apply)
+        self.add(Residual(body, norm=attention.norm_out), _widest(attention))
 
     def _strips(self) -> Iterator[Tensor]:
         """What the parts make of the map, top to bottom, depth first: the latest strip goes on."""
@@ -255,11 +267,10 @@ def _part(module: nn.Module, height: int) -> Part:
     if isinstance(module, nn.Conv2d):
         return Conv(module, height)
     if isinstance(module, ResBlock):
-        first, second = Conv(module.conv1, height), Conv(module.conv2, height)
-        return Residual(Chain(first, _silu, second, partial(_normalise, module.norm)))
+        body = Chain(Conv(module.conv1, height), Conv(module.conv2, height, silu=True))
+        return Residual(body, norm=module.norm)
     if isinstance(module, GLUMBConv):
-        depth, norm = Conv(module.conv_depth, height), partial(_normalise, module.norm)
-        return Residual(Chain(module.conv_inverted, _silu, depth, _gate, module.conv_point, norm))
+        return Residual(MixFFN(module, height), norm=module.norm)
     if isinstance(module, SubpixelUpsample):
         return Chain(Window(1, height, sides=1), module.rows)
     if isinstance(module, Upsample):
@@ -268,13 +279,13 @@ def _part(module: nn.Module, height: int) -> Part:
         else:
             body = Chain(Conv(module.conv, height), _unfold)
         spread = Chain(_repeat(module.repeats), _unfold)
-        return Residual(body, spread, 2) if module.shortcut else body
+        return Residual(body, spread, scale=2) if module.shortcut else body
     if isinstance(module, Downsample):
         body = Chain(Conv(module.conv, height))
         if module.unshuffle:
             body = Chain(body, Pairs(), _fold)
         mean = Chain(_fold, partial(group_mean, groups=module.out))
-        return Chain(Pairs(), Residual(body, mean, 0.5)) if module.shortcut else body
+        return Chain(Pairs(), Residual(body, mean, scale=0.5)) if module.shortcut else body
     raise TypeError(f"strips.py does not know {type(module).__name__}")
 
 
@@ -295,10 +306,17 @@ class Chain:
 
 
 class Residual:
-    """body(x) + shortcut(x), where the body lags behind and makes `scale` rows of each."""
+    """norm(body(x)) + shortcut(x), where the body lags behind and makes `scale` rows of each."""
 
-    def __init__(self, body: Part, shortcut: Part | None = None, scale: float = 1) -> None:
-        self.body, self.shortcut, self.scale = body, shortcut, scale
+    def __init__(
+        self,
+        body: Part,
+        shortcut: Part | None = None,
+        *,
+        scale: float = 1,
+        norm: ChannelRMSNorm | None = None,
+    ) -> None:
+        self.body, self.shortcut, self.scale, self.norm = body, shortcut, scale, norm
         self.waiting = Delay()
 
     def __call__(self, x: Tensor) -> Tensor | None:
@@ -310,19 +328,26 @@ class Residual:
         for piece in self.waiting.take(int(y.shape[2] / self.scale)):
             more = self.shortcut(piece) if self.shortcut else piece
             assert more is not None
-            y[:, :, at : at + more.shape[2]] += more
+            rows = y[:, :, at : at + more.shape[2]]
+            if self.norm:
+                _normalise(self.norm, rows, more)
+            else:
+                rows += more
             at += more.shape[2]
         return y
 
 
 class Conv:
-    """A convolution as its module pads it: with zeros beyond the borders of the whole map."""
+    """A convolution as its module pads it: with zeros beyond the borders of the whole map.
 
-    def __init__(self, conv: nn.Conv2d, height: int) -> None:
+    With `silu`, of what SiLU makes of the strips.
+    """
+
+    def __init__(self, conv: nn.Conv2d, height: int, silu: bool = False) -> None:
         self.conv = conv
         reach, stride = cast(tuple[int, int], conv.padding)[0], conv.stride[0]
         self.padding = (0, reach)
-        self.window = Window(reach, height, stride)
+        self.window = Window(reach, height, stride, silu=silu)
 
     def __call__(self, x: Tensor) -> Tensor | None:
         window, conv = self.window(x), self.conv
@@ -331,15 +356,41 @@ class Conv:
         return F.conv2d(window, conv.weight, conv.bias, conv.stride, self.padding, 1, conv.groups)
 
 
+class MixFFN:
+    """The body of a GLUMBConv. The expansion comes before the line buffer, as it is dear."""
+
+    def __init__(self, module: GLUMBConv, height: int) -> None:
+        self.inverted, self.depth, self.point = (
+            module.conv_inverted,
+            module.conv_depth,
+            module.conv_point,
+        )
+        self.window = Window(1, height)
+
+    def __call__(self, x: Tensor) -> Tensor | None:
+        weight, bias = self.inverted.weight.flatten(1), cast(Tensor, self.inverted.bias)
+        hidden = expand(_tokens(x).flatten(1, 2), weight, bias).unflatten(1, x.shape[2:])
+        window = self.window(hidden.movedim(-1, 1))
+        del hidden
+        if window is None:
+            return None
+        depth, point = self.depth, self.point.weight.flatten(1)
+        gated = depthwise_glu(_tokens(window), depth.weight, cast(Tensor, depth.bias), rim=True)
+        return linear(gated, point).movedim(-1, 1)
+
+
 class Window:
     """A line buffer: strips -> the rows that a kernel of 2·reach + 1 rows needs for the next ones.
 
     Zeros stand above the first and below the last of `height` rows, and in `sides` columns left
-    and right.
+    and right. With `silu` the rows go through SiLU as they enter.
     """
 
-    def __init__(self, reach: int, height: int, stride: int = 1, sides: int = 0) -> None:
+    def __init__(
+        self, reach: int, height: int, stride: int = 1, sides: int = 0, silu: bool = False
+    ) -> None:
         self.reach, self.missing, self.stride, self.sides = reach, height, stride, sides
+        self.silu = silu
         self.kept: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor | None:
@@ -347,13 +398,17 @@ class Window:
         below = 0 if self.missing else self.reach
         above = self.reach if self.kept is None else self.kept.shape[2]
         if above + below == 0:
-            return x
+            return F.silu(x, inplace=True) if self.silu else x
         rows = above + x.shape[2] + below
         width = x.shape[3]
         window = _empty(x, (1, x.shape[1], rows, width + 2 * self.sides))
         window[:, :, :above] = 0 if self.kept is None else self.kept
         inside = window[:, :, above : rows - below]
-        inside[..., self.sides : self.sides + width] = x
+        target = inside[..., self.sides : self.sides + width]
+        if self.silu:
+            torch.ops.aten.silu.out(x, out=target)
+        else:
+            target.copy_(x)
         if self.sides:
             inside[..., : self.sides] = inside[..., self.sides + width :] = 0
         window[:, :, rows - below :] = 0
@@ -409,7 +464,6 @@ class Features:
 
         linears = (attention.to_q, attention.to_k, attention.to_v)
         self.project = pick(torch.cat([linear.weight for linear in linears]))
-        self.group = attention.head_dim
         self.scales = [
             (pick(scale.proj_in.weight), pick(scale.proj_out.weight))
             for scale in cast(list[MultiscaleAggregation], attention.to_qkv_multiscale)
@@ -418,17 +472,21 @@ class Features:
         self.window = Window(self.reach, height)
 
     def __call__(self, x: Tensor) -> Tensor | None:
-        window = self.window(F.linear(x.movedim(1, -1), self.project).movedim(-1, 1))
+        projected = linear(_tokens(x), self.project).movedim(-1, 1)
+        window = self.window(projected)
+        del projected
         if window is None:
             return None
-        reach, bottom = self.reach, window.shape[2]
-        features = [window[:, :, reach : bottom - reach]]
-        for depth, point in self.scales:
-            own = depth.shape[-1] // 2
-            near = window[:, :, reach - own : bottom - reach + own]
-            y = F.conv2d(near, depth, padding=(0, own), groups=len(depth))
-            features.append(F.conv2d(y, point, groups=len(point) // self.group))
-        return torch.cat(features, dim=1)
+        near, channels = _tokens(window), window.shape[1]
+        own = near[:, self.reach : near.shape[1] - self.reach]
+        if not self.scales:
+            return own.movedim(-1, 1)
+        features = own.new_empty(*own.shape[:3], channels * (1 + len(self.scales)))
+        plain, *scaled = features.split(channels, dim=-1)
+        plain.copy_(own)
+        for (depth, point), out in zip(self.scales, scaled, strict=True):
+            aggregate(near, depth, point, out)
+        return features.movedim(-1, 1)
 
 
 class Bilinear:
@@ -497,12 +555,17 @@ class SubpixelUpsample(nn.Module):
                 pixels = z[:, j * out : (j + 1) * out, :, j : j + width]
                 target = y[:, :, i::2, j::2]
                 if self.shortcut:
-                    # Of the repeated channels unfolded to 2x2 pixels, those that land here.
-                    channels = (torch.arange(out, device=x.device) * 4 + 2 * i + j) // self.repeats
-                    torch.add(pixels, x.index_select(1, channels), out=target)
+                    torch.add(pixels, self._landing(x, 2 * i + j), out=target)
                 else:
                     target.copy_(pixels)
         return y
+
+    def _landing(self, x: Tensor, place: int) -> Tensor:
+        """Of the repeated channels of x unfolded to 2x2 pixels, those that land on one of them."""
+        if 4 % self.repeats == 0:
+            return x[:, place // self.repeats :: 4 // self.repeats]
+        channels = (torch.arange(self.out, device=x.device) * 4 + place) // self.repeats
+        return x.index_select(1, channels)
 
 
 def fold(decoder: Decoder) -> None:
@@ -522,21 +585,21 @@ def _merged(taps: Tensor, dim: int) -> list[Tensor]:
     return [torch.stack([a, b + c], dim), torch.stack([a + b, c], dim)]
 
 
-def _normalise(norm: ChannelRMSNorm, x: Tensor) -> Tensor:
-    """`norm(x)` in the memory of x, with the roundings of the module."""
-    square = x.to(torch.float32, copy=True).square_()
-    scale = torch.rsqrt(square.mean(1, keepdim=True) + norm.eps)
-    x.mul_(scale)
-    return x.mul_(norm.weight[:, None, None]).add_(norm.bias[:, None, None])
+def _normalise(
+    norm: ChannelRMSNorm,
+    x: Tensor,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+) -> Tensor:
+    """act(norm(x)) + residual in the memory of x, with the roundings of the module."""
+    beside = None if residual is None else _tokens(residual)
+    rms_norm(_tokens(x), norm.weight, norm.bias, norm.eps, beside, activation)
+    return x
 
 
-def _silu(x: Tensor) -> Tensor:
-    return F.silu(x, inplace=True)
-
-
-def _gate(x: Tensor) -> Tensor:
-    value, gate = x.chunk(2, dim=1)
-    return value.mul_(_silu(gate))
+def _tokens(x: Tensor) -> Tensor:
+    """(B, C, h, w) -> (B, h, w, C)."""
+    return x.movedim(1, -1)
 
 
 def _nearest(x: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ from test_strips import drawing, network, noise, some
 
 from sana_cli.dc_ae import DCAEConfig, Decoder, Encoder
 from sana_cli.memory import PeakMemory
-from sana_cli.strips import STRIP_BYTES, decode, encode, fold, rehearse
+from sana_cli.plan import GPU_STRIP_BYTES
+from sana_cli.strips import decode, encode, fold, rehearse
 
 MB = 1 << 20
 
@@ -82,7 +83,7 @@ def test_the_rehearsal_of_the_encoder_too(strip_bytes):
 
 def test_4096_square_is_decoded_in_1_3_gigabytes_with_the_weights():
     decoder = on_meta(RELEASED_DC_AE)
-    assert weights(decoder) + rehearse(decoder, (128, 128), strip_bytes=STRIP_BYTES) <= 1.3e9
+    assert weights(decoder) + rehearse(decoder, (128, 128), strip_bytes=GPU_STRIP_BYTES) <= 1.3e9
 
 
 def test_from_2048_to_4096_only_small_maps_and_the_picture_grow():
@@ -104,5 +105,5 @@ def test_4096_square_on_a_gpu():
     decoder.to("cuda", torch.bfloat16, memory_format=torch.channels_last)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    decode(decoder, noise(128, 128).cuda())
+    decode(decoder, noise(128, 128).cuda(), strip_bytes=GPU_STRIP_BYTES)
     assert torch.cuda.max_memory_allocated() <= 1.3e9

@@ -15,7 +15,7 @@ from sana_cli.layout import folder_parts
 from sana_cli.memory import PeakMemory
 from sana_cli.model_files import ModelFiles, open_model, released_model
 from sana_cli.pipeline import Failure, Picture, Progress, Remark, Run, draw
-from sana_cli.plan import Plan, _decode_peak, _denoise_peak, _text_peak, fits, make_plan
+from sana_cli.plan import Plan, _decode_peak, _denoise_peak, _plain, _text_peak, fits, make_plan
 from sana_cli.recipe import Recipe
 from sana_cli.weights import known_models
 
@@ -177,7 +177,7 @@ def test_the_memory_that_the_list_of_models_states_is_what_the_plan_predicts(mod
     halves = dict.fromkeys(("dit_dtype", "vae_dtype"), "bfloat16")
     method = {"solver": model.solver, "guidance": model.guidance}
     one = recipe(files, model.side, model.side, text_dtype="int8", **halves, **method)
-    fast = Plan("cuda")
+    fast = _plain("cuda")
     *_, lean_denoising, _ = fast.leaner_denoising()  # the last is the CPU
     *_, lean_decoding, _ = fast.leaner_decoding()
     for stated, denoising, decoding in (

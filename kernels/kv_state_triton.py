@@ -1,0 +1,71 @@
+"""`kv_state.py`: a program has some tokens of a head; torch adds up, in a fixed order."""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sana_cli.kernels.cases import Case, like
+from sana_cli.kernels.launch import imagine, launch, precision
+
+TOKENS, STEP = 1024, 64  # of a program, and of a step of it
+LEAST = 16  # a side of the smallest matrix product
+
+
+def kv_state(kv: Tensor, d: int) -> Tensor:
+    kv = kv.contiguous()
+    batch, n, channels = kv.shape
+    heads, tiles = channels // (2 * d), triton.cdiv(n, TOKENS)
+    sums = kv.new_empty(batch, tiles, heads, d + 1, d, dtype=torch.float32)
+    launch(
+        kv_state_kernel,
+        (heads, tiles, batch),
+        *(kv, sums, n, channels),
+        HEAD=d,
+        BLOCK=max(LEAST, triton.next_power_of_2(d)),
+        TOKENS=TOKENS,
+        STEP=STEP,
+        PRECISION=precision(),
+        num_warps=4,
+        num_stages=3,
+    )
+    return sums.sum(1)
+
+
+@triton.jit
+def kv_state_kernel(
+    kv, sums, n, channels,
+    HEAD: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr, STEP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    head, tile = tl.program_id(0), tl.program_id(1)
+    image = tl.program_id(2).to(tl.int64)
+    token, channel = tl.arange(0, STEP), tl.arange(0, BLOCK)
+    real = channel < HEAD
+    first = tile * TOKENS
+    at = kv + (image * n + first) * channels + head * (2 * HEAD)
+    at += token[:, None] * channels + channel[None]
+    products = tl.zeros((BLOCK, BLOCK), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, TOKENS, STEP):
+        inside = (token < n - first - start)[:, None] & real[None]
+        key = tl.load(at, mask=inside, other=0.0)
+        value = tl.load(at + HEAD, mask=inside, other=0.0)
+        key = tl.where(key < 0, 0.0, key)  # NaN stays
+        total += tl.sum(key.to(tl.float32), 0)
+        # Products of bfloat16 or float16 are exact in float32.
+        products = tl.dot(tl.trans(value), key, products, input_precision=PRECISION)
+        at += STEP * channels
+    at = (image * tl.num_programs(1) + tile) * tl.num_programs(0) + head
+    at = sums + at * ((HEAD + 1) * HEAD) + channel
+    tl.store(at[None] + channel[:, None] * HEAD, products, mask=real[:, None] & real[None])
+    tl.store(at + HEAD * HEAD, total, mask=real)
+
+
+def cases(target: tuple[int, int]) -> Iterator[Case]:
+    for heads in (32, 64):  # of DC-AE's stages of 512 and 1024 channels, at two scales each
+        yield from imagine(f"{heads} heads", target, kv_state, like(1, 8192, heads * 64), 32)

@@ -1,0 +1,34 @@
+"""The last convolution of a decoder, and the levels of a picture."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sana_cli.kernels import dispatch
+
+
+def picture(
+    window: Tensor, weight: Tensor, bias: Tensor, left: int, width: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A 3x3 convolution to red, green and blue in [-1, 1], and `levels` of some of its columns.
+
+    window (1, h + 2, W, C), token-major, its first and last row what stands beyond: zeros at the
+    border of the picture, as beyond its sides; weight (3, C, 3, 3), bias (3,). Of the W columns
+    `width` from `left` on are made.
+    """
+    if dispatch.uses_triton(window):
+        from sana_cli.kernels import picture_triton
+
+        return picture_triton.picture(window, weight, bias, left, width)
+    y = F.conv2d(window.movedim(-1, 1), weight, bias, padding=(0, 1))
+    return levels(y[..., left : left + width])
+
+
+def levels(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x (1, 3, h, w) in [-1, 1] -> uint8 (h, w, 3), and the extremes that it has in [0, 1].
+
+    The extremes are float32 scalars from before rounding, both NaN if any value is.
+    """
+    unit = x[0].permute(1, 2, 0).float().mul(0.5).add_(0.5).clamp_(0, 1)
+    low, high = unit.amin(), unit.amax()
+    return unit.mul_(255).round_().to(torch.uint8), low, high

@@ -1,0 +1,99 @@
+"""`picture.py` in one pass: a float picture never exists.
+
+A program makes some pixels of one row. Three colours take a sixteenth of what a product on tensor
+cores makes, but the kernel is bound by reading the channels. Extremes of programs are joined by
+torch, which lets NaN through.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sana_cli.kernels.cases import Case, like
+from sana_cli.kernels.launch import imagine, launch, precision
+
+PIXELS = 128
+BYTES = 128  # of channels of a pixel in one step
+COLOURS = 16  # three, as wide as the narrowest product
+ROUNDS = tl.constexpr(1.5 * 2**23)  # float32 has no fraction here: adding it rounds, ties to even
+
+
+def picture(
+    window: Tensor, weight: Tensor, bias: Tensor, left: int, width: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    window = window.contiguous()
+    _, rows, whole, channels = window.shape
+    tiles, step = triton.cdiv(width, PIXELS), BYTES // window.itemsize
+    pixels = window.new_empty(rows - 2, width, 3, dtype=torch.uint8)
+    extremes = window.new_empty(2, (rows - 2) * tiles, dtype=torch.float32)
+    launch(
+        picture_kernel,
+        (tiles, rows - 2),
+        # In the order in which channels are summed up.
+        *(window, weight.permute(2, 3, 1, 0).contiguous(), bias, pixels, extremes),
+        *(whole, channels, left, width),
+        EVEN=channels % step == 0,
+        PIXELS=PIXELS,
+        CHANNELS=step,
+        COLOURS=COLOURS,
+        PRECISION=precision(),
+        num_warps=4,
+        num_stages=3,
+    )
+    return pixels, extremes[0].amin(), extremes[1].amax()
+
+
+@triton.jit
+def picture_kernel(
+    window, weight, bias, pixels, extremes, whole, channels, left, width,
+    EVEN: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, COLOURS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(1).to(tl.int64)
+    column = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
+    channel, colour = tl.arange(0, CHANNELS), tl.arange(0, COLOURS)
+    inside = (column < width)[:, None] & (colour < 3)[None]
+    total = tl.zeros((PIXELS, COLOURS), tl.float32)
+    steps = tl.cdiv(channels, CHANNELS)
+    for step in range(9 * steps):
+        tap, start = step // steps, step % steps * CHANNELS
+        near = left + column + tap % 3 - 1
+        seen = (column < width) & (near >= 0) & (near < whole)
+        at = window + (row + tap // 3) * whole * channels + start
+        at += (near * channels)[:, None] + channel[None]
+        taps = weight + (tap * channels + start + channel)[:, None] * 3 + colour[None]
+        if EVEN:
+            x = tl.load(at, mask=seen[:, None], other=0.0)
+            w = tl.load(taps, mask=(colour < 3)[None], other=0.0)
+        else:
+            more = channel < channels - start
+            x = tl.load(at, mask=seen[:, None] & more[None], other=0.0)
+            w = tl.load(taps, mask=more[:, None] & (colour < 3)[None], other=0.0)
+        total = tl.dot(x, w, total, input_precision=PRECISION)
+    total += tl.load(bias + colour, mask=colour < 3, other=0.0).to(tl.float32)[None]
+    unit = total * 0.5 + 0.5
+    nan = unit != unit
+    unit = tl.minimum(tl.maximum(tl.where(nan, 0.0, unit), 0.0), 1.0)
+    level = (unit * 255 + ROUNDS) - ROUNDS
+    at = (row * width + column)[:, None] * 3 + colour[None]
+    tl.store(pixels + at, level.to(tl.uint8), mask=inside)
+    low = tl.min(tl.where(inside, unit, 1.0))
+    high = tl.max(tl.where(inside, unit, 0.0))
+    spoilt = tl.max((nan & inside).to(tl.int32))
+    place = row * tl.num_programs(0) + tl.program_id(0)
+    programs = tl.num_programs(0) * tl.num_programs(1)
+    # A NaN made by arithmetic, as there is none to load.
+    broken = tl.where(spoilt > 0, float("nan"), 0.0)
+    tl.store(extremes + place, low + broken)
+    tl.store(extremes + programs + place, high + broken)
+
+
+def cases(target: tuple[int, int]) -> Iterator[Case]:
+    for side in (1024, 4096):
+        window, weight = like(1, 18, side, 128), like(3, 128, 3, 3)
+        yield from imagine(str(side), target, picture, window, weight, like(3), 0, side)

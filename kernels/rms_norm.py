@@ -1,0 +1,35 @@
+"""RMSNorm over channels (arXiv 1910.07467) with what stands around it in DC-AE."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sana_cli.kernels import dispatch
+
+ACTIVATIONS = {"relu": F.relu, "silu": F.silu}
+
+
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+) -> Tensor:
+    """act(x / rms(x) · weight + bias) + residual, written over x, which is returned.
+
+    x and residual (..., C), contiguous, of any float dtype; weight and bias (C,). The mean of the
+    squares is taken in float32 (float64 of float64). `activation` is one of ACTIVATIONS.
+    """
+    if dispatch.uses_triton(x):
+        from sana_cli.kernels import rms_norm_triton
+
+        return rms_norm_triton.rms_norm(x, weight, bias, eps, residual, activation)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+    x.mul_(norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_())
+    torch.addcmul(bias, x, weight, out=x)
+    if activation:
+        ACTIVATIONS[activation](x, inplace=True)
+    return x if residual is None else x.add_(residual)

@@ -1,0 +1,204 @@
+"""The decoder's Triton kernels against float64, for shapes that fit no tile, and all in a decode.
+
+With a GPU the compiled kernels run; without one Triton's interpreter does, on the CPU (conftest).
+"""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_kernels import DEVICE, DTYPES, LEAST, decibels
+from test_networks import LITE_DC_AE, RELEASED_DC_AE
+from test_strips import FEW, TINY, drawing, network, noise
+from torch import Tensor
+
+from sana_cli.kernels import dispatch
+from sana_cli.kernels.kv_state import kv_state
+from sana_cli.kernels.linear_attention import attention_state
+from sana_cli.kernels.multiscale import aggregate
+from sana_cli.kernels.picture import picture
+from sana_cli.kernels.rms_norm import rms_norm
+from sana_cli.strips import decode, decoding, encode, fold
+
+
+@pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def draw(request):
+    generator = torch.Generator().manual_seed(5)
+
+    def normal(*shape: int, size: float = 1.0) -> Tensor:
+        return (torch.randn(shape, generator=generator) * size).to(DEVICE, request.param)
+
+    return normal
+
+
+@pytest.fixture(autouse=True)
+def fresh_memory_is_spoilt(monkeypatch):
+    """What a kernel leaves out shows."""
+
+    def spoilt(x: Tensor) -> Tensor:
+        return x.fill_(math.nan if x.is_floating_point() else 77)
+
+    for place, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
+        empty = getattr(place, name)
+        monkeypatch.setattr(place, name, lambda *a, empty=empty, **b: spoilt(empty(*a, **b)))
+
+
+@pytest.fixture
+def triton(monkeypatch):
+    """Call to make the kernels run in Triton, wherever their tensors are."""
+
+    def choose(yes: bool = True) -> None:
+        monkeypatch.setattr(dispatch, "uses_triton", lambda x: yes)
+
+    choose()
+    return choose
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "silu"])
+@pytest.mark.parametrize("adds", [False, True])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1, 1), (1, 1, 1, 128), (2, 3, 7, 100), (1, 1, 33, 256), (3, 1024), (5, 513)]
+)
+def test_normalised_pixels(draw, triton, shape, adds, activation):
+    x, weight, bias = draw(*shape, size=3.0), draw(shape[-1]), draw(shape[-1])
+    residual = draw(*shape) if adds else None
+    wide = x.double()
+    exact = F.rms_norm(wide, shape[-1:], weight.double(), 1e-5) + bias
+    exact = {None: exact, "relu": exact.relu(), "silu": F.silu(exact)}[activation]
+    exact = exact + residual.double() if adds else exact
+    again = rms_norm(x.clone(), weight, bias, 1e-5, residual, activation)
+    found = rms_norm(x, weight, bias, 1e-5, residual, activation)
+    assert found is x
+    assert torch.equal(found, again)
+    assert decibels(found, exact) > LEAST[x.dtype]
+
+
+def test_a_nan_stays_one_through_norm_and_activation(draw, triton):
+    for activation in (None, "relu", "silu"):
+        x = draw(3, 64)
+        x[1, 7] = math.nan
+        found = rms_norm(x, draw(64), draw(64), 1e-5, None, activation)
+        assert found.isnan().any(1).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("batch", "height", "width", "groups", "group", "kernel", "reach"),
+    [(1, 1, 1, 1, 32, 5, 2), (1, 3, 5, 3, 32, 5, 2), (2, 9, 17, 1, 32, 5, 3),
+     (1, 8, 16, 1, 8, 3, 3), (1, 2, 33, 2, 24, 7, 3), (1, 17, 1, 1, 64, 5, 2),
+     (1, 4, 3, 2, 32, 1, 0)],
+)  # fmt: skip
+def test_features_of_another_scale(
+    draw, triton, batch, height, width, groups, group, kernel, reach
+):
+    channels = groups * group
+    window = draw(batch, height + 2 * reach, width, channels)
+    depth = draw(channels, 1, kernel, kernel, size=1 / kernel)
+    point = draw(channels, group, 1, 1, size=group**-0.5)
+    spare = reach - kernel // 2
+    near = window[:, spare : len(window[0]) - spare].movedim(-1, 1).double()
+    exact = F.conv2d(near, depth.double(), padding=(0, kernel // 2), groups=channels)
+    exact = F.conv2d(exact, point.double(), groups=groups).movedim(1, -1)
+    among = torch.full((batch, height, width, 2 * channels + 3), 7.0).to(window)
+    out = among[..., channels : 2 * channels]
+    found = aggregate(window, depth, point, out).clone()
+    assert torch.equal(found, aggregate(window, depth, point, torch.empty_like(out)))
+    assert decibels(found, exact) > LEAST[window.dtype]
+    assert (among[..., :channels] == 7).all() and (among[..., 2 * channels :] == 7).all()
+
+
+@pytest.mark.parametrize(
+    ("batch", "tokens", "heads", "head"),
+    [(1, 1, 1, 32), (2, 70, 3, 32), (1, 1030, 1, 32), (1, 65, 2, 8), (1, 63, 1, 64), (1, 5, 2, 24)],
+)
+def test_sums_over_keys_and_values(draw, triton, batch, tokens, heads, head):
+    kv = draw(batch, tokens, heads * 2 * head)
+    by_role = kv.double().unflatten(-1, (heads, 2, head)).permute(3, 0, 2, 4, 1)
+    key, value = by_role.relu()[0], by_role[1]
+    exact = torch.cat([value, torch.ones_like(value[:, :, :1])], 2) @ key.transpose(-1, -2)
+    found = kv_state(kv, head)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, kv_state(kv, head))
+    assert decibels(found, exact) > LEAST[torch.float32]
+    triton(False)
+    assert decibels(kv_state(kv, head), exact) > LEAST[torch.float32]
+    roles = kv.unflatten(-1, (heads, 2, head)).permute(3, 0, 2, 4, 1)
+    assert decibels(attention_state(*roles), exact) > LEAST[torch.float32]
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "channels", "left", "wide"),
+    [(1, 1, 1, 0, 1), (3, 5, 40, 0, 5), (2, 131, 64, 0, 131), (2, 140, 16, 5, 130),
+     (1, 9, 128, 8, 1)],
+)  # fmt: skip
+def test_levels_of_a_picture(draw, triton, height, width, channels, left, wide):
+    window = draw(1, height + 2, width, channels)
+    weight, bias = draw(3, channels, 3, 3, size=0.3 * channels**-0.5), draw(3, size=0.1)
+    inputs = window.double().movedim(-1, 1), weight.double(), bias.double()
+    exact = F.conv2d(*inputs, padding=(0, 1))[0, ..., left : left + wide].permute(1, 2, 0)
+    exact = (exact * 0.5 + 0.5).clamp(0, 1)
+    pixels, low, high = picture(window, weight, bias, left, wide)
+    assert pixels.shape == (height, wide, 3) and pixels.dtype == torch.uint8
+    # Rounded to the nearest level, but for what float32 sums are off.
+    assert (pixels - 255 * exact).abs().max() < 0.501
+    assert low.item() == pytest.approx(exact.min().item(), abs=2e-6)
+    assert high.item() == pytest.approx(exact.max().item(), abs=2e-6)
+    for one, same in zip(
+        (pixels, low, high), picture(window, weight, bias, left, wide), strict=True
+    ):
+        assert torch.equal(one, same)
+
+
+@pytest.mark.parametrize(("column", "seen"), [(4, True), (9, False)])
+def test_extremes_are_nan_if_a_drawn_value_is(draw, triton, column, seen):
+    window = draw(1, 4, 12, 16)
+    window[0, 1, column, 3] = math.nan
+    for way in (True, False):
+        triton(way)
+        _, low, high = picture(window, draw(3, 16, 3, 3), draw(3), 1, 6)
+        assert low.isnan() == high.isnan() == seen
+
+
+def test_levels_between_two_go_to_the_even_one(triton):
+    """As torch rounds."""
+    window = torch.zeros(1, 3, 1, 16, device=DEVICE)
+    for level in (0, 1, 2, 127, 254):
+        bias = torch.full((3,), (level + 0.5) / 255 * 2 - 1, device=DEVICE)
+        exact = (bias * 0.5 + 0.5) * 255
+        pixels, _, _ = picture(window, torch.zeros(3, 16, 3, 3, device=DEVICE), bias, 0, 1)
+        assert torch.equal(pixels.flatten(), exact.round().to(torch.uint8))
+
+
+KINDS = {
+    "released": RELEASED_DC_AE | TINY | FEW,
+    "lite": LITE_DC_AE | TINY | {"decoder_layers_per_block": (0, 1, 1, 1, 1, 1)},
+}
+
+
+@pytest.mark.parametrize(("kind", "strip_bytes"), [("released", 9_000), ("lite", 1 << 30)])
+def test_a_decode_in_triton_is_that_of_torch(triton, kind, strip_bytes):
+    decoder = network(KINDS[kind]).decoder.to(DEVICE)
+    fold(decoder)
+    latent = noise(2, 1).to(DEVICE)
+    found = {}
+    for way in (True, False):
+        triton(way)
+        with torch.inference_mode():
+            image = decoding(decoder, latent, strip_bytes).settle()
+        drawn = decode(decoder, latent, size=(60, 27), strip_bytes=strip_bytes)
+        found[way] = image, drawn
+    assert decibels(found[True][0], found[False][0].double()) > 90
+    one, other = found[True][1], found[False][1]
+    off = (one.pixels.int() - other.pixels.int()).abs()
+    assert off.max() <= 1 and (off > 0).float().mean() < 0.001
+    assert one.low.item() == pytest.approx(other.low.item(), abs=1e-5)
+    assert one.high.item() == pytest.approx(other.high.item(), abs=1e-5)
+
+
+def test_an_encoding_in_triton_is_that_of_torch(triton):
+    encoder = network(KINDS["released"]).encoder.to(DEVICE)
+    found = {}
+    for way in (True, False):
+        triton(way)
+        found[way] = encode(encoder, drawing(64, 32), strip_bytes=20_000)
+    assert decibels(found[True], found[False].double()) > 90
