@@ -1,5 +1,7 @@
 """The engine is the transformer, and computes less."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -102,9 +104,15 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def of_linear(x, weight, *_, out_shape) -> int:
+    return 2 * math.prod(x) * weight[0]
+
+
 def flops(work) -> int:
     """Of matrix products; attention is only counted where it is written as such."""
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+    linear = {torch.ops.mkldnn._linear_pointwise: of_linear}
+    counter = FlopCounterMode(display=False, custom_mapping=linear)
+    with counter, sdpa_kernel(SDPBackend.MATH):
         work()
     return counter.get_total_flops()
 
