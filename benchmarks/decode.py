@@ -17,6 +17,7 @@ import json
 import os
 import platform
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -144,6 +145,8 @@ def run_row(way: str, side: int, options: argparse.Namespace) -> dict:
 
     limited = None if options.device.startswith("cuda") else limit
     done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limited)
+    if done.returncode < 0:
+        return {"failed": f"killed by {signal.Signals(-done.returncode).name}"}
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if "memory" in line.lower()]
         return {"failed": (lines or done.stderr.splitlines()[-1:] or ["killed"])[-1][:200]}

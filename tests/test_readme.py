@@ -20,7 +20,7 @@ def test_the_quick_start_is_the_first_two_code_blocks():
     assert install.strip() == (
         'python -m pip install . && sana generate "a red circle on a blue background" --model demo'
     )
-    assert test.strip() == 'python -m pip install ".[test]" && pytest'
+    assert test.strip() == 'python -m pip install ".[test]" && pytest -n auto'
 
 
 def table_of_models() -> list[str]:
