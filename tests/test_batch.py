@@ -547,7 +547,9 @@ def started(*words: str, **options) -> subprocess.Popen:
 def test_asked_to_stop_it_sums_up_and_goes_on_next_time(sana, number, code):
     Path("jobs.txt").write_text("\n".join(f"{text} {i}" for text in PROMPTS for i in range(4)))
     with started("jobs.txt", "-m", "demo", "--steps", "4", "--json") as process:
-        head = [process.stdout.readline() for _ in range(2)]
+        head: list[bytes] = []
+        while len(events(b"".join(head).decode())) < 2:
+            head.append(process.stdout.readline())
         process.send_signal(number)
         out, err = process.communicate(timeout=60)
     assert process.returncode == code
