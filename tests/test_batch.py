@@ -550,6 +550,7 @@ def test_asked_to_stop_it_sums_up_and_goes_on_next_time(sana, number, code):
         head: list[bytes] = []
         while len(events(b"".join(head).decode())) < 2:
             head.append(process.stdout.readline())
+            assert head[-1], process.stderr.read()
         process.send_signal(number)
         out, err = process.communicate(timeout=60)
     assert process.returncode == code
