@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from sana_cli.device import forget_pages
 from sana_cli.errors import BrokenModel
 from sana_cli.layout import Tensors, read_json
 
@@ -99,6 +100,8 @@ def load_weights(
                 problems.append(f"{only}{name} has dtype {tensor.dtype}")
             else:
                 loaded[name] = tensor if dtype is None else tensor.to(dtype)
+                if loaded[name] is not tensor and isinstance(path, Path):
+                    forget_pages(tensor)
             seen.add(name)
     problems += [f"missing {only}{name}" for name in expected if name not in seen]
     if problems:
@@ -113,6 +116,22 @@ def load_weights(
         )
     model.load_state_dict(loaded, assign=True, strict=True)
     return model.eval().requires_grad_(False)
+
+
+def move(
+    model: nn.Module, files: Sequence[Path | Tensors], device: str, dtype: torch.dtype
+) -> nn.Module:
+    """`model.to(device, dtype)` of a network whose weights are still in their mapped files.
+
+    What has been converted there is no longer held in memory a second time.
+    """
+    mapped = all(isinstance(path, Path) for path in files)
+    for parameter in model.parameters():
+        before = parameter.data
+        parameter.data = before.to(device, dtype)
+        if mapped and parameter.data_ptr() != before.data_ptr():
+            forget_pages(before)
+    return model.to(device)
 
 
 def _tensors(path: Path | Tensors, only: str) -> Iterator[tuple[str, Tensor]]:

@@ -5,10 +5,15 @@ import importlib.util
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sana_cli.errors import UsageError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 M_TRIM_THRESHOLD = -1  # malloc.h
+MADV_DONTNEED = 4  # sys/mman.h
 LARGE_ENCODER = 250_000_000  # weights; below, the import of bitsandbytes costs more than is saved
 
 
@@ -130,6 +135,20 @@ def give_back(device: str) -> None:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc; others have none
         if trim is not None:
             trim(0)
+
+
+def forget_pages(tensor: "Tensor") -> None:
+    """Let go of what a tensor in a mapped file holds in memory; used again, it is read again.
+
+    Of any other tensor the values are lost.
+    """
+    advise = getattr(ctypes.CDLL(None), "madvise", None) if sys.platform == "linux" else None
+    if advise is not None and tensor.device.type == "cpu":
+        size = os.sysconf("SC_PAGE_SIZE")
+        first = -(-tensor.data_ptr() // size) * size  # whole pages: others may be a neighbour's
+        last = (tensor.data_ptr() + tensor.nbytes) // size * size
+        if first < last:
+            advise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), MADV_DONTNEED)
 
 
 def is_out_of_memory(error: Exception) -> bool:

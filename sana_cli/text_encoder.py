@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from sana_cli.checkpoint import load_weights, on_meta, read_config
+from sana_cli.checkpoint import load_weights, move, on_meta, read_config
 from sana_cli.device import wide_dtype
 from sana_cli.errors import BrokenModel
 from sana_cli.gemma import Gemma, GemmaConfig, Table
@@ -59,7 +59,7 @@ class TextEncoder:
             quantise(self.model, cache.layers if cache else None)
             self.model.to(device)  # the norms compute in float32 whatever they are stored in
         else:
-            self.model.to(device, dtype)
+            move(self.model, part.weights, device, dtype)
 
     def encode(self, prompt: str, instruction: str = "") -> Tensor:
         """States (1, L, width) of the prompt's tokens behind a leading <bos>, 1 <= L <= 300.

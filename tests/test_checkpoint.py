@@ -2,12 +2,15 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
-from sana_cli.checkpoint import load_weights, on_meta, read_config
+from sana_cli.checkpoint import load_weights, move, on_meta, read_config
+from sana_cli.device import resident_bytes
 from sana_cli.dit import DiT, DiTConfig
 from sana_cli.errors import BrokenModel
 from sana_cli.layout import find_part, folder_parts
@@ -111,3 +114,20 @@ def test_a_scheduler_of_either_kind_gives_the_shift(tiny_model, tmp_path):
         '{"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 6.0, "x": -Infinity}'
     )
     assert open_model(folder_parts(folder)).flow_shift == 6.0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="others do not say what a process holds")
+@pytest.mark.parametrize("at", ["loading", "moving"])
+def test_weights_that_are_converted_are_not_held_twice(tmp_path, at):
+    path, megabytes = tmp_path / "model.safetensors", 1 << 20
+    stored = torch.randn(64, megabytes // 2).bfloat16()  # 64 MB
+    save_file({"weight": stored}, path)
+    with torch.device("meta"):
+        model = nn.Linear(megabytes // 2, 64, bias=False)
+    before = resident_bytes()
+    load_weights(model, [path], torch.float32 if at == "loading" else None)
+    if at == "moving":
+        move(model, [path], "cpu", torch.float32)
+    grown = resident_bytes() - before
+    assert torch.equal(model.weight, stored.float())
+    assert 128 * megabytes <= grown + 8 * megabytes and grown < 160 * megabytes
