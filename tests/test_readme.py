@@ -40,6 +40,24 @@ def test_the_table_of_models_is_that_of_weights_toml():
     assert table == table_of_models()
 
 
+def table_of_cpu() -> list[str]:
+    rows = ["| picture | a step | decode | peak memory |", "|---|---|---|---|"]
+    for row in json.loads((ROOT / "benchmarks" / "cpu.json").read_text())["rows"]:
+        cells = [f"{row['side']}²"]
+        for what in ("step", "decode"):
+            ours, theirs = (f"{row[f'{what} {way}']:.1f} s" for way in ("sana", "diffusers"))
+            cells.append(f"{ours} against {theirs}, {row[f'{what} ratio']:.2f} times as fast")
+        ours, theirs = (f"{row[f'peak {way}'] / 1e9:.1f} GB" for way in ("sana", "diffusers"))
+        cells.append(f"{ours} against {theirs}, {100 / row['peak ratio']:.0f} %")
+        rows.append(f"| {' | '.join(cells)} |")
+    return rows
+
+
+def test_the_table_of_the_cpu_is_what_was_measured():
+    table = README.split("<!-- cpu -->")[1].split("<!-- /cpu -->")[0].strip().splitlines()
+    assert table == table_of_cpu()
+
+
 def table_of_decodes() -> list[str]:
     rows = ["| picture | way | above the weights | seconds | likeness |", "|---|---|---|---|---|"]
     measured = json.loads((ROOT / "benchmarks" / "decode.json").read_text())["rows"]
