@@ -1,4 +1,4 @@
-"""How products are taken while training: in bfloat16 where a machine has it, by the fastest library.
+"""How products are taken in training: in bfloat16 where a machine has it, by the fastest library.
 
 PyTorch gives a CPU's float32 products to MKL, which on AMD's CPUs runs at two fifths of the speed
 of oneDNN. "Medium" precision names oneDNN. On Intel CPUs with matrix units it also allows it to
