@@ -105,6 +105,41 @@ def test_many_matrices_at_once_become_orthogonal(one_thread):
         assert torch.allclose(alone, orthogonalised(made), atol=1e-5)
 
 
+def test_gradients_through_fast_products_are_those_of_float64(one_thread):
+    """Those left in float32 as good as plain torch's, all in bfloat16 as good as its 8 bits."""
+    from training.arithmetic import autocast, fast_dtype, fast_products
+    from training.diffusion import build
+    from training.settings import TOY
+
+    torch.manual_seed(0)
+    model = build(TOY.transformer, text_scale=1.0)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+    latents, text = torch.randn(4, 32, 4, 4), torch.randn(4, 9, TOY.text_width)
+    mask = torch.arange(9) < torch.tensor([9, 5, 2, 7])[:, None]
+
+    def gradient(dtype: torch.dtype) -> torch.Tensor:
+        model.to(dtype).zero_grad()
+        told = torch.linspace(0, 1000, 4, dtype=dtype), model.project_text(text.to(dtype)), mask
+        loss = model(latents.to(dtype), *told).float().square().mean()
+        loss.backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters()]).double()
+
+    def error(found: torch.Tensor) -> float:
+        return ((found - exact).norm() / exact.norm()).item()
+
+    exact = gradient(torch.float64)
+    plain = error(gradient(torch.float32))
+    with fast_products("cpu"):
+        wide = error(gradient(torch.float32))
+        with autocast("cpu"):
+            narrow = error(gradient(torch.float32))
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert plain < 1e-5
+    assert wide < (3e-2 if torch.cpu.get_capabilities().get("amx_bf16") else 1e-5)
+    assert (1e-4 < narrow < 3e-2) if fast_dtype("cpu") == torch.bfloat16 else narrow < 1e-5
+
+
 def test_captions_state_what_is_so():
     rng = np.random.default_rng(1)
     for _ in range(300):

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from training import autoencoder, diffusion, text
+from training.arithmetic import keep_freed_memory
 from training.estimate import estimate
 from training.export import export
 from training.loop import Machine
@@ -37,7 +38,6 @@ def main(words: list[str] | None = None) -> None:
         parser.error(str(error))
     if options.device == "cuda":
         torch.backends.cudnn.benchmark = True
-        torch.set_float32_matmul_precision("high")
     machine = Machine(options.device, settings.workers, settings.save_seconds, settings.log_every)
     if options.estimate:
         print(estimate(settings, machine, options.seed))
@@ -67,4 +67,5 @@ def begun_otherwise(path: Path, settings: Settings, seed: int) -> list[str]:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     main()

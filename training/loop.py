@@ -7,7 +7,6 @@ was killed and started again ends in the same weights, to the bit, as one that w
 import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from training.arithmetic import autocast, fast_products
 from training.optim import Average, Muon, descend, load_state, open_log, save_state, schedule
 
 Batch = Any  # of numpy arrays, which go through a pipe: shared memory may be scarce
@@ -43,10 +43,6 @@ class Machine:
     save_seconds: float
     log_every: int = 25
 
-    def precision(self) -> AbstractContextManager:
-        """bfloat16 products on a GPU, float32 on a CPU."""
-        return torch.autocast("cuda", torch.bfloat16, enabled=self.device == "cuda")
-
 
 def train(stage: Stage, folder: Path, machine: Machine, seed: int) -> nn.Module:
     """Run a stage, or what is left of it; its averaged weights, frozen."""
@@ -59,10 +55,10 @@ def train(stage: Stage, folder: Path, machine: Machine, seed: int) -> nn.Module:
     shown: list[Losses] = []
     first = note["step"]
     batches = ahead(stage.batch, range(first, stage.steps), machine.workers)
-    with open_log(folder / f"{stage.name}.jsonl", first) as log:
+    with fast_products(machine.device), open_log(folder / f"{stage.name}.jsonl", first) as log:
         for step, batch in zip(range(first, stage.steps), batches, strict=True):
             torch.manual_seed(seed * 1_000_003 + step)
-            with machine.precision():
+            with autocast(machine.device):
                 losses = stage.losses(batch)
             rate = stage.rate * schedule(step, stage.steps)
             descend(next(iter(losses.values())), model, optimiser, average, rate, step)
