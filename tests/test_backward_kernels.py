@@ -1,0 +1,177 @@
+"""Gradients of the Triton kernels against those that autograd takes of the torch lines in float64.
+
+With a GPU the compiled kernels run; without one Triton's interpreter does, on the CPU (conftest).
+"""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+pytest.importorskip("triton", minversion=None if torch.cuda.is_available() else "3.9")
+
+from test_engine import KINDS, random_dit
+from test_kernels import DEVICE, DTYPES, LEAST, decibels
+
+from sana_cli.dit import DiT
+from sana_cli.kernels import depthwise_glu_backward_triton, dispatch
+from sana_cli.kernels.linear_attention import relu_linear_attention
+from training.fused import depthwise_glu, fuse, linear_attention
+
+Function = Callable[..., Tensor]
+
+
+@pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def dtype(request) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture
+def draw(dtype) -> Callable[..., Tensor]:
+    generator = torch.Generator().manual_seed(5)
+
+    def normal(*shape: int, size: float = 1.0, dtype: torch.dtype = dtype) -> Tensor:
+        return (torch.randn(shape, generator=generator) * size).to(DEVICE, dtype)
+
+    return normal
+
+
+@pytest.fixture(autouse=True)
+def in_triton(monkeypatch):
+    """Whatever the device; and what a kernel leaves out shows."""
+    monkeypatch.setattr(dispatch, "uses_triton", lambda x: True)
+    for place, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
+        empty = getattr(place, name)
+        monkeypatch.setattr(
+            place, name, lambda *a, empty=empty, **b: empty(*a, **b).fill_(math.nan)
+        )
+
+
+def with_gradients(function: Function, given: Tensor, *inputs: Tensor) -> list[Tensor]:
+    """The result, and the gradients of the inputs where its own is `given`."""
+    inputs = tuple(x.detach().clone().requires_grad_() for x in inputs)
+    result = function(*inputs)
+    return [result.detach(), *torch.autograd.grad(result, inputs, given)]
+
+
+@pytest.fixture
+def check(monkeypatch) -> Callable[..., None]:
+    """Near the definition in float64, and the same bits again."""
+
+    def check(fused: Function, definition: Function, given: Tensor, *inputs: Tensor) -> None:
+        found, again = (with_gradients(fused, given, *inputs) for _ in range(2))
+        with monkeypatch.context() as patch:
+            patch.setattr(Tensor, "float", Tensor.double)  # where the definition widens itself
+            exact = with_gradients(definition, given.double(), *(x.double() for x in inputs))
+        for one, same, true, like in zip(found, again, exact, (given, *inputs), strict=True):
+            assert one.dtype == like.dtype
+            assert torch.equal(one, same)
+            assert decibels(one, true) > LEAST[given.dtype]
+
+    return check
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    q, k, v = (x.transpose(1, 2).unflatten(1, (heads, -1)) for x in (q, k, v))
+    return relu_linear_attention(q, k, v).flatten(1, 2).transpose(1, 2)
+
+
+def convolved_and_gated(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    y = F.conv2d(x.movedim(-1, 1), weight, bias, padding=1, groups=len(weight))
+    value, gate = y.movedim(1, -1).chunk(2, -1)
+    return value * F.silu(gate)
+
+
+@pytest.mark.parametrize(
+    ("batch", "tokens", "heads", "head"),
+    [(1, 2, 1, 32), (2, 67, 3, 32), (3, 9, 5, 16), (1, 33, 2, 64), (1, 4, 36, 32),
+     (1, 515, 1, 32), (1, 1030, 1, 16), (2, 64, 7, 32)],
+)  # fmt: skip
+def test_tokens_that_attend(draw, check, batch, tokens, heads, head):
+    q, k, v, given = (draw(batch, tokens, heads * head) for _ in range(4))
+    check(
+        lambda *x: linear_attention(*x, heads),
+        lambda *x: attention(*x, heads),
+        *(given, q, k, v),
+    )
+
+
+def test_a_token_alone_is_its_value_whatever_it_asks(draw, dtype):
+    """What is left of the gradients of its query and key is rounding."""
+    q, k, v, given = (draw(3, 1, 64) for _ in range(4))
+    function = lambda *x: linear_attention(*x, 2)  # noqa: E731
+    out, of_q, of_k, of_v = with_gradients(function, given, q, k, v)
+    assert decibels(out, v.double()) > LEAST[dtype]
+    assert decibels(of_v, given.double()) > LEAST[dtype]
+    assert max(of_q.abs().max(), of_k.abs().max()) < 1e-5
+
+
+def test_a_query_without_features_asks_for_no_gradient(draw):
+    q, k, v, given = (draw(1, 5, 32) for _ in range(4))
+    q[:, 2] = -q[:, 2].abs()
+    with_it = with_gradients(lambda *x: linear_attention(*x, 1), given, q, k, v)
+    others = [0, 1, 3, 4]
+    without = with_gradients(
+        lambda q, k, v: linear_attention(q, k, v, 1)[:, others], given[:, others], q, k, v
+    )
+    assert not with_it[1][:, 2].any()
+    for one, other in zip(with_it[1:], without[1:], strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("lost", [0, 1, 2])
+def test_a_nan_in_a_query_key_or_value_is_not_lost(draw, lost):
+    inputs = [draw(1, 5, 32) for _ in range(3)]
+    inputs[lost][0, 1, 3] = math.nan
+    _, *gradients = with_gradients(
+        lambda *x: linear_attention(*x, 1), draw(1, 5, 32), *inputs
+    )
+    assert all(one.isnan().any() for one in gradients)
+
+
+@pytest.mark.parametrize(
+    ("batch", "height", "width", "channels"),
+    [(1, 1, 1, 8), (1, 1, 5, 8), (1, 5, 1, 24), (3, 3, 5, 20), (1, 9, 17, 16), (2, 8, 8, 40),
+     (1, 10, 8, 33), (1, 2, 3, 560)],
+)  # fmt: skip
+def test_convolved_and_gated_pixels(draw, check, batch, height, width, channels):
+    x, given = draw(batch, height, width, 2 * channels), draw(batch, height, width, channels)
+    weight, bias = draw(2 * channels, 1, 3, 3, size=1 / 3), draw(2 * channels)
+    check(depthwise_glu, convolved_and_gated, given, x, weight, bias)
+
+
+def test_programs_that_go_from_strip_to_strip(draw, check, monkeypatch):
+    """As they do where there are many pictures; the last has fewer strips than the others."""
+    monkeypatch.setattr(depthwise_glu_backward_triton, "PROGRAMS", 6)
+    x, given = draw(3, 9, 10, 40), draw(3, 9, 10, 20)
+    weight, bias = draw(40, 1, 3, 3, size=1 / 3), draw(40)
+    check(depthwise_glu, convolved_and_gated, given, x, weight, bias)
+
+
+def test_narrow_pixels_and_wide_weights(draw, check, dtype):
+    """Under autocast: what the weights learn is not rounded to the dtype of pixels."""
+    x, given = draw(2, 3, 5, 16), draw(2, 3, 5, 8)
+    weight, bias = (draw(16, *rest, dtype=torch.float32) for rest in ((1, 3, 3), ()))
+    check(depthwise_glu, convolved_and_gated, given, x, weight, bias)
+
+
+@pytest.mark.parametrize("kind", ["0.6B", "qk-norm"])
+def test_a_transformer_learns_the_same_from_its_gradients(kind):
+    plain = random_dit(num_layers=2, **KINDS[kind]).requires_grad_(True).to(DEVICE)
+    fused = fuse(DiT(plain.config)).to(DEVICE)
+    fused.load_state_dict(plain.state_dict())
+    generator = torch.Generator().manual_seed(3)
+    latents, noise = (torch.randn(2, 32, 5, 3, generator=generator).to(DEVICE) for _ in range(2))
+    text = torch.randn(2, 4, 16, generator=generator).to(DEVICE)
+    time = torch.tensor([700.0, 40.0], device=DEVICE)
+    found = []
+    for model in (plain, fused):
+        velocity = model(latents, time, model.project_text(text))
+        F.mse_loss(velocity, noise).backward()
+        found.append([velocity.detach(), *(p.grad for p in model.parameters())])
+    assert decibels(found[1][0], found[0][0].double()) > 110
+    for name, one, other in zip(dict(plain.named_parameters()), *(f[1:] for f in found), strict=True):
+        assert decibels(other, one.double()) > 90, name
