@@ -25,7 +25,7 @@ from sana_cli.kernels.launch import imagine, launch, precision
 from sana_cli.kernels.linear_attention import EPS
 from sana_cli.kernels.linear_attention_triton import attend_tokens, sum_tiles
 
-TOKENS = 512  # of a program that adds up
+TOKENS, STEP = 512, 32  # of a program that adds up, and of a step of it
 
 
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> tuple[Tensor, Tensor]:
@@ -61,8 +61,8 @@ def gradients(
         *(q, gradient.contiguous(), state, of_q, sums, n, features, EPS),
         **constants,
         TOKENS=TOKENS,
-        STEP=64 if narrow else 32,
-        num_warps=4,
+        STEP=STEP,
+        num_warps=d // 16,  # with more a thread needs as many registers
     )
     m = 64 if narrow else 32
     launch(
@@ -92,6 +92,10 @@ def query_gradient_kernel(
         state[None] + channel[:, None] * HEAD, mask=real[:, None] & real[None], other=0.0
     )  # the channel of v goes down, as it lies
     totals = tl.load(state + HEAD * HEAD, mask=real, other=0.0)[None]
+    # Sᵀ da + z dc is (S - m zᵀ)ᵀ da + z (dc + da·m) for any m. With the mean of the values it is
+    # not the small difference of large terms, and dc + da·m = -da·(out - m) needs no S either.
+    mean = tl.sum(values * totals, 1) / (tl.sum(totals * totals, 1) + eps)
+    values -= mean[:, None] * totals
     products = tl.zeros((BLOCK, BLOCK), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     first = tile * TOKENS
@@ -109,6 +113,7 @@ def query_gradient_kernel(
         of_below = -tl.sum(of_above * (above / below), 1)[:, None]
         made = tl.dot(of_above, values, input_precision=PRECISION) + of_below * totals
         made = tl.where(query <= 0, 0.0, made)
+        of_below -= tl.sum(of_above * mean[None], 1)[:, None]
         tl.store(of_q + at, made.to(of_q.dtype.element_ty), mask=inside)
         products = tl.dot(tl.trans(of_above), positive, products, input_precision=PRECISION)
         total += tl.sum(of_below * positive, 0)

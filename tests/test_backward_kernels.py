@@ -108,6 +108,12 @@ def test_tokens_that_attend(draw, check, batch, tokens, heads, head):
     )
 
 
+def test_values_that_are_nearly_alike(draw, check):
+    """Then the gradient of a query is the small difference of two large terms."""
+    q, k, v, given = (draw(1, 67, 32) for _ in range(4))
+    check(lambda *x: linear_attention(*x, 1), lambda *x: attention(*x, 1), given, q, k, v + 4)
+
+
 def test_a_token_alone_is_its_value_whatever_it_asks(draw, dtype):
     """What is left of the gradients of its query and key is rounding."""
     q, k, v, given = (draw(3, 1, 64) for _ in range(4))

@@ -6,11 +6,13 @@ overnight. `--estimate` runs a few steps of each stage and says how long all of 
 
 import argparse
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
+from sana_cli.kernels.dispatch import chosen_path
 from training import autoencoder, diffusion, text
 from training.estimate import estimate
 from training.export import export
@@ -38,6 +40,7 @@ def main(words: list[str] | None = None) -> None:
     if options.device == "cuda":
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")
+        print("kernels: {} path, as {}".format(*chosen_path(options.device)), file=sys.stderr)
     machine = Machine(options.device, settings.workers, settings.save_seconds, settings.log_every)
     if options.estimate:
         print(estimate(settings, machine, options.seed))

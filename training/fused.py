@@ -1,6 +1,7 @@
 """The transformer as a GPU trains it: attention and gate through Triton, there and back.
 
 On a CPU, and where `kernels/dispatch.py` says so, these modules are the plain ones of `dit.py`.
+Only what those clamp in float16 is not clamped here: it is bfloat16 or float32 that trains.
 """
 
 from typing import Any
