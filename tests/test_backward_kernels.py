@@ -8,6 +8,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from torch import Tensor
 pytest.importorskip("triton", minversion=None if torch.cuda.is_available() else "3.9")
 
 from test_engine import KINDS, random_dit
-from test_kernels import DEVICE, DTYPES, LEAST, decibels
+from test_kernels import DEVICE, DTYPES, LEAST, ON_GPU, decibels
 
 from sana_cli.dit import DiT
 from sana_cli.kernels import depthwise_glu_backward_triton, dispatch
@@ -97,7 +98,7 @@ def convolved_and_gated(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("batch", "tokens", "heads", "head"),
     [(1, 2, 1, 32), (2, 67, 3, 32), (3, 9, 5, 16), (1, 33, 2, 64), (1, 4, 9, 32),
-     (1, 515, 1, 32), (1, 1030, 1, 16), (2, 64, 2, 32)],
+     (1, 515, 1, 32), (1, 1030, 1, 16)],
 )  # fmt: skip
 def test_tokens_that_attend(draw, check, batch, tokens, heads, head):
     q, k, v, given = (draw(batch, tokens, heads * head) for _ in range(4))
@@ -108,10 +109,35 @@ def test_tokens_that_attend(draw, check, batch, tokens, heads, head):
     )
 
 
-def test_values_that_are_nearly_alike(draw, check):
-    """Then the gradient of a query is the small difference of two large terms."""
-    q, k, v, given = (draw(1, 67, 32) for _ in range(4))
-    check(lambda *x: linear_attention(*x, 1), lambda *x: attention(*x, 1), given, q, k, v + 4)
+@pytest.fixture
+def tf32(monkeypatch):
+    """The last 13 bits of what tensor cores multiply are dropped, as the interpreter does not."""
+    if ON_GPU:
+        return
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def cut(x: Any) -> Any:
+        if x.data.dtype != np.float32:
+            return x
+        return TensorHandle((x.data.view(np.int32) & ~0x1FFF).view(np.float32), x.dtype)
+
+    dot = InterpreterBuilder.create_dot
+    monkeypatch.setattr(
+        InterpreterBuilder, "create_dot", lambda self, a, b, *rest: dot(self, cut(a), cut(b), *rest)
+    )
+
+
+@pytest.mark.parametrize("mean", [0, 4])
+def test_what_queries_learn_survives_tf32_where_values_have_a_mean(mean, tf32):
+    """Where their gradient is the small difference of two large terms, in bits of the state."""
+    generator = torch.Generator().manual_seed(5)
+    q, k, v, given = torch.randn(4, 1, 67, 32, generator=generator).to(DEVICE, torch.float16)
+    inputs = q, k, v + mean
+    found = with_gradients(lambda *x: linear_attention(*x, 1), given, *inputs)
+    exact = with_gradients(
+        lambda *x: attention(*x, 1), given.double(), *(x.double() for x in inputs)
+    )
+    assert decibels(found[1], exact[1]) > 55
 
 
 def test_a_token_alone_is_its_value_whatever_it_asks(draw, dtype):
@@ -147,8 +173,7 @@ def test_a_nan_in_a_query_key_or_value_is_not_lost(draw, lost):
 
 @pytest.mark.parametrize(
     ("batch", "height", "width", "channels"),
-    [(1, 1, 1, 8), (1, 1, 5, 8), (1, 5, 1, 24), (3, 3, 5, 20), (1, 9, 9, 8), (2, 8, 8, 16),
-     (1, 10, 8, 8), (1, 1, 2, 33)],
+    [(1, 1, 1, 8), (1, 1, 5, 8), (1, 5, 1, 8), (3, 3, 5, 20), (1, 9, 9, 8), (1, 1, 2, 33)],
 )  # fmt: skip
 def test_convolved_and_gated_pixels(draw, check, batch, height, width, channels):
     x, given = draw(batch, height, width, 2 * channels), draw(batch, height, width, channels)
