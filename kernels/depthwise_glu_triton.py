@@ -20,16 +20,20 @@ from sana_cli.kernels.launch import imagine, launch
 COLUMNS, ROWS, CHANNELS, WARPS = 8, 8, 32, 4
 
 
-def depthwise_glu(x: Tensor, weight: Tensor, bias: Tensor, rim: bool) -> Tensor:
+def depthwise_glu(
+    x: Tensor, weight: Tensor, bias: Tensor, rim: bool, gradient: Tensor | None = None
+) -> Tensor:
+    """With the gradient of the result (B, h, w, E): that of the convolution (B, h, w, 2E)."""
     x = x.contiguous()
     batch, height, width, channels = x.shape
     above = 0 if rim else 1  # rows of zeros beyond the border
-    out = x.new_empty(batch, height - 2 + 2 * above, width, channels // 2)
+    made = channels // 2 if gradient is None else channels
+    out = x.new_empty(batch, height - 2 + 2 * above, width, made)
     blocks = triton.cdiv(channels // 2, CHANNELS)
     launch(
         depthwise_glu_kernel,
         (blocks * triton.cdiv(width, COLUMNS), triton.cdiv(out.shape[1], ROWS), batch),
-        *(x, weight.contiguous(), bias.contiguous(), out, height, width, channels // 2),
+        *(x, weight.contiguous(), bias.contiguous(), gradient, out, height, width, channels // 2),
         ABOVE=above,
         COLUMNS=COLUMNS,
         ROWS=ROWS,
@@ -41,7 +45,7 @@ def depthwise_glu(x: Tensor, weight: Tensor, bias: Tensor, rim: bool) -> Tensor:
 
 @triton.jit
 def depthwise_glu_kernel(
-    x, weight, bias, out, height, width, half,
+    x, weight, bias, gradient, out, height, width, half,
     ABOVE: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(half, CHANNELS)
@@ -78,10 +82,19 @@ def depthwise_glu_kernel(
         v_below += v0 * v00 + v1 * v01 + v2 * v02
         g_below += g0 * g00 + g1 * g01 + g2 * g02
         done = first + step - 2
-        to = out + (image * rows_out + done) * width * half + column * half + channel
-        y = v_above * (g_above / (1 + tl.exp(-g_above)))
+        to = (image * rows_out + done) * width * half + column * half
         whole = real & (column < width) & (column * 0 + step >= 2)
-        tl.store(to, y.to(out.dtype.element_ty), mask=whole)
+        if gradient is None:
+            y = v_above * (g_above / (1 + tl.exp(-g_above)))
+            tl.store(out + to + channel, y.to(out.dtype.element_ty), mask=whole)
+        else:
+            given = tl.load(gradient + to + channel, mask=whole, other=0.0).to(tl.float32)
+            share = 1 / (1 + tl.exp(-g_above))
+            v_given = given * g_above * share
+            g_given = given * v_above * share * (1 + g_above * (1 - share))
+            at = out + 2 * to + channel
+            tl.store(at, v_given.to(out.dtype.element_ty), mask=whole)
+            tl.store(at + half, g_given.to(out.dtype.element_ty), mask=whole)
         v_above, v_here, v_below = v_here, v_below, v_bias
         g_above, g_here, g_below = g_here, g_below, g_bias
 

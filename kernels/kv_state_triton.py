@@ -17,14 +17,19 @@ LEAST = 16  # a side of the smallest matrix product
 
 
 def kv_state(kv: Tensor, d: int) -> Tensor:
-    kv = kv.contiguous()
-    batch, n, channels = kv.shape
-    heads, tiles = channels // (2 * d), triton.cdiv(n, TOKENS)
-    sums = kv.new_empty(batch, tiles, heads, d + 1, d, dtype=torch.float32)
+    key, value = kv.contiguous().unflatten(-1, (-1, 2, d)).unbind(-2)
+    return tile_sums(key, value).sum(1)
+
+
+def tile_sums(key: Tensor, value: Tensor) -> Tensor:
+    """key and value (B, N, heads, d), strided alike -> (B, tiles, heads, d+1, d) float32."""
+    batch, n, heads, d = key.shape
+    tiles = triton.cdiv(n, TOKENS)
+    sums = key.new_empty(batch, tiles, heads, d + 1, d, dtype=torch.float32)
     launch(
         kv_state_kernel,
         (heads, tiles, batch),
-        *(kv, sums, n, channels),
+        *(key, value, sums, n, *key.stride()[1:3]),
         HEAD=d,
         BLOCK=max(LEAST, triton.next_power_of_2(d)),
         TOKENS=TOKENS,
@@ -33,12 +38,12 @@ def kv_state(kv: Tensor, d: int) -> Tensor:
         num_warps=4,
         num_stages=3,
     )
-    return sums.sum(1)
+    return sums
 
 
 @triton.jit
 def kv_state_kernel(
-    kv, sums, n, channels,
+    keys, values, sums, n, row, apart,
     HEAD: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr, STEP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -47,19 +52,20 @@ def kv_state_kernel(
     token, channel = tl.arange(0, STEP), tl.arange(0, BLOCK)
     real = channel < HEAD
     first = tile * TOKENS
-    at = kv + (image * n + first) * channels + head * (2 * HEAD)
-    at += token[:, None] * channels + channel[None]
+    keys += (image * n + first) * row + head * apart
+    values += (image * n + first) * row + head * apart
+    at = token[:, None] * row + channel[None]
     products = tl.zeros((BLOCK, BLOCK), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, TOKENS, STEP):
+    for start in range(0, tl.minimum(TOKENS, n - first), STEP):
         inside = (token < n - first - start)[:, None] & real[None]
-        key = tl.load(at, mask=inside, other=0.0)
-        value = tl.load(at + HEAD, mask=inside, other=0.0)
+        key = tl.load(keys + at, mask=inside, other=0.0)
+        value = tl.load(values + at, mask=inside, other=0.0)
         key = tl.where(key < 0, 0.0, key)  # NaN stays
         total += tl.sum(key.to(tl.float32), 0)
         # Products of bfloat16 or float16 are exact in float32.
         products = tl.dot(tl.trans(value), key, products, input_precision=PRECISION)
-        at += STEP * channels
+        at += STEP * row
     at = (image * tl.num_programs(1) + tile) * tl.num_programs(0) + head
     at = sums + at * ((HEAD + 1) * HEAD) + channel
     tl.store(at[None] + channel[:, None] * HEAD, products, mask=real[:, None] & real[None])

@@ -95,14 +95,14 @@ def project_qkv(
             PRECISION=precision(),
             num_warps=4,
         )
-    return q, _sum(sums)
+    return q, sum_tiles(sums)
 
 
 def _no_sums(x: Tensor, tiles: int, heads: int, d: int) -> Tensor:
     return x.new_empty(len(x), tiles, heads, d + 1, d, dtype=torch.float32)
 
 
-def _sum(sums: Tensor) -> Tensor:
+def sum_tiles(sums: Tensor) -> Tensor:
     """(B, tiles, heads, d+1, d) -> (B, heads, d+1, d)."""
     batch, tiles = sums.shape[:2]
     if tiles == 1:

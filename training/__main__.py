@@ -6,11 +6,13 @@ overnight. `--estimate` runs a few steps of each stage and says how long all of 
 
 import argparse
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
+from sana_cli.kernels.dispatch import chosen_path
 from training import autoencoder, diffusion, text
 from training.arithmetic import keep_freed_memory
 from training.estimate import estimate
@@ -38,6 +40,7 @@ def main(words: list[str] | None = None) -> None:
         parser.error(str(error))
     if options.device == "cuda":
         torch.backends.cudnn.benchmark = True
+        print("kernels: {} path, as {}".format(*chosen_path(options.device)), file=sys.stderr)
     machine = Machine(options.device, settings.workers, settings.save_seconds, settings.log_every)
     if options.estimate:
         print(estimate(settings, machine, options.seed))

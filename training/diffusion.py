@@ -20,6 +20,7 @@ from transformers import Gemma2Model
 from sana_cli.dc_ae import DCAE
 from sana_cli.dit import DiT, DiTConfig
 from training.autoencoder import to_image
+from training.fused import fuse
 from training.loop import Losses, Machine, Stage, ahead, train
 from training.settings import Settings
 from training.text import tokenise
@@ -101,7 +102,7 @@ def build(config: DiTConfig, text_scale: float) -> DiT:
         nn.init.normal_(block.scale_shift_table, std=config.width**-0.5)
         nn.init.zeros_(block.attn2.to_out[0].weight)
         nn.init.zeros_(block.attn2.to_out[0].bias)
-    return model
+    return fuse(model)
 
 
 def sample_sigmas(count: int, shift: float, device: str) -> Tensor:
