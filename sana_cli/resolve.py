@@ -48,7 +48,7 @@ class Choice:
     def canvas(self, side: int) -> Canvas:
         """The size for a model of that native side."""
         request = self.request or Request(side=side)
-        return place(request, self.aspect, self.settings.fit, side)
+        return place(request, self.aspect, self.settings.fit, side, self.model.squares)
 
     def recipe(self, files: "ModelFiles", device: str, seed: int) -> Recipe:
         from sana_cli.device import choose_dtypes, choose_text_precision

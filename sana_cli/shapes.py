@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Collection
 from typing import NamedTuple
 
 from sana_cli.errors import UsageError
@@ -57,27 +58,37 @@ def parse_aspect(text: str) -> float:
     return width / height
 
 
-def nearest_class(request: Request, classes: list[int]) -> int:
+def nearest_class(request: Request, classes: Collection[int]) -> int:
     """The native side, of those given, whose area is nearest to the request's."""
     area = request.side**2 if request.side is not None else request.width * request.height
     return min(classes, key=lambda side: abs(math.log(area / side**2)))
 
 
-def place(request: Request, aspect: float | None, fit: str, native_side: int) -> Canvas:
+def place(
+    request: Request,
+    aspect: float | None,
+    fit: str,
+    native_side: int,
+    squares: tuple[int, ...] = (),
+) -> Canvas:
     """The canvas of a model of `native_side` for a request; UsageError where it cannot serve.
 
     `fit` "trained" draws the nearest trained shape and, for an exact size, resizes and crops it
     as the reference pipeline does; "exact" draws the next multiples of 32 and crops only.
+    A model that was trained on `squares` of these sides and on nothing else serves any of them.
     """
+    sides = squares or (native_side,)
+    native_side = nearest_class(request, sides)
+    shapes = {} if squares else TRAINED_SHAPES
     if request.side is not None:
         if request.side != native_side:
             raise UsageError(
-                f"this model draws {native_side}x{native_side}, not {request.side}",
+                f"this model draws {squares_of(sides)}, not {request.side}",
                 f"use --res {native_side}, or leave --model out to have one chosen",
             )
         aspect = aspect or 1.0
         if fit == "trained":
-            height, width = _trained_shape(native_side, 1 / aspect)
+            height, width = _trained_shape(shapes, native_side, 1 / aspect)
             return Canvas(width, height, width, height)
         width = round(native_side * math.sqrt(aspect))
         height = round(native_side / math.sqrt(aspect))
@@ -94,14 +105,19 @@ def place(request: Request, aspect: float | None, fit: str, native_side: int) ->
             f"ask for at most {LARGEST_AREA_RATIO * native_side**2 / 1e6:.2f} megapixels",
         )
     if fit == "trained":
-        native_height, native_width = _trained_shape(native_side, height / width)
+        native_height, native_width = _trained_shape(shapes, native_side, height / width)
         return Canvas(width, height, native_width, native_height)
     return Canvas(width, height, _next_multiple(width), _next_multiple(height))
 
 
-def _trained_shape(native_side: int, ratio: float) -> tuple[int, int]:
+def squares_of(sides: Collection[int]) -> str:
+    """ "256x256 or 512x512", for people."""
+    return " or ".join(f"{side}x{side}" for side in sides)
+
+
+def _trained_shape(shapes: "Shapes", native_side: int, ratio: float) -> tuple[int, int]:
     """(height, width) of the shape nearest in height/width, the first of two equally near."""
-    table = TRAINED_SHAPES.get(native_side, ((1.0, native_side, native_side),))
+    table = shapes.get(native_side, ((1.0, native_side, native_side),))
     nearest, height, width = min(table, key=lambda row: abs(row[0] - ratio))
     if not 1 / LARGEST_ASPECT_RATIO <= ratio / nearest <= LARGEST_ASPECT_RATIO:
         raise UsageError(
@@ -117,7 +133,9 @@ def _next_multiple(side: int) -> int:
 
 # (height/width as published, height, width) in pixels. The tables of 1024 and 4096 are exactly
 # twice those of 512 and 2048.
-_OF_512: tuple[tuple[float, int, int], ...] = (
+Table = tuple[tuple[float, int, int], ...]
+Shapes = dict[int, Table]  # by native side
+_OF_512: Table = (
     (0.25, 256, 1024),
     (0.28, 256, 928),
     (0.32, 288, 896),
@@ -152,7 +170,7 @@ _OF_512: tuple[tuple[float, int, int], ...] = (
     (3.0, 864, 288),
     (4.0, 1024, 256),
 )
-_OF_2048: tuple[tuple[float, int, int], ...] = (
+_OF_2048: Table = (
     (0.25, 1024, 4096),
     (0.26, 1024, 3968),
     (0.27, 1024, 3840),
@@ -196,11 +214,11 @@ _OF_2048: tuple[tuple[float, int, int], ...] = (
 )
 
 
-def _doubled(table: tuple[tuple[float, int, int], ...]) -> tuple[tuple[float, int, int], ...]:
+def _doubled(table: Table) -> Table:
     return tuple((ratio, 2 * height, 2 * width) for ratio, height, width in table)
 
 
-TRAINED_SHAPES = {
+TRAINED_SHAPES: Shapes = {
     512: _OF_512,
     1024: _doubled(_OF_512),
     2048: _OF_2048,

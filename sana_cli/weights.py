@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sana_cli.errors import SanaError, UsageError
-from sana_cli.shapes import Request, nearest_class
+from sana_cli.shapes import Request, nearest_class, squares_of
 
 HERE = Path(__file__).resolve().parent
 DEFAULT_SIDE = 1024
@@ -36,6 +36,7 @@ class Model:
 
     name: str
     side: int | None = None  # native side in pixels; a stranger's is read from its config
+    squares: tuple[int, ...] = ()  # the sides of one that was trained on squares alone
     licence: str = "unknown"
     folder: str | None = None
     sources: tuple[Source, ...] = ()  # its own first, then those it shares
@@ -48,6 +49,11 @@ class Model:
     solver: str | None = None
     steps: int | None = None
     guidance: float | None = None
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """All that `--res` may ask of it, the one taken by default first; () where unknown."""
+        return self.squares or ((self.side,) if self.side else ())
 
     @property
     def source(self) -> str:
@@ -70,7 +76,8 @@ def known_models() -> dict[str, Model]:
 
 def _model(name: str, row: dict[str, Any], tables: dict[str, Any]) -> Model:
     if "folder" in row:  # of a bundled model, inside this package
-        return Model(name, **row | {"folder": str(HERE / row["folder"])})
+        places = {"folder": str(HERE / row["folder"]), "squares": tuple(row["squares"])}
+        return Model(name, **row | places)
     own = _source(row, TRANSFORMER)
     text = _source(tables["text_encoders"][row.pop("text_encoder")], TEXT)
     vae = _source(tables["vaes"][row.pop("vae")], VAE)
@@ -99,10 +106,10 @@ def choose_model(name: str | None, request: Request | None) -> Model:
         return next(model for model in hub if model.side == side)
     if name in models:
         asked = request.side if request else None
-        if asked not in (None, models[name].side):
+        if asked not in (None, *models[name].sides):
             able = [model.name for model in models.values() if model.side == asked]
             raise UsageError(
-                f"{name} draws {models[name].side}x{models[name].side}, not {asked}x{asked}",
+                f"{name} draws {squares_of(models[name].sides)}, not {asked}x{asked}",
                 f"use --model {able[0]}" if able else f"leave --res out for {models[name].side}",
             )
         return models[name]

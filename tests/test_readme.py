@@ -31,7 +31,8 @@ def table_of_models() -> list[str]:
             whole, own = sum(source.bytes for source in m.sources), m.sources[0].bytes
             disk = f"{whole / 1e9:.1f} GB ({own / 1e9:.1f})"
             memory = f"{m.memory / 1e9:.1f} GB ({m.least_memory / 1e9:.1f})"
-        rows.append(f"| `{m.name}` | {m.side}² | {disk} | {memory} | {m.source} | {m.licence} |")
+        sides = ", ".join(f"{side}²" for side in m.sides)
+        rows.append(f"| `{m.name}` | {sides} | {disk} | {memory} | {m.source} | {m.licence} |")
     return rows
 
 

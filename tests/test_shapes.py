@@ -47,7 +47,7 @@ def test_any_text_is_a_resolution_or_a_usage_error(text):
         request = parse_resolution(text)
     except UsageError:
         return
-    assert all(value is None or value >= 32 for value in request)
+    assert all(value >= 32 for value in request if value)
 
 
 @pytest.mark.parametrize(
@@ -82,6 +82,31 @@ def test_a_canvas_is_always_drawable_and_covers_the_picture(side, aspect, fit):
     assert 0 <= canvas.native_width - canvas.width < 32
     assert 0 <= canvas.native_height - canvas.height < 32
     assert 0.8 < canvas.width * canvas.height / side**2 < 1.2
+
+
+@pytest.mark.parametrize(
+    ("request_", "side"),
+    [
+        (Request(side=256), 256),
+        (Request(side=512), 512),
+        (Request(None, 300, 300), 256),
+        (Request(None, 400, 380), 512),
+    ],
+)
+def test_a_model_of_squares_draws_the_one_nearest_in_area(request_, side):
+    canvas = place(request_, None, "trained", 256, squares=(256, 512))
+    assert canvas[2:] == (side, side)
+    assert canvas[:2] == ((side, side) if request_.side else request_[1:])
+
+
+@pytest.mark.parametrize(
+    ("request_", "aspect"),
+    [(Request(side=1024), None), (Request(side=512), 16 / 9), (Request(None, 800, 800), None)],
+    ids=["side", "aspect", "area"],
+)
+def test_a_model_of_squares_draws_nothing_else(request_, aspect):
+    with pytest.raises(UsageError, match="256x256 or 512x512|nearest is 512x512|too large"):
+        place(request_, aspect, "trained", 256, squares=(256, 512))
 
 
 @pytest.mark.parametrize(

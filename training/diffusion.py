@@ -6,7 +6,7 @@ them (the paper's cascade, section 4): most of what there is to learn is learnt 
 
 import json
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +30,7 @@ PART = 1024  # pictures of the bank in one file
 ENCODED = 16  # pictures that are drawn and encoded at once
 
 
+@cache  # every picture of the bank is described anew dozens of times
 def bank_sample(seed: int, side: int, number: int) -> Sample:
     return training_sample(np.random.default_rng((seed, 4, side, number)))
 

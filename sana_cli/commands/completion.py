@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from sana_cli.layout import INDEX
+from sana_cli.shapes import squares_of
 from sana_cli.weights import Model, known_models
 
 
@@ -26,4 +27,4 @@ def hub_model(incomplete: str) -> Iterator[tuple[str, str]]:
 def _named(incomplete: str, models: Iterable[Model]) -> Iterator[tuple[str, str]]:
     for model in models:
         if model.name.startswith(incomplete):
-            yield model.name, f"draws {model.side}x{model.side}"
+            yield model.name, f"draws {squares_of(model.sides)}"

@@ -46,7 +46,7 @@ def list_models(
     for row in rows:
         lacks = row["missing_bytes"]
         table.add_row(
-            *(row["name"], f"{row['side']}²"),
+            *(row["name"], ", ".join(f"{side}²" for side in row["sides"])),
             *(gigabytes(row[key]) if row[key] else "-" for key in ("bytes", "memory_bytes")),
             "yes" if not lacks else "no" if lacks == row["bytes"] else "in part",
             *(row["fits"], row["licence"]),
@@ -229,6 +229,7 @@ def described() -> list[dict[str, Any]]:
         row = {
             "name": model.name,
             "side": model.side,
+            "sides": model.sides,
             "licence": model.licence,
             "source": model.source,
             "revision": commit_of(model),
