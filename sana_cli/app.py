@@ -20,6 +20,19 @@ from sana_cli.errors import DiskFull, NotEnoughMemory, SanaError, UsageError
 from sana_cli.signals import leaving_at_once
 
 GENERATE = 'to draw: sana generate "a red fox"; sana --help lists the commands'
+# Options of other tools that draw pictures, and of diffusers.
+ELSEWHERE = {
+    **dict.fromkeys(("-W", "-H", "-w", "--width", "--height", "--size"), "--res 1280x720"),
+    **dict.fromkeys(("-p", "--prompt"), 'the first word: sana generate "a red fox"'),
+    **dict.fromkeys(("--cfg", "--cfg-scale", "--scale", "--guidance-scale"), "--guidance 4.5"),
+    **dict.fromkeys(("--sampler", "--scheduler", "--sampling-method"), "--solver flow-dpm"),
+    **dict.fromkeys(("--num-inference-steps", "--sampling-steps"), "--steps 20"),
+    **dict.fromkeys(("--num", "--num-images", "--batch-size", "--batch-count"), "--count 4"),
+    **dict.fromkeys(("--neg", "--negative-prompt"), "--negative TEXT"),
+    **dict.fromkeys(("--out", "--outdir", "--output-dir"), "--output FILE or FOLDER/"),
+    **dict.fromkeys(("--aspect", "--aspect-ratio"), "--ar 16:9"),
+    **dict.fromkeys(("--init-image", "--init-img"), "--image FILE"),
+}
 
 app = typer.Typer(
     name="sana",
@@ -104,7 +117,9 @@ def _report(error: Exception, found: dict[str, Any]) -> int:
         message = error.format_message()
         # What stands where a verb should is perhaps a prompt.
         lost = message.startswith("No such command") and context and context.parent is None
-        error = UsageError(message, GENERATE if lost else _help_of(context))
+        here = ELSEWHERE.get(getattr(error, "option_name", ""))
+        hint = f"here that is {here}" if here else GENERATE if lost else _help_of(context)
+        error = UsageError(message, hint)
     if not isinstance(error, SanaError):
         error = _unforeseen(error, verbose)
     if isinstance(error, UsageError):

@@ -1,11 +1,15 @@
 """The command as a whole: start-up, help, streams, and the shape of the package."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
+
+from sana_cli.app import ELSEWHERE, app
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = ("torch", "transformers", "diffusers", "numpy", "PIL", "huggingface_hub")
@@ -84,10 +88,6 @@ def test_a_call_that_cannot_be_parsed_is_one_line_and_a_hint(sana, words):
 
 
 def test_every_option_has_help():
-    from typer.main import get_command
-
-    from sana_cli.app import app
-
     for command in get_command(app).commands.values():
         assert command.help
         for parameter in command.params:
@@ -126,3 +126,14 @@ def test_a_prompt_without_a_verb_is_told_the_verb(sana):
     assert run.code == 2
     assert 'sana generate "a red fox"' in run.err
     assert "sana models --help" in sana("models", "bogus").err
+
+
+@pytest.mark.parametrize("name", sorted(ELSEWHERE))
+def test_an_option_of_another_tool_is_told_ours(sana, name):
+    run = sana("generate", "a red fox", name, "4")
+    assert run.code == 2
+    (hint,) = (line for line in run.err.splitlines() if line.startswith("hint: here that is "))
+    ours = re.findall(r"--[a-z]+", hint)
+    assert ours or "the first word" in hint
+    options = {word for p in get_command(app).commands["generate"].params for word in p.opts}
+    assert set(ours) <= options
