@@ -215,3 +215,23 @@ def test_one_number_of_the_table_can_be_changed_and_no_other_name():
     assert with_changes(CPU, ["low_steps=5"]).low_steps == 5
     with pytest.raises(ValueError, match="low_stepz"):
         with_changes(CPU, ["low_stepz=5"])
+
+
+def table_of_settings() -> list[str]:
+    """Every number of the recipe, on a GPU and on a CPU."""
+    from dataclasses import fields
+
+    from training.settings import CPU, H200
+
+    rows = ["| | GPU | CPU |", "|---|---|---|"]
+    for name in (f.name for f in fields(H200)):
+        numbers = [getattr(preset, name) for preset in (H200, CPU)]
+        if isinstance(numbers[0], int | float):
+            rows.append(f"| `{name}` | {' | '.join(f'{n:g}' for n in numbers)} |")
+    return rows
+
+
+def test_the_page_of_the_recipe_has_its_numbers():
+    page = (ROOT / "training" / "README.md").read_text(encoding="utf-8")
+    table = page.split("<!-- settings -->")[1].split("<!-- /settings -->")[0]
+    assert table.strip().splitlines() == table_of_settings()
