@@ -1,4 +1,4 @@
-"""Bytes, as people read and write them."""
+"""Numbers and bytes, as people read and write them."""
 
 import re
 
@@ -26,3 +26,8 @@ def parse_memory(text: str) -> int | None:
     if count < LEAST_MEMORY:
         raise UsageError(f"--memory {text!r} is too little for any model", "write it as 6GB")
     return count
+
+
+def counted(number: int, noun: str) -> str:
+    """ "1 job", "2 jobs"."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"

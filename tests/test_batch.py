@@ -191,7 +191,7 @@ def test_a_file_must_say_what_it_holds(sana):
     run = sana("batch", "jobs", *DEMO, "--check")
     assert run.code == 2 and "--input-format" in run.err
     run = sana("batch", "jobs", *DEMO, "--check", "--input-format", "txt")
-    assert (run.code, run.out) == (0, "1 jobs, 1 to draw into jobs-images\n")
+    assert (run.code, run.out) == (0, "1 job, 1 to draw into jobs-images\n")
 
 
 def test_pictures_to_start_from_are_read_for_each_row(sana, tiny_sprint, here):

@@ -18,6 +18,7 @@ from sana_cli.rows import Fault, Found
 from sana_cli.shards import Shard
 from sana_cli.signals import Asked
 from sana_cli.ui import BatchBar, Talk
+from sana_cli.units import counted
 from sana_cli.weights import Model
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ class Batch:
         if self.events:
             self._say_plan(jobs, todo, states.count("done"), states.count("failed"))
         else:
-            sys.stdout.write(f"{len(jobs)} jobs, {todo} to draw into {self.folder}\n")
+            sys.stdout.write(f"{counted(len(jobs), 'job')}, {todo} to draw into {self.folder}\n")
         return 0
 
     def draw(self, rounds: Iterable[list[Found]], asked: Asked, stack: ExitStack) -> int:
@@ -112,11 +113,13 @@ class Batch:
         A fault in the first rows ends all before it has begun; later ones are failures.
         """
         from sana_cli.device import choose_device
+        from sana_cli.kernels.dispatch import chosen_path
 
         asks, faults = self.reader.read(found)
         self._settle(faults, len(found))
         if self.manifest is None:
             self.device = choose_device(self.device)
+            self.talk.detail("kernels: {} path, as {}".format(*chosen_path(self.device)))
             if fetch:
                 self._rehearse(asks, len(found))
 
@@ -312,7 +315,7 @@ class Batch:
 
     def _say_plan(self, jobs: list[Job], todo: int, there: int, failed: int) -> None:
         self.talk.say(
-            f"{len(jobs)} jobs, {todo} to draw into {self.folder}, on {self.device}"
+            f"{counted(len(jobs), 'job')}, {todo} to draw into {self.folder}, on {self.device}"
             + (f"; {there} are there" if there else "")
             + (f"; {failed} failed before" if failed else "")
             + (f"; shard {self.share}" if self.share else "")
