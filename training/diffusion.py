@@ -122,7 +122,7 @@ class Cascade:
     seed: int
     tokenizer: Tokenizer
     encoder: Gemma2Model
-    banks: dict[int, Tensor]  # by side, scaled to a standard deviation of one
+    banks: dict[int, Tensor]  # by side; at the low one the standard deviation is one
 
     def stage(self, name: str, model: DiT, steps: int, rate: float, low_every: int) -> Stage:
         s, device = self.settings, self.machine.device
@@ -154,14 +154,14 @@ def finished(
     """The trained transformer; trains what is not done yet."""
     s = settings
     low = bank(folder, vae, machine, seed, s.low_side, s.low_pictures)
-    high = bank(folder, vae, machine, seed, s.high_side, s.high_pictures)
     scaling = round(1 / low.std().item(), 5)
     (folder / "scaling.json").write_text(json.dumps({"scaling_factor": scaling}))
-    banks = {s.low_side: low * scaling, s.high_side: high * scaling}
+    banks = {s.low_side: low * scaling}
     cascade = Cascade(folder, s, machine, seed, tokenizer, encoder, banks)
     torch.manual_seed(seed)
     model = build(s.transformer, s.text_scale)
     model = train(cascade.stage("low", model, s.low_steps, s.low_rate, 1), folder, machine, seed)
     model.requires_grad_(True).train()
+    banks[s.high_side] = bank(folder, vae, machine, seed, s.high_side, s.high_pictures) * scaling
     stage = cascade.stage("high", model, s.high_steps, s.high_rate, s.low_every)
     return train(stage, folder, machine, seed)
