@@ -50,9 +50,10 @@ def main(words: list[str] | None = None) -> None:
     changed = begun_otherwise(run / "settings.json", settings, seed)
     if changed:
         parser.error(f"{run} was begun with other {', '.join(changed)}; use another --run")
-    vae = autoencoder.finished(run, settings, machine, seed)
+    vae = autoencoder.trained(run, settings, machine, seed)
     tokenizer, encoder = text.finished(run, settings, machine, seed)
     dit = diffusion.finished(run, settings, machine, seed, vae, tokenizer, encoder)
+    vae = autoencoder.finetuned(run, settings, machine, seed, vae)
     export(run, options.out, settings, vae, encoder, dit)
 
 

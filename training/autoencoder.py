@@ -105,7 +105,9 @@ def decoder_stage(settings: Settings, machine: Machine, seed: int, model: DCAE) 
     )
 
 
-def finished(folder: Path, settings: Settings, machine: Machine, seed: int) -> DCAE:
-    """The trained autoencoder; trains what is not done yet."""
-    model = train(stage(settings, machine, seed), folder, machine, seed)
+def trained(folder: Path, settings: Settings, machine: Machine, seed: int) -> DCAE:
+    return train(stage(settings, machine, seed), folder, machine, seed)
+
+
+def finetuned(folder: Path, settings: Settings, machine: Machine, seed: int, model: DCAE) -> DCAE:
     return train(decoder_stage(settings, machine, seed, model), folder, machine, seed)
