@@ -249,11 +249,11 @@ def test_under_autocast_it_learns_no_worse(plain):
         assert decibels(value, true) > decibels(rounded[name], true) - 3, name
 
 
-def test_without_triton_it_is_the_plain_transformer(plain, monkeypatch):
+def test_without_triton_it_learns_the_same_too(plain, monkeypatch):
     monkeypatch.setattr(dispatch, "uses_triton", lambda x: False)
     exact, found = learnt(deepcopy(plain)), learnt(fuse(plain))
     for name, value in found.items():
-        assert torch.equal(value, exact[name]), name
+        assert decibels(value, exact[name].double()) > 90, name
 
 
 def test_training_builds_it(plain):

@@ -74,6 +74,7 @@ def train(stage: Stage, folder: Path, machine: Machine, seed: int) -> nn.Module:
                 save_state(state, model, average, optimiser, told)
                 saved = now
     average.copy_to(model)
+    model.zero_grad()  # a later stage of a part of it clips by the gradients that there are
     return model.eval().requires_grad_(False)
 
 
