@@ -135,9 +135,9 @@ def test_gradients_through_fast_products_are_those_of_float64(one_thread):
         with autocast("cpu"):
             narrow = error(gradient(torch.float32))
     assert torch.get_float32_matmul_precision() == "highest"
-    assert plain < 1e-4
-    assert wide < (3e-2 if torch.cpu.get_capabilities().get("amx_bf16") else 1e-4)
-    assert (1e-3 < narrow < 3e-2) if fast_dtype("cpu") == torch.bfloat16 else narrow < 1e-4
+    assert plain < 5e-5
+    assert wide < (3e-2 if torch.cpu.get_capabilities().get("amx_bf16") else 1.5 * plain)
+    assert (1e-3 < narrow < 3e-2) if fast_dtype("cpu") == torch.bfloat16 else narrow < 1.5 * plain
 
 
 def test_captions_state_what_is_so():
