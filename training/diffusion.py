@@ -5,7 +5,7 @@ them (the paper's cascade, section 4): most of what there is to learn is learnt 
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 
@@ -124,7 +124,16 @@ class Cascade:
     encoder: Gemma2Model
     banks: dict[int, Tensor]  # by side; at the low one the standard deviation is one
 
-    def stage(self, name: str, model: DiT, steps: int, rate: float, low_every: int) -> Stage:
+    def low(self, model: DiT) -> Stage:
+        """At a flat rate: its weights only have to be a good start, and their average is."""
+        s = self.settings
+        return replace(self._stage("low", model, s.low_steps, s.low_rate, 1), rate_decay=0.0)
+
+    def high(self, model: DiT) -> Stage:
+        s = self.settings
+        return self._stage("high", model, s.high_steps, s.high_rate, s.low_every)
+
+    def _stage(self, name: str, model: DiT, steps: int, rate: float, low_every: int) -> Stage:
         s, device = self.settings, self.machine.device
 
         def losses(batch: tuple[int, np.ndarray, np.ndarray, np.ndarray]) -> Losses:
@@ -160,8 +169,7 @@ def finished(
     cascade = Cascade(folder, s, machine, seed, tokenizer, encoder, banks)
     torch.manual_seed(seed)
     model = build(s.transformer, s.text_scale)
-    model = train(cascade.stage("low", model, s.low_steps, s.low_rate, 1), folder, machine, seed)
+    model = train(cascade.low(model), folder, machine, seed)
     model.requires_grad_(True).train()
     banks[s.high_side] = bank(folder, vae, machine, seed, s.high_side, s.high_pictures) * scaling
-    stage = cascade.stage("high", model, s.high_steps, s.high_rate, s.low_every)
-    return train(stage, folder, machine, seed)
+    return train(cascade.high(model), folder, machine, seed)

@@ -55,8 +55,8 @@ def estimate(settings: Settings, machine: Machine, seed: int) -> str:
         parts = folder, few, machine, seed, tokenizer, reader.model.encoder, banks
         cascade = diffusion.Cascade(*parts)
         model = diffusion.build(s.transformer, s.text_scale)
-        timed(cascade.stage("low", model, s.low_steps, s.low_rate, 1), folder)
-        timed(cascade.stage("high", model, s.high_steps, s.high_rate, s.low_every), folder)
+        timed(cascade.low(model), folder)
+        timed(cascade.high(model), folder)
     lines = ["| stage | steps | seconds each | minutes |", "|---|---|---|---|"]
     lines += [f"| {name} | {n} | {each:.3f} | {n * each / 60:.1f} |" for name, n, each in rows]
     total = sum(n * each for _, n, each in rows) / 60

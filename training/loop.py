@@ -32,6 +32,7 @@ class Stage:
     batch: Callable[[int], Batch]  # of a step's number; runs in a worker, on the CPU
     losses: Callable[[Batch], Losses]
     weight_decay: float = 0.0
+    rate_decay: float = 0.4  # the share of the steps, the last, over which the rate falls to zero
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def train(stage: Stage, folder: Path, machine: Machine, seed: int) -> nn.Module:
             torch.manual_seed(seed * 1_000_003 + step)
             with autocast(machine.device):
                 losses = stage.losses(batch)
-            rate = stage.rate * schedule(step, stage.steps)
+            rate = stage.rate * schedule(step, stage.steps, stage.rate_decay)
             descend(next(iter(losses.values())), model, optimiser, average, rate, step)
             shown.append({name: loss.detach() for name, loss in losses.items()})
             last = step + 1 == stage.steps

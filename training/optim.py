@@ -111,9 +111,10 @@ class Average:
         model.load_state_dict(self.shadow)
 
 
-def schedule(step: int, steps: int, warmup: int = 100, decay: float = 0.4) -> float:
-    """Multiplier of the learning rate: linear up, flat, linear to zero over the last part."""
-    return min(1.0, (step + 1) / warmup, (steps - step) / (decay * steps))
+def schedule(step: int, steps: int, decay: float, warmup: int = 100) -> float:
+    """Multiplier of the learning rate: linear up, flat, linear to zero over the share `decay`."""
+    down = (steps - step) / (decay * steps) if decay else 1.0
+    return min(1.0, (step + 1) / warmup, down)
 
 
 def descend(
