@@ -23,6 +23,8 @@ def _autoencoder(encoder: tuple[int, ...], decoder: tuple[int, ...], head: int =
 
 
 def _transformer(heads: int, layers: int, text: int, sample_size: int) -> DiTConfig:
+    """With the table of positions that the 2K and 4K models have: a small grid tells little of
+    where a token is, and over `sample_size` it means the same place at both resolutions."""
     return DiTConfig(
         num_attention_heads=heads,
         attention_head_dim=32,
@@ -32,6 +34,7 @@ def _transformer(heads: int, layers: int, text: int, sample_size: int) -> DiTCon
         cross_attention_dim=32 * heads,
         caption_channels=text,
         sample_size=sample_size,
+        interpolation_scale=1.0,
     )
 
 
@@ -39,7 +42,7 @@ def _transformer(heads: int, layers: int, text: int, sample_size: int) -> DiTCon
 class Settings:
     # What is trained: 2.9 M, 7.6 M and 0.9 M parameters, 23 MB in bfloat16.
     autoencoder: DCAEConfig = _autoencoder((8, 16, 32, 64, 128, 128), (16, 32, 64, 64, 128, 128))
-    transformer: DiTConfig = _transformer(heads=7, layers=9, text=128, sample_size=8)
+    transformer: DiTConfig = _transformer(heads=7, layers=9, text=128, sample_size=16)
     text_width: int = 128
     text_layers: int = 4
     low_side: int = 256  # the cascade: pixels of its first and second resolution
@@ -74,7 +77,7 @@ class Settings:
     high_pictures: int = 16_384
     high_steps: int = 6000
     high_batch: int = 192
-    high_rate: float = 5e-4
+    high_rate: float = 1.5e-3
     low_every: int = 3  # of so many batches of the second half one is still low
     flow_shift: float = 3.0
     empty_captions: float = 0.1
@@ -97,10 +100,10 @@ CPU = replace(
     text_steps=1200,
     text_batch=128,
     low_pictures=20_480,
-    low_steps=4625,
+    low_steps=4850,
     low_batch=64,
     high_pictures=4096,
-    high_steps=4000,
+    high_steps=9000,
     high_batch=24,
     average_decay=0.999,
     workers=0,
@@ -109,7 +112,7 @@ CPU = replace(
 TOY = replace(
     CPU,
     autoencoder=_autoencoder((4, 4, 8, 8, 16, 32), (4, 4, 8, 8, 16, 32), head=8),
-    transformer=_transformer(heads=2, layers=2, text=32, sample_size=2),
+    transformer=_transformer(heads=2, layers=2, text=32, sample_size=3),
     text_width=32,
     text_layers=1,
     low_side=64,
