@@ -77,7 +77,7 @@ class Settings:
     high_pictures: int = 16_384
     high_steps: int = 6000
     high_batch: int = 192
-    high_rate: float = 1.5e-3
+    high_rate: float = 1e-3
     low_every: int = 3  # of so many batches of the second half one is still low
     flow_shift: float = 3.0
     empty_captions: float = 0.1
@@ -95,15 +95,15 @@ CPU = replace(
     H200,
     autoencoder_steps=8000,
     autoencoder_batch=8,
-    decoder_steps=1000,
+    decoder_steps=1500,
     decoder_batch=2,
     text_steps=1200,
     text_batch=128,
     low_pictures=20_480,
     low_steps=4850,
     low_batch=64,
-    high_pictures=4096,
-    high_steps=3500,
+    high_pictures=8192,
+    high_steps=13_000,
     high_batch=24,
     average_decay=0.999,
     workers=0,
