@@ -66,7 +66,7 @@ def obeyed(told: Scene, pixels: np.ndarray) -> bool:
 
 @pytest.mark.parametrize("drawn", [clean, rough])
 def test_a_true_drawing_is_accepted(drawn):
-    accepted = [obeyed(scene, drawn(paint(scene, SIDE))) for scene in scenes(100, seed=1)]
+    accepted = [obeyed(scene, drawn(paint(scene, SIDE))) for scene in scenes(300, seed=1)]
     assert np.mean(accepted) >= 0.99
 
 
@@ -175,7 +175,7 @@ def test_a_blob_of_the_right_colour_and_place_is_refused():
     """Smooth random outlines: what a model draws that has learnt colours but no objects."""
     rng = np.random.default_rng(6)
     accepted = []
-    for scene in scenes(50, 7, lambda scene: len(scene.groups) == 1):
+    for scene in scenes(200, 7, lambda scene: len(scene.groups) == 1):
         picture = paint(replace(scene, groups=()), SIDE)
         (group,) = scene.groups
         y, x = np.indices((SIDE, SIDE)) / SIDE

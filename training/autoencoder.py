@@ -21,7 +21,10 @@ from training.world import draw, training_sample
 
 @dataclass(frozen=True)
 class Crops:
-    """uint8 (batch, crop, crop, 3) of a step: anywhere in pictures of any of the sides."""
+    """uint8 (batch, crop, crop, 3) of a step, out of pictures of any of the sides.
+
+    They begin at whole latent cells, as whole pictures do: the grid that things stand on is kept.
+    """
 
     seed: int
     stream: int
@@ -34,7 +37,7 @@ class Crops:
         crops = []
         for _ in range(self.batch):
             sample, side = training_sample(rng), int(rng.choice(self.sides))
-            top, left = (int(n) for n in rng.integers(0, side - self.crop + 1, 2))
+            top, left = (32 * int(n) for n in rng.integers(0, (side - self.crop) // 32 + 1, 2))
             crops.append(draw(sample, side, (top, left, self.crop)))
         return np.stack(crops)
 
@@ -73,7 +76,7 @@ def stage(settings: Settings, machine: Machine, seed: int) -> Stage:
         loss = loss + settings.latent_decay * latents.square().mean()
         return {"loss": loss, "l1": l1, "std": latents.std()}
 
-    sides = settings.low_side, settings.high_side
+    sides = settings.low_side, settings.high_side, settings.high_side
     crops = Crops(seed, 1, sides, settings.autoencoder_batch, settings.crop)
     return Stage(
         "autoencoder",
@@ -98,7 +101,7 @@ def decoder_stage(settings: Settings, machine: Machine, seed: int, model: DCAE) 
         loss, l1 = reconstruction(model.decode(noisy), image)
         return {"loss": loss, "l1": l1}
 
-    sides = settings.low_side, settings.high_side
+    sides = settings.low_side, settings.high_side, settings.high_side
     crops = Crops(seed, 2, sides, settings.decoder_batch, settings.low_side)
     return Stage(
         "decoder", model, settings.decoder_steps, settings.decoder_rate, 0.998, crops, losses

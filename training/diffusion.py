@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
@@ -19,12 +18,13 @@ from transformers import Gemma2Model
 
 from sana_cli.dc_ae import DCAE
 from sana_cli.dit import DiT, DiTConfig
+from training.arithmetic import autocast
 from training.autoencoder import to_image
 from training.fused import fuse
 from training.loop import Losses, Machine, Stage, ahead, train
 from training.settings import Settings
 from training.text import tokenise
-from training.world import Sample, describe, draw, training_sample
+from training.world import Sample, describe, draw, objects_at, training_sample
 
 PART = 1024  # pictures of the bank in one file
 ENCODED = 16  # pictures that are drawn and encoded at once
@@ -49,13 +49,29 @@ def bank(folder: Path, vae: DCAE, machine: Machine, seed: int, side: int, pictur
             chunks = range(start // ENCODED, -(-min(start + PART, pictures) // ENCODED))
             rows = []
             for pixels in ahead(partial(_drawn, seed, side, pictures), chunks, machine.workers):
-                with torch.inference_mode():  # in float32 on any device: once, and for good
-                    rows.append(vae.encode(to_image(pixels, machine.device)).cpu())
+                with torch.inference_mode(), autocast(machine.device):
+                    rows.append(vae.encode(to_image(pixels, machine.device)).float().cpu())
             scratch = path.with_suffix(".partial")
             save_file({"latents": torch.cat(rows).contiguous()}, scratch)
             scratch.rename(path)
         parts.append(load_file(path)["latents"])
     return torch.cat(parts).to(machine.device)
+
+
+@dataclass(frozen=True)
+class Bank:
+    """Scaled latents (pictures, 32, h, w), and what a cell weighs in the loss (pictures, h, w)."""
+
+    latents: Tensor
+    weight: Tensor
+
+
+def weighed(latents: Tensor, scaling: float, object_weight: float, seed: int, side: int) -> Bank:
+    """Cells that hold an object count `object_weight` times: outlines are the hardest to learn,
+    and land and sky are most of a picture."""
+    where = [objects_at(bank_sample(seed, side, i), side // 32) for i in range(len(latents))]
+    there = torch.from_numpy(np.stack(where)).to(latents)
+    return Bank(latents * scaling, 1 + (object_weight - 1) * there)
 
 
 @dataclass(frozen=True)
@@ -122,7 +138,7 @@ class Cascade:
     seed: int
     tokenizer: Tokenizer
     encoder: Gemma2Model
-    banks: dict[int, Tensor]  # by side; at the low one the standard deviation is one
+    banks: dict[int, Bank]  # by side
 
     def low(self, model: DiT) -> Stage:
         """At a flat rate: its weights only have to be a good start, and their average is."""
@@ -141,11 +157,12 @@ class Cascade:
             chosen, ids, mask = (torch.from_numpy(part).to(device) for part in rest)
             with torch.no_grad():
                 text = self.encoder(ids, attention_mask=mask).last_hidden_state
-            clean = self.banks[side][chosen]
+            clean, weight = self.banks[side].latents[chosen], self.banks[side].weight[chosen]
             noise, sigma = torch.randn_like(clean), sample_sigmas(len(clean), s.flow_shift, device)
             mixed = torch.lerp(clean, noise, sigma[:, None, None, None])
             velocity = model(mixed, sigma * 1000, model.project_text(text), mask.bool())
-            return {"loss": F.mse_loss(velocity.float(), noise - clean)}
+            squares = (velocity.float() - (noise - clean)).square().mean(1)
+            return {"loss": (weight * squares).mean() / weight.mean(), "plain": squares.mean()}
 
         told = Told(s, self.seed, 5 if low_every == 1 else 6, self.tokenizer, low_every)
         return Stage(name, model, steps, rate, s.average_decay, told, losses, weight_decay=0.01)
@@ -165,11 +182,12 @@ def finished(
     low = bank(folder, vae, machine, seed, s.low_side, s.low_pictures)
     scaling = round(1 / low.std().item(), 5)
     (folder / "scaling.json").write_text(json.dumps({"scaling_factor": scaling}))
-    banks = {s.low_side: low * scaling}
+    banks = {s.low_side: weighed(low, scaling, s.object_weight, seed, s.low_side)}
     cascade = Cascade(folder, s, machine, seed, tokenizer, encoder, banks)
     torch.manual_seed(seed)
     model = build(s.transformer, s.text_scale)
     model = train(cascade.low(model), folder, machine, seed)
     model.requires_grad_(True).train()
-    banks[s.high_side] = bank(folder, vae, machine, seed, s.high_side, s.high_pictures) * scaling
+    high = bank(folder, vae, machine, seed, s.high_side, s.high_pictures)
+    banks[s.high_side] = weighed(high, scaling, s.object_weight, seed, s.high_side)
     return train(cascade.high(model), folder, machine, seed)

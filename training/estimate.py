@@ -48,10 +48,15 @@ def estimate(settings: Settings, machine: Machine, seed: int) -> str:
         for side, pictures in ((s.low_side, s.low_pictures), (s.high_side, s.high_pictures)):
             began = time.monotonic()
             some = min(32 * max(1, machine.workers), pictures)
-            banks[side] = diffusion.bank(folder, vae, machine, seed, side, some)
+            latents = diffusion.bank(folder, vae, machine, seed, side, some)
             each = (time.monotonic() - began) / some
+            banks[side] = diffusion.weighed(latents, 1.0, s.object_weight, seed, side)
             rows.append((f"latents of {side}²", pictures, each))
-        few = replace(s, low_pictures=len(banks[s.low_side]), high_pictures=len(banks[s.high_side]))
+        few = replace(
+            s,
+            low_pictures=len(banks[s.low_side].weight),
+            high_pictures=len(banks[s.high_side].weight),
+        )
         parts = folder, few, machine, seed, tokenizer, reader.model.encoder, banks
         cascade = diffusion.Cascade(*parts)
         model = diffusion.build(s.transformer, s.text_scale)

@@ -16,27 +16,27 @@ from training.palette import (
     snow_colour,
     thing_colour,
 )
-from training.scenes import HORIZON, Scene
+from training.scenes import HORIZON, STEP, Scene
 from training.things import REACH, THINGS
 
 
 def paint(scene: Scene, side: int, window: tuple[int, int, int] | None = None) -> np.ndarray:
     """uint8 RGB (side, side, 3); only the `window` (top, left, size) if given."""
-    canvas = Canvas(side, window)
+    top, left, size = window or (0, 0, side)
+    canvas = Canvas(side, top - 1, left - 1, size + 2)  # slopes at the rim look one pixel further
     rng = np.random.default_rng(scene.seed)
     disc = _sky(canvas, scene, rng)
     _LANDS[scene.land](canvas, scene, rng, disc)
     for group in scene.groups:
         for x, y, half in group.spots:
             _thing(canvas, group.kind, group.colour, scene, x, y, half)
-    return np.rint(np.clip(canvas.image, 0, 255)).astype(np.uint8)
+    return np.rint(np.clip(canvas.image[1:-1, 1:-1], 0, 255)).astype(np.uint8)
 
 
 class Canvas:
     """float32 pixels of a window of the picture, and where each of them is."""
 
-    def __init__(self, side: int, window: tuple[int, int, int] | None) -> None:
-        top, left, size = window or (0, 0, side)
+    def __init__(self, side: int, top: int, left: int, size: int) -> None:
         self.side = side
         self.x = (np.arange(left, left + size, dtype=np.float32) + 0.5) / side
         self.y = (np.arange(top, top + size, dtype=np.float32) + 0.5) / side
@@ -125,23 +125,18 @@ def _sky(canvas: Canvas, scene: Scene, rng: np.random.Generator) -> tuple[float,
     light = LIGHTS[scene.light]
     colour = np.array(light.disc, np.float32)
     busy = [x for g in scene.groups for x, y, half in g.spots if y < 0.5]
-    places = rng.permutation(np.linspace(0.1, 0.9, 9)) + rng.uniform(-0.03, 0.03)
-    x = float(max(places[:6], key=lambda p: min((abs(p - b) for b in busy), default=1)))
+    places = STEP * rng.permutation(np.arange(2, 15, 2))
+    x = float(max(places[:5], key=lambda p: min((abs(p - b) for b in busy), default=1)))
     if scene.light == "night":
         _stars(canvas, rng, 26 if scene.sky == "starry night" else 7)
-        y = float(rng.uniform(0.12, 0.2))
+        y = 2.5 * STEP
         if scene.sky == "moonlit night":
             canvas.glow(x, y, 0.3, colour, 0.28)
             canvas.spot(x, y, 0.075, colour)
-            for dx, dy, radius in (
-                (-0.022, -0.018, 0.017),
-                (0.026, 0.012, 0.022),
-                (-0.012, 0.034, 0.011),
-            ):
+            for dx, dy, radius in _CRATERS:
                 canvas.spot(x + dx, y + dy, radius, colour * 0.93)
         return x, y
-    low = {"dawn": 0.46, "noon": 0.13, "sunset": 0.47}[scene.sky]
-    y = low + float(rng.uniform(-0.02, 0.02))
+    y = STEP * {"dawn": 7.5, "noon": 2, "sunset": 7.5}[scene.sky]
     canvas.glow(x, y, 0.46 if scene.sky != "noon" else 0.28, colour, 0.5)
     canvas.spot(x, y, 0.07 if scene.sky == "noon" else 0.085, colour)
     return x, y

@@ -1,7 +1,9 @@
 """The second world the bundled model knows: illustrated scenes of a sky, a land and objects.
 
 A `Scene` says everything that a picture of it depends on; `painter` makes the pixels, `captions`
-the words. Lengths are fractions of the picture's side, x to the right and y down.
+the words. Lengths are fractions of the picture's side, x to the right and y down. Objects have the
+size of their kind and stand on a grid of `STEP`, as sprites of an old game do: a cell of the
+autoencoder at 512² always holds the same part of an object, which a small model can learn by heart.
 """
 
 from dataclasses import dataclass
@@ -21,7 +23,8 @@ SAILING = ("boat", "bridge")
 KINDS = (*STANDING, *SAILING, *FLYING)
 PLACES = ("left", "middle", "right")
 RELATIONS = ("left of", "right of", "above", "below")
-AT = {"left": 0.24, "middle": 0.5, "right": 0.76}
+STEP = 1 / 16  # one latent cell at 512²
+AT = {"left": 0.25, "middle": 0.5, "right": 0.75}
 WEARS = {
     "house": ("red", "orange", "yellow", "green", "blue", "purple", "pink", "white"),
     "tree": ("green", "red", "orange", "yellow", "pink"),
@@ -79,6 +82,16 @@ class Scene:
         parts = sorted(f"{g.count} {g.colour} {g.kind}" for g in self.groups)
         parts += [self.relation or ""] if len(parts) == 2 else [self.sky, self.land]
         return crc32("|".join(parts).encode()) % 12 == 0
+
+    @property
+    def boxes(self) -> list[tuple[float, float, float, float]]:
+        """Left, right, top and bottom of every object."""
+        return [
+            (x - half * wide, x + half * wide, y + half * top, y + half * bottom)
+            for group in self.groups
+            for wide, top, bottom in (REACH[group.kind],)
+            for x, y, half in group.spots
+        ]
 
 
 @cache
@@ -196,40 +209,33 @@ def _spots(
         else:
             halves = across[counts[1] :], across[: counts[1]]
     elif len(kinds) == 2 and counts == (1, 1) and rng.random() < 0.6:  # one above the other
-        x = rng.uniform(0.26, 0.74)
-        halves = [x], [float(np.clip(x + rng.uniform(-0.06, 0.06), 0.24, 0.76))]
+        x = STEP * int(rng.integers(5, 12))
+        halves = [x], [x]
     else:
         halves = tuple(_across(rng, count) for count in counts)
     crowd = sum(counts) if len(set(rows)) < len(rows) else max(counts, default=1)
     for kind, row, across in zip(kinds, rows, halves if kinds else (), strict=True):
-        half = {"fly": 0.155, "stand": 0.185, "sail": 0.17}[row] * rng.uniform(0.93, 1.07)
+        half = {"fly": 0.155, "stand": 0.185, "sail": 0.17}[row]
         half *= {"cloud": 1.1, "bird": 0.95, "bridge": 2.2}.get(kind, 1.0)
         half = min(half, 0.38 / (1 if kind == "bridge" else crowd) / REACH[kind][0])
         if kind == "bridge":
-            across = [rng.uniform(0.46, 0.54)]
-        spots = []
-        for x in across:
-            if row == "fly":
-                y = rng.uniform(0.31, 0.36) if under and len(across) > 1 else rng.uniform(0.2, 0.27)
-            elif row == "stand":
-                y = rng.uniform(0.87, 0.92) - half
-            elif kind == "bridge":
-                y = rng.uniform(0.62, 0.68)
-            else:
-                y = rng.uniform(0.76, 0.86) - half
-            reach = REACH[kind][0] * half + 0.015
-            spots.append((float(np.clip(x, reach, 1 - reach)), float(y), float(half)))
-        result.append(spots)
+            across = [0.5]
+        foot = {"stand": 14.5 * STEP, "sail": 13 * STEP}
+        y = {
+            "fly": STEP * (5 if under and len(across) > 1 else 4),
+            "stand": foot["stand"] - half,
+            "sail": 10.5 * STEP if kind == "bridge" else foot["sail"] - half,
+        }[row]
+        result.append([(x, y, half) for x in across])
     return result
 
 
 def _across(rng: np.random.Generator, count: int) -> list[float]:
     """Places of objects in a row, from left to right."""
     if count == 1:
-        return [float(AT[str(rng.choice(PLACES))] + rng.uniform(-0.035, 0.035))]
-    pitch = 0.9 / count
-    slack = 0.08 * pitch
-    return [0.05 + pitch * (i + 0.5) + float(rng.uniform(-slack, slack)) for i in range(count)]
+        return [AT[str(rng.choice(PLACES))] + STEP * int(rng.choice((-1, 0, 0, 1)))]
+    first, pitch = {2: (4, 8), 3: (3, 5)}[count]
+    return [STEP * (first + pitch * i) for i in range(count)]
 
 
 def _relation(groups: list[Group]) -> str | None:

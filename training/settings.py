@@ -56,7 +56,7 @@ class Settings:
     # Noise put on the latents, so that the decoder forgives what a sampler gets wrong, and the
     # pull towards zero that keeps the encoder from escaping it by growing. Together: a standard
     # deviation near one.
-    latent_noise: float = 0.2
+    latent_noise: float = 0.3
     latent_decay: float = 2e-3
     # Its decoder alone, finetuned last on pictures that are whole.
     decoder_steps: int = 2000
@@ -80,6 +80,7 @@ class Settings:
     high_rate: float = 1e-3
     low_every: int = 3  # of so many batches of the second half one is still low
     flow_shift: float = 3.0
+    object_weight: float = 3.0  # in the loss, of a cell that holds an object
     empty_captions: float = 0.1
     text_scale: float = 0.01  # of the RMS-normalised states at the start (paper, section 2.3)
     average_decay: float = 0.9995
@@ -93,7 +94,7 @@ class Settings:
 H200 = Settings()
 CPU = replace(
     H200,
-    autoencoder_steps=8000,
+    autoencoder_steps=5000,
     autoencoder_batch=8,
     decoder_steps=1500,
     decoder_batch=2,

@@ -1,7 +1,8 @@
 """The first of the two worlds the bundled model knows: flat shapes on plain or two-tone grounds.
 
 A `Scene` says what is in a picture; `draw` makes the pixels, `describe` one of many captions.
-Lengths are fractions of the picture's side, x to the right and y down.
+Lengths are fractions of the picture's side, x to the right and y down. As in `scenes`, things stand
+on a grid.
 """
 
 from dataclasses import dataclass
@@ -29,11 +30,13 @@ SHAPES = ("circle", "square", "triangle", "star", "heart", "ring", "cross", "hex
 SIZES = {"small": 0.14, "medium": 0.2, "large": 0.28}
 POSITIONS = {
     "centre": (0.5, 0.5),
-    "left": (0.26, 0.5),
-    "right": (0.74, 0.5),
-    "top": (0.5, 0.26),
-    "bottom": (0.5, 0.74),
+    "left": (0.25, 0.5),
+    "right": (0.75, 0.5),
+    "top": (0.5, 0.25),
+    "bottom": (0.5, 0.75),
 }
+STEP = 1 / 16
+OUTER = 1.2  # radii that the farthest reaching shape takes
 RELATIONS = ("above", "below", "left of", "right of")
 
 
@@ -64,6 +67,19 @@ class Scene:
         key = "|".join([*parts, *self.background, self.relation or ""])
         return crc32(key.encode()) % 12 == 0
 
+    @property
+    def boxes(self) -> list[tuple[float, float, float, float]]:
+        """Left, right, top and bottom of every object."""
+        return [
+            (
+                o.x - OUTER * o.radius,
+                o.x + OUTER * o.radius,
+                o.y - OUTER * o.radius,
+                o.y + OUTER * o.radius,
+            )
+            for o in self.objects
+        ]
+
 
 def sample_scene(rng: np.random.Generator, objects: int | None = None) -> Scene:
     """A scene at random; two objects in 55 of 100 unless `objects` says how many."""
@@ -77,13 +93,14 @@ def sample_scene(rng: np.random.Generator, objects: int | None = None) -> Scene:
         size = str(rng.choice(list(SIZES)))
         position = "centre" if rng.random() < 0.4 else str(rng.choice(list(POSITIONS)))
         x, y = POSITIONS[position]
-        radius = SIZES[size] * rng.uniform(0.93, 1.07)
-        inset = 1.2 * radius  # keeps every shape whole inside the picture
+        radius = SIZES[size]
+        inset = OUTER * radius  # keeps every shape whole inside the picture
+        aside = STEP * rng.choice((-0.5, 0, 0.5), 2)
         found = Object(
             shape=str(rng.choice(SHAPES)),
             colour=palette[0],
-            x=float(np.clip(x + rng.uniform(-0.03, 0.03), inset, 1 - inset)),
-            y=float(np.clip(y + rng.uniform(-0.03, 0.03), inset, 1 - inset)),
+            x=float(np.clip(x + aside[0], inset, 1 - inset)),
+            y=float(np.clip(y + aside[1], inset, 1 - inset)),
             radius=radius,
             size=size if rng.random() < 0.5 else None,
             position=position if rng.random() < 0.6 else None,
@@ -92,17 +109,17 @@ def sample_scene(rng: np.random.Generator, objects: int | None = None) -> Scene:
     relation = str(rng.choice(RELATIONS))
     upright = relation in ("above", "below")
     first_end = -1 if relation in ("above", "left of") else 1
-    across = 0.5 + rng.uniform(-0.08, 0.08)
+    across = 0.5 + STEP * int(rng.integers(-1, 2))
     pair = []
     for i, end in enumerate((first_end, -first_end)):
-        centre = (across + rng.uniform(-0.02, 0.02), 0.5 + 0.235 * end + rng.uniform(-0.02, 0.02))
+        centre = (across, 0.5 + 4 * STEP * end)
         pair.append(
             Object(
                 shape=str(rng.choice(SHAPES)),
                 colour=palette[i if rng.random() < 0.9 else 0],
                 x=centre[0 if upright else 1],
                 y=centre[1 if upright else 0],
-                radius=0.17 * rng.uniform(0.9, 1.1),
+                radius=0.17,
             )
         )
     return Scene(tuple(pair), background, axis, relation)

@@ -1,5 +1,7 @@
 """Both worlds as one: what the stages of the training see."""
 
+import math
+
 import numpy as np
 
 from training import captions, painter, scenes, shapes
@@ -17,6 +19,18 @@ def draw(sample: Sample, side: int, window: tuple[int, int, int] | None = None) 
     """uint8 RGB (side, side, 3); only the `window` (top, left, size) if given."""
     paint = shapes.draw if isinstance(sample, shapes.Scene) else painter.paint
     return paint(sample, side, window)
+
+
+def objects_at(sample: Sample, cells: int) -> np.ndarray:
+    """bool (cells, cells): where in a grid of the picture an object is, by its box."""
+    found = np.zeros((cells, cells), bool)
+    for left, right, top, bottom in sample.boxes:
+        rows, columns = (
+            slice(max(0, math.floor(start * cells + 0.1)), math.ceil(end * cells - 0.1))
+            for start, end in ((top, bottom), (left, right))
+        )
+        found[rows, columns] = True
+    return found
 
 
 def describe(sample: Sample, rng: np.random.Generator) -> captions.Caption:
