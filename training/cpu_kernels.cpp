@@ -1,0 +1,490 @@
+// What a training step does between its matrix products, on a CPU with AVX-512 and bfloat16.
+//
+// Activations are bfloat16, everything inside is float32. cpu_kernels.py builds and calls this.
+// Sums over a batch are taken in an order that the number of threads decides, and nothing else.
+
+#include <immintrin.h>
+#include <omp.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+using Int = int64_t;
+using Narrow = uint16_t;  // the bits of a bfloat16
+using V = __m512;
+using Mask = __mmask16;
+constexpr Int W = 16;  // floats in a V
+
+static inline Mask lanes(Int left) { return left >= W ? 0xffff : Mask((1u << left) - 1); }
+static inline V zero() { return _mm512_setzero_ps(); }
+static inline V all(float x) { return _mm512_set1_ps(x); }
+static inline V load(const float* p, Mask m = 0xffff) { return _mm512_maskz_loadu_ps(m, p); }
+static inline V load(const Narrow* p, Mask m = 0xffff) {
+  __m512i bits = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
+}
+static inline void store(float* p, V x, Mask m = 0xffff) { _mm512_mask_storeu_ps(p, m, x); }
+static inline void store(Narrow* p, V x, Mask m = 0xffff) {
+  _mm256_mask_storeu_epi16(p, m, (__m256i)_mm512_cvtneps_pbh(x));
+}
+static inline void add(float* p, V x, Mask m) { store(p, load(p, m) + x, m); }
+static inline V multiply_add(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
+static inline V positive(V x) { return _mm512_max_ps(x, zero()); }
+static inline float total(V x) { return _mm512_reduce_add_ps(x); }
+
+// To 3e-6 of the value, which bfloat16 does not see; never infinite.
+static inline V exponential(V x) {
+  x = _mm512_min_ps(_mm512_max_ps(x, all(-80.f)), all(80.f));
+  V whole = _mm512_roundscale_ps(x * all(1.44269504f), _MM_FROUND_TO_NEAREST_INT);
+  V r = _mm512_fnmadd_ps(whole, all(0.69314718f), x);
+  V p = multiply_add(r, all(1.f / 120), all(1.f / 24));
+  p = multiply_add(r, p, all(1.f / 6));
+  p = multiply_add(r, p, all(0.5f));
+  p = multiply_add(r, p, all(1.f));
+  p = multiply_add(r, p, all(1.f));
+  return _mm512_scalef_ps(p, whole);
+}
+static inline V sigmoid(V x) {
+  V under = all(1.f) + exponential(-x);
+  V guess = _mm512_rcp14_ps(under);
+  return guess * _mm512_fnmadd_ps(under, guess, all(2.f));
+}
+
+// --- the gated depthwise convolution -----------------------------------------------------------
+
+// Sixteen channels of a picture at a time, as planes with a rim of zeros that stay in the cache.
+struct Plane {
+  Int height, width, row = (width + 2) * W, size = (height + 2) * row;
+  Int corner(Int y, Int x) const { return y * row + x * W; }  // of the 3x3 around (y, x)
+  Int middle(Int y, Int x) const { return corner(y + 1, x + 1); }
+};
+
+static inline V convolved(const float* corner, Int row, const V* taps, V sum) {
+  V second = zero(), third = zero();
+  for (Int j = 0; j < 3; ++j) {
+    sum = multiply_add(load(corner + j * W), taps[j], sum);
+    second = multiply_add(load(corner + row + j * W), taps[3 + j], second);
+    third = multiply_add(load(corner + 2 * row + j * W), taps[6 + j], third);
+  }
+  return sum + (second + third);
+}
+
+template <bool SLOPE>
+static void silu_plane(const Narrow* h, Int stride, V up, Mask m, Plane p, float* s, float* slope) {
+  for (Int y = 0; y < p.height; ++y)
+    for (Int x = 0; x < p.width; ++x, h += stride) {
+      V a = load(h, m) + up, open = sigmoid(a), made = a * open;
+      store(s + p.middle(y, x), made);
+      if (SLOPE) store(slope + p.middle(y, x), multiply_add(made, all(1.f) - open, open));
+    }
+}
+
+// h (B, H, W, 2E), of which `up` (2E) is the bias; taps (9, 2E), bias (2E) -> out (B, H, W, E).
+extern "C" void gated_forward(const Narrow* h, const float* up, const float* taps,
+                              const float* bias, Narrow* out, Int B, Int H, Int width, Int E,
+                              int threads) {
+  Int blocks = (E + W - 1) / W, C = 2 * E, N = H * width;
+  Plane p{H, width};
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<float> planes(2 * p.size);
+    float* s[2] = {planes.data(), planes.data() + p.size};
+#pragma omp for schedule(static)
+    for (Int job = 0; job < B * blocks; ++job) {
+      Int b = job / blocks, c = job % blocks * W;
+      Mask m = lanes(E - c);
+      V tap[2][9], start[2];
+      for (Int half = 0; half < 2; ++half) {
+        Int from = half * E + c;
+        for (Int k = 0; k < 9; ++k) tap[half][k] = load(taps + k * C + from, m);
+        start[half] = load(bias + from, m);
+        silu_plane<false>(h + b * N * C + from, C, load(up + from, m), m, p, s[half], nullptr);
+      }
+      Narrow* to = out + b * N * E + c;
+      for (Int y = 0; y < H; ++y)
+        for (Int x = 0; x < width; ++x, to += E) {
+          V value = convolved(s[0] + p.corner(y, x), p.row, tap[0], start[0]);
+          V gate = convolved(s[1] + p.corner(y, x), p.row, tap[1], start[1]);
+          store(to, value * gate * sigmoid(gate), m);
+        }
+    }
+  }
+}
+
+// Of each thread's pictures: sums (threads, 11, 2E), the gradients of taps, bias and `up`.
+extern "C" void gated_backward(const Narrow* h, const float* up, const float* taps,
+                               const float* bias, const Narrow* gradient, Narrow* dh, float* sums,
+                               Int B, Int H, Int width, Int E, int threads) {
+  Int blocks = (E + W - 1) / W, C = 2 * E, N = H * width;
+  Plane p{H, width};
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<float> planes(6 * p.size);
+    float *s[2], *slope[2], *d[2];
+    for (Int half = 0; half < 2; ++half) {
+      s[half] = planes.data() + half * p.size;
+      slope[half] = s[half] + 2 * p.size;
+      d[half] = s[half] + 4 * p.size;
+    }
+    float* mine = sums + omp_get_thread_num() * 11 * C;
+#pragma omp for schedule(static)
+    for (Int job = 0; job < B * blocks; ++job) {
+      Int b = job / blocks, c = job % blocks * W;
+      Mask m = lanes(E - c);
+      V tap[2][9], start[2];
+      for (Int half = 0; half < 2; ++half) {
+        Int from = half * E + c;
+        for (Int k = 0; k < 9; ++k) tap[half][k] = load(taps + k * C + from, m);
+        start[half] = load(bias + from, m);
+        silu_plane<true>(h + b * N * C + from, C, load(up + from, m), m, p, s[half], slope[half]);
+      }
+      const Narrow* g = gradient + b * N * E + c;
+      for (Int y = 0; y < H; ++y)
+        for (Int x = 0; x < width; ++x, g += E) {
+          V value = convolved(s[0] + p.corner(y, x), p.row, tap[0], start[0]);
+          V gate = convolved(s[1] + p.corner(y, x), p.row, tap[1], start[1]);
+          V open = sigmoid(gate), made = gate * open, given = load(g, m);
+          store(d[0] + p.middle(y, x), given * made);
+          V bent = multiply_add(made, all(1.f) - open, open);
+          store(d[1] + p.middle(y, x), given * value * bent);
+        }
+      for (Int half = 0; half < 2; ++half) {
+        V of_tap[9], of_bias = zero(), of_up = zero(), turned[9];
+        for (Int k = 0; k < 9; ++k) of_tap[k] = zero(), turned[k] = tap[half][8 - k];
+        Narrow* to = dh + b * N * C + half * E + c;
+        for (Int y = 0; y < H; ++y)
+          for (Int x = 0; x < width; ++x, to += C) {
+            V here = load(d[half] + p.middle(y, x));
+            const float* around = s[half] + p.corner(y, x);
+            for (Int k = 0; k < 9; ++k)
+              of_tap[k] = multiply_add(here, load(around + k / 3 * p.row + k % 3 * W), of_tap[k]);
+            V made = convolved(d[half] + p.corner(y, x), p.row, turned, zero());
+            made = made * load(slope[half] + p.middle(y, x));
+            of_bias = of_bias + here;
+            of_up = of_up + made;
+            store(to, made, m);
+          }
+        float* sum = mine + half * E + c;
+        for (Int k = 0; k < 9; ++k) add(sum + k * C, of_tap[k], m);
+        add(sum + 9 * C, of_bias, m);
+        add(sum + 10 * C, of_up, m);
+      }
+    }
+  }
+}
+
+// --- attention, both kinds: a head of a picture at a time, in float32 ---------------------------
+
+// A matrix as it is, or with its strides exchanged.
+struct Matrix {
+  float* at;
+  Int row, column = 1;
+  Matrix turned() const { return {at, column, row}; }
+};
+
+template <int R, int C>
+static inline void tile(Matrix a, const float* b, Int b_row, float* c, Int c_row, Int inner) {
+  V sum[R][C];
+  for (int r = 0; r < R; ++r)
+    for (int j = 0; j < C; ++j) sum[r][j] = zero();
+  for (Int i = 0; i < inner; ++i) {
+    V right[C];
+    for (int j = 0; j < C; ++j) right[j] = load(b + i * b_row + j * W);
+    for (int r = 0; r < R; ++r) {
+      V left = all(a.at[r * a.row + i * a.column]);
+      for (int j = 0; j < C; ++j) sum[r][j] = multiply_add(left, right[j], sum[r][j]);
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int j = 0; j < C; ++j) store(c + r * c_row + j * W, sum[r][j]);
+}
+
+template <int C>
+static void strip(Matrix a, const float* b, Int b_row, float* c, Int c_row, Int rows, Int inner) {
+  Int r = 0;
+  auto from = [&](Int r) { return Matrix{a.at + r * a.row, a.row, a.column}; };
+  for (; r + 8 <= rows; r += 8) tile<8, C>(from(r), b, b_row, c + r * c_row, c_row, inner);
+  for (; r + 2 <= rows; r += 2) tile<2, C>(from(r), b, b_row, c + r * c_row, c_row, inner);
+  for (; r < rows; ++r) tile<1, C>(from(r), b, b_row, c + r * c_row, c_row, inner);
+}
+
+// c (rows, columns) = a (rows, inner) b (inner, columns), columns a multiple of 16.
+static void product(Matrix a, Matrix b, Matrix c, Int rows, Int inner, Int columns) {
+  Int j = 0;
+  for (; j + 2 * W <= columns; j += 2 * W)
+    strip<2>(a, b.at + j, b.row, c.at + j, c.row, rows, inner);
+  if (j < columns) strip<1>(a, b.at + j, b.row, c.at + j, c.row, rows, inner);
+}
+
+static void transpose(Matrix a, Matrix to, Int rows, Int columns) {
+  for (Int i = 0; i < rows; ++i)
+    for (Int j = 0; j < columns; ++j) to.at[j * to.row + i] = a.at[i * a.row + j];
+}
+
+template <bool RELU = false>
+static void widen(const Narrow* x, Int stride, Matrix to, Int rows, Int columns) {
+  for (Int n = 0; n < rows; ++n)
+    for (Int j = 0; j < columns; j += W) {
+      V made = load(x + n * stride + j);
+      store(to.at + n * to.row + j, RELU ? positive(made) : made);
+    }
+}
+
+static void narrow(Matrix x, Narrow* to, Int stride, Int rows, Int columns) {
+  for (Int n = 0; n < rows; ++n)
+    for (Int j = 0; j < columns; j += W) store(to + n * stride + j, load(x.at + n * x.row + j));
+}
+
+static inline float dot(const float* a, const float* b, Int size) {
+  V sum = zero();
+  for (Int j = 0; j < size; j += W) sum = multiply_add(load(a + j), load(b + j), sum);
+  return total(sum);
+}
+
+struct Scratch {  // floats of a thread, handed out as matrices
+  std::vector<float> memory;
+  Int used = 0;
+  Matrix take(Int rows, Int columns) {
+    Matrix made{memory.data() + used, columns};
+    used += rows * columns;
+    return made;
+  }
+};
+
+constexpr float EPS = 1e-15f;  // as in kernels/linear_attention.py
+
+// qkv (B, N, 3 heads d) -> out (B, N, heads d); with a gradient of it, dqkv instead.
+extern "C" void linear_attention(const Narrow* qkv, Narrow* out, const Narrow* gradient,
+                                 Narrow* dqkv, Int B, Int N, Int heads, Int d, int threads) {
+  Int D = heads * d;
+#pragma omp parallel num_threads(threads)
+  {
+    Scratch scratch{std::vector<float>(5 * N * d + 4 * d * d + 2 * d)};
+    Matrix q = scratch.take(N, d), k = scratch.take(N, d), v = scratch.take(N, d);
+    Matrix g = scratch.take(N, d), made = scratch.take(N, d);
+    Matrix state = scratch.take(d, d), turned = scratch.take(d, d);
+    Matrix dstate = scratch.take(d, d), dturned = scratch.take(d, d);
+    float *keys = scratch.take(1, d).at, *dkeys = scratch.take(1, d).at;
+#pragma omp for schedule(static)
+    for (Int job = 0; job < B * heads; ++job) {
+      Int b = job / heads, head = job % heads;
+      const Narrow* from = qkv + b * N * 3 * D + head * d;
+      widen<true>(from, 3 * D, q, N, d);
+      widen<true>(from + D, 3 * D, k, N, d);
+      widen(from + 2 * D, 3 * D, v, N, d);
+      product(k.turned(), v, state, d, N, d);
+      for (Int j = 0; j < d; j += W) {
+        V sum = zero();
+        for (Int n = 0; n < N; ++n) sum = sum + load(k.at + n * d + j);
+        store(keys + j, sum);
+        store(dkeys + j, zero());
+      }
+      if (!gradient) {
+        product(q, state, made, N, d, d);
+        for (Int n = 0; n < N; ++n) {
+          V share = all(1 / (dot(q.at + n * d, keys, d) + EPS));
+          Narrow* to = out + (b * N + n) * D + head * d;
+          for (Int j = 0; j < d; j += W) store(to + j, load(made.at + n * d + j) * share);
+        }
+        continue;
+      }
+      for (Int n = 0; n < N; ++n) {
+        V share = all(1 / (dot(q.at + n * d, keys, d) + EPS));
+        const Narrow* given = gradient + (b * N + n) * D + head * d;
+        for (Int j = 0; j < d; j += W) store(g.at + n * d + j, load(given + j) * share);
+      }
+      Narrow* to = dqkv + b * N * 3 * D + head * d;
+      transpose(state, turned, d, d);
+      product(g, turned, made, N, d, d);
+      for (Int n = 0; n < N; ++n) {
+        float *query = q.at + n * d, *of_query = made.at + n * d;
+        V under = all(-dot(query, of_query, d) / (dot(query, keys, d) + EPS));
+        for (Int j = 0; j < d; j += W) {
+          V x = load(query + j), dx = multiply_add(under, load(keys + j), load(of_query + j));
+          Mask on = _mm512_cmp_ps_mask(x, zero(), _CMP_GT_OQ);
+          store(to + n * 3 * D + j, _mm512_maskz_mov_ps(on, dx));
+          store(dkeys + j, multiply_add(under, x, load(dkeys + j)));
+        }
+      }
+      product(q.turned(), g, dstate, d, N, d);
+      transpose(dstate, dturned, d, d);
+      product(v, dturned, made, N, d, d);
+      for (Int n = 0; n < N; ++n)
+        for (Int j = 0; j < d; j += W) {
+          Mask on = _mm512_cmp_ps_mask(load(k.at + n * d + j), zero(), _CMP_GT_OQ);
+          V dx = load(made.at + n * d + j) + load(dkeys + j);
+          store(to + D + n * 3 * D + j, _mm512_maskz_mov_ps(on, dx));
+        }
+      product(k, dstate, made, N, d, d);
+      narrow(made, to + 2 * D, 3 * D, N, d);
+    }
+  }
+}
+
+// q (B, N, heads d), kv (B, L, 2 heads d), mask (B, L) -> out like q; with a gradient of it, dq,
+// and dkv where it is not zero. Of tokens that the mask leaves out, or of none, nothing is read.
+extern "C" void cross_attention(const Narrow* q_, const Narrow* kv, const bool* mask, Narrow* out,
+                                const Narrow* gradient, Narrow* dq, Narrow* dkv, Int B, Int N,
+                                Int L, Int heads, Int d, int threads) {
+  Int D = heads * d, most = (L + W - 1) / W * W;
+  float scale = 1 / std::sqrt(float(d));
+#pragma omp parallel num_threads(threads)
+  {
+    Scratch scratch{std::vector<float>(3 * N * d + 2 * N * most + 5 * most * d)};
+    std::vector<Int> real;
+#pragma omp for schedule(static)
+    for (Int job = 0; job < B * heads; ++job) {
+      Int b = job / heads, head = job % heads;
+      real.clear();
+      for (Int l = 0; l < L; ++l)
+        if (mask[b * L + l]) real.push_back(l);
+      Int R = real.size(), P = (R + W - 1) / W * W;  // P: with zeros up to a whole vector
+      scratch.used = 0;
+      Matrix q = scratch.take(N, d), g = scratch.take(N, d), made = scratch.take(N, d);
+      Matrix p = scratch.take(N, P), dp = scratch.take(N, P), turned = scratch.take(d, P);
+      Matrix k = scratch.take(P, d), v = scratch.take(P, d), sum = scratch.take(P, d);
+      std::fill(k.at, k.at + 2 * P * d, 0.f);
+      auto text = [&](Int r) { return (b * L + real[r]) * 2 * D + head * d; };
+      for (Int r = 0; r < R; ++r) {
+        widen(kv + text(r), 0, {k.at + r * d, d}, 1, d);
+        widen(kv + text(r) + D, 0, {v.at + r * d, d}, 1, d);
+      }
+      Int tokens = b * N * D + head * d;
+      widen(q_ + tokens, D, q, N, d);
+      transpose(k, turned, P, d);
+      product(q, turned, p, N, d, P);
+      for (Int n = 0; n < N; ++n) {
+        float* row = p.at + n * P;
+        V most_of = all(-INFINITY), under = zero();
+        for (Int l = 0; l < P; l += W) {
+          Mask m = lanes(R - l);
+          most_of = _mm512_mask_max_ps(most_of, m, most_of, load(row + l));
+        }
+        V top = all(_mm512_reduce_max_ps(most_of));
+        for (Int l = 0; l < P; l += W) {
+          V made = exponential((load(row + l) - top) * all(scale));
+          made = _mm512_maskz_mov_ps(lanes(R - l), made);
+          under = under + made;
+          store(row + l, made);
+        }
+        V share = all(R ? 1 / total(under) : 0.f);
+        for (Int l = 0; l < P; l += W) store(row + l, load(row + l) * share);
+      }
+      if (!gradient) {
+        product(p, v, made, N, R, d);
+        narrow(made, out + tokens, D, N, d);
+        continue;
+      }
+      widen(gradient + tokens, D, g, N, d);
+      transpose(v, turned, P, d);
+      product(g, turned, dp, N, d, P);
+      for (Int n = 0; n < N; ++n) {
+        float *row = dp.at + n * P, *weights = p.at + n * P;
+        V mean = all(dot(row, weights, P));
+        for (Int l = 0; l < P; l += W)
+          store(row + l, (load(row + l) - mean) * load(weights + l) * all(scale));
+      }
+      product(dp, k, made, N, R, d);
+      narrow(made, dq + tokens, D, N, d);
+      product(dp.turned(), q, sum, R, N, d);
+      for (Int r = 0; r < R; ++r) narrow({sum.at + r * d, d}, dkv + text(r), 0, 1, d);
+      product(p.turned(), g, sum, R, N, d);
+      for (Int r = 0; r < R; ++r) narrow({sum.at + r * d, d}, dkv + text(r) + D, 0, 1, d);
+    }
+  }
+}
+
+// --- the residual stream: a branch comes in, and the next one leaves --------------------------
+
+// sum = x + gate (y + bias), out = layer_norm(sum) (1 + scale) + shift. Null: no y (sum is x and
+// not written), no bias, no gate (1), no scale and shift (out is sum). Rows of a picture lie
+// `gate_row` and `scale_row` apart.
+extern "C" void stream_forward(const float* x, const Narrow* y, const float* bias,
+                               const float* gate, Int gate_row, const float* shift,
+                               const float* scale, Int scale_row, float eps, float* sum,
+                               Narrow* out, Int B, Int N, Int D, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (Int t = 0; t < B * N; ++t) {
+    Int b = t / N;
+    const float* row = y ? sum + t * D : x + t * D;
+    V mean = zero(), square = zero();
+    for (Int c = 0; c < D; c += W) {
+      Mask m = lanes(D - c);
+      V a = load(x + t * D + c, m);
+      if (y) {
+        V branch = load(y + t * D + c, m);
+        if (bias) branch = branch + load(bias + c, m);
+        a = gate ? multiply_add(load(gate + b * gate_row + c, m), branch, a) : a + branch;
+        store(sum + t * D + c, a, m);
+      }
+      if (!scale) store(out + t * D + c, a, m);
+      mean = mean + a;
+    }
+    if (!scale) continue;
+    mean = all(total(mean) / D);
+    for (Int c = 0; c < D; c += W) {
+      V off = _mm512_maskz_sub_ps(lanes(D - c), load(row + c, lanes(D - c)), mean);
+      square = multiply_add(off, off, square);
+    }
+    V root = all(1 / std::sqrt(total(square) / D + eps));
+    for (Int c = 0; c < D; c += W) {
+      Mask m = lanes(D - c);
+      V made = (load(row + c, m) - mean) * root, by = load(scale + b * scale_row + c, m);
+      made = multiply_add(made, all(1.f) + by, load(shift + b * scale_row + c, m));
+      store(out + t * D + c, made, m);
+    }
+  }
+}
+
+// Of a gradient of sum (or null) and one of out: dx, dy, and for each picture sums (B, 4, D), zero
+// at first: the gradients of gate, bias, shift and scale.
+extern "C" void stream_backward(const float* sum, const Narrow* y, const float* bias,
+                                const float* gate, Int gate_row, const float* scale,
+                                Int scale_row, float eps, const float* of_sum,
+                                const Narrow* of_out, float* dx, Narrow* dy, float* sums, Int B,
+                                Int N, Int D, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (Int b = 0; b < B; ++b) {
+    float *dgate = sums + b * 4 * D, *dbias = dgate + D, *dshift = dbias + D, *dscale = dshift + D;
+    for (Int t = b * N; t < (b + 1) * N; ++t) {
+      const float* row = sum + t * D;
+      V mean = zero(), square = zero(), mean_g = zero(), mean_gx = zero(), root = zero();
+      if (scale) {
+        for (Int c = 0; c < D; c += W) mean = mean + load(row + c, lanes(D - c));
+        mean = all(total(mean) / D);
+        for (Int c = 0; c < D; c += W) {
+          Mask m = lanes(D - c);
+          V off = _mm512_maskz_sub_ps(m, load(row + c, m), mean);
+          V g = load(of_out + t * D + c, m) * (all(1.f) + load(scale + b * scale_row + c, m));
+          square = multiply_add(off, off, square);
+          mean_g = mean_g + g;
+          mean_gx = multiply_add(g, off, mean_gx);
+        }
+        root = all(1 / std::sqrt(total(square) / D + eps));
+        mean_g = all(total(mean_g) / D);
+        mean_gx = all(total(mean_gx) / D) * root;
+      }
+      for (Int c = 0; c < D; c += W) {
+        Mask m = lanes(D - c);
+        V g = load(of_out + t * D + c, m), d = g;
+        if (scale) {
+          V off = (load(row + c, m) - mean) * root;
+          add(dshift + c, g, m);
+          add(dscale + c, g * off, m);
+          d = g * (all(1.f) + load(scale + b * scale_row + c, m)) - mean_g - off * mean_gx;
+          d = d * root;
+        }
+        if (of_sum) d = d + load(of_sum + t * D + c, m);
+        store(dx + t * D + c, d, m);
+        if (!y) continue;
+        V branch = load(y + t * D + c, m), by = gate ? load(gate + b * gate_row + c, m) : all(1.f);
+        if (bias) branch = branch + load(bias + c, m);
+        store(dy + t * D + c, d * by, m);
+        add(dbias + c, d * by, m);
+        if (gate) add(dgate + c, d * branch, m);
+      }
+    }
+  }
+}
