@@ -25,6 +25,8 @@ static inline V load(const Narrow* p, Mask m = 0xffff) {
   __m512i bits = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, p));
   return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
 }
+// The line after this one, soon: rows are too far apart for the machine to guess what is next.
+static inline void fetch(const Narrow* p) { _mm_prefetch((const char*)(p + 32), _MM_HINT_T0); }
 static inline void store(float* p, V x, Mask m = 0xffff) { _mm512_mask_storeu_ps(p, m, x); }
 static inline void store(Narrow* p, V x, Mask m = 0xffff) {
   _mm256_mask_storeu_epi16(p, m, (__m256i)_mm512_cvtneps_pbh(x));
@@ -75,6 +77,7 @@ template <bool SLOPE>
 static void silu_plane(const Narrow* h, Int stride, V up, Mask m, Plane p, float* s, float* slope) {
   for (Int y = 0; y < p.height; ++y)
     for (Int x = 0; x < p.width; ++x, h += stride) {
+      fetch(h);
       V a = load(h, m) + up, open = sigmoid(a), made = a * open;
       store(s + p.middle(y, x), made);
       if (SLOPE) store(slope + p.middle(y, x), multiply_add(made, all(1.f) - open, open));
@@ -143,6 +146,7 @@ extern "C" void gated_backward(const Narrow* h, const float* up, const float* ta
       const Narrow* g = gradient + b * N * E + c;
       for (Int y = 0; y < H; ++y)
         for (Int x = 0; x < width; ++x, g += E) {
+          fetch(g);
           V value = convolved(s[0] + p.corner(y, x), p.row, tap[0], start[0]);
           V gate = convolved(s[1] + p.corner(y, x), p.row, tap[1], start[1]);
           V open = sigmoid(gate), made = gate * open, given = load(g, m);
@@ -227,6 +231,7 @@ template <bool RELU = false>
 static void widen(const Narrow* x, Int stride, Matrix to, Int rows, Int columns) {
   for (Int n = 0; n < rows; ++n)
     for (Int j = 0; j < columns; j += W) {
+      fetch(x + n * stride + j);
       V made = load(x + n * stride + j);
       store(to.at + n * to.row + j, RELU ? positive(made) : made);
     }
@@ -293,7 +298,10 @@ extern "C" void linear_attention(const Narrow* qkv, Narrow* out, const Narrow* g
       for (Int n = 0; n < N; ++n) {
         V share = all(1 / (dot(q.at + n * d, keys, d) + EPS));
         const Narrow* given = gradient + (b * N + n) * D + head * d;
-        for (Int j = 0; j < d; j += W) store(g.at + n * d + j, load(given + j) * share);
+        for (Int j = 0; j < d; j += W) {
+          fetch(given + j);
+          store(g.at + n * d + j, load(given + j) * share);
+        }
       }
       Narrow* to = dqkv + b * N * 3 * D + head * d;
       transpose(state, turned, d, d);
