@@ -89,9 +89,9 @@ extern "C" void gated_forward(const Narrow* h, const float* up, const float* tap
                               const float* bias, Narrow* out, Int B, Int H, Int width, Int E,
                               int threads) {
   Int blocks = (E + W - 1) / W, C = 2 * E, N = H * width;
-  Plane p{H, width};
 #pragma omp parallel num_threads(threads)
   {
+    const Plane p{H, width};
     std::vector<float> planes(2 * p.size);
     float* s[2] = {planes.data(), planes.data() + p.size};
 #pragma omp for schedule(static)
@@ -121,9 +121,9 @@ extern "C" void gated_backward(const Narrow* h, const float* up, const float* ta
                                const float* bias, const Narrow* gradient, Narrow* dh, float* sums,
                                Int B, Int H, Int width, Int E, int threads) {
   Int blocks = (E + W - 1) / W, C = 2 * E, N = H * width;
-  Plane p{H, width};
 #pragma omp parallel num_threads(threads)
   {
+    const Plane p{H, width};
     std::vector<float> planes(6 * p.size);
     float *s[2], *slope[2], *d[2];
     for (Int half = 0; half < 2; ++half) {
@@ -181,6 +181,8 @@ extern "C" void gated_backward(const Narrow* h, const float* up, const float* ta
 
 // --- attention, both kinds: a head of a picture at a time, in float32 ---------------------------
 
+constexpr Int SOME = 64;  // tokens at once: so many that all that is made of them is in the cache
+
 // A matrix as it is, or with its strides exchanged.
 struct Matrix {
   float* at;
@@ -189,10 +191,11 @@ struct Matrix {
 };
 
 template <int R, int C>
-static inline void tile(Matrix a, const float* b, Int b_row, float* c, Int c_row, Int inner) {
+static inline void tile(Matrix a, const float* b, Int b_row, float* c, Int c_row, Int inner,
+                        bool more) {
   V sum[R][C];
   for (int r = 0; r < R; ++r)
-    for (int j = 0; j < C; ++j) sum[r][j] = zero();
+    for (int j = 0; j < C; ++j) sum[r][j] = more ? load(c + r * c_row + j * W) : zero();
   for (Int i = 0; i < inner; ++i) {
     V right[C];
     for (int j = 0; j < C; ++j) right[j] = load(b + i * b_row + j * W);
@@ -206,20 +209,22 @@ static inline void tile(Matrix a, const float* b, Int b_row, float* c, Int c_row
 }
 
 template <int C>
-static void strip(Matrix a, const float* b, Int b_row, float* c, Int c_row, Int rows, Int inner) {
+static void strip(Matrix a, const float* b, Int b_row, Matrix c, Int rows, Int inner, bool more) {
   Int r = 0;
-  auto from = [&](Int r) { return Matrix{a.at + r * a.row, a.row, a.column}; };
-  for (; r + 8 <= rows; r += 8) tile<8, C>(from(r), b, b_row, c + r * c_row, c_row, inner);
-  for (; r + 2 <= rows; r += 2) tile<2, C>(from(r), b, b_row, c + r * c_row, c_row, inner);
-  for (; r < rows; ++r) tile<1, C>(from(r), b, b_row, c + r * c_row, c_row, inner);
+  auto from = [&] { return Matrix{a.at + r * a.row, a.row, a.column}; };
+  auto to = [&] { return c.at + r * c.row; };
+  for (; r + 8 <= rows; r += 8) tile<8, C>(from(), b, b_row, to(), c.row, inner, more);
+  for (; r + 2 <= rows; r += 2) tile<2, C>(from(), b, b_row, to(), c.row, inner, more);
+  for (; r < rows; ++r) tile<1, C>(from(), b, b_row, to(), c.row, inner, more);
 }
 
-// c (rows, columns) = a (rows, inner) b (inner, columns), columns a multiple of 16.
-static void product(Matrix a, Matrix b, Matrix c, Int rows, Int inner, Int columns) {
+// c (rows, columns) = a (rows, inner) b (inner, columns), columns a multiple of 16; or `more` of it.
+static void product(Matrix a, Matrix b, Matrix c, Int rows, Int inner, Int columns,
+                    bool more = false) {
   Int j = 0;
   for (; j + 2 * W <= columns; j += 2 * W)
-    strip<2>(a, b.at + j, b.row, c.at + j, c.row, rows, inner);
-  if (j < columns) strip<1>(a, b.at + j, b.row, c.at + j, c.row, rows, inner);
+    strip<2>(a, b.at + j, b.row, {c.at + j, c.row}, rows, inner, more);
+  if (j < columns) strip<1>(a, b.at + j, b.row, {c.at + j, c.row}, rows, inner, more);
 }
 
 static void transpose(Matrix a, Matrix to, Int rows, Int columns) {
@@ -266,73 +271,86 @@ extern "C" void linear_attention(const Narrow* qkv, Narrow* out, const Narrow* g
   Int D = heads * d;
 #pragma omp parallel num_threads(threads)
   {
-    Scratch scratch{std::vector<float>(5 * N * d + 4 * d * d + 2 * d)};
-    Matrix q = scratch.take(N, d), k = scratch.take(N, d), v = scratch.take(N, d);
-    Matrix g = scratch.take(N, d), made = scratch.take(N, d);
+    Scratch scratch{std::vector<float>(5 * SOME * d + 4 * d * d + 2 * d)};
+    Matrix q = scratch.take(SOME, d), k = scratch.take(SOME, d), v = scratch.take(SOME, d);
+    Matrix g = scratch.take(SOME, d), made = scratch.take(SOME, d);
     Matrix state = scratch.take(d, d), turned = scratch.take(d, d);
     Matrix dstate = scratch.take(d, d), dturned = scratch.take(d, d);
     float *keys = scratch.take(1, d).at, *dkeys = scratch.take(1, d).at;
 #pragma omp for schedule(static)
     for (Int job = 0; job < B * heads; ++job) {
-      Int b = job / heads, head = job % heads;
-      const Narrow* from = qkv + b * N * 3 * D + head * d;
-      widen<true>(from, 3 * D, q, N, d);
-      widen<true>(from + D, 3 * D, k, N, d);
-      widen(from + 2 * D, 3 * D, v, N, d);
-      product(k.turned(), v, state, d, N, d);
-      for (Int j = 0; j < d; j += W) {
-        V sum = zero();
-        for (Int n = 0; n < N; ++n) sum = sum + load(k.at + n * d + j);
-        store(keys + j, sum);
-        store(dkeys + j, zero());
-      }
-      if (!gradient) {
-        product(q, state, made, N, d, d);
-        for (Int n = 0; n < N; ++n) {
-          V share = all(1 / (dot(q.at + n * d, keys, d) + EPS));
-          Narrow* to = out + (b * N + n) * D + head * d;
-          for (Int j = 0; j < d; j += W) store(to + j, load(made.at + n * d + j) * share);
-        }
-        continue;
-      }
-      for (Int n = 0; n < N; ++n) {
-        V share = all(1 / (dot(q.at + n * d, keys, d) + EPS));
-        const Narrow* given = gradient + (b * N + n) * D + head * d;
+      Int first = job / heads * N, head = job % heads * d;
+      std::fill(keys, keys + 2 * d, 0.f);
+      for (Int at = 0; at < N; at += SOME) {
+        Int n = std::min(SOME, N - at);
+        const Narrow* from = qkv + (first + at) * 3 * D + head;
+        widen<true>(from + D, 3 * D, k, n, d);
+        widen(from + 2 * D, 3 * D, v, n, d);
+        product(k.turned(), v, state, d, n, d, at > 0);
         for (Int j = 0; j < d; j += W) {
-          fetch(given + j);
-          store(g.at + n * d + j, load(given + j) * share);
+          V sum = load(keys + j);
+          for (Int t = 0; t < n; ++t) sum = sum + load(k.at + t * d + j);
+          store(keys + j, sum);
         }
       }
-      Narrow* to = dqkv + b * N * 3 * D + head * d;
       transpose(state, turned, d, d);
-      product(g, turned, made, N, d, d);
-      for (Int n = 0; n < N; ++n) {
-        float *query = q.at + n * d, *of_query = made.at + n * d;
-        V under = all(-dot(query, of_query, d) / (dot(query, keys, d) + EPS));
-        for (Int j = 0; j < d; j += W) {
-          V x = load(query + j), dx = multiply_add(under, load(keys + j), load(of_query + j));
-          Mask on = _mm512_cmp_ps_mask(x, zero(), _CMP_GT_OQ);
-          store(to + n * 3 * D + j, _mm512_maskz_mov_ps(on, dx));
-          store(dkeys + j, multiply_add(under, x, load(dkeys + j)));
+      for (Int at = 0; at < N; at += SOME) {
+        Int n = std::min(SOME, N - at);
+        widen<true>(qkv + (first + at) * 3 * D + head, 3 * D, q, n, d);
+        if (!gradient) {
+          product(q, state, made, n, d, d);
+          for (Int t = 0; t < n; ++t) {
+            V share = all(1 / (dot(q.at + t * d, keys, d) + EPS));
+            Narrow* to = out + (first + at + t) * D + head;
+            for (Int j = 0; j < d; j += W) store(to + j, load(made.at + t * d + j) * share);
+          }
+          continue;
+        }
+        widen(gradient + (first + at) * D + head, D, g, n, d);
+        float shares[SOME];
+        for (Int t = 0; t < n; ++t) {
+          shares[t] = 1 / (dot(q.at + t * d, keys, d) + EPS);
+          float* row = g.at + t * d;
+          for (Int j = 0; j < d; j += W) store(row + j, load(row + j) * all(shares[t]));
+        }
+        product(g, turned, made, n, d, d);
+        product(q.turned(), g, dstate, d, n, d, at > 0);
+        for (Int t = 0; t < n; ++t) {
+          float *query = q.at + t * d, *of_query = made.at + t * d;
+          V under = all(-dot(query, of_query, d) * shares[t]);
+          Narrow* to = dqkv + (first + at + t) * 3 * D + head;
+          for (Int j = 0; j < d; j += W) {
+            V x = load(query + j), dx = multiply_add(under, load(keys + j), load(of_query + j));
+            Mask on = _mm512_cmp_ps_mask(x, zero(), _CMP_GT_OQ);
+            store(to + j, _mm512_maskz_mov_ps(on, dx));
+            store(dkeys + j, multiply_add(under, x, load(dkeys + j)));
+          }
         }
       }
-      product(q.turned(), g, dstate, d, N, d);
+      if (!gradient) continue;
       transpose(dstate, dturned, d, d);
-      product(v, dturned, made, N, d, d);
-      for (Int n = 0; n < N; ++n)
-        for (Int j = 0; j < d; j += W) {
-          Mask on = _mm512_cmp_ps_mask(load(k.at + n * d + j), zero(), _CMP_GT_OQ);
-          V dx = load(made.at + n * d + j) + load(dkeys + j);
-          store(to + D + n * 3 * D + j, _mm512_maskz_mov_ps(on, dx));
-        }
-      product(k, dstate, made, N, d, d);
-      narrow(made, to + 2 * D, 3 * D, N, d);
+      for (Int at = 0; at < N; at += SOME) {
+        Int n = std::min(SOME, N - at);
+        const Narrow* from = qkv + (first + at) * 3 * D + head;
+        Narrow* to = dqkv + (first + at) * 3 * D + head;
+        widen<true>(from + D, 3 * D, k, n, d);
+        widen(from + 2 * D, 3 * D, v, n, d);
+        product(v, dturned, made, n, d, d);
+        for (Int t = 0; t < n; ++t)
+          for (Int j = 0; j < d; j += W) {
+            Mask on = _mm512_cmp_ps_mask(load(k.at + t * d + j), zero(), _CMP_GT_OQ);
+            V dx = load(made.at + t * d + j) + load(dkeys + j);
+            store(to + D + t * 3 * D + j, _mm512_maskz_mov_ps(on, dx));
+          }
+        product(k, dstate, made, n, d, d);
+        narrow(made, to + 2 * D, 3 * D, n, d);
+      }
     }
   }
 }
 
 // q (B, N, heads d), kv (B, L, 2 heads d), mask (B, L) -> out like q; with a gradient of it, dq,
-// and dkv where it is not zero. Of tokens that the mask leaves out, or of none, nothing is read.
+// and dkv where it is not zero. Of text that the mask leaves out nothing is read.
 extern "C" void cross_attention(const Narrow* q_, const Narrow* kv, const bool* mask, Narrow* out,
                                 const Narrow* gradient, Narrow* dq, Narrow* dkv, Int B, Int N,
                                 Int L, Int heads, Int d, int threads) {
@@ -340,66 +358,70 @@ extern "C" void cross_attention(const Narrow* q_, const Narrow* kv, const bool* 
   float scale = 1 / std::sqrt(float(d));
 #pragma omp parallel num_threads(threads)
   {
-    Scratch scratch{std::vector<float>(3 * N * d + 2 * N * most + 5 * most * d)};
+    Scratch scratch{std::vector<float>(3 * SOME * d + 2 * SOME * most + 6 * most * d)};
     std::vector<Int> real;
 #pragma omp for schedule(static)
     for (Int job = 0; job < B * heads; ++job) {
-      Int b = job / heads, head = job % heads;
+      Int b = job / heads, head = job % heads * d;
       real.clear();
       for (Int l = 0; l < L; ++l)
         if (mask[b * L + l]) real.push_back(l);
       Int R = real.size(), P = (R + W - 1) / W * W;  // P: with zeros up to a whole vector
       scratch.used = 0;
-      Matrix q = scratch.take(N, d), g = scratch.take(N, d), made = scratch.take(N, d);
-      Matrix p = scratch.take(N, P), dp = scratch.take(N, P), turned = scratch.take(d, P);
-      Matrix k = scratch.take(P, d), v = scratch.take(P, d), sum = scratch.take(P, d);
+      Matrix q = scratch.take(SOME, d), g = scratch.take(SOME, d), made = scratch.take(SOME, d);
+      Matrix p = scratch.take(SOME, P), dp = scratch.take(SOME, P);
+      Matrix k = scratch.take(P, d), v = scratch.take(P, d), dk = scratch.take(P, d);
+      Matrix dv = scratch.take(P, d), k_turned = scratch.take(d, P), v_turned = scratch.take(d, P);
       std::fill(k.at, k.at + 2 * P * d, 0.f);
-      auto text = [&](Int r) { return (b * L + real[r]) * 2 * D + head * d; };
+      auto text = [&](Int r) { return (b * L + real[r]) * 2 * D + head; };
       for (Int r = 0; r < R; ++r) {
         widen(kv + text(r), 0, {k.at + r * d, d}, 1, d);
         widen(kv + text(r) + D, 0, {v.at + r * d, d}, 1, d);
       }
-      Int tokens = b * N * D + head * d;
-      widen(q_ + tokens, D, q, N, d);
-      transpose(k, turned, P, d);
-      product(q, turned, p, N, d, P);
-      for (Int n = 0; n < N; ++n) {
-        float* row = p.at + n * P;
-        V most_of = all(-INFINITY), under = zero();
-        for (Int l = 0; l < P; l += W) {
-          Mask m = lanes(R - l);
-          most_of = _mm512_mask_max_ps(most_of, m, most_of, load(row + l));
+      transpose(k, k_turned, P, d);
+      transpose(v, v_turned, P, d);
+      for (Int at = 0; at < N; at += SOME) {
+        Int n = std::min(SOME, N - at), tokens = (b * N + at) * D + head;
+        widen(q_ + tokens, D, q, n, d);
+        product(q, k_turned, p, n, d, P);
+        for (Int t = 0; t < n; ++t) {
+          float* row = p.at + t * P;
+          V top = all(-INFINITY), under = zero();
+          for (Int l = 0; l < P; l += W)
+            top = _mm512_mask_max_ps(top, lanes(R - l), top, load(row + l));
+          top = all(_mm512_reduce_max_ps(top));
+          for (Int l = 0; l < P; l += W) {
+            V made = exponential((load(row + l) - top) * all(scale));
+            made = _mm512_maskz_mov_ps(lanes(R - l), made);
+            under = under + made;
+            store(row + l, made);
+          }
+          V share = all(1 / total(under));
+          for (Int l = 0; l < P; l += W) store(row + l, load(row + l) * share);
         }
-        V top = all(_mm512_reduce_max_ps(most_of));
-        for (Int l = 0; l < P; l += W) {
-          V made = exponential((load(row + l) - top) * all(scale));
-          made = _mm512_maskz_mov_ps(lanes(R - l), made);
-          under = under + made;
-          store(row + l, made);
+        if (!gradient) {
+          product(p, v, made, n, R, d);
+          narrow(made, out + tokens, D, n, d);
+          continue;
         }
-        V share = all(R ? 1 / total(under) : 0.f);
-        for (Int l = 0; l < P; l += W) store(row + l, load(row + l) * share);
+        widen(gradient + tokens, D, g, n, d);
+        product(g, v_turned, dp, n, d, P);
+        for (Int t = 0; t < n; ++t) {
+          float *row = dp.at + t * P, *weights = p.at + t * P;
+          V mean = all(dot(row, weights, P));
+          for (Int l = 0; l < P; l += W)
+            store(row + l, (load(row + l) - mean) * load(weights + l) * all(scale));
+        }
+        product(dp, k, made, n, R, d);
+        narrow(made, dq + tokens, D, n, d);
+        product(dp.turned(), q, dk, R, n, d, at > 0);
+        product(p.turned(), g, dv, R, n, d, at > 0);
       }
-      if (!gradient) {
-        product(p, v, made, N, R, d);
-        narrow(made, out + tokens, D, N, d);
-        continue;
+      if (!gradient) continue;
+      for (Int r = 0; r < R; ++r) {
+        narrow({dk.at + r * d, d}, dkv + text(r), 0, 1, d);
+        narrow({dv.at + r * d, d}, dkv + text(r) + D, 0, 1, d);
       }
-      widen(gradient + tokens, D, g, N, d);
-      transpose(v, turned, P, d);
-      product(g, turned, dp, N, d, P);
-      for (Int n = 0; n < N; ++n) {
-        float *row = dp.at + n * P, *weights = p.at + n * P;
-        V mean = all(dot(row, weights, P));
-        for (Int l = 0; l < P; l += W)
-          store(row + l, (load(row + l) - mean) * load(weights + l) * all(scale));
-      }
-      product(dp, k, made, N, R, d);
-      narrow(made, dq + tokens, D, N, d);
-      product(dp.turned(), q, sum, R, N, d);
-      for (Int r = 0; r < R; ++r) narrow({sum.at + r * d, d}, dkv + text(r), 0, 1, d);
-      product(p.turned(), g, sum, R, N, d);
-      for (Int r = 0; r < R; ++r) narrow({sum.at + r * d, d}, dkv + text(r) + D, 0, 1, d);
     }
   }
 }
