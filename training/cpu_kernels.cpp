@@ -54,6 +54,27 @@ static inline V sigmoid(V x) {
   return guess * _mm512_fnmadd_ps(under, guess, all(2.f));
 }
 
+// A matrix as it is, or with its strides exchanged.
+struct Matrix {
+  float* at;
+  Int row, column = 1;
+  Matrix turned() const { return {at, column, row}; }
+};
+
+// A thread's floats, zero at first. They start where a line of the cache does: of vectors that lie
+// across two lines each costs two reads.
+struct Scratch {
+  std::vector<float> memory;
+  Int used = 0;
+  explicit Scratch(Int size) : memory(size + W) {}
+  Matrix take(Int rows, Int columns) {
+    float* first = memory.data() + (-(uintptr_t)memory.data() % 64) / sizeof(float);
+    Matrix made{first + used, columns};
+    used += rows * columns;
+    return made;
+  }
+};
+
 // --- the gated depthwise convolution -----------------------------------------------------------
 
 // Sixteen channels of a picture at a time, as planes with a rim of zeros that stay in the cache.
@@ -92,8 +113,8 @@ extern "C" void gated_forward(const Narrow* h, const float* up, const float* tap
 #pragma omp parallel num_threads(threads)
   {
     const Plane p{H, width};
-    std::vector<float> planes(2 * p.size);
-    float* s[2] = {planes.data(), planes.data() + p.size};
+    Scratch planes(2 * p.size);
+    float* s[2] = {planes.take(1, p.size).at, planes.take(1, p.size).at};
 #pragma omp for schedule(static)
     for (Int job = 0; job < B * blocks; ++job) {
       Int b = job / blocks, c = job % blocks * W;
@@ -124,13 +145,10 @@ extern "C" void gated_backward(const Narrow* h, const float* up, const float* ta
 #pragma omp parallel num_threads(threads)
   {
     const Plane p{H, width};
-    std::vector<float> planes(6 * p.size);
+    Scratch planes(6 * p.size);
     float *s[2], *slope[2], *d[2];
-    for (Int half = 0; half < 2; ++half) {
-      s[half] = planes.data() + half * p.size;
-      slope[half] = s[half] + 2 * p.size;
-      d[half] = s[half] + 4 * p.size;
-    }
+    for (float** of : {s, slope, d})
+      for (Int half = 0; half < 2; ++half) of[half] = planes.take(1, p.size).at;
     float* mine = sums + omp_get_thread_num() * 11 * C;
 #pragma omp for schedule(static)
     for (Int job = 0; job < B * blocks; ++job) {
@@ -182,13 +200,6 @@ extern "C" void gated_backward(const Narrow* h, const float* up, const float* ta
 // --- attention, both kinds: a head of a picture at a time, in float32 ---------------------------
 
 constexpr Int SOME = 64;  // tokens at once: so many that all that is made of them is in the cache
-
-// A matrix as it is, or with its strides exchanged.
-struct Matrix {
-  float* at;
-  Int row, column = 1;
-  Matrix turned() const { return {at, column, row}; }
-};
 
 template <int R, int C>
 static inline void tile(Matrix a, const float* b, Int b_row, float* c, Int c_row, Int inner,
@@ -253,16 +264,6 @@ static inline float dot(const float* a, const float* b, Int size) {
   return total(sum);
 }
 
-struct Scratch {  // floats of a thread, handed out as matrices
-  std::vector<float> memory;
-  Int used = 0;
-  Matrix take(Int rows, Int columns) {
-    Matrix made{memory.data() + used, columns};
-    used += rows * columns;
-    return made;
-  }
-};
-
 constexpr float EPS = 1e-15f;  // as in kernels/linear_attention.py
 
 // qkv (B, N, 3 heads d) -> out (B, N, heads d); with a gradient of it, dqkv instead.
@@ -271,7 +272,7 @@ extern "C" void linear_attention(const Narrow* qkv, Narrow* out, const Narrow* g
   Int D = heads * d;
 #pragma omp parallel num_threads(threads)
   {
-    Scratch scratch{std::vector<float>(5 * SOME * d + 4 * d * d + 2 * d)};
+    Scratch scratch(5 * SOME * d + 4 * d * d + 2 * d);
     Matrix q = scratch.take(SOME, d), k = scratch.take(SOME, d), v = scratch.take(SOME, d);
     Matrix g = scratch.take(SOME, d), made = scratch.take(SOME, d);
     Matrix state = scratch.take(d, d), turned = scratch.take(d, d);
@@ -358,7 +359,7 @@ extern "C" void cross_attention(const Narrow* q_, const Narrow* kv, const bool* 
   float scale = 1 / std::sqrt(float(d));
 #pragma omp parallel num_threads(threads)
   {
-    Scratch scratch{std::vector<float>(3 * SOME * d + 2 * SOME * most + 6 * most * d)};
+    Scratch scratch(3 * SOME * d + 2 * SOME * most + 6 * most * d);
     std::vector<Int> real;
 #pragma omp for schedule(static)
     for (Int job = 0; job < B * heads; ++job) {
