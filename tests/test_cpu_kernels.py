@@ -30,7 +30,7 @@ def check(kernel, exact, given: list[torch.Tensor]) -> None:
     assert len(found) == len(expected)
     for i, (a, b) in enumerate(zip(found, expected, strict=True)):
         assert a.shape == b.shape and a.isfinite().all()
-        bound = ULP if a.dtype == torch.bfloat16 else 1e-4
+        bound = ULP if a.dtype == torch.bfloat16 else ULP / 16  # its sigmoid is as coarse
         assert (a.double() - b).norm() <= bound * b.norm() + 1e-12, i
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -73,6 +74,11 @@ def _call(name: str, *values: Tensor | int | float | None) -> None:
     getattr(library, name)(*given, ctypes.c_int(torch.get_num_threads()))
 
 
+def mapped(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear` in bfloat16, of parameters in float32."""
+    return _Mapped.apply(x, weight, bias)
+
+
 def gated_depthwise(
     h: Tensor, up: Tensor, weight: Tensor, bias: Tensor, grid: tuple[int, int]
 ) -> Tensor:
@@ -110,6 +116,30 @@ def joined(
     """x + gate·(y + bias) in float32, and what the next branch takes of it in bfloat16: all of it
     modulated, or as it is."""
     return _Stream.apply(x, y, bias, gate, shift, scale, eps)
+
+
+class _Mapped(torch.autograd.Function):
+    """The gradient of a weight is that of a 1x1 convolution: for a plain product of so many tokens
+    oneDNN takes twice as long, as it first turns one side around."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        narrow = weight.to(x.dtype)
+        ctx.save_for_backward(x, narrow)
+        ctx.biased = bias is not None
+        return F.linear(x, narrow, None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        given, image = (t.movedim(-1, 1)[..., None] for t in (gradient, x))
+        _, of_weight, _ = torch.ops.aten.convolution_backward(
+            *(given, image, weight[..., None, None], None),
+            *([1, 1], [0, 0], [1, 1], False, [0, 0], 1, [False, True, False]),
+        )
+        of_bias = gradient.sum((0, 1), dtype=torch.float32) if ctx.biased else None
+        return gradient @ weight, of_weight.flatten(1).float(), of_bias
 
 
 class _GatedDepthwise(torch.autograd.Function):

@@ -53,26 +53,24 @@ class FusedDiT(DiT):
         branch = cpu_kernels.modulated(x, *rows[0][:2], eps)
         for block, row, after in zip(self.transformer_blocks, rows, [*rows[1:], last], strict=True):
             _, _, gate_attn, shift_ff, scale_ff, gate_ff = row
-            out = block.attn1.to_out[0]
-            branch = cpu_kernels.linear_attention(
-                at_once(branch, block.attn1.to_q, block.attn1.to_k, block.attn1.to_v),
-                block.attn1.heads,
+            own, text, up, depth, down = (
+                *(block.attn1, block.attn2),
+                *(block.ff.conv_inverted, block.ff.conv_depth, block.ff.conv_point),
             )
-            x, branch = cpu_kernels.joined(x, F.linear(branch, out.weight), out.bias, gate_attn)
-            out = block.attn2.to_out[0]
-            branch = cpu_kernels.cross_attention(
-                block.attn2.to_q(branch),
-                at_once(caption, block.attn2.to_k, block.attn2.to_v),
-                mask,
-                block.attn2.heads,
-            )
-            branch = F.linear(branch, out.weight)
+            weight = torch.cat([own.to_q.weight, own.to_k.weight, own.to_v.weight])
+            branch = cpu_kernels.linear_attention(cpu_kernels.mapped(branch, weight), own.heads)
+            out = own.to_out[0]
+            branch = cpu_kernels.mapped(branch, out.weight)
+            x, branch = cpu_kernels.joined(x, branch, out.bias, gate_attn)
+            q = cpu_kernels.mapped(branch, text.to_q.weight, text.to_q.bias)
+            kv = at_once(caption, text.to_k, text.to_v)
+            out = text.to_out[0]
+            branch = cpu_kernels.cross_attention(q, kv, mask, text.heads)
+            branch = cpu_kernels.mapped(branch, out.weight)
             x, branch = cpu_kernels.joined(x, branch, out.bias, None, shift_ff, scale_ff, eps)
-            up, depth, down = block.ff.conv_inverted, block.ff.conv_depth, block.ff.conv_point
-            branch = cpu_kernels.gated_depthwise(
-                F.linear(branch, up.weight.flatten(1)), up.bias, depth.weight, depth.bias, grid
-            )
-            branch = F.linear(branch, down.weight.flatten(1))
+            branch = cpu_kernels.mapped(branch, up.weight.flatten(1))
+            branch = cpu_kernels.gated_depthwise(branch, up.bias, depth.weight, depth.bias, grid)
+            branch = cpu_kernels.mapped(branch, down.weight.flatten(1))
             x, branch = cpu_kernels.joined(x, branch, None, gate_ff, *after[:2], eps)
         return self.proj_out(branch).transpose(1, 2).unflatten(-1, grid)
 
