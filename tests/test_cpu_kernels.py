@@ -147,6 +147,22 @@ def test_the_stream(batch, grid, width):
     check(plain, plain, [x, y])
 
 
+@pytest.mark.parametrize("width", [3, 8, 16, 100, 128])
+def test_channel_norm(width):
+    from sana_cli.dc_ae import ChannelRMSNorm
+
+    torch.manual_seed(0)
+    image = torch.randn(3, width, 5, 7, dtype=torch.bfloat16)
+    image = image.to(memory_format=torch.channels_last).requires_grad_()
+
+    def exact(x, weight, bias):
+        norm = ChannelRMSNorm(width).double()
+        return torch.func.functional_call(norm, {"weight": weight, "bias": bias}, (x,))
+
+    given = [image, drawn(width, narrow=False), drawn(width, narrow=False)]
+    check(lambda *x: cpu_kernels.channel_norm(*x, 1e-5), exact, given)
+
+
 @pytest.mark.parametrize("grid", [(4, 4), (1, 1), (5, 3)])
 def test_the_model_learns_the_same(grid, monkeypatch):
     """Its gradients are no farther from float64 than those of torch's own way in bfloat16."""

@@ -517,3 +517,41 @@ extern "C" void stream_backward(const float* sum, const Narrow* y, const float* 
     }
   }
 }
+
+// --- the autoencoder's norm ---------------------------------------------------------------------
+
+// x (rows, C) -> out = x / rms(x) weight + bias; with a gradient of that, out is the gradient of x,
+// and of each thread's rows there are sums (threads, 2, C), the gradients of weight and bias.
+extern "C" void channel_norm(const Narrow* x, const float* weight, const float* bias, float eps,
+                             const Narrow* gradient, Narrow* out, float* sums, Int rows, Int C,
+                             int threads) {
+#pragma omp parallel num_threads(threads)
+  {
+    float *dweight = gradient ? sums + omp_get_thread_num() * 2 * C : nullptr;
+#pragma omp for schedule(static)
+    for (Int r = 0; r < rows; ++r) {
+      const Narrow *row = x + r * C, *given = gradient ? gradient + r * C : nullptr;
+      V square = zero(), along = zero();
+      for (Int c = 0; c < C; c += W) {
+        Mask m = lanes(C - c);
+        V a = load(row + c, m);
+        square = multiply_add(a, a, square);
+        if (given) along = multiply_add(a * load(weight + c, m), load(given + c, m), along);
+      }
+      V root = all(1 / std::sqrt(total(square) / C + eps));
+      V pull = given ? all(total(along) / C) * root * root * root : zero();
+      for (Int c = 0; c < C; c += W) {
+        Mask m = lanes(C - c);
+        V a = load(row + c, m), by = load(weight + c, m) * root;
+        if (!given) {
+          store(out + r * C + c, multiply_add(a, by, load(bias + c, m)), m);
+          continue;
+        }
+        V g = load(given + c, m);
+        add(dweight + c, g * a * root, m);
+        add(dweight + C + c, g, m);
+        store(out + r * C + c, g * by - a * pull, m);
+      }
+    }
+  }
+}

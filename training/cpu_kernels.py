@@ -118,6 +118,11 @@ def joined(
     return _Stream.apply(x, y, bias, gate, shift, scale, eps)
 
 
+def channel_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """bfloat16 (B, C, H, W), channels last: `dc_ae.ChannelRMSNorm`."""
+    return _ChannelNorm.apply(x, weight, bias, eps)
+
+
 class _Mapped(torch.autograd.Function):
     """The gradient of a weight is that of a 1x1 convolution: for a plain product of so many tokens
     oneDNN takes twice as long, as it first turns one side around."""
@@ -248,6 +253,26 @@ class _Stream(torch.autograd.Function):
             *((None, None) if scale is None else (of_shift, of_scale)),
             None,
         )
+
+
+class _ChannelNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.eps, ctx.sizes = eps, (x.numel() // x.shape[1], x.shape[1])
+        out = torch.empty_like(x)
+        _call("channel_norm", x, weight, bias, eps, None, out, None, *ctx.sizes)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        gradient = gradient.contiguous(memory_format=torch.channels_last)
+        dx = torch.empty_like(x)
+        sums = weight.new_zeros(torch.get_num_threads(), 2, x.shape[1])
+        _call("channel_norm", x, weight, None, ctx.eps, gradient, dx, sums, *ctx.sizes)
+        return dx, *sums.sum(0).unbind(), None
 
 
 def _row(x: Tensor | None) -> int:
