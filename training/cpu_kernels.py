@@ -138,7 +138,7 @@ class _Mapped(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        given, image = (t.movedim(-1, 1)[..., None] for t in (gradient, x))
+        given, image = (t.unsqueeze(2).movedim(-1, 1) for t in (gradient.contiguous(), x))
         _, of_weight, _ = torch.ops.aten.convolution_backward(
             *(given, image, weight[..., None, None], None),
             *([1, 1], [0, 0], [1, 1], False, [0, 0], 1, [False, True, False]),

@@ -41,7 +41,13 @@ class FusedDiT(DiT):
         mask: Tensor | None = None,
         guidance: Tensor | None = None,
     ) -> Tensor:
-        if mask is None or guidance is not None or not self._by_cpu_kernels(latents):
+        sizes = {len(t) for t in (latents, timestep, caption, mask) if t is not None}
+        if (
+            mask is None
+            or guidance is not None
+            or len(sizes) > 1
+            or not self._narrow_on_cpu(latents)
+        ):
             return super().forward(latents, timestep, caption, mask, guidance)
         grid = (latents.shape[-2], latents.shape[-1])
         eps = self.config.norm_eps
@@ -74,7 +80,7 @@ class FusedDiT(DiT):
             x, branch = cpu_kernels.joined(x, branch, None, gate_ff, *after[:2], eps)
         return self.proj_out(branch).transpose(1, 2).unflatten(-1, grid)
 
-    def _by_cpu_kernels(self, latents: Tensor) -> bool:
+    def _narrow_on_cpu(self, latents: Tensor) -> bool:
         config = self.config
         return (
             latents.device.type == "cpu"
