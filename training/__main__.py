@@ -42,7 +42,9 @@ def main(words: list[str] | None = None) -> None:
         torch.backends.cudnn.benchmark = True
         print("kernels: {} path, as {}".format(*chosen_path(options.device)), file=sys.stderr)
     else:
-        print(f"kernels: {cpu_kernels.why_not() or 'those of cpu_kernels.cpp'}", file=sys.stderr)
+        reason = cpu_kernels.why_not()
+        path = f"torch path, as {reason}" if reason else "training/cpu_kernels.cpp"
+        print(f"kernels: {path}", file=sys.stderr)
     machine = Machine(options.device, settings.workers, settings.save_seconds, settings.log_every)
     if options.estimate:
         print(estimate(settings, machine, options.seed))
