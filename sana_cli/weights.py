@@ -107,7 +107,8 @@ def choose_model(name: str | None, request: Request | None) -> Model:
     if name in models:
         asked = request.side if request else None
         if asked not in (None, *models[name].sides):
-            able = [model.name for model in models.values() if model.side == asked]
+            able = [m.name for m in models.values() if asked in m.sides]
+            able.sort(key=lambda name: not models[name].sources)  # the demonstration last
             raise UsageError(
                 f"{name} draws {squares_of(models[name].sides)}, not {asked}x{asked}",
                 f"use --model {able[0]}" if able else f"leave --res out for {models[name].side}",

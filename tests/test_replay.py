@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-FAST = ("-m", "demo", "--steps", "2", "--dtype", "float32")
+FAST = ("-m", "demo", "-r", "256", "--steps", "2", "--dtype", "float32")
 
 
 def pixels(path) -> np.ndarray:
@@ -20,7 +20,7 @@ def drawn(sana, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def draw(*words: str, name: str = "one.png") -> str:
-        run = sana("generate", *words, *FAST, "-o", name, "-f")
+        run = sana("generate", *FAST, *words, "-o", name, "-f")
         assert run.code == 0, run.err
         return run.out.strip()
 

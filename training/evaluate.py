@@ -3,7 +3,8 @@
 By default the 500 prompts of `training.prompts` about illustrated scenes, judged by
 `training.checker`; with `--world shapes` 200 one-object and 100 two-object prompts about shapes,
 judged by `training.shape_checker`. Both at the default settings of `sana generate`. A prompt is
-obeyed if everything that it states is seen in the pixels. `--sheet` saves a contact sheet of 24.
+obeyed if everything that it states is seen in the pixels. `--sheet` saves a contact sheet of 24,
+evenly taken from the prompts, which go into a text file beside it.
 With `--copies` the model's autoencoder copies true drawings instead: the most that the best
 transformer could reach behind it.
 """
@@ -35,6 +36,7 @@ from training.world import Sample
 from training.world import draw as paint
 
 ROOT = Path(__file__).resolve().parents[1]
+THUMBNAIL = 256  # pixels a side, on the contact sheet
 Verdict = dict[str, bool]
 
 
@@ -118,7 +120,7 @@ def main() -> None:
     parser.add_argument("--world", choices=("scenes", "shapes"), default="scenes")
     parser.add_argument("--seed", type=int, default=SEED, help="of the choice of prompts")
     parser.add_argument("--every", type=int, default=1, help="one prompt of so many")
-    parser.add_argument("--side", type=int, default=256, help="of the pictures")
+    parser.add_argument("--side", type=int, default=demo.side, help="of the pictures")
     parser.add_argument("--steps", type=int, default=demo.steps)
     parser.add_argument("--guidance", type=float, default=demo.guidance)
     parser.add_argument("--solver", choices=("flow-dpm", "flow-euler"), default="flow-dpm")
@@ -156,9 +158,13 @@ def main() -> None:
     print(json.dumps(report, indent=2) if options.json else table(report))
     if options.sheet:
         chosen = np.linspace(0, len(drawn) - 1, 24).astype(int)
-        rows = [np.concatenate([drawn[i] for i in chosen[r : r + 6]], 1) for r in (0, 6, 12, 18)]
-        Image.fromarray(np.concatenate(rows)).save(options.sheet)
-        print("\n".join(questions[i][1].prompt for i in chosen))
+        small = [Image.fromarray(drawn[i]).resize((THUMBNAIL, THUMBNAIL)) for i in chosen]
+        sheet = Image.new("RGB", (6 * THUMBNAIL, 4 * THUMBNAIL))
+        for i, picture in enumerate(small):
+            sheet.paste(picture, (i % 6 * THUMBNAIL, i // 6 * THUMBNAIL))
+        sheet.save(options.sheet)
+        texts = [questions[i][1].prompt for i in chosen]
+        options.sheet.with_suffix(".txt").write_text("\n".join(texts) + "\n")
 
 
 def summary(verdicts: list[tuple[str, Verdict]]) -> dict[str, dict]:

@@ -62,7 +62,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m training.experiments", description=__doc__)
     parser.add_argument("--model", type=Path, default=ROOT / "sana_cli" / "demo")
     parser.add_argument("--world", choices=("scenes", "shapes"), default="scenes")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "demo-claims.json")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "demo" / "claims.json")
     parser.add_argument("--every", type=int, default=5, help="one prompt of so many, for alignment")
     parser.add_argument("--pictures", type=int, default=16, help="compared with the reference")
     parser.add_argument("--reference", type=int, default=500, help="steps of the reference")
@@ -77,6 +77,7 @@ def main() -> None:
     few = questions[:: max(1, len(questions) // options.pictures)][: options.pictures]
     files = open_model(folder_parts(options.model))
     about = {name: getattr(options, name) for name in ("world", "every", "reference", "side")}
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     report = Report(options.out, about | {"pictures": len(few), "prompts": len(questions)})
 
     def drawn(asked: list, steps: int = 20, guidance: float = 4.5, **change) -> list[np.ndarray]:

@@ -6,7 +6,7 @@ import numpy as np
 
 from training import captions, painter, scenes, shapes
 
-SHAPES_SHARE = 0.25
+SHAPES_SHARE = 0.4  # shapes come in more sizes and places than objects of a scene
 Sample = scenes.Scene | shapes.Scene
 
 
