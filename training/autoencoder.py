@@ -68,7 +68,7 @@ def build(config: DCAEConfig) -> DCAE:
 
 
 class FusedNorm(ChannelRMSNorm):
-    """On a CPU with bfloat16 in one pass, where plain torch takes half of a step for eight."""
+    """On a CPU with bfloat16 in one pass, where plain torch takes several."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type != "cpu" or x.dtype != torch.bfloat16 or cpu_kernels.why_not():
