@@ -3,6 +3,10 @@
 Paper §4 captions every picture several times, scores each caption, and picks one with probability
 softmax(score / temperature). The score there is CLIP's; here it is the share of the picture's
 facts that the caption names, which needs no judge.
+
+Colours, sky and land may be left out; where things are is never open. What no word places stands in
+the middle, or one above the other, and of two side by side the left one is named first; houses
+without a number are three.
 """
 
 from collections.abc import Callable
@@ -113,19 +117,22 @@ def candidate(scene: Scene, rng: np.random.Generator) -> Caption:
     pick: Pick = lambda options: str(options[int(rng.integers(len(options)))])  # noqa: E731
     facts: dict[str, str] = {}
     groups, relation = list(scene.groups), scene.relation
-    if len(groups) == 2 and rng.random() < 0.4:
-        groups.reverse()
-        relation = relation and OPPOSITE[relation]
-    if len(groups) == 2 and rng.random() < 0.12:  # of two kinds only one is told
-        groups, relation = groups[:1], None
     keeps = rng.random(4) < (0.62, 0.7, 0.85, 0.8)
     land, when, colours, together = (bool(keep) for keep in keeps)
+    sideways = relation in ("left of", "right of")
+    if sideways and not scene.one_row:
+        together = True
+    swapped = rng.random() < 0.4 if together or not sideways else relation == "right of"
+    if len(groups) == 2 and swapped:
+        groups.reverse()
+        relation = relation and OPPOSITE[relation]
     if not groups:
         land = True
     names = []
     for i, group in enumerate(groups, 1):
         text, stated = _name(group, i, pick, rng, colours)
-        if len(groups) == 1 and group.place and len(scene.groups) == 1 and rng.random() < 0.7:
+        aside = group.place not in (None, "middle")
+        if len(groups) == 1 and group.place and (aside or rng.random() < 0.3):
             text, stated[f"place {i}"] = f"{text} {pick(PLACE[group.place])}", group.place
         names.append(text)
         facts |= stated
@@ -165,7 +172,7 @@ def _name(
         del facts[f"colour {index}"]
     if group.count == 1:
         return (f"one {noun}" if rng.random() < 0.06 else article(noun)), facts
-    if rng.random() < 0.06:
+    if group.count == 3 and rng.random() < 0.12:
         return noun, facts | {f"count {index}": "many"}
     return f"{pick(NUMBERS[group.count])} {noun}", facts
 

@@ -100,7 +100,7 @@ def look(pixels: np.ndarray) -> Seen:
     names, nearest = _nearest(light, land)
     labels = nearest[_cells(smooth)]
     named = lambda name: labels == names.index(name)  # noqa: E731
-    details = np.isin(labels, [names.index(name) for name in (*DETAILS, "window")])
+    details = {name: named(name) for name in (*DETAILS, "window")}
     found = []
     for colour in COLOURS:
         found += _objects(named(colour), details, colour)
@@ -256,7 +256,7 @@ def _squares(pixels: np.ndarray, palette: np.ndarray) -> np.ndarray:
     return np.maximum(squares - 2 * pixels @ palette.T, 0)
 
 
-def _objects(mask: np.ndarray, details: np.ndarray, colour: str) -> list[Found]:
+def _objects(mask: np.ndarray, details: dict[str, np.ndarray], colour: str) -> list[Found]:
     found = []
     labels, count = ndimage.label(mask)
     sizes = np.bincount(labels.ravel())[1:]
@@ -275,21 +275,26 @@ def _objects(mask: np.ndarray, details: np.ndarray, colour: str) -> list[Found]:
     return found
 
 
-def overlaps(patch: np.ndarray, details: np.ndarray) -> dict[str, float]:
-    """How well a patch with these details around it fits each kind, from 0 to 1."""
+def overlaps(patch: np.ndarray, details: dict[str, np.ndarray]) -> dict[str, float]:
+    """How well a patch with these details around it fits each kind, from 0 to 1.
+
+    A kind's details have to be of its own tones: a roof over a hull makes no boat.
+    """
     rows, columns = np.nonzero(patch)
     scale = np.sqrt(patch.sum() / (GRID * GRID / 5))
     steps = (np.arange(GRID) - (GRID - 1) / 2) * scale
     where = np.meshgrid(rows.mean() + steps, columns.mean() + steps, indexing="ij")
-    main = ndimage.map_coordinates(patch.astype(np.float32), where, order=1) > 0.5
-    beside = ndimage.map_coordinates(details.astype(np.float32), where, order=1) > 0.5
+    scaled = lambda mask: ndimage.map_coordinates(mask.astype(np.float32), where, order=1)  # noqa: E731
+    main = scaled(patch) > 0.5
+    tones = {name: scaled(mask) for name, mask in details.items()}
     result = {}
     for kind, (outline, parts) in _templates().items():
         shape = float((main & outline).sum() / (main | outline).sum())
         if parts is None:
             result[kind] = shape
         else:
-            there = float((beside & parts).sum() / parts.sum())
+            beside = sum(tones[role] for role in {role for role, _ in THINGS[kind]} & set(tones))
+            there = float(((beside > 0.5) & parts).sum() / parts.sum())
             result[kind] = (1 - DETAILED) * shape + DETAILED * min(1.0, there / 0.8)
     return result
 

@@ -4,6 +4,8 @@ A `Scene` says everything that a picture of it depends on; `painter` makes the p
 the words. Lengths are fractions of the picture's side, x to the right and y down. Objects have the
 size of their kind and stand on a grid of `STEP`, as sprites of an old game do: a cell of the
 autoencoder at 512² always holds the same part of an object, which a small model can learn by heart.
+Where a thing stands follows from what the caption tells (`captions`): a small model that may choose
+between two places draws something at both.
 """
 
 from dataclasses import dataclass
@@ -73,6 +75,11 @@ class Scene:
     @property
     def light(self) -> str:
         return "night" if self.sky.endswith("night") else self.sky
+
+    @property
+    def one_row(self) -> bool:
+        """Whether all objects fly, or all stand, or all swim."""
+        return len({_row(group.kind) for group in self.groups}) == 1
 
     @property
     def held_out(self) -> bool:
@@ -203,16 +210,18 @@ def _spots(
     """Objects of one row share its width; those of two rows stand where they like."""
     result: list[list[tuple[float, float, float]]] = []
     if len(kinds) == 2 and rows[0] == rows[1]:
-        across = _across(rng, sum(counts))
+        across = _across(sum(counts))
         if rng.random() < 0.5:  # the first group may stand on either side
             halves = across[: counts[0]], across[counts[0] :]
         else:
             halves = across[counts[1] :], across[: counts[1]]
-    elif len(kinds) == 2 and counts == (1, 1) and rng.random() < 0.6:  # one above the other
-        x = STEP * int(rng.integers(5, 12))
-        halves = [x], [x]
+    elif len(kinds) == 2 and counts == (1, 1) and "bridge" not in kinds and rng.random() < 0.4:
+        ends = [AT["left"]], [AT["right"]]
+        halves = ends if rng.random() < 0.5 else ends[::-1]
+    elif counts == (1,):
+        halves = ([AT[str(rng.choice(PLACES, p=(0.25, 0.5, 0.25)))]],)
     else:
-        halves = tuple(_across(rng, count) for count in counts)
+        halves = tuple(_across(count) for count in counts)
     crowd = sum(counts) if len(set(rows)) < len(rows) else max(counts, default=1)
     for kind, row, across in zip(kinds, rows, halves if kinds else (), strict=True):
         half = {"fly": 0.155, "stand": 0.185, "sail": 0.17}[row]
@@ -230,11 +239,9 @@ def _spots(
     return result
 
 
-def _across(rng: np.random.Generator, count: int) -> list[float]:
+def _across(count: int) -> list[float]:
     """Places of objects in a row, from left to right."""
-    if count == 1:
-        return [AT[str(rng.choice(PLACES))] + STEP * int(rng.choice((-1, 0, 0, 1)))]
-    first, pitch = {2: (4, 8), 3: (3, 5)}[count]
+    first, pitch = {1: (8, 0), 2: (4, 8), 3: (3, 5)}[count]
     return [STEP * (first + pitch * i) for i in range(count)]
 
 

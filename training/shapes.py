@@ -1,8 +1,9 @@
 """The first of the two worlds the bundled model knows: flat shapes on plain or two-tone grounds.
 
 A `Scene` says what is in a picture; `draw` makes the pixels, `describe` one of many captions.
-Lengths are fractions of the picture's side, x to the right and y down. As in `scenes`, things stand
-on a grid.
+Lengths are fractions of the picture's side, x to the right and y down. As in `scenes`, where a thing
+stands, and how large it is, follow from what the caption tells: a shape of which it says neither is
+of medium size and in the centre.
 """
 
 from dataclasses import dataclass
@@ -35,7 +36,6 @@ POSITIONS = {
     "top": (0.5, 0.25),
     "bottom": (0.5, 0.75),
 }
-STEP = 1 / 16
 OUTER = 1.2  # radii that the farthest reaching shape takes
 RELATIONS = ("above", "below", "left of", "right of")
 
@@ -47,7 +47,7 @@ class Object:
     x: float
     y: float
     radius: float
-    size: str | None = None  # the word in the caption; None leaves it open
+    size: str | None = None  # the word in the caption, None for none
     position: str | None = None
 
 
@@ -92,27 +92,25 @@ def sample_scene(rng: np.random.Generator, objects: int | None = None) -> Scene:
     if count == 1:
         size = str(rng.choice(list(SIZES)))
         position = "centre" if rng.random() < 0.4 else str(rng.choice(list(POSITIONS)))
-        x, y = POSITIONS[position]
         radius = SIZES[size]
         inset = OUTER * radius  # keeps every shape whole inside the picture
-        aside = STEP * rng.choice((-0.5, 0, 0.5), 2)
+        x, y = (float(np.clip(at, inset, 1 - inset)) for at in POSITIONS[position])
         found = Object(
             shape=str(rng.choice(SHAPES)),
             colour=palette[0],
-            x=float(np.clip(x + aside[0], inset, 1 - inset)),
-            y=float(np.clip(y + aside[1], inset, 1 - inset)),
+            x=x,
+            y=y,
             radius=radius,
-            size=size if rng.random() < 0.5 else None,
-            position=position if rng.random() < 0.6 else None,
+            size=size if size != "medium" or rng.random() < 0.3 else None,
+            position=position if position != "centre" or rng.random() < 0.4 else None,
         )
         return Scene((found,), background, axis)
     relation = str(rng.choice(RELATIONS))
     upright = relation in ("above", "below")
     first_end = -1 if relation in ("above", "left of") else 1
-    across = 0.5 + STEP * int(rng.integers(-1, 2))
     pair = []
     for i, end in enumerate((first_end, -first_end)):
-        centre = (across, 0.5 + 4 * STEP * end)
+        centre = (0.5, 0.5 + 0.25 * end)
         pair.append(
             Object(
                 shape=str(rng.choice(SHAPES)),
