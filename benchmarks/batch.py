@@ -58,6 +58,8 @@ def batch(prompts: list[str], folder: str) -> float:
         "prompts.txt",
         "-m",
         "demo",
+        "--res",
+        "256",
         "--device",
         "cpu",
         "--no-cache",
@@ -73,8 +75,8 @@ def batch(prompts: list[str], folder: str) -> float:
 def loop(prompts: list[str], folder: str) -> float:
     began = time.perf_counter()
     for prompt in prompts:
-        words = ["generate", prompt, "-m", "demo", "--device", "cpu", "--no-cache", "-q"]
-        subprocess.run([SANA, *words], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+        words = ["generate", prompt, "-m", "demo", "--res", "256", "--device", "cpu", "--no-cache"]
+        subprocess.run([SANA, *words, "-q"], cwd=folder, check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - began
 
 

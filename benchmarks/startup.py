@@ -22,7 +22,7 @@ DIFFUSERS = f"""
 import torch
 from diffusers import SanaPipeline
 pipe = SanaPipeline.from_pretrained({str(ROOT / "sana_cli" / "demo")!r}, torch_dtype=torch.float32)
-image = pipe({PROMPT!r}, height=256, width=256, use_resolution_binning=False,
+image = pipe({PROMPT!r}, height=512, width=512, use_resolution_binning=False,
              complex_human_instruction=None,
              generator=torch.Generator("cpu").manual_seed(1)).images[0]
 image.save("picture.png")

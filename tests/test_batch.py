@@ -20,7 +20,8 @@ from terminal import at_terminal
 
 SANA = str(Path(sys.executable).with_name("sana"))
 KILLED = 256 - signal.SIGKILL  # as forks.py tells it
-DEMO = ("-m", "demo", "--steps", "1")
+ANY_SIZE = ("-m", "demo", "--steps", "1")
+DEMO = (*ANY_SIZE, "-r", "256")
 PROMPTS = ("a red circle on white", "a green star on black", "a blue ring on grey")
 
 
@@ -216,7 +217,7 @@ def test_models_and_precisions_are_mixed_in_one_batch(sana, tiny_model):
         {"prompt": PROMPTS[1], "seed": 4},
     ]
     Path("jobs.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    run = sana("batch", "jobs.jsonl", *DEMO, "--json")
+    run = sana("batch", "jobs.jsonl", *ANY_SIZE, "--json")
     found = [event for event in events(run.out) if event["event"] == "image"]
     assert [event["seed"] for event in found] == [1, 4, 2, 3], run.err
     recipes = {event["seed"]: event["recipe"] for event in found}
@@ -650,7 +651,7 @@ def test_events_are_json_lines_with_warnings_going_on(here, monkeypatch, broken,
     monkeypatch.setenv("SANA_CACHE_DIR", str(here / "jobs.txt"))
     rows = [{"prompt": PROMPTS[0]}, {"prompt": "x", "model": str(broken), "instruction": False}]
     Path("jobs.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    command = f"{SANA} batch jobs.jsonl {' '.join(DEMO)} --json{closed}"
+    command = f"{SANA} batch jobs.jsonl {' '.join(ANY_SIZE)} --json{closed}"
     run = subprocess.run(["bash", "-c", command], capture_output=True, timeout=60)
     assert run.returncode == 3
     found = events(run.stdout.decode())

@@ -26,7 +26,7 @@ def pixels(path: str) -> np.ndarray:
         ("a large white star in the centre on purple", "star", "white", "purple"),
     ],
 )
-def test_it_draws_what_it_is_told(sana, tmp_path, prompt, shape, colour, ground):
+def test_it_draws_the_shape_it_is_told(sana, tmp_path, prompt, shape, colour, ground):
     from training.shape_checker import check
     from training.shapes import Object, Scene
 
@@ -37,27 +37,49 @@ def test_it_draws_what_it_is_told(sana, tmp_path, prompt, shape, colour, ground)
     assert all(verdict.values()), verdict
 
 
-def test_it_follows_most_prompts_it_was_not_trained_on():
-    """A sample of `python -m training.evaluate`; the whole is in benchmarks/demo.json."""
+@pytest.mark.parametrize(
+    ("prompt", "facts"),
+    [
+        (
+            "a red balloon over snowy mountains at sunset",
+            {"kind 1": "balloon", "colour 1": "red", "land": "snowy mountains", "sky": "sunset"},
+        ),
+        (
+            "a blue house in front of hills at noon",
+            {"kind 1": "house", "colour 1": "blue", "land": "hills", "sky": "noon"},
+        ),
+    ],
+)
+def test_it_draws_the_scene_it_is_told(sana, tmp_path, prompt, facts):
+    from training.checker import check
+
+    run = sana("generate", prompt, "-m", "demo", "--res", "512", "-s", "1", "-o", f"{tmp_path}/")
+    assert run.code == 0, run.err
+    drawn = pixels(run.out.strip())
+    assert drawn.shape == (512, 512, 3)
+    verdict = check({**facts, "count 1": "1"}, drawn)
+    assert all(verdict.values()), verdict
+
+
+@pytest.mark.parametrize(("world", "side", "every"), [("scenes", 512, 25), ("shapes", 256, 15)])
+def test_it_follows_most_prompts_it_was_not_trained_on(world, side, every):
+    """A sample of `python -m training.evaluate`; the whole is in benchmarks/demo/."""
     from sana_cli.layout import folder_parts
     from sana_cli.model_files import open_model
-    from sana_cli.pipeline import Picture
-    from sana_cli.pipeline import draw as stages
-    from sana_cli.plan import Plan
-    from training.evaluate import recipe
-    from training.prompts import shape_prompts
-    from training.shape_checker import check
+    from training.evaluate import pictures, recipe, scene_questions, shape_questions
 
     files = open_model(folder_parts(DEMO))
-    prompts = shape_prompts(12, 1) + shape_prompts(8, 2)
-    recipes = [recipe(t, s, files.flow_shift, 20, 4.5) for s, (_, t) in enumerate(prompts)]
-    drawn = [e.pixels for e in stages(recipes, files, Plan("cpu")) if isinstance(e, Picture)]
-    right = [all(check(s, p).values()) for (s, _), p in zip(prompts, drawn, strict=True)]
-    assert sum(right[:12]) >= 8
-    assert sum(right[12:]) >= 5
+    ask = {"scenes": scene_questions, "shapes": shape_questions}[world]
+    asked = list(enumerate(ask()))[::every]
+    how = files.flow_shift, 20, 4.5
+    drawn = pictures([recipe(q.prompt, i, *how, side=side) for i, q in asked], files, "cpu")
+    right = [all(q.judge(p).values()) for (_, q), p in zip(asked, drawn, strict=True)]
+    assert len(right) == 20
+    assert sum(right) >= 17
 
 
-def test_diffusers_loads_it_and_draws_the_same(sana, tmp_path):
+@pytest.mark.parametrize("side", [256, 512])
+def test_diffusers_loads_it_and_draws_the_same(sana, tmp_path, side):
     from diffusers import SanaPipeline
 
     prompt = "a green star above a white ring on a purple background"
@@ -66,12 +88,12 @@ def test_diffusers_loads_it_and_draws_the_same(sana, tmp_path):
         pipe,
         seeds=[3],
         prompt=prompt,
-        height=256,
-        width=256,
+        height=side,
+        width=side,
         use_resolution_binning=False,
         complex_human_instruction=None,
     )
-    run = sana("generate", prompt, "-m", "demo", "-s", "3", "-o", f"{tmp_path}/")
+    run = sana("generate", prompt, "-m", "demo", "-r", f"{side}", "-s", "3", "-o", f"{tmp_path}/")
     assert_same_picture(pixels(run.out.strip()), theirs)
 
 
@@ -82,7 +104,7 @@ def _float32():
 
 
 def test_seeds_differ_and_repeat(sana, tmp_path):
-    call = ("generate", "a heart", "a red ring on white", "-m", "demo", "-s", "1,2", "--json")
+    call = ("generate", "a heart", "a balloon over the sea", "-m", "demo", "-s", "1,2", "--json")
     first, again = (
         json.loads(sana(*call, "-o", f"{tmp_path}/{n}/").out)["images"] for n in ("a", "b")
     )
@@ -91,7 +113,9 @@ def test_seeds_differ_and_repeat(sana, tmp_path):
         assert Path(one["path"]).read_bytes() == Path(other["path"]).read_bytes()
     ones, twos = pixels(first[2]["path"]), pixels(first[3]["path"])
     assert np.abs(ones.astype(int) - twos).mean() > 5
-    alone = sana("generate", "a red ring on white", "-m", "demo", "-s", "2", "-o", f"{tmp_path}/c/")
+    alone = sana(
+        "generate", "a balloon over the sea", "-m", "demo", "-s", "2", "-o", f"{tmp_path}/c/"
+    )
     assert Path(alone.out.strip()).read_bytes() == Path(first[3]["path"]).read_bytes()
 
 

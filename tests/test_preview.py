@@ -15,7 +15,7 @@ from PIL import Image
 from terminal import at_terminal, screen
 
 PROMPT = "a red circle on a blue background"
-FAST = ("-m", "demo", "-s", "7", "--steps", "4", "-f")
+FAST = ("-m", "demo", "-r", "256", "-s", "7", "--steps", "4", "-f")
 SANA = str(Path(sys.executable).with_name("sana"))
 # What a terminal of the tests' own is to be known by, and no other.
 KNOWN_BY = ("NO_COLOR", "COLORTERM", "TMUX", "STY", "TERM_PROGRAM", "LC_TERMINAL", "COLUMNS")

@@ -81,6 +81,26 @@ def test_the_table_of_decodes_is_what_was_measured():
     assert [line for line in table if line.startswith("|")] == table_of_decodes()
 
 
+def table_of_demo() -> list[str]:
+    """Shares of prompts obeyed, with their 95 % intervals."""
+    rows = ["| prompts | 512² | 256² |", "|---|---|---|"]
+    for world in ("scenes", "shapes"):
+        files = [ROOT / "benchmarks" / "demo" / f"{world}-{side}.json" for side in (512, 256)]
+        measured = [json.loads(file.read_text())["categories"] for file in files]
+        for category in measured[0]:
+            cells = [f"{measured[0][category]['prompts']} of {category}"]
+            for row in (each[category] for each in measured):
+                low, high = row["interval"]
+                cells.append(f"**{row['all']:.1%}** ({low:.0%} – {high:.0%})".replace("%", " %"))
+            rows.append(f"| {' | '.join(cells)} |")
+    return rows
+
+
+def test_the_table_of_the_demo_is_what_was_measured():
+    table = README.split("<!-- demo -->")[1].split("<!-- /demo -->")[0].strip().splitlines()
+    assert table == table_of_demo()
+
+
 def demo_commands() -> list[str]:
     lines = "\n".join(text for kind, text in BLOCKS[2:] if kind == "sh").splitlines()
     return [line for line in lines if line.startswith("sana generate") and " demo" in line]

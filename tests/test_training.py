@@ -153,6 +153,23 @@ def test_captions_state_what_is_so():
         assert named <= {group.colour for group in scene.groups}
 
 
+def test_captions_tell_where_everything_is():
+    """Colours, sky and land apart, pictures of one caption have the same things at the same places.
+
+    A sea may be told or not, and things on water stand a little higher: only across is compared.
+    """
+    rng = np.random.default_rng(9)
+    across = {}
+    for _ in range(2000):
+        scene = training_sample(rng)
+        told = describe(scene, rng).facts
+        telling = ("kind", "count", "place", "relation", "size")
+        key = tuple((k, v) for k, v in told.items() if k.startswith(telling))
+        found = sorted((round(left, 4), round(right, 4)) for left, right, _, _ in scene.boxes)
+        assert across.setdefault((type(scene), key), found) == found, key
+    assert len(across) < 1000  # so that most were compared
+
+
 def test_a_fuller_caption_is_chosen_more_often():
     """softmax(score / temperature) of five beats one of five by a margin that can be stated."""
     rng = np.random.default_rng(2)

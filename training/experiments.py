@@ -21,6 +21,7 @@ from matplotlib import pyplot
 
 from sana_cli.layout import folder_parts
 from sana_cli.model_files import open_model
+from sana_cli.weights import known_models
 from training.evaluate import ROOT, interval, pictures, recipe, scene_questions, shape_questions
 
 SOLVERS = ("flow-dpm", "flow-euler")
@@ -68,7 +69,7 @@ def main() -> None:
     parser.add_argument("--reference", type=int, default=500, help="steps of the reference")
     parser.add_argument("--steps", type=int, nargs="+", default=STEPS)
     parser.add_argument("--guidances", type=float, nargs="+", default=GUIDANCE)
-    parser.add_argument("--side", type=int, default=256)
+    parser.add_argument("--side", type=int, default=known_models()["demo"].side)
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
 

@@ -1,9 +1,9 @@
 """The first of the two worlds the bundled model knows: flat shapes on plain or two-tone grounds.
 
 A `Scene` says what is in a picture; `draw` makes the pixels, `describe` one of many captions.
-Lengths are fractions of the picture's side, x to the right and y down. As in `scenes`, where a thing
-stands, and how large it is, follow from what the caption tells: a shape of which it says neither is
-of medium size and in the centre.
+Lengths are fractions of the picture's side, x to the right and y down. As in `scenes`, where a
+thing stands, and how large it is, follow from what the caption tells: a shape of which it says
+neither is of medium size and in the centre.
 """
 
 from dataclasses import dataclass
