@@ -101,6 +101,38 @@ def test_the_table_of_the_demo_is_what_was_measured():
     assert table == table_of_demo()
 
 
+def tables_of_claims() -> list[str]:
+    cells = json.loads((ROOT / "benchmarks" / "demo" / "claims.json").read_text())
+    error = [name for name in cells if name.startswith("error, flow-dpm")]
+    steps = [int(name.split()[-2]) for name in error]
+
+    def share(name: str) -> str:
+        low, high = cells[name]["interval"]
+        return f"{cells[name]['obeyed']:.0%} ({low:.0%} – {high:.0%})".replace("%", " %")
+
+    heads = "| steps | likeness, DPM | likeness, Euler | obeyed, DPM | obeyed, Euler |"
+    rows = [heads, "|---|---|---|---|---|"]
+    for n in steps:
+        ways = [f"{solver}, {n} steps" for solver in ("flow-dpm", "flow-euler")]
+        likeness = [f"{cells[f'error, {way}']['median psnr']:.1f} dB" for way in ways]
+        shares = [share(f"alignment, {way}") for way in ways]
+        rows.append(f"| {n} | {' | '.join(likeness + shares)} |")
+    rows += ["", "| guidance | obeyed |", "|---|---|"]
+    for name in (n for n in cells if n.startswith("alignment, guidance")):
+        rows.append(f"| {name.split()[-1]} | {share(name)} |")
+    rows += ["", "| precision | obeyed | median PSNR to float32 |", "|---|---|---|"]
+    for name in (n for n in cells if n.startswith("precision")):
+        psnr = cells[name]["median psnr"]
+        like = "the same" if psnr == 99 else f"{psnr:.1f} dB"
+        rows.append(f"| {name.removeprefix('precision, ')} | {share(name)} | {like} |")
+    return rows
+
+
+def test_the_tables_of_the_papers_claims_are_what_was_measured():
+    found = README.split("<!-- claims -->")[1].split("<!-- /claims -->")[0].strip().splitlines()
+    assert found == tables_of_claims()
+
+
 def demo_commands() -> list[str]:
     lines = "\n".join(text for kind, text in BLOCKS[2:] if kind == "sh").splitlines()
     return [line for line in lines if line.startswith("sana generate") and " demo" in line]
