@@ -15,11 +15,13 @@ import torch
 from diffusers import AutoencoderDC
 from PIL import Image
 
-from sana_cli.checkpoint import load_weights, on_meta, read_config, weight_files
-from sana_cli.dc_ae import DCAE, DCAEConfig
+from sana_cli.checkpoint import load_weights, on_meta
+from sana_cli.dc_ae import DCAE
+from sana_cli.layout import folder_parts
+from sana_cli.model_files import open_model
 from sana_cli.strips import decode, fold
 
-VAE = Path(__file__).resolve().parents[1] / "sana_cli" / "demo" / "vae"
+DEMO = Path(__file__).resolve().parents[1] / "sana_cli" / "demo"
 SIDE = 512
 
 
@@ -37,14 +39,14 @@ def levels(image: torch.Tensor) -> np.ndarray:
 
 @torch.inference_mode()
 def main(target: Path) -> None:
-    theirs = AutoencoderDC.from_pretrained(VAE, local_files_only=True).eval()
+    theirs = AutoencoderDC.from_pretrained(DEMO / "vae", local_files_only=True).eval()
     latent = theirs.encode(sky()).latent
     untiled = levels(theirs.decode(latent).sample)
     theirs.enable_tiling(256, 256, 192, 192)
     tiles = levels(theirs.decode(latent).sample)
-    decoder = on_meta(DCAE, read_config(DCAEConfig, VAE / "config.json")[0], VAE).decoder
-    files = weight_files(VAE, "diffusion_pytorch_model", "")
-    load_weights(decoder, files, torch.float32, only="decoder.")
+    files = open_model(folder_parts(DEMO))
+    decoder = on_meta(DCAE, files.vae, files.parts["vae"].config).decoder
+    load_weights(decoder, files.parts["vae"].weights, torch.float32, only="decoder.")
     fold(decoder)
     strips = decode(decoder, latent, strip_bytes=1 << 16).pixels.numpy()
     differences = []

@@ -279,7 +279,7 @@ def test_no_convolution_sees_more_elements_than_32_bits_count(side):
 
 @pytest.fixture(scope="module")
 def gradient():
-    """A smooth sky of 512x512, twice the side the bundled model was trained on, as a latent."""
+    """A smooth sky of 512x512, as a latent of the bundled model."""
     from diffusers import AutoencoderDC
 
     theirs = AutoencoderDC.from_pretrained(DEMO / "vae").eval().requires_grad_(False)
@@ -306,5 +306,5 @@ def test_a_smooth_gradient_has_no_step_where_strips_meet(gradient):
     assert largest_step(strips, untiled) < 0.01
     theirs.enable_tiling(256, 256, 192, 192)
     tiles = levels(theirs.decode(latent).sample).numpy()
-    # The measure sees what it should: blended tiles change tones, here by up to 100 levels.
-    assert largest_step(tiles, untiled) > 0.3
+    # The measure sees what it should: blended tiles change tones, here by up to 17 levels.
+    assert largest_step(tiles, untiled) > 0.2
