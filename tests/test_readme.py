@@ -59,6 +59,40 @@ def test_the_table_of_the_cpu_is_what_was_measured():
     assert table == table_of_cpu()
 
 
+def table_of_startup() -> list[str]:
+    measured = json.loads((ROOT / "benchmarks" / "startup.json").read_text())
+    usage, picture = measured["help"], measured["picture"]
+    longer = f"{1 / usage['times_faster']:.1f} times as long"
+    peaks = [picture[name] for name in ("peak_bytes", "other_peak_bytes")]
+    share = f"{peaks[0] / 1e6:.0f} MB against {peaks[1] / 1e6:.0f} MB ({peaks[0] / peaks[1]:.0%}"
+    return [
+        "| cold start to | `sana` | the other | ratio | peak memory |",
+        "|---|---|---|---|---|",
+        f"| `--help` | {usage['seconds']:.2f} s "
+        f"| importing Typer and Rich: {usage['other_seconds']:.2f} s | {longer} | |",
+        f"| a saved picture of `demo`, 512², 20 steps | {picture['seconds']:.2f} s "
+        f"| a minimal diffusers script: {picture['other_seconds']:.2f} s "
+        f"| {picture['times_faster']:.2f} times faster | {share.replace('%', ' %')}) |",
+    ]
+
+
+def test_the_table_of_cold_starts_is_what_was_measured():
+    table = README.split("<!-- startup -->")[1].split("<!-- /startup -->")[0].strip().splitlines()
+    assert table == table_of_startup()
+
+
+def test_the_rates_of_batches_are_what_was_measured():
+    measured = json.loads((ROOT / "benchmarks" / "batch.json").read_text())
+    rate = {way: f"{a_minute:.0f}" for way, a_minute in measured["pictures_a_minute"].items()}
+    assert (
+        f"A batch of {measured['pictures']} pictures of `demo` at 256² (`benchmarks/batch.py`, "
+        f"`benchmarks/batch.json`, one thread): {rate['batch']} a minute, against "
+        f"{rate['shell loop']} in a shell loop over `sana generate` "
+        f"({measured['times_the_shell_loop']:.1f} times) and {rate['diffusers loop']} in a loop "
+        f"over diffusers in one process ({measured['times_the_diffusers_loop']:.2f} times)."
+    ) in " ".join(README.split())
+
+
 def table_of_decodes() -> list[str]:
     rows = ["| picture | way | above the weights | seconds | likeness |", "|---|---|---|---|---|"]
     measured = json.loads((ROOT / "benchmarks" / "decode.json").read_text())["rows"]
