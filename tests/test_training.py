@@ -252,3 +252,20 @@ def test_the_page_of_the_recipe_has_its_numbers():
     page = (ROOT / "training" / "README.md").read_text(encoding="utf-8")
     table = page.split("<!-- settings -->")[1].split("<!-- /settings -->")[0]
     assert table.strip().splitlines() == table_of_settings()
+
+
+def table_of_runs() -> list[str]:
+    """Shares of prompts obeyed by what one command made, and by the weights in the box."""
+    files = ["demo-training/one-command/scenes-512.json", "demo/scenes-512.json"]
+    runs = [json.loads((ROOT / "benchmarks" / name).read_text())["categories"] for name in files]
+    rows = ["| prompts | one command | in the box |", "|---|---|---|"]
+    for category, row in runs[0].items():
+        shares = [f"{run[category]['all']:.1%}".replace("%", " %") for run in runs]
+        rows.append(f"| {row['prompts']} of {category} | {' | '.join(shares)} |")
+    return rows
+
+
+def test_the_page_of_the_recipe_tells_what_its_command_made():
+    page = (ROOT / "training" / "README.md").read_text(encoding="utf-8")
+    table = page.split("<!-- one-command -->")[1].split("<!-- /one-command -->")[0]
+    assert table.strip().splitlines() == table_of_runs()
