@@ -1,7 +1,7 @@
 """`python -m training`: from nothing to a model folder. Kill it and run it again: it resumes.
 
-Every number is in `training/settings.py`, for a GPU within 25 minutes and for two CPU cores
-in a few hours. `--estimate` runs a few steps of each stage and says how long all of it would take here.
+Every number is in `training/settings.py`, for a GPU within 25 minutes and for two CPU cores in a
+few hours. `--estimate` runs a few steps of each stage and says how long all of it would take here.
 """
 
 import argparse
