@@ -29,7 +29,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--preset", choices=PRESETS, help="h200 on cuda, cpu on a cpu")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="one number")
     parser.add_argument("--run", type=Path, default=ROOT / "runs" / "demo", help="states and logs")
-    parser.add_argument("--out", type=Path, default=ROOT / "sana_cli" / "demo", help="the result")
+    parser.add_argument("--out", type=Path, help="the result; RUN/model")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--estimate", action="store_true", help="train nothing, print a forecast")
     options = parser.parse_args(words)
@@ -58,7 +58,7 @@ def main(words: list[str] | None = None) -> None:
     tokenizer, encoder = text.finished(run, settings, machine, seed)
     dit = diffusion.finished(run, settings, machine, seed, vae, tokenizer, encoder)
     vae = autoencoder.finetuned(run, settings, machine, seed, vae)
-    export(run, options.out, settings, vae, encoder, dit)
+    export(run, options.out or run / "model", settings, vae, encoder, dit)
 
 
 def begun_otherwise(path: Path, settings: Settings, seed: int) -> list[str]:
