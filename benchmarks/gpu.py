@@ -126,11 +126,11 @@ def likeness(
 ) -> dict[str, Any]:
     """Signal to noise of the latents after two steps, in dB, the plain network in float32 being
     the truth: of the pipeline, and of the plain network in the precision of the pipeline."""
-    from sana_cli import pipeline
-    from sana_cli.guidance import is_guided
-    from sana_cli.pipeline import Failure, draw
-    from sana_cli.plan import Plan
-    from sana_cli.text_encoder import TextEncoder
+    from sana_cli.pipeline import stages
+    from sana_cli.pipeline.guidance import is_guided
+    from sana_cli.pipeline.plan import Plan
+    from sana_cli.pipeline.stages import Failure, draw
+    from sana_cli.pipeline.text_encoder import TextEncoder
 
     with tempfile.TemporaryDirectory() as folder:
         recipe, files = described(model, size, device, Path(folder), dtype, settings)
@@ -142,29 +142,29 @@ def likeness(
         truth = plain(recipe, files, texts, device, torch.float32)
         narrow = plain(recipe, files, texts, device, getattr(torch, recipe.dit_dtype))
         seen: list[Tensor] = []
-        decode = pipeline.decode
+        decode = stages.decode
 
         def note(decoder: nn.Module, latent: Tensor, **words: Any) -> Any:
             seen.append(latent.float().cpu() * files.vae.scaling_factor)
             return decode(decoder, latent, **words)
 
-        pipeline.decode = note
+        stages.decode = note
         try:
             # The latent is narrowed before it is decoded; here it is not.
             for event in draw([replace(recipe, vae_dtype="float32")], files, Plan(device)):
                 if isinstance(event, Failure):
                     raise event.error
         finally:
-            pipeline.decode = decode
+            stages.decode = decode
     ours, theirs = snr(seen[0], truth), snr(narrow, truth)
     return {"snr": ours, "plain_snr": theirs, "ok": ours >= min(theirs - LOSS, 100)}
 
 
 def plain(recipe: Any, files: Any, texts: list[Tensor], device: str, dtype: torch.dtype) -> Tensor:
     """Latents float32 (1, 32, h, w) on the CPU, by the network as `dit.py` writes it down."""
-    from sana_cli.checkpoint import load_weights, on_meta
-    from sana_cli.dit import DiT
-    from sana_cli.solver import SOLVERS, advance
+    from sana_cli.models.dit import DiT
+    from sana_cli.pipeline.solver import SOLVERS, advance
+    from sana_cli.weights.checkpoint import load_weights, on_meta
 
     part = files.parts["transformer"]
     dit = on_meta(DiT, files.dit, part.config)
@@ -202,11 +202,11 @@ def described(
     settings: dict[str, Any] | None = None,
 ) -> tuple[Any, Any]:
     """A recipe and files of a model: the bundled one's own, else with random weights."""
-    from sana_cli.hub_cache import find_parts
-    from sana_cli.model_files import open_model
-    from sana_cli.random_weights import random_model
-    from sana_cli.resolve import choose
+    from sana_cli.bench.random_weights import random_model
+    from sana_cli.jobs.resolve import choose
     from sana_cli.settings import Settings
+    from sana_cli.weights.hub_cache import find_parts
+    from sana_cli.weights.model_files import open_model
 
     words = {"steps": 2, "dtype": dtype, "text_precision": "auto"} | (settings or {})
     choice = choose(Settings(PROMPT, model=model, res=size, fit="exact", **words))
@@ -220,7 +220,7 @@ def described(
 
 
 def wide(device: str) -> str:
-    from sana_cli.device import wide_dtype
+    from sana_cli.machine.device import wide_dtype
 
     return wide_dtype(device)
 
@@ -237,10 +237,11 @@ def snr(x: Tensor, truth: Tensor) -> float:
 
 @torch.inference_mode()
 def strips(options: argparse.Namespace, report: Report) -> None:
-    from sana_cli.checkpoint import load_weights, on_meta
-    from sana_cli.dc_ae import DCAE
-    from sana_cli.device import give_back
-    from sana_cli.strips import decode, fold
+    from sana_cli.machine.device import give_back
+    from sana_cli.models.dc_ae import DCAE
+    from sana_cli.models.strips.autoencoder import decode
+    from sana_cli.models.strips.subpixel import fold
+    from sana_cli.weights.checkpoint import load_weights, on_meta
 
     device = options.device
     with tempfile.TemporaryDirectory() as folder:
@@ -355,7 +356,7 @@ def against(options: argparse.Namespace, report: Report) -> None:
 
 
 def profile(options: argparse.Namespace, report: Report) -> None:
-    from sana_cli.roofline import bandwidth, decoding, denoising, matrix_rate
+    from sana_cli.bench.roofline import bandwidth, decoding, denoising, matrix_rate
 
     device = options.device
     dtype = wide(device)
@@ -382,8 +383,8 @@ def profiled(
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as Profiler
 
-    from sana_cli.pipeline import Picture, Progress, draw
-    from sana_cli.plan import Plan
+    from sana_cli.pipeline.plan import Plan
+    from sana_cli.pipeline.stages import Picture, Progress, draw
 
     cuda = device.startswith("cuda")
     activities = [ProfilerActivity.CUDA] if cuda else [ProfilerActivity.CPU]
@@ -635,7 +636,7 @@ def main() -> None:
         sys.exit("needs CUDA, which this torch has not; --device cpu --quick tries the script")
     began, allowed = time.perf_counter(), 0
     report.path.unlink(missing_ok=True)
-    from sana_cli.bench import surroundings
+    from sana_cli.bench.phases import surroundings
 
     report.add("about", facts=surroundings(options.device))
     for name in options.only:

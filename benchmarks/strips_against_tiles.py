@@ -15,11 +15,12 @@ import torch
 from diffusers import AutoencoderDC
 from PIL import Image
 
-from sana_cli.checkpoint import load_weights, on_meta
-from sana_cli.dc_ae import DCAE
-from sana_cli.layout import folder_parts
-from sana_cli.model_files import open_model
-from sana_cli.strips import decode, fold
+from sana_cli.models.dc_ae import DCAE
+from sana_cli.models.strips.autoencoder import decode
+from sana_cli.models.strips.subpixel import fold
+from sana_cli.weights.checkpoint import load_weights, on_meta
+from sana_cli.weights.layout import folder_parts
+from sana_cli.weights.model_files import open_model
 
 DEMO = Path(__file__).resolve().parents[1] / "sana_cli" / "demo"
 SIDE = 512

@@ -36,11 +36,11 @@ def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 
 def on_demo(count: int) -> dict:
-    from sana_cli.layout import folder_parts
-    from sana_cli.model_files import open_model
-    from sana_cli.pipeline import Picture, draw
-    from sana_cli.plan import Plan
-    from sana_cli.text_encoder import TextEncoder
+    from sana_cli.pipeline.plan import Plan
+    from sana_cli.pipeline.stages import Picture, draw
+    from sana_cli.pipeline.text_encoder import TextEncoder
+    from sana_cli.weights.layout import folder_parts
+    from sana_cli.weights.model_files import open_model
     from training.evaluate import recipe
     from training.prompts import shape_prompts
     from training.shape_checker import check
@@ -78,7 +78,7 @@ def on_demo(count: int) -> dict:
 
 def write_full_size(folder: Path) -> None:
     """Random Gemma-2-2B in bfloat16, a shard a layer, so that no more is ever in memory."""
-    from sana_cli.gemma import GemmaConfig, Layer
+    from sana_cli.models.gemma import GemmaConfig, Layer
 
     torch.manual_seed(0)
     config = GemmaConfig()
@@ -113,9 +113,9 @@ def write_full_size(folder: Path) -> None:
 
 def one_start(folder: Path, precision: str, cache: Path) -> None:
     """Load, run the prefix and a prompt behind it, and the whole at once; print JSON."""
-    from sana_cli.layout import find_part
-    from sana_cli.text_cache import TextCache
-    from sana_cli.text_encoder import TextEncoder
+    from sana_cli.pipeline.text_cache import TextCache
+    from sana_cli.pipeline.text_encoder import TextEncoder
+    from sana_cli.weights.layout import find_part
 
     parts = {name: find_part(folder / name) for name in ("text_encoder", "tokenizer")}
     began = time.perf_counter()

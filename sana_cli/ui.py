@@ -31,7 +31,7 @@ from rich.theme import Theme
 from sana_cli.errors import SanaError
 
 if TYPE_CHECKING:
-    from sana_cli.download import RemoteFile
+    from sana_cli.weights.download import RemoteFile
 
 NAME_COLUMNS = 12  # of facts, two of them blank
 # Colours of the terminal's own palette, which its owner can read on light and on dark; Rich's bars

@@ -30,8 +30,8 @@ def serve(path: str) -> None:
 
     import sana_cli.app
     import sana_cli.commands.batching
-    import sana_cli.runner
-    import sana_cli.text_encoder  # noqa: F401
+    import sana_cli.jobs.runner
+    import sana_cli.pipeline.text_encoder  # noqa: F401
 
     server = socket.socket(socket.AF_UNIX)
     server.bind(path)

@@ -16,8 +16,8 @@ from diffusers import (
 )
 from transformers import AutoTokenizer, Gemma2Config, Gemma2Model
 
-from sana_cli.layout import folder_parts
-from sana_cli.text_cache import TextCache
+from sana_cli.pipeline.text_cache import TextCache
+from sana_cli.weights.layout import folder_parts
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKENIZER = ROOT / "sana_cli" / "demo" / "tokenizer"
@@ -110,7 +110,7 @@ def _spread(autoencoder: AutoencoderDC) -> None:
 
 def text_encoder(folder: Path, precision: str = "float32", cache: TextCache | None = None):
     """Our text encoder of a model's folder, on the CPU."""
-    from sana_cli.text_encoder import TextEncoder
+    from sana_cli.pipeline.text_encoder import TextEncoder
 
     return TextEncoder(folder_parts(folder), precision, "cpu", cache)
 

@@ -5,11 +5,11 @@ import torch
 from diffusers import AutoencoderDC, SanaTransformer2DModel
 from transformers import Gemma2Config, Gemma2Model
 
-from sana_cli.architectures import architecture
-from sana_cli.dc_ae import DCAE
-from sana_cli.dit import DiT
-from sana_cli.gemma import Gemma
-from sana_cli.weights import known_models
+from sana_cli.models.architectures import architecture
+from sana_cli.models.dc_ae import DCAE
+from sana_cli.models.dit import DiT
+from sana_cli.models.gemma import Gemma
+from sana_cli.weights.catalogue import known_models
 
 RELEASED = {name: model for name, model in known_models().items() if model.sources}
 # The configs as the published repositories and the converter have them; the rest are defaults.

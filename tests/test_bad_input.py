@@ -417,7 +417,7 @@ def test_absent_weights_are_found_out_in_a_real_process(process, here, no_weight
 
 
 def test_a_download_that_stopped_half_way_is_no_model(refused, no_weights):
-    from sana_cli.weights import known_models
+    from sana_cli.weights.catalogue import known_models
 
     own = known_models()["sana-0.6b-1024"].sources[0]
     cache = no_weights / "hub" / f"models--{own.repo.replace('/', '--')}"

@@ -316,7 +316,7 @@ def test_the_file_of_someone_else_is_never_replaced_without_force(sana):
 def test_a_second_process_is_told_who_has_the_folder(sana, here):
     code = """
 import sys, pathlib
-from sana_cli.manifest import Manifest
+from sana_cli.jobs.manifest import Manifest
 with Manifest(pathlib.Path("jobs-images")) as manifest:
     manifest.begin(jobs=3, todo=3)
     print("held", flush=True)
@@ -376,7 +376,7 @@ def inodes(folder: str) -> dict[str, int]:
 
 
 def lines_that_parse(folder: str) -> list[dict]:
-    from sana_cli.manifest import read_lines
+    from sana_cli.jobs.manifest import read_lines
 
     path = Path(folder) / "manifest.jsonl"
     return read_lines(path.read_bytes())[0] if path.exists() else []
@@ -636,12 +636,12 @@ SCHEMAS = {
 
 
 def assert_schemas(found: list[dict]) -> None:
-    import sana_cli.events
+    import sana_cli.jobs.events
 
     for event in found:
         assert set(event) == {"event", *SCHEMAS[event["event"]].split()}
     for name, facts in SCHEMAS.items():
-        section = re.search(rf"\n{name} .*?(?=\n\w|$)", sana_cli.events.__doc__, re.DOTALL)[0]
+        section = re.search(rf"\n{name} .*?(?=\n\w|$)", sana_cli.jobs.events.__doc__, re.DOTALL)[0]
         assert all(fact in section for fact in facts.split()), name
 
 
@@ -665,7 +665,7 @@ def test_events_are_json_lines_with_warnings_going_on(here, monkeypatch, broken,
 
 
 def test_long_work_is_heard_of(sana, monkeypatch):
-    monkeypatch.setattr("sana_cli.events.HEARTBEAT", 0.05)
+    monkeypatch.setattr("sana_cli.jobs.events.HEARTBEAT", 0.05)
     run = sana("batch", "jobs.txt", "-m", "demo", "--steps", "20", "--json")
     found = events(run.out, heartbeats=True)
     assert_schemas(found)

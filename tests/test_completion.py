@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sana_cli.weights import known_models
+from sana_cli.weights.catalogue import known_models
 
 BIN = Path(sys.executable).parent
 HUB = [model.name for model in known_models().values() if model.sources]

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sana_cli.dit import modulate
+from sana_cli.models.dit import modulate
 from training import cpu_kernels
 
 pytestmark = pytest.mark.skipif(
@@ -149,7 +149,7 @@ def test_the_stream(batch, grid, width):
 
 @pytest.mark.parametrize("width", [3, 8, 16, 100, 128])
 def test_channel_norm(width):
-    from sana_cli.dc_ae import ChannelRMSNorm
+    from sana_cli.models.dc_ae import ChannelRMSNorm
 
     torch.manual_seed(0)
     image = torch.randn(3, width, 5, 7, dtype=torch.bfloat16)

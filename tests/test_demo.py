@@ -64,8 +64,8 @@ def test_it_draws_the_scene_it_is_told(sana, tmp_path, prompt, facts):
 @pytest.mark.parametrize(("world", "side", "every"), [("scenes", 512, 25), ("shapes", 256, 15)])
 def test_it_follows_most_prompts_it_was_not_trained_on(world, side, every):
     """A sample of `python -m training.evaluate`; the whole is in benchmarks/demo/."""
-    from sana_cli.layout import folder_parts
-    from sana_cli.model_files import open_model
+    from sana_cli.weights.layout import folder_parts
+    from sana_cli.weights.model_files import open_model
     from training.evaluate import pictures, recipe, scene_questions, shape_questions
 
     files = open_model(folder_parts(DEMO))

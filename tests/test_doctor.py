@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from sana_cli.layout import CONFIGS
-from sana_cli.machine import picture_protocol
-from sana_cli.weights import known_models
+from sana_cli.machine.inventory import picture_protocol
+from sana_cli.weights.catalogue import known_models
+from sana_cli.weights.layout import CONFIGS
 
 SANA = str(Path(sys.executable).with_name("sana"))
 

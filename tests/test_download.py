@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from hub import Fault, Hub
-from sana_cli.weights import known_models
+from sana_cli.weights.catalogue import known_models
 
 NAME = "sana-0.6b-512"
 OWN, TEXT, VAE = known_models()[NAME].sources

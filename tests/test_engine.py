@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from reference import LIKE_0_6B, LIKE_1_6B
-from sana_cli.dit import DiT, DiTConfig
-from sana_cli.engine import Engine
+from sana_cli.models.dit import DiT, DiTConfig
+from sana_cli.models.engine import Engine
 
 KINDS = {
     "0.6B": {},

@@ -12,12 +12,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from reference import text_encoder
-from sana_cli.device import choose_text_precision
 from sana_cli.errors import UsageError
 from sana_cli.instruction import INSTRUCTION
-from sana_cli.int8 import OUTLIER, Int8Linear, quantise
-from sana_cli.layout import folder_parts
-from sana_cli.text_cache import TextCache
+from sana_cli.machine.device import choose_text_precision
+from sana_cli.models.int8 import OUTLIER, Int8Linear, quantise
+from sana_cli.pipeline.text_cache import TextCache
+from sana_cli.weights.layout import folder_parts
 
 DEMO = Path(__file__).resolve().parents[1] / "sana_cli" / "demo"
 PROMPTS = ["a red circle on a blue background", "a large white star in the centre on purple"]

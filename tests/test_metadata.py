@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
 from recipes import RECIPE
-from sana_cli import __version__, images
+from sana_cli import __version__
 from sana_cli.errors import SanaError, UsageError
-from sana_cli.metadata import Record, parameters, read, recipe_of
+from sana_cli.pictures import images
+from sana_cli.pictures.metadata import Record, parameters, read, recipe_of
 from sana_cli.recipe import Recipe
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (32, 64, 3), np.uint8)

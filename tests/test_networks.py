@@ -5,9 +5,9 @@ import torch
 from diffusers import AutoencoderDC, SanaTransformer2DModel
 
 from reference import LIKE_0_6B, LIKE_1_6B, SPRINT, random_pipeline, text_encoder
-from sana_cli.dc_ae import DCAE, DCAEConfig
-from sana_cli.dit import DiT, DiTConfig, TimestepEmbedder, position_table
 from sana_cli.kernels.linear_attention import relu_linear_attention
+from sana_cli.models.dc_ae import DCAE, DCAEConfig
+from sana_cli.models.dit import DiT, DiTConfig, TimestepEmbedder, position_table
 
 RELEASED_DC_AE = {
     "encoder_block_types": ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3,

@@ -9,15 +9,23 @@ import torch
 from PIL import Image
 
 from reference import LIKE_1_6B, SPRINT, random_pipeline
-from sana_cli.device import resident_bytes
 from sana_cli.errors import NotEnoughMemory
-from sana_cli.layout import folder_parts
-from sana_cli.memory import PeakMemory
-from sana_cli.model_files import ModelFiles, open_model, released_model
-from sana_cli.pipeline import Failure, Picture, Progress, Remark, Run, draw
-from sana_cli.plan import Plan, _decode_peak, _denoise_peak, _plain, _text_peak, fits, make_plan
+from sana_cli.machine.device import resident_bytes
+from sana_cli.machine.memory import PeakMemory
+from sana_cli.pipeline.plan import (
+    Plan,
+    _decode_peak,
+    _denoise_peak,
+    _plain,
+    _text_peak,
+    fits,
+    make_plan,
+)
+from sana_cli.pipeline.stages import Failure, Picture, Progress, Remark, Run, draw
 from sana_cli.recipe import Recipe
-from sana_cli.weights import known_models
+from sana_cli.weights.catalogue import known_models
+from sana_cli.weights.layout import folder_parts
+from sana_cli.weights.model_files import ModelFiles, open_model, released_model
 
 KINDS = {
     "1.6B": {**LIKE_1_6B, "sample_size": 32},

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sana_cli.weights import known_models
+from sana_cli.weights.catalogue import known_models
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

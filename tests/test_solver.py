@@ -11,7 +11,7 @@ from diffusers import (
     SCMScheduler,
 )
 
-from sana_cli.solver import SOLVERS, advance, first_step, flow_dpm_schedule, scm_schedule
+from sana_cli.pipeline.solver import SOLVERS, advance, first_step, flow_dpm_schedule, scm_schedule
 
 FLOWS = ["flow-dpm", "flow-euler"]
 STEPS = [1, 2, 3, 4, 14, 15, 20, 50]

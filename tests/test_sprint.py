@@ -10,12 +10,13 @@ from diffusers import SanaSprintImg2ImgPipeline
 from PIL import Image
 
 from reference import LIKE_0_6B, LIKE_1_6B, LITE, SPRINT, assert_same_picture, draw, random_pipeline
-from sana_cli import model_files, pipeline
 from sana_cli.errors import UsageError
 from sana_cli.instruction import INSTRUCTION
-from sana_cli.layout import folder_parts
-from sana_cli.plan import Plan
+from sana_cli.pipeline import stages
+from sana_cli.pipeline.plan import Plan
 from sana_cli.recipe import Recipe
+from sana_cli.weights import model_files
+from sana_cli.weights.layout import folder_parts
 
 MODELS = {
     "0.6B": {**LIKE_0_6B, **SPRINT},
@@ -305,4 +306,4 @@ def test_a_recipe_for_another_kind_of_model_is_not_drawn(models):
     )
     files = model_files.open_model(folder_parts(models("0.6B")[0]))
     with pytest.raises(UsageError, match="flow-dpm"):
-        pipeline.draw([recipe], files, Plan("cpu"))
+        stages.draw([recipe], files, Plan("cpu"))

@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 
 from reference import TOKENIZER, text_encoder
 from sana_cli.instruction import INSTRUCTION
-from sana_cli.layout import folder_parts
-from sana_cli.places import cache_folder
-from sana_cli.store import Store, identity
-from sana_cli.text_cache import TextCache
+from sana_cli.machine.places import cache_folder
+from sana_cli.machine.store import Store, identity
+from sana_cli.pipeline.text_cache import TextCache
+from sana_cli.weights.layout import folder_parts
 
 DEMO = Path(__file__).resolve().parents[1] / "sana_cli" / "demo"
 CALL = ("generate", "-m", "demo", "-r", "256", "-s", "1", "--steps", "1", "--device", "cpu")
@@ -201,7 +201,7 @@ try:
     main()
 except SystemExit as stop:
     assert not stop.code, stop.code
-text = {{"tokenizers", "transformers", "bitsandbytes", "sana_cli.text_encoder"}}
+text = {{"tokenizers", "transformers", "bitsandbytes", "sana_cli.pipeline.text_encoder"}}
 print(sorted(text & set(sys.modules)))
 """
     runs = [
@@ -210,7 +210,7 @@ print(sorted(text & set(sys.modules)))
     ]
     assert [run.returncode for run in runs] == [0, 0], runs[-1].stderr
     first, second = (run.stdout.splitlines()[-1] for run in runs)
-    assert first == "['sana_cli.text_encoder', 'tokenizers']"
+    assert first == "['sana_cli.pipeline.text_encoder', 'tokenizers']"
     assert second == "[]"
 
 

@@ -73,8 +73,8 @@ def test_a_killed_run_ends_in_the_same_bits_as_one_that_was_not(tmp_path, one_th
 
 def _draws(folder: Path) -> None:
     """What was exported is a model like any other."""
-    from sana_cli.layout import folder_parts
-    from sana_cli.model_files import open_model
+    from sana_cli.weights.layout import folder_parts
+    from sana_cli.weights.model_files import open_model
     from training.evaluate import pictures, recipe
 
     files = open_model(folder_parts(folder))

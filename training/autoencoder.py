@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sana_cli.dc_ae import DCAE, ChannelRMSNorm, DCAEConfig
+from sana_cli.models.dc_ae import DCAE, ChannelRMSNorm, DCAEConfig
 from training import cpu_kernels
 from training.loop import Losses, Machine, Stage, train
 from training.settings import Settings

@@ -16,8 +16,8 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import Gemma2Model
 
-from sana_cli.dc_ae import DCAE
-from sana_cli.dit import DiT, DiTConfig
+from sana_cli.models.dc_ae import DCAE
+from sana_cli.models.dit import DiT, DiTConfig
 from training.arithmetic import autocast
 from training.autoencoder import to_image
 from training.fused import fuse

@@ -21,14 +21,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from sana_cli.checkpoint import load_weights, on_meta
-from sana_cli.dc_ae import DCAE
-from sana_cli.layout import folder_parts
-from sana_cli.model_files import ModelFiles, open_model
-from sana_cli.pipeline import Picture, draw
-from sana_cli.plan import Plan
+from sana_cli.models.dc_ae import DCAE
+from sana_cli.pipeline.plan import Plan
+from sana_cli.pipeline.stages import Picture, draw
 from sana_cli.recipe import Recipe
-from sana_cli.weights import known_models
+from sana_cli.weights.catalogue import known_models
+from sana_cli.weights.checkpoint import load_weights, on_meta
+from sana_cli.weights.layout import folder_parts
+from sana_cli.weights.model_files import ModelFiles, open_model
 from training import checker, shape_checker
 from training.autoencoder import to_image
 from training.prompts import SEED, SHAPES, prompts, shape_prompts

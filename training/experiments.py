@@ -19,9 +19,9 @@ matplotlib.use("Agg")
 import numpy as np
 from matplotlib import pyplot
 
-from sana_cli.layout import folder_parts
-from sana_cli.model_files import open_model
-from sana_cli.weights import known_models
+from sana_cli.weights.catalogue import known_models
+from sana_cli.weights.layout import folder_parts
+from sana_cli.weights.model_files import open_model
 from training.evaluate import ROOT, interval, pictures, recipe, scene_questions, shape_questions
 
 SOLVERS = ("flow-dpm", "flow-euler")

@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import Gemma2Model
 
-from sana_cli.dc_ae import DCAE
-from sana_cli.dit import DiT
+from sana_cli.models.dc_ae import DCAE
+from sana_cli.models.dit import DiT
 from training.settings import Settings
 
 

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from sana_cli.dit import CrossAttention, DiT, LinearAttention, MixFFN
 from sana_cli.kernels import dispatch
 from sana_cli.kernels.linear_attention import EPS, TRITON_HEADS
+from sana_cli.models.dit import CrossAttention, DiT, LinearAttention, MixFFN
 from training import cpu_kernels
 
 

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, fields, replace
 
-from sana_cli.dc_ae import DCAEConfig
-from sana_cli.dit import DiTConfig
+from sana_cli.models.dc_ae import DCAEConfig
+from sana_cli.models.dit import DiTConfig
 
 _KINDS = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
 

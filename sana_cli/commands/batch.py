@@ -25,7 +25,7 @@ from sana_cli.commands.standing import take_up
 from sana_cli.errors import FAILURES, UsageError
 
 if TYPE_CHECKING:
-    from sana_cli.rows import Found
+    from sana_cli.jobs.rows import Found
 
 JOBS = "Jobs"  # panel of --help
 MOST_SHOWN = 10  # faults
@@ -198,12 +198,12 @@ def run(
     sana batch jobs.jsonl --shard auto -o /shared/out/[/dim]
     """
     from sana_cli.commands.batching import Batch
-    from sana_cli.jobs import Reader
-    from sana_cli.names import parse_batch_output
-    from sana_cli.rows import Pipe, parse, read_file
+    from sana_cli.jobs.job import Reader
+    from sana_cli.jobs.rows import Pipe, parse, read_file
+    from sana_cli.jobs.shards import parse_shard
+    from sana_cli.machine.signals import leaving_when_asked_twice
+    from sana_cli.pictures.names import parse_batch_output
     from sana_cli.settings import check_text
-    from sana_cli.shards import parse_shard
-    from sana_cli.signals import leaving_when_asked_twice
     from sana_cli.ui import Talk
     from sana_cli.units import parse_memory
 
@@ -269,7 +269,7 @@ def status(
     color: options.Color = True,
 ) -> None:
     """Say how far a batch is, and what has failed; exit code 3 if anything is left to do."""
-    from sana_cli.manifest import Ledger, is_held
+    from sana_cli.jobs.manifest import Ledger, is_held
 
     ledger = Ledger(folder)
     if not ledger.last and not ledger.runs:

@@ -19,13 +19,13 @@ from sana_cli.errors import MissingModel, SanaError, UsageError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from sana_cli.bench import Run
-    from sana_cli.model_files import ModelFiles
-    from sana_cli.pipeline import Event
-    from sana_cli.plan import Plan
+    from sana_cli.bench.phases import Run
+    from sana_cli.jobs.resolve import Choice
+    from sana_cli.pipeline.plan import Plan
+    from sana_cli.pipeline.stages import Event
     from sana_cli.recipe import Recipe
-    from sana_cli.resolve import Choice
     from sana_cli.ui import Talk
+    from sana_cli.weights.model_files import ModelFiles
 
 PROMPT = "a red circle on a blue background"
 MOST_RUNS = 1000
@@ -145,15 +145,15 @@ def bench(
                 " --text-precision int8",
                 "leave it out",
             )
-        from sana_cli.against import check_installed
+        from sana_cli.bench.against import check_installed
 
         check_installed()
-    from sana_cli import bench as measuring
+    from sana_cli.bench import phases
 
-    before = measuring.read_earlier(earlier) if earlier is not None else None
+    before = phases.read_earlier(earlier) if earlier is not None else None
 
-    from sana_cli.device import choose_device
-    from sana_cli.signals import leaving_in_order
+    from sana_cli.machine.device import choose_device
+    from sana_cli.machine.signals import leaving_in_order
 
     where = choose_device(device)
     with leaving_in_order(), TemporaryDirectory(prefix="sana-bench-") as folder:
@@ -165,7 +165,7 @@ def bench(
             _check_comparable(before, subjects)
         document = _measure(subjects, where, (runs, warmup), against, Path(folder), talk)
     if before is not None:
-        document["compared"] = measuring.compare(document, before)
+        document["compared"] = phases.compare(document, before)
         for text in document["compared"]["differences"]:
             talk.warn(f"{earlier} was measured otherwise: {text}")
     if json_output:
@@ -209,7 +209,7 @@ def _sizes(asked: list[str] | None) -> dict[str | None, Sides | None]:
 
 def _choose(model: str | None, size: str | None, asked: dict[str, Any]) -> "Choice":
     """The size chooses the model if none is named. One that is draws any, see `_subject`."""
-    from sana_cli.resolve import choose
+    from sana_cli.jobs.resolve import choose
     from sana_cli.settings import Settings
 
     return choose(Settings(PROMPT, model=model, res=None if model else size, **asked))
@@ -226,14 +226,14 @@ def _subject(
     folder: Path,
     talk: "Talk",
 ) -> Subject:
-    from sana_cli.commands.fetching import open_chosen
-    from sana_cli.hub_cache import find_parts
-    from sana_cli.plan import make_plan
+    from sana_cli.fetching import open_chosen
+    from sana_cli.pipeline.plan import make_plan
+    from sana_cli.weights.hub_cache import find_parts
 
     model = choice.model
     found = find_parts(model)
     if random:
-        from sana_cli.random_weights import random_model
+        from sana_cli.bench.random_weights import random_model
 
         files = random_model(model, found, folder / model.name, where)
     elif found is None:
@@ -249,7 +249,7 @@ def _subject(
     width, height = sides or (first.native_width, first.native_height)
     first = replace(first, native_width=width, native_height=height, width=width, height=height)
     if against is not None and first.text_dtype == "int8":
-        from sana_cli.device import wide_dtype
+        from sana_cli.machine.device import wide_dtype
 
         first = replace(first, text_dtype=wide_dtype(where))
         talk.say(f"the text encoder runs in {first.text_dtype}, as that of diffusers does")
@@ -278,8 +278,8 @@ def _measure(
     folder: Path,
     talk: "Talk",
 ) -> dict[str, Any]:
-    from sana_cli import bench as measuring
-    from sana_cli.machine import power, saving_power
+    from sana_cli.bench import phases
+    from sana_cli.machine.inventory import power, saving_power
 
     runs, warmup = times
     count = len(subjects[0].recipes)
@@ -290,14 +290,14 @@ def _measure(
     seen, measured = [], []
     for subject in subjects:
         talk.say("measuring the machine")
-        seen.append(measuring.rates(where, dtypes))
+        seen.append(phases.rates(where, dtypes))
         measured.append(_runs(subject, times, folder, talk))
-    document = measuring.surroundings(where)  # of a GPU while it is warm
-    seen.append(measuring.rates(where, dtypes))
+    document = phases.surroundings(where)  # of a GPU while it is warm
+    seen.append(phases.rates(where, dtypes))
     compared = [
         _against(subject, times, against, folder, talk) if against else None for subject in subjects
     ]
-    rates, apart = measuring.best(seen)
+    rates, apart = phases.best(seen)
     if apart > UNSTEADY:
         warnings.append(
             f"this machine did the same work up to {apart:.1f} times slower at one time than at"
@@ -323,7 +323,7 @@ def _measure(
                     "networks_together": plan.resident,
                 },
                 "predicted_peak_bytes": _predicted(subject),
-                **measuring.summary(some, subject.recipes, subject.files, rates),
+                **phases.summary(some, subject.recipes, subject.files, rates),
                 "against": other,
             }
         )
@@ -332,7 +332,7 @@ def _measure(
 
 def _predicted(subject: Subject) -> dict[str, int]:
     """Peaks by stage. Only now, as the rehearsal itself would count as memory of the runs."""
-    from sana_cli.plan import make_plan
+    from sana_cli.pipeline.plan import make_plan
 
     plan = subject.plan
     if plan.peaks:
@@ -343,8 +343,8 @@ def _predicted(subject: Subject) -> dict[str, int]:
 
 def _runs(subject: Subject, times: tuple[int, int], folder: Path, talk: "Talk") -> "list[Run]":
     """The runs that count."""
-    from sana_cli.bench import measure
-    from sana_cli.pipeline import Progress, Remark
+    from sana_cli.bench.phases import measure
+    from sana_cli.pipeline.stages import Progress, Remark
     from sana_cli.ui import Bars
 
     runs, warmup = times
@@ -372,9 +372,9 @@ def _against(
     subject: Subject, times: tuple[int, int], against: Against, folder: Path, talk: "Talk"
 ) -> dict[str, Any]:
     """What `result` tells of pairs of runs, or why there are none."""
-    from sana_cli.against import Diffusers, result
-    from sana_cli.bench import measure
-    from sana_cli.device import give_back
+    from sana_cli.bench.against import Diffusers, result
+    from sana_cli.bench.phases import measure
+    from sana_cli.machine.device import give_back
     from sana_cli.ui import Bars
 
     runs, warmup = times
@@ -403,7 +403,7 @@ def _against(
 
 
 def _keep(document: dict[str, Any], path: Path, force: bool, talk: "Talk") -> None:
-    from sana_cli.images import write
+    from sana_cli.pictures.images import write
 
     data = (json.dumps(document, indent=1) + "\n").encode()
     try:

@@ -6,9 +6,9 @@ Where nothing is offered the shell completes the names of files and folders by i
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from sana_cli.layout import INDEX
 from sana_cli.shapes import squares_of
-from sana_cli.weights import Model, known_models
+from sana_cli.weights.catalogue import Model, known_models
+from sana_cli.weights.layout import INDEX
 
 
 def model_or_folder(incomplete: str) -> Iterator[tuple[str, str]]:

@@ -12,10 +12,11 @@ from typing import Annotated, Any
 
 import typer
 
-from sana_cli import configuration, places
+from sana_cli.commands import configuration
+from sana_cli.commands.configuration import PROJECT_FILE, VARIABLE, Standing
 from sana_cli.commands.options import Color, Json, Quiet, Verbose
-from sana_cli.configuration import PROJECT_FILE, VARIABLE, Standing
 from sana_cli.errors import SanaError, UsageError
+from sana_cli.machine import places
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -130,7 +131,7 @@ def _rows(standing: Standing) -> list[tuple[str, Any, str]]:
 def _places() -> dict[str, Any]:
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    from sana_cli.hub_cache import lock_path
+    from sana_cli.weights.hub_cache import lock_path
 
     user, cache = places.config_file(), places.cache_folder()
     return {
@@ -177,7 +178,7 @@ def _plain(value: Any) -> Any:
 
 def _check(name: str, value: Any) -> None:
     """What an option's type alone does not see. UsageError."""
-    from sana_cli.names import check_quality
+    from sana_cli.pictures.names import check_quality
     from sana_cli.settings import Settings
     from sana_cli.shapes import parse_aspect, parse_resolution
     from sana_cli.units import parse_memory

@@ -50,7 +50,8 @@ def doctor(
 
 def examine(color: bool, tell: Callable[[str], None]) -> Facts:
     """Everything that can be found out without a network. What fails is None, and told."""
-    from sana_cli import __version__, machine
+    from sana_cli import __version__
+    from sana_cli.machine import inventory
 
     def ask(name: str, question: Callable[..., Any], *about: Any) -> Any:
         try:
@@ -59,19 +60,19 @@ def examine(color: bool, tell: Callable[[str], None]) -> Facts:
             tell(f"{name}: {type(error).__name__}: {error}")
             return None
 
-    facts: Facts = {"sana": __version__, "system": ask("system", machine.system)}
+    facts: Facts = {"sana": __version__, "system": ask("system", inventory.system)}
     problems: list[str] = []
     try:
-        facts["torch"] = machine.torch_build()
+        facts["torch"] = inventory.torch_build()
     except Exception as error:
         facts["torch"] = None
         problems.append(f"torch cannot be imported: {' '.join(str(error).split())}")
-    facts["cpu"] = ask("cpu", machine.cpu)
-    facts["memory"] = ask("memory", machine.memory)
-    facts["devices"], no_cuda = ask("devices", machine.devices) or (None, None)
-    facts["nvidia_driver"] = ask("driver", machine.nvidia_driver)
+    facts["cpu"] = ask("cpu", inventory.cpu)
+    facts["memory"] = ask("memory", inventory.memory)
+    facts["devices"], no_cuda = ask("devices", inventory.devices) or (None, None)
+    facts["nvidia_driver"] = ask("driver", inventory.nvidia_driver)
     facts["kernels"] = ask("kernels", _kernels)
-    facts["bitsandbytes"] = machine.installed("bitsandbytes")
+    facts["bitsandbytes"] = inventory.installed("bitsandbytes")
     facts["hub"] = ask("hub", _hub)
     facts["text_cache"] = ask("text cache", _text_cache)
     facts["models"] = ask("models", _models)
@@ -83,12 +84,12 @@ def examine(color: bool, tell: Callable[[str], None]) -> Facts:
 
 def _kernels() -> Facts:
     """For the device that is taken unless another is asked for."""
-    from sana_cli import machine
-    from sana_cli.device import choose_device
     from sana_cli.kernels.dispatch import chosen_path
+    from sana_cli.machine import inventory
+    from sana_cli.machine.device import choose_device
 
     path, reason = chosen_path(choose_device("auto"))
-    triton = machine.installed("triton", "triton-windows", "pytorch-triton")
+    triton = inventory.installed("triton", "triton-windows", "pytorch-triton")
     return {"path": path, "reason": reason, "triton": triton}
 
 
@@ -96,17 +97,17 @@ def _hub() -> Facts:
     from huggingface_hub import get_token
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    from sana_cli import machine
-    from sana_cli.commands.fetching import no_network
-    from sana_cli.hub_cache import lock_path
+    from sana_cli.fetching import no_network
+    from sana_cli.machine import inventory
+    from sana_cli.weights.hub_cache import lock_path
 
     cache = Path(HF_HUB_CACHE)
     return {
         "cache": str(cache),
         "exists": cache.is_dir(),
-        "free_bytes": machine.free_bytes(cache),
+        "free_bytes": inventory.free_bytes(cache),
         "used_bytes": _used_bytes(),
-        "symlinks": machine.makes_symlinks(cache),
+        "symlinks": inventory.makes_symlinks(cache),
         "offline": no_network(),
         "endpoint": _without_login(os.environ.get("HF_ENDPOINT")),
         "token": get_token() is not None,
@@ -122,8 +123,8 @@ def _without_login(address: str | None) -> str | None:
 def _used_bytes() -> int | None:
     """Of the cache, what belongs to the models of `weights.toml`; None if the lock is broken."""
     from sana_cli.errors import SanaError
-    from sana_cli.hub_cache import stored_files
-    from sana_cli.weights import known_models
+    from sana_cli.weights.catalogue import known_models
+    from sana_cli.weights.hub_cache import stored_files
 
     sources = {source for model in known_models().values() for source in model.sources}
     try:
@@ -134,7 +135,7 @@ def _used_bytes() -> int | None:
 
 
 def _text_cache() -> Facts:
-    from sana_cli.places import cache_folder, used_bytes
+    from sana_cli.machine.places import cache_folder, used_bytes
 
     folder = cache_folder()
     return {"folder": str(folder), "used_bytes": used_bytes(folder)}
@@ -149,7 +150,7 @@ def _models() -> list[Facts]:
 def _terminal(color: bool) -> Facts:
     from rich.console import Console
 
-    from sana_cli.machine import picture_protocol
+    from sana_cli.machine.inventory import picture_protocol
 
     console = Console(no_color=None if color else True)
     protocol, reason = picture_protocol(os.environ, console.is_terminal)
@@ -163,7 +164,7 @@ def _terminal(color: bool) -> Facts:
 
 
 def _problems(facts: Facts, no_cuda: str | None) -> Iterator[str]:
-    from sana_cli.machine import spills_into_ram
+    from sana_cli.machine.inventory import spills_into_ram
 
     torch, hub = facts["torch"], facts["hub"]
     has_cuda = any(row["device"].startswith("cuda") for row in facts["devices"] or [])

@@ -13,7 +13,7 @@ from sana_cli.errors import MissingModel, UsageError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from sana_cli.weights import Model, Source
+    from sana_cli.weights.catalogue import Model, Source
 
 app = typer.Typer(no_args_is_help=True, help="List, fetch, check and remove models.")
 
@@ -70,10 +70,10 @@ def pull(
     color: Color = True,
 ) -> None:
     """Fetch models into the Hugging Face cache; what is there already is not fetched again."""
-    from sana_cli.commands.fetching import list_sources, no_network, transfer
-    from sana_cli.hub_cache import COMMIT, pinned_commit, source_parts
+    from sana_cli.fetching import list_sources, no_network, transfer
     from sana_cli.ui import Talk
     from sana_cli.units import gigabytes
+    from sana_cli.weights.hub_cache import COMMIT, pinned_commit, source_parts
 
     talk = Talk(quiet, verbose, color)
     models = _hub_models(names)
@@ -139,9 +139,9 @@ def verify(
     color: Color = True,
 ) -> None:
     """Read every file of a model and compare it with the hash that the hub promised."""
-    from sana_cli.hub_cache import damaged_files, source_parts, stored_files
     from sana_cli.ui import Talk
-    from sana_cli.weights import known_models
+    from sana_cli.weights.catalogue import known_models
+    from sana_cli.weights.hub_cache import damaged_files, source_parts, stored_files
 
     talk = Talk(quiet, verbose, color)
     chosen = _hub_models(names) if names else [m for m in known_models().values() if m.sources]
@@ -186,10 +186,10 @@ def rm(
     color: Color = True,
 ) -> None:
     """Remove models from the Hugging Face cache, but nothing that another model still uses."""
-    from sana_cli.hub_cache import remove, stored_files
     from sana_cli.ui import Talk
     from sana_cli.units import gigabytes
-    from sana_cli.weights import known_models
+    from sana_cli.weights.catalogue import known_models
+    from sana_cli.weights.hub_cache import remove, stored_files
 
     talk = Talk(quiet, verbose, color)
     models = _hub_models(names)
@@ -219,8 +219,8 @@ def rm(
 
 def described() -> list[dict[str, Any]]:
     """The models as `--json` shows them. SanaError if the lock file is broken."""
-    from sana_cli.hub_cache import commit_of, source_parts
-    from sana_cli.weights import known_models
+    from sana_cli.weights.catalogue import known_models
+    from sana_cli.weights.hub_cache import commit_of, source_parts
 
     fit = _fits_here()
     rows = []
@@ -247,8 +247,8 @@ def described() -> list[dict[str, Any]]:
 def _fits_here() -> "Callable[[Model], str | None]":
     """Of a model "yes", "tight" or "no"; None where there is no torch to ask for the device."""
     try:
-        from sana_cli.device import choose_device
-        from sana_cli.plan import fits, free_memory
+        from sana_cli.machine.device import choose_device
+        from sana_cli.pipeline.plan import fits, free_memory
     except ImportError:
         return lambda model: None
     device = choose_device("auto")
@@ -257,7 +257,7 @@ def _fits_here() -> "Callable[[Model], str | None]":
 
 
 def _hub_models(names: list[str]) -> "list[Model]":
-    from sana_cli.weights import choose_model
+    from sana_cli.weights.catalogue import choose_model
 
     models = [choose_model(name, None) for name in dict.fromkeys(names)]
     for model in models:

@@ -1,0 +1,288 @@
+"""How long each phase of drawing takes here, how much memory it holds, and how near it is to what
+this machine could do.
+
+`sana bench --json` and `--save` write one document:
+
+schema      1
+sana, torch, triton    versions, null where there is none
+machine     os, cpu, cores, threads, device, device_name, driver, power (see `inventory.power`; of
+            an NVIDIA GPU see `inventory.nvidia_state`), kernels ("triton", or "torch" and why)
+rates       bytes_per_second of a copy; flops_per_second of matrix products, by precision: the
+            best of what was measured before the runs of each size and after the last
+runs, warmup, count    of this call; `count` pictures are drawn in every run
+warnings    what may have spoiled the numbers
+sizes       for every size asked for:
+  model, width, height, random_weights, tokenizer ("its own" or "made up"), recipe, plan
+  predicted_peak_bytes    of tensors, by stage, as the plan foretells
+  phases    load (of random weights the time to draw them), encode, denoise, decode, save, and
+            total, the sum of the last four:
+    seconds        median, least, most, each (of the runs); all pictures of a run together
+    peak_bytes     the most memory held during the phase: allocated on a CUDA device; elsewhere
+                   resident in the process, with its libraries; null where the system tells neither
+    floor_seconds, flops, bytes, share    of denoise and decode: see `roofline`; share is floor /
+                   median
+  step_seconds         of denoise, for one step of one picture
+  images_per_minute    with the weights loaded: 60 · count / total
+  remarks              what the pipeline said on the way
+  against              see `against`, null if nothing was measured
+"""
+
+import json
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from sana_cli import __version__
+from sana_cli.bench.roofline import Work, bandwidth, decoding, denoising, matrix_rate
+from sana_cli.errors import UsageError
+from sana_cli.kernels.dispatch import why_torch
+from sana_cli.machine import inventory
+from sana_cli.machine.device import give_back
+from sana_cli.pictures import images
+from sana_cli.pictures.metadata import Record
+from sana_cli.pipeline.plan import Plan
+from sana_cli.pipeline.stages import Event, Failure, Picture, Progress, Remark, draw
+from sana_cli.recipe import Recipe
+from sana_cli.weights.model_files import ModelFiles
+
+SCHEMA = 1
+PHASES = ("load", "encode", "denoise", "decode", "save")
+Facts = dict[str, Any]
+
+
+def surroundings(device: str) -> Facts:
+    """What the numbers depend on beside the model: versions and the machine."""
+    cpu, why = inventory.cpu(), why_torch(torch.device(device))
+    facts: Facts = {
+        "os": inventory.system()["os"],
+        "cpu": cpu["name"],
+        "cores": cpu["cores"],
+        "threads": torch.get_num_threads(),
+        "device": device,
+        "device_name": cpu["name"],
+        "driver": inventory.nvidia_driver(),
+        "power": inventory.power(),
+        "kernels": "triton" if why is None else f"torch: {why}",
+    }
+    if device.startswith("cuda"):
+        facts["device_name"] = torch.cuda.get_device_name(device)
+        facts["power"]["gpu"] = inventory.nvidia_state(torch.device(device).index or 0)
+    return {
+        "schema": SCHEMA,
+        "sana": __version__,
+        "torch": torch.__version__,
+        "triton": inventory.installed("triton", "triton-windows", "pytorch-triton"),
+        "machine": facts,
+    }
+
+
+def rates(device: str, dtypes: set[str]) -> Facts:
+    """What the device does at best, in about a second."""
+    return {
+        "bytes_per_second": bandwidth(device),
+        "flops_per_second": {d: matrix_rate(device, getattr(torch, d)) for d in sorted(dtypes)},
+    }
+
+
+def best(seen: list[Facts]) -> tuple[Facts, float]:
+    """The best of rates that were measured several times, and how many times they differ."""
+    copies = [one["bytes_per_second"] for one in seen]
+    products = {
+        d: [one["flops_per_second"][d] for one in seen] for d in seen[0]["flops_per_second"]
+    }
+    apart = max(max(values) / min(values) for values in (copies, *products.values()))
+    found = {d: max(values) for d, values in products.items()}
+    return {"bytes_per_second": max(copies), "flops_per_second": found}, apart
+
+
+class Meter:
+    """The most memory held since the last look, on a CUDA device or resident in this process."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.look()
+
+    def look(self) -> int | None:
+        """Bytes; None where the system does not tell, as outside of Linux."""
+        if self.device.startswith("cuda"):
+            peak = torch.cuda.max_memory_allocated(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+            return peak
+        try:
+            lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets VmHWM
+        except OSError:
+            return None
+        high = next((line.split()[1] for line in lines if line.startswith("VmHWM")), None)
+        return int(high) * 1024 if high else None
+
+
+@dataclass
+class Run:
+    """What one drawing of all the pictures took: seconds and peak bytes by phase."""
+
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+    peaks: dict[str, int | None] = field(default_factory=dict)
+    pictures: list[Any] = field(default_factory=list)  # uint8 (height, width, 3) each
+    remarks: list[str] = field(default_factory=list)
+
+    @property
+    def total(self) -> float:
+        """With the weights loaded."""
+        return sum(self.seconds[phase] for phase in PHASES[1:])
+
+
+def measure(
+    recipes: list[Recipe],
+    files: ModelFiles,
+    plan: Plan,
+    folder: Path,
+    watch: Callable[[Event], None] = lambda event: None,
+) -> Run:
+    """Draw the pictures and save them in `folder` as PNG, without the cache of texts.
+
+    What the pipeline does between two of its events belongs to the later one. SanaError if a
+    picture fails.
+    """
+    run, meter = Run(), Meter(plan.device)
+
+    def took(phase: str, seconds: float) -> None:
+        run.seconds[phase] += seconds
+        peak, before = meter.look(), run.peaks.get(phase)
+        run.peaks[phase] = max(peak, before or 0) if peak is not None else None
+
+    give_back(plan.device)
+    meter.look()
+    for event in draw(recipes, files, plan):
+        watch(event)
+        match event:
+            case Progress(stage, _, _, seconds):
+                took(stage, seconds)
+            case Picture(index, pixels):
+                began = perf_counter()
+                record = Record(recipes[index], plan.device, torch.__version__)
+                data = images.encode(pixels, "png", None, record)
+                images.write(folder / f"{index}.png", data, force=True)
+                took("save", perf_counter() - began)
+                run.pictures.append(pixels)
+            case Failure(_, error):
+                raise error
+            case Remark(text):
+                run.remarks.append(text)
+    return run
+
+
+def summary(runs: list[Run], recipes: list[Recipe], files: ModelFiles, rates: Facts) -> Facts:
+    """The part of the document that follows from the runs: phases, step, pictures a minute."""
+    recipe, count = recipes[0], len(recipes)
+    phases: Facts = {}
+    for phase in PHASES:
+        seconds = spread([run.seconds[phase] for run in runs])
+        peaks = [peak for run in runs if (peak := run.peaks.get(phase)) is not None]
+        phases[phase] = {"seconds": seconds, "peak_bytes": max(peaks, default=None)}
+    for phase, work, dtype in (
+        ("denoise", denoising(recipe, files), recipe.dit_dtype),
+        ("decode", decoding(recipe, files), recipe.vae_dtype),
+    ):
+        phases[phase] |= _floor(work, count, rates, dtype, phases[phase]["seconds"]["median"])
+    total = spread([run.total for run in runs])
+    known = [row["peak_bytes"] for row in phases.values() if row["peak_bytes"] is not None]
+    phases["total"] = {"seconds": total, "peak_bytes": max(known, default=None)}
+    return {
+        "phases": phases,
+        "step_seconds": phases["denoise"]["seconds"]["median"] / (recipe.steps * count),
+        "images_per_minute": 60 * count / total["median"],
+        "remarks": list(dict.fromkeys(text for run in runs for text in run.remarks)),
+    }
+
+
+def _floor(work: Work, count: int, rates: Facts, dtype: str, seconds: float) -> Facts:
+    floor = count * work.floor(rates["flops_per_second"][dtype], rates["bytes_per_second"])
+    return {
+        "flops": count * work.flops,
+        "bytes": count * work.bytes,
+        "floor_seconds": floor,
+        "share": floor / seconds,
+    }
+
+
+def spread(values: list[float]) -> Facts:
+    return {
+        "median": statistics.median(values),
+        "least": min(values),
+        "most": max(values),
+        "each": values,
+    }
+
+
+# --- earlier runs ------------------------------------------------------------------------------
+
+
+def read_earlier(path: Path) -> Facts:
+    """A document that `--save` wrote. UsageError if it is none."""
+    hint = "give a file that `sana bench --save` wrote"
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"--compare {path} cannot be read: {error.strerror}", hint) from None
+    except (ValueError, RecursionError):
+        raise UsageError(f"--compare {path} is no JSON", hint) from None
+    try:
+        if document["schema"] != SCHEMA:
+            raise UsageError(f"--compare {path} has schema {document['schema']!r}, not {SCHEMA}")
+        for size in document["sizes"]:
+            _key(size), [size["phases"][name]["seconds"]["median"] for name in (*PHASES, "total")]
+        _machine(document)
+    except (KeyError, TypeError):
+        raise UsageError(f"--compare {path} is no result of sana bench", hint) from None
+    return document
+
+
+def compare(now: Facts, before: Facts) -> Facts:
+    """How this run stands to an earlier one: ratios of medians, below 1 where this is faster.
+
+    {"sizes": [{"model", "width", "height", "ratios": {phase: …}}], "differences": […]}; sizes that
+    only one of them has are left out.
+    """
+    differences = [
+        f"{name} was {old}, and is {new}"
+        for (name, new), old in zip(_machine(now).items(), _machine(before).values(), strict=True)
+        if new != old
+    ]
+    earlier = {_key(size): size for size in before["sizes"]}
+    rows = []
+    for size in now["sizes"]:
+        old = earlier.get(_key(size))
+        if old is None:
+            continue
+        loaded = not (size["random_weights"] or old["random_weights"])
+        ratios = {
+            name: phase["seconds"]["median"] / old["phases"][name]["seconds"]["median"]
+            for name, phase in size["phases"].items()
+            if (name != "load" or loaded) and old["phases"][name]["seconds"]["median"]
+        }
+        rows.append({key: size[key] for key in ("model", "width", "height")} | {"ratios": ratios})
+        differences += [
+            f"{name} of {size['model']} was {old['recipe'].get(name)}, and is {value}"
+            for name, value in size["recipe"].items()
+            if name not in ("seed", "prompt") and old["recipe"].get(name) != value
+        ]
+        if size["random_weights"] != old["random_weights"]:
+            differences.append(f"only one of the two ran {size['model']} on random weights")
+    return {"sizes": rows, "differences": list(dict.fromkeys(differences))}
+
+
+def _key(size: Facts) -> tuple[str, int, int]:
+    return size["model"], size["width"], size["height"]
+
+
+def _machine(document: Facts) -> Facts:
+    """What must be equal for two results to be comparable."""
+    names = ("cpu", "cores", "threads", "device", "device_name", "kernels")
+    rest = {name: document[name] for name in ("sana", "torch", "triton", "count")}
+    return {name: document["machine"][name] for name in names} | rest

@@ -1,0 +1,167 @@
+"""How fast a machine could at best be: its rates, measured, and the work there is, counted.
+
+    floor = max(floating-point operations / matrix rate, bytes / copy bandwidth)
+
+A stage cannot take less while its sums are those of the published networks (Williams, Waterman and
+Patterson, "Roofline", CACM 2009). Counted is the least that has to be done:
+
+Operations are those of matrix products and convolutions, two for each multiplication. Not counted
+is what there are ways to save: the first block's self-attention of the second half of guidance, the
+products of a convolution after a doubling that are equal (`strips.subpixel`), and cross-attention,
+which for short texts takes little (`cross_attention`), up to 8 % of the rest for long ones. Nor is
+anything elementwise.
+
+Bytes are those of a plan in which every branch of a block runs as one kernel: the weights are read
+once a step, of the decoder once a picture, and each branch reads its input and writes its result,
+in the precision that runs. Linear attention reads its input twice, as its sums must be complete
+before they are applied.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from sana_cli.kernels.linear import linear
+from sana_cli.models.dc_ae import DCAE, Decoder, EfficientViTBlock
+from sana_cli.models.dit import Block, DiT
+from sana_cli.models.strips.subpixel import fold
+from sana_cli.pipeline.guidance import is_guided
+from sana_cli.recipe import Recipe
+from sana_cli.weights.model_files import ModelFiles
+
+SIDES = (512, 1024, 2048, 4096, 8192, 16_384)  # of the matrices that are multiplied
+COPIED = {"cpu": 1 << 27, "cuda": 1 << 30}  # bytes: more than caches hold
+SECONDS = 0.2  # for each measurement
+
+
+@dataclass(frozen=True)
+class Work:
+    flops: float
+    bytes: float
+
+    def floor(self, flops_per_second: float, bytes_per_second: float) -> float:
+        """Seconds."""
+        return max(self.flops / flops_per_second, self.bytes / bytes_per_second)
+
+
+# --- rates -------------------------------------------------------------------------------------
+
+
+def bandwidth(device: str) -> float:
+    """Bytes a second, read and written, of a copy on the device; the best of several."""
+    size = COPIED.get(device.split(":")[0], COPIED["cpu"])
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * size / _best(lambda: target.copy_(source), device, SECONDS)
+
+
+def matrix_rate(device: str, dtype: torch.dtype) -> float:
+    """Floating-point operations a second of a square matrix product, of the fastest size.
+
+    Sizes are doubled for as long as one product can be expected to take little time.
+    """
+    best = 0.0
+    for side in SIDES:
+        if side > SIDES[1] and 2 * side**3 > best * SECONDS:
+            break
+        a = torch.randn(side, side, device=device).to(dtype)
+        product = partial(linear, a, a)
+        best = max(best, 2 * side**3 / _best(product, device, SECONDS))
+    return best
+
+
+@torch.inference_mode()
+def _best(work: Callable[[], object], device: str, limit: float) -> float:
+    """The fewest seconds that a piece of work took in `limit` seconds, after a first time."""
+    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    if device == "mps":
+        wait = torch.mps.synchronize
+    work()
+    wait()
+    began, best = time.perf_counter(), float("inf")
+    while True:
+        start = time.perf_counter()
+        work()
+        wait()
+        now = time.perf_counter()
+        best = min(best, now - start)
+        if now - began > limit:
+            return best
+
+
+# --- work --------------------------------------------------------------------------------------
+
+
+def denoising(recipe: Recipe, files: ModelFiles) -> Work:
+    """All the steps of one picture."""
+    dtype = getattr(torch, recipe.dit_dtype)
+    height, width = _grid(recipe, files)
+    tokens, layers, wide = height * width, files.dit.num_layers, files.dit.width
+    with torch.device("meta"):
+        dit = DiT(replace(files.dit, num_layers=1))
+        x = torch.empty(1, tokens, wide)
+        latent = torch.empty(1, files.dit.in_channels, height, width)
+    block = dit.transformer_blocks[0]
+    assert isinstance(block, Block)
+    attention = operations(lambda: block.attn1(x))
+    rest = operations(lambda: block.ff(x, (height, width)))
+    ends = operations(lambda: (dit.patch_embed(latent), dit.proj_out(x)))
+    half = ends + layers * (attention + rest)
+    guided = is_guided(recipe, files)
+    flops = 2 * half - attention if guided else half
+    branches = [*block.attn1.parameters(), *block.ff.parameters()]
+    weights = layers * sum(weight.numel() for weight in branches)
+    # Three branches, each reading and writing all tokens, the first of them reading twice.
+    moved = (2 if guided else 1) * layers * 7 * tokens * wide
+    return Work(recipe.steps * flops, recipe.steps * (weights + moved) * dtype.itemsize)
+
+
+def decoding(recipe: Recipe, files: ModelFiles) -> Work:
+    """One picture."""
+    dtype = getattr(torch, recipe.vae_dtype)
+    with torch.device("meta"):
+        decoder = DCAE(files.vae).decoder.requires_grad_(False).to(dtype)
+        fold(decoder)
+        latent = torch.empty(1, files.vae.latent_channels, *_grid(recipe, files), dtype=dtype)
+    moved = [latent.nbytes + 3 * recipe.native_height * recipe.native_width]
+
+    def passed(_: nn.Module, given: tuple[Tensor], made: Tensor) -> None:
+        moved.append(given[0].nbytes + made.nbytes)
+
+    for branch in _branches(decoder):
+        branch.register_forward_hook(passed)
+    for module in decoder.modules():
+        if isinstance(module, EfficientViTBlock):
+            module.register_forward_hook(lambda _, given, made: moved.append(made.nbytes))
+    flops = operations(lambda: decoder(latent))
+    weights = sum(p.nbytes for p in decoder.parameters())
+    return Work(flops, weights + sum(moved))
+
+
+def _branches(decoder: Decoder) -> list[nn.Module]:
+    """What could each be one kernel, up to the last norm, which goes with the last convolution."""
+    found: list[nn.Module] = []
+    for stage in decoder.up_blocks:
+        for block in stage.children():
+            whole = not isinstance(block, EfficientViTBlock)
+            found += [block] if whole else block.children()
+    return found
+
+
+def operations(run: Callable[[], object]) -> int:
+    """Of matrix products and convolutions, on any device, also on `meta`."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def _grid(recipe: Recipe, files: ModelFiles) -> tuple[int, int]:
+    """(h, w) of the latent."""
+    cell = files.vae.compression
+    return recipe.native_height // cell, recipe.native_width // cell

@@ -1,0 +1,210 @@
+"""Standing choices: what variables and files say of an option that was not typed.
+
+    --steps 30  >  SANA_STEPS=30  >  ./sana.toml  >  the user's config.toml  >  the default
+
+They become the defaults of the verbs' options (Click's `default_map`), so that an option's own
+type reads them, and `context.get_parameter_source` tells them from what was typed.
+"""
+
+import math
+import os
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from sana_cli.errors import UsageError
+from sana_cli.machine.places import config_file
+from sana_cli.settings import option
+
+PROJECT_FILE = Path("sana.toml")
+VARIABLE = "SANA_"
+PLACES = ("SANA_CONFIG", "SANA_CACHE_DIR", "SANA_DATA_DIR")
+
+# What belongs to one call. A kept seed or picture would draw the same again and again, a kept
+# --force overwrite what nobody thought of, a kept --count or --json break the scripts that read
+# one path; --strength means nothing without a picture.
+ONE_CALL = frozenset(
+    {"prompts", "replay", "image", "strength", "seed", "count", "force", "dry_run", "json_output"}
+)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A value as it would have been typed, as its option reads it, and where it was found."""
+
+    text: str
+    value: Any
+    origin: str
+
+
+@dataclass(frozen=True)
+class _Fault:
+    """A default that cannot be had. Click calls it for its value; help shows it as a text."""
+
+    error: UsageError
+
+    def __call__(self) -> Any:
+        raise self.error
+
+    def __str__(self) -> str:
+        return "unknown, as the configuration is faulty"
+
+
+class Standing:
+    """What was found, of the highest rank for each option, and what is wrong with it."""
+
+    def __init__(self, context: typer.Context) -> None:
+        """Read the variables and both files. `context` is that of the whole command."""
+        self.options = standing_options(context.command)
+        self.settings: dict[str, Setting] = {}
+        self.faults: dict[str, UsageError] = {}  # of options, by their names
+        self.broken: list[UsageError] = []  # of a whole file
+        self.remarks: list[str] = []
+        for origin, found in self._sources():
+            for key, value in found.items():
+                name = self._known(key, origin)
+                if name is None:
+                    continue
+                self.settings.pop(name, None)
+                self.faults.pop(name, None)
+                try:
+                    text = _text(value, self.options[name])
+                    read = read_value(self.options[name], text, context)
+                    self.settings[name] = Setting(text, read, origin)
+                except ValueError as error:
+                    place = key if key == origin else f"{origin}: {key}"
+                    self.faults[name] = UsageError(
+                        f"{place} is {value!r}: {error}",
+                        "`sana generate --help` shows what it takes",
+                    )
+
+    def _sources(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """From the lowest rank to the highest."""
+        for path in (config_file(), PROJECT_FILE):
+            try:
+                yield shown(path), read_file(path)
+            except UsageError as error:
+                self.broken.append(error)
+        for variable, text in sorted(os.environ.items()):
+            if variable.startswith(VARIABLE) and variable not in PLACES and text:
+                yield variable, {variable: text}
+
+    def _known(self, key: str, origin: str) -> str | None:
+        """The option that a key means. An unknown key is a fault, an unknown variable a remark."""
+        is_variable = key == origin
+        name = key.removeprefix(VARIABLE).lower() if is_variable else key.replace("-", "_")
+        if name in self.options:
+            return name
+        try:
+            known(name, self.options)
+        except UsageError as error:
+            if not is_variable:
+                self.broken.append(UsageError(f"{origin}: {error.message}", error.hint))
+            elif error.hint and "did you mean" in error.hint or name in ONE_CALL:
+                # Of others, somebody else may be the reader.
+                self.remarks.append(f"{key} is not used: {error.message}")
+        return None
+
+    def defaults(self, command: Any, strict: bool = True) -> dict[str, Any]:
+        """Click's `default_map` for a command and those below it.
+
+        A fault is raised when an option is looked up that needs to know: help never fails by it,
+        nor does `sana config`, which shows and mends it.
+        """
+        below = {
+            name: self.defaults(sub, strict and name != "config")
+            for name, sub in getattr(command, "commands", {}).items()
+        }
+        if "run" in below:  # as `sana batch FILE` leaves out
+            below[""] = below["run"]
+        mine: dict[str, Any] = {}
+        for parameter in command.params:
+            name = parameter.name
+            # The same name with another meaning, as the --output of a batch, is another option.
+            if name not in self.options or self.options[name].help != parameter.help:
+                continue
+            if strict and self.broken:
+                mine[name] = _Fault(self.broken[0])
+            elif strict and name in self.faults:
+                mine[name] = _Fault(self.faults[name])
+            elif name in self.settings:
+                mine[name] = self.settings[name].text
+        return mine | below
+
+    def value(self, name: str) -> Any:
+        """None if nothing valid was found."""
+        return self.settings[name].value if name in self.settings else None
+
+
+def standing_options(root: Any) -> dict[str, Any]:
+    """The options of `sana generate` that may be kept, by their names."""
+    options = root.commands["generate"].params
+    return {option.name: option for option in options if option.name not in ONE_CALL}
+
+
+def known(key: str, options: Mapping[str, Any]) -> str:
+    """The option's name for a key written with - or _. UsageError with a suggestion otherwise."""
+    name = key.replace("-", "_")
+    if name in options:
+        return name
+    if name in ONE_CALL:
+        raise UsageError(f"{key} cannot be kept: it belongs to one call", "type it where it counts")
+    close = get_close_matches(name, options, n=1)
+    hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(sorted(options))}"
+    raise UsageError(f"there is no setting {key!r}", hint)
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """The values of a TOML file; none if it is not there. UsageError in one line."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"{shown(path)} is not valid TOML: {error}", "mend that line") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"{shown(path)} is not UTF-8 text", "save it as UTF-8") from None
+    except (ValueError, RecursionError) as error:  # numbers too long, arrays too deep
+        raise UsageError(f"{shown(path)} cannot be read: {error}", "write it anew") from None
+    except OSError as error:
+        reason = error.strerror
+        raise UsageError(f"{shown(path)} cannot be read: {reason}", "make it readable") from None
+
+
+def read_value(parameter: Any, text: str, context: typer.Context) -> Any:
+    """What an option makes of a text. ValueError with its complaint."""
+    try:
+        value = parameter.process_value(context, text)
+    except typer.BadParameter as error:
+        raise ValueError(error.message.rstrip(".")) from None
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError("it is not finite")
+    return value
+
+
+def shown(path: Path) -> str:
+    return str(path) if path.is_absolute() else f"./{path}"
+
+
+def origins(settings: Mapping[str, Setting]) -> str:
+    """`{"steps": …, "model": …}` -> "from ./sana.toml: model, steps"."""
+    names: dict[str, list[str]] = {}
+    for name, setting in settings.items():
+        names.setdefault(setting.origin, []).append(option(name)[2:])
+    return "; ".join(f"from {origin}: {', '.join(sorted(n))}" for origin, n in names.items())
+
+
+def _text(value: Any, parameter: Any) -> str:
+    """A TOML value as it would be typed. ValueError for what has no such form."""
+    if isinstance(value, bool):
+        if not parameter.is_flag:
+            raise ValueError("it is not a switch")
+        return "true" if value else "false"
+    if not isinstance(value, str | int | float):
+        raise ValueError("one string or number is wanted")
+    return str(value)

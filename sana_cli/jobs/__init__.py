@@ -1,0 +1,1 @@
+"""From what is asked for to recipes, and from many rows to a folder of pictures."""

@@ -1,0 +1,235 @@
+"""From rows to jobs: one picture each, known by what it is and not by where its row stands.
+
+A job's id is a hash of its recipe, of the precision that was asked for (not of what this machine
+made of it, so that all machines agree), of its row's own name for it and the columns in that name,
+and of how many jobs equal in all this came before it. Where no seed is given it is a hash of the
+same, less the precision, and equal jobs count on from it. So a job has the same id, seed and
+picture alone or in any batch, in any order and any shard.
+"""
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sana_cli.errors import SanaError, UsageError
+from sana_cli.jobs.resolve import Choice, Source, choose
+from sana_cli.jobs.rows import Fault, Found, Row
+from sana_cli.jobs.templates import alternatives, columns_of, fill
+from sana_cli.pictures.images import read
+from sana_cli.pictures.names import Output, check_size, parse_job_name
+from sana_cli.recipe import MOST_IMAGES, SEED_LIMIT, Recipe, parse_seeds
+from sana_cli.settings import Settings
+from sana_cli.weights.catalogue import Model
+
+if TYPE_CHECKING:
+    from sana_cli.weights.model_files import ModelFiles
+
+ID_DIGITS = 16  # of 64: a hundred thousand jobs share one with a chance of 3 in 10 billion
+
+
+@dataclass(frozen=True)
+class Job:
+    id: str
+    row: int
+    recipe: Recipe
+    model: Model
+    name: Path  # inside the folder of the batch
+    format: str
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A prompt of a row with all that was chosen for it, before any file of the model is read."""
+
+    row: Row
+    choice: Choice
+    seeds: list[int] | None  # None: from a hash, `count` of them
+    count: int
+    output: Output
+    columns: dict[str, str]  # that tell apart jobs of one recipe: those in the name, and `output`
+
+
+class Reader:
+    """What the command line says of every row; rows win."""
+
+    def __init__(
+        self,
+        defaults: dict[str, Any],
+        output: Output,
+        format: str | None,
+        template: str | None,
+        expanded: bool,
+    ) -> None:
+        """`defaults` holds fields of Settings, and seed and count."""
+        self.defaults, self.output, self.format = defaults, output, format
+        self.template, self.expanded = template, expanded
+        self.filled = columns_of(template, expanded) if template is not None else []
+        self.used = {*self.filled, *output.columns}  # columns beside the fields of a row
+        self.sources = Sources()
+
+    def read(self, found: Iterable[Found]) -> tuple[list[Ask], list[Fault]]:
+        asks: list[Ask] = []
+        faults: list[Fault] = []
+        for row in found:
+            if isinstance(row, Fault):
+                faults.append(row)
+                continue
+            try:
+                asks += self._asks(row)
+            except UsageError as error:
+                faults.append(fault(row, error))
+            except _InColumn as error:
+                faults.append(Fault(row.number, error.column, error.message))
+        return asks, faults
+
+    def _asks(self, row: Row) -> Iterator[Ask]:
+        given = self.defaults | row.fields
+        named = row.fields.get("output")
+        output = parse_job_name(named, self.format) if named is not None else self.output
+        columns = {name: _column(row, name, "the name of the picture") for name in output.columns}
+        own = columns | ({"output": named} if named is not None else {})
+        count = given.pop("count")
+        seed = given.pop("seed")
+        given.pop("output", None)
+        if seed is None and count is not None and not 1 <= count <= MOST_IMAGES:
+            raise UsageError(f"--count {count} is not between 1 and {MOST_IMAGES}")
+        seeds = parse_seeds(seed, count) if seed is not None else None
+        for prompt in self._prompts(row):
+            choice = choose(Settings(**given | {"prompt": prompt}))
+            if choice.source is not None and choice.settings.image is not None:
+                choice = replace(choice, source=self.sources.keep(choice.source, choice.settings))
+            yield Ask(row, choice, seeds, count or 1, output, own)
+
+    def _prompts(self, row: Row) -> list[str]:
+        if self.template is None:
+            prompt = row.fields.get("prompt")
+            if prompt is None:
+                raise _InColumn("prompt", "is empty")
+        else:
+            if "prompt" in row.fields and "prompt" not in self.filled:
+                raise _InColumn("prompt", "is not used by --template")
+            columns = {name: _column(row, name, "--template") for name in self.filled}
+            prompt = fill(self.template, columns, self.expanded)
+        if not self.expanded:
+            return [prompt]
+        try:
+            return alternatives(prompt)
+        except ValueError as error:
+            raise _InColumn("prompt", str(error)) from None
+
+
+class _InColumn(Exception):
+    def __init__(self, column: str, message: str) -> None:
+        self.column, self.message = column, message
+
+
+def _column(row: Row, name: str, user: str) -> str:
+    if name not in row.columns:
+        raise _InColumn(name, f"is empty, but {user} uses it")
+    return row.columns[name]
+
+
+def fault(row: Row, error: SanaError) -> Fault:
+    """Where in a row the fault lies: at what the message names by its option, or quotes."""
+    named = [name.replace("-", "_") for name in re.findall(r"--([a-z][a-z-]+)", error.message)]
+    named += [name for name, value in row.fields.items() if repr(value) in error.message]
+    column = next((name for name in named if name in row.fields), None)
+    return Fault(row.number, column, error.message, error.hint)
+
+
+class Sources(Mapping[str, np.ndarray]):
+    """Pictures to start from by the SHA-256 of their pixels; read again when they are used."""
+
+    def __init__(self) -> None:
+        self.paths: dict[str, str] = {}
+
+    def keep(self, source: Source, settings: Settings) -> Source:
+        """The same without its pixels."""
+        assert settings.image is not None
+        self.paths[source.digest] = settings.image
+        return replace(source, pixels=np.empty((0, 0, 3), np.uint8))
+
+    def __getitem__(self, digest: str) -> np.ndarray:
+        pixels = read(self.paths[digest])
+        if hashlib.sha256(pixels.tobytes()).hexdigest() != digest:
+            raise SanaError(f"--image {self.paths[digest]} has changed since the batch began")
+        return pixels
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.paths)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+
+class Planner:
+    """Makes jobs, and remembers those before: their count, names, and how often they came."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.repeats: Counter[str] = Counter()
+        self.names: dict[str, int] = {}  # path, as the least particular file system sees it -> row
+
+    def copy(self) -> "Planner":
+        return deepcopy(self)
+
+    def plan(
+        self,
+        asks: Iterable[Ask],
+        files_of: Callable[[Model], "ModelFiles"],
+        device: str,
+        survived: type[SanaError] = UsageError,
+    ) -> tuple[list[Job], list[Fault]]:
+        """Errors of the kind `survived` are faults of a row, others end it all."""
+        jobs: list[Job] = []
+        faults: list[Fault] = []
+        for ask in asks:
+            try:
+                jobs += self._jobs(ask, files_of(ask.choice.model), device)
+            except survived as error:
+                faults.append(fault(ask.row, error))
+        return jobs, faults
+
+    def _jobs(self, ask: Ask, files: "ModelFiles", device: str) -> Iterator[Job]:
+        first = ask.choice.recipe(files, device, 0)
+        check_size(first, ask.output.format)
+        what = first.as_dict() | {"columns": ask.columns}
+        for part in ("seed", "text_dtype", "dit_dtype", "vae_dtype"):
+            del what[part]
+        asked = ask.choice.settings
+        precision = {"dtype": asked.dtype, "text_precision": asked.text_precision}
+        start = int(_hash(what)[:8], 16) % (SEED_LIMIT - MOST_IMAGES)
+        count = ask.count if ask.seeds is None else len(ask.seeds)
+        if self.count + count > MOST_IMAGES:
+            raise UsageError(f"there are more than {MOST_IMAGES} jobs", "split the file")
+        for i in range(count):
+            seed = None if ask.seeds is None else ask.seeds[i]
+            alike = _hash(what | precision | {"seed": seed})
+            before = self.repeats[alike]
+            self.repeats[alike] += 1
+            self.count += 1
+            recipe = replace(first, seed=start + before if seed is None else seed)
+            id = _hash(what | precision | {"seed": recipe.seed, "before": before})[:ID_DIGITS]
+            name = ask.output.path(recipe, self.count, ask.columns | {"id": id})
+            self._take(name, ask.row)
+            yield Job(id, ask.row.number, recipe, ask.choice.model, name, ask.output.format)
+
+    def _take(self, name: Path, row: Row) -> None:
+        key = name.as_posix().casefold()
+        if key in self.names:
+            other = self.names[key]
+            where = "twice" if other == row.number else f"of row {other} as well"
+            raise UsageError(f"--output {name} is the name {where}", "add {id} or {seed} to it")
+        self.names[key] = row.number
+
+
+def _hash(what: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()

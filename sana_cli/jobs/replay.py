@@ -1,0 +1,53 @@
+"""From a recipe that was found in a picture back to the settings that give it again."""
+
+from typing import Any
+
+from sana_cli.instruction import INSTRUCTION
+from sana_cli.weights.catalogue import HUB_ID, choose_model, known_models
+from sana_cli.weights.hub_cache import commit_of
+
+TEXT_PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "int8": "int8"}
+
+
+def settings_of(recipe: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Fields of Settings for as much of a recipe as is known; what they cannot say, in sentences.
+
+    They leave no choice open that the recipe has made, since those of another version may differ.
+    The picture that it started from, if any, is not among them: only its hash is known.
+    """
+    direct = ("prompt", "negative", "model", "fit", "steps", "guidance", "solver")
+    settings = {name: recipe[name] for name in direct if name in recipe}
+    remarks = _about_model(recipe)
+    if "width" in recipe and "height" in recipe:
+        settings["res"] = f"{recipe['width']}x{recipe['height']}"
+    if recipe.get("strength") is not None:
+        settings["strength"] = recipe["strength"]
+    if "instruction" in recipe:
+        settings["instruction"] = bool(recipe["instruction"])
+        if recipe["instruction"] not in ("", INSTRUCTION):
+            remarks.append("its instruction text is not the one of this version")
+    dit, text = recipe.get("dit_dtype"), recipe.get("text_dtype")
+    if dit:
+        settings["dtype"] = dit
+    # float16 is the transformer's alone: the rest is then in what the device is best at.
+    if text == "int8" or (text and dit not in (None, "float16", text)):
+        settings["text_precision"] = TEXT_PRECISIONS[text]
+    if recipe.get("image"):
+        remarks.append(
+            f"it started from a picture whose RGB bytes have SHA-256 {recipe['image']!r}"
+        )
+    if "seed" not in recipe:
+        remarks.append("its seed is not known, so the picture will be another one")
+    return settings, remarks
+
+
+def _about_model(recipe: dict[str, Any]) -> list[str]:
+    name = recipe.get("model")
+    if name is None:
+        return ["its model is not known; one is chosen by the size"]
+    if name not in known_models() and not HUB_ID.fullmatch(name):
+        return [f"its model was a folder called {name!r}, wherever that is"]
+    drawn_with, here = recipe.get("revision"), commit_of(choose_model(name, None))
+    if drawn_with != here:
+        return [f"it was drawn with revision {drawn_with!r} of the model; {here!r} is used here"]
+    return []

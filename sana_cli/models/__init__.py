@@ -1,0 +1,1 @@
+"""The networks, as the papers write them down and as they run."""

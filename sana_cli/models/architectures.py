@@ -1,0 +1,60 @@
+"""The sizes of the released networks, as their configs state them (model cards and converter).
+
+A model that is on this machine is built from its own config files. These are for what must be
+known before: plans, and measurements on random weights.
+"""
+
+from dataclasses import dataclass, replace
+
+from sana_cli.models.dc_ae import DCAEConfig
+from sana_cli.models.dit import DiTConfig
+from sana_cli.models.gemma import GemmaConfig
+
+NARROW = DiTConfig(
+    num_attention_heads=36,
+    num_layers=28,
+    num_cross_attention_heads=16,
+    cross_attention_head_dim=72,
+    cross_attention_dim=1152,
+)
+WIDE = DiTConfig()
+QK_NORM = "rms_norm_across_heads"
+TRANSFORMERS = {
+    "sana-0.6b": NARROW,
+    "sana-1.6b": WIDE,
+    "sana1.5-1.6b": replace(WIDE, qk_norm=QK_NORM),
+    "sana1.5-4.8b": replace(WIDE, qk_norm=QK_NORM, num_layers=60),
+    "sana-sprint-0.6b": replace(NARROW, qk_norm=QK_NORM, guidance_embeds=True),
+    "sana-sprint-1.6b": replace(WIDE, qk_norm=QK_NORM, guidance_embeds=True),
+}
+# The models of the large grids add sine-cosine positions, spanning 64 units at either size.
+INTERPOLATION = {2048: 1.0, 4096: 2.0}
+
+GEMMA_2_2B = GemmaConfig()
+STAGES = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
+DC_AE_F32C32 = DCAEConfig(
+    encoder_block_types=STAGES,
+    decoder_block_types=STAGES,
+    upsample_block_type="interpolate",
+    downsample_block_type="Conv",
+    scaling_factor=0.41407,
+)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    dit: DiTConfig
+    text: GemmaConfig
+    vae: DCAEConfig
+    flow_shift: float | None  # None of Sana-Sprint
+
+
+def architecture(name: str, side: int) -> Architecture:
+    """The networks of a released model that draws `side` x `side`."""
+    dit = replace(
+        TRANSFORMERS[name],
+        sample_size=side // DC_AE_F32C32.compression,
+        interpolation_scale=INTERPOLATION.get(side),
+    )
+    shift = None if dit.guidance_embeds else 6.0 if side == 4096 else 3.0
+    return Architecture(dit, GEMMA_2_2B, DC_AE_F32C32, shift)

@@ -1,0 +1,103 @@
+"""Cross-attention to a text that stays the same: what it determines is computed once a picture.
+
+The attention of head h to token s has the score q·k = (x·W_q + b_q)·k_s, and adds p_s·v_s·W_o.
+Three ways to keep a text follow from how long it is:
+
+- one token has all the weight, whatever the query: the result is constant;
+- for few tokens W_q·k_s and v_s·W_o are kept, D numbers for every head and token, and the two
+  projections of x become products with those: less work while heads·L is below D;
+- for many tokens the keys and values themselves are.
+"""
+
+import math
+from typing import NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sana_cli.kernels.linear import linear
+from sana_cli.kernels.projection import add_projected
+from sana_cli.models.dit import CrossAttention
+
+
+class Constant(NamedTuple):
+    result: Tensor  # (D,)
+
+
+class Absorbed(NamedTuple):
+    queries: Tensor  # (heads·L, D)
+    bias: Tensor  # (heads·L,); -inf where padded
+    results: Tensor  # (D, heads·L)
+
+
+class Keyed(NamedTuple):
+    keys: Tensor  # (heads, L, d)
+    values: Tensor
+    bias: Tensor  # (1, L): 0, or -inf where padded; empty without padding
+
+
+Heard = Constant | Absorbed | Keyed  # what one layer needs of a text
+
+
+class TextAttention(nn.Module):
+    """The weights of a `CrossAttention`; adds its result to the tokens that it is given."""
+
+    def __init__(self, plain: CrossAttention) -> None:
+        super().__init__()
+        self.heads, self.qk_norm = plain.heads, plain.qk_norm
+        self.to_q, self.to_k, self.to_v = plain.to_q, plain.to_k, plain.to_v
+        self.to_out = cast(nn.Linear, plain.to_out[0])
+        if self.qk_norm:
+            self.norm_q, self.norm_k = plain.norm_q, plain.norm_k
+
+    def hear(self, caption: Tensor, padded: int = 1, absorb: bool = True) -> Heard:
+        """Projected text (1, L, D), padded to `padded` tokens if they are fewer.
+
+        `absorb` is whether more may be kept than keys and values, up to D² numbers, to save time.
+        """
+        k, v = self.to_k(caption), self.to_v(caption)
+        if self.qk_norm:
+            k = self.norm_k(k)
+        length, width = caption.shape[1:]
+        if length == padded == 1:
+            return Constant(F.linear(v.flatten(), self.to_out.weight, self.to_out.bias))
+        missing = max(0, padded - length)
+        k, v = (F.pad(t[0], (0, 0, 0, missing)).unflatten(-1, (self.heads, -1)) for t in (k, v))
+        k, v = k.transpose(0, 1), v.transpose(0, 1)  # (heads, L, d)
+        bias = F.pad(caption.new_zeros((1, length)), (0, missing), value=-torch.inf)
+        if self.qk_norm or not absorb or 2 * self.heads * (length + missing) > width:
+            return Keyed(k, v, bias if missing else bias[:, :0])
+        k = k.float() / math.sqrt(k.shape[-1])
+        of_query = self.to_q.weight.float().unflatten(0, (self.heads, -1))  # (heads, d, D)
+        of_bias = cast(Tensor, self.to_q.bias).float().unflatten(0, (self.heads, -1, 1))
+        of_value = self.to_out.weight.float().unflatten(1, (self.heads, -1))  # (D, heads, d)
+        results = v.float() @ of_value.permute(1, 2, 0)
+        return Absorbed(
+            (k @ of_query).flatten(0, 1).to(caption.dtype),
+            ((k @ of_bias)[..., 0] + bias.float()).flatten().to(caption.dtype),
+            results.flatten(0, 1).t().contiguous().to(caption.dtype),
+        )
+
+    def forward(self, x: Tensor, heard: Heard) -> None:
+        """Add to tokens (1, N, D), in place, what they hear."""
+        if isinstance(heard, Constant):
+            x += heard.result
+            return
+        if isinstance(heard, Absorbed):
+            scores = linear(x, heard.queries, heard.bias).unflatten(-1, (self.heads, -1))
+            weights = scores.softmax(-1).flatten(-2)
+            add_projected(x, weights, heard.results, self.to_out.bias, None)
+            return
+        q = linear(x, self.to_q.weight, self.to_q.bias)
+        if self.qk_norm:
+            q = self.norm_q(q)
+        q = q.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        bias = heard.bias if heard.bias.numel() else None
+        if q.is_meta:  # a rehearsal: only there torch would make all the scores at once
+            y = torch.empty_like(q)
+        else:
+            y = F.scaled_dot_product_attention(
+                q, heard.keys[None], heard.values[None], attn_mask=bias
+            )
+        add_projected(x, y.transpose(1, 2).flatten(2), self.to_out.weight, self.to_out.bias, None)

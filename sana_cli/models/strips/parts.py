@@ -1,0 +1,194 @@
+"""What strips go through, whatever the network: line buffers, delays, sums, resizing."""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sana_cli.kernels.rms_norm import rms_norm
+from sana_cli.models.dc_ae import ChannelRMSNorm
+
+Part = Callable[[Tensor], Tensor | None]
+Size = tuple[int, int]  # (height, width)
+
+
+class Chain:
+    """Parts one after the other."""
+
+    def __init__(self, *parts: Part) -> None:
+        self.parts = parts
+
+    def __call__(self, x: Tensor) -> Tensor | None:
+        strip: Tensor | None = x
+        del x
+        for part in self.parts:
+            if strip is None:
+                break
+            strip = part(strip)
+        return strip
+
+
+class Residual:
+    """norm(body(x)) + shortcut(x), where the body lags behind and makes `scale` rows of each."""
+
+    def __init__(
+        self,
+        body: Part,
+        shortcut: Part | None = None,
+        *,
+        scale: float = 1,
+        norm: ChannelRMSNorm | None = None,
+    ) -> None:
+        self.body, self.shortcut, self.scale, self.norm = body, shortcut, scale, norm
+        self.waiting = Delay()
+
+    def __call__(self, x: Tensor) -> Tensor | None:
+        self.waiting.put(x)
+        y = self.body(x)
+        if y is None:
+            return None
+        at = 0
+        for piece in self.waiting.take(int(y.shape[2] / self.scale)):
+            more = self.shortcut(piece) if self.shortcut else piece
+            assert more is not None
+            rows = y[:, :, at : at + more.shape[2]]
+            if self.norm:
+                normalise(self.norm, rows, more)
+            else:
+                rows += more
+            at += more.shape[2]
+        return y
+
+
+class Window:
+    """A line buffer: strips -> the rows that a kernel of 2·reach + 1 rows needs for the next ones.
+
+    Zeros stand above the first and below the last of `height` rows, and in `sides` columns left
+    and right. With `silu` the rows go through SiLU as they enter.
+    """
+
+    def __init__(
+        self, reach: int, height: int, stride: int = 1, sides: int = 0, silu: bool = False
+    ) -> None:
+        self.reach, self.missing, self.stride, self.sides = reach, height, stride, sides
+        self.silu = silu
+        self.kept: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor | None:
+        self.missing -= x.shape[2]
+        below = 0 if self.missing else self.reach
+        above = self.reach if self.kept is None else self.kept.shape[2]
+        if above + below == 0:
+            return F.silu(x, inplace=True) if self.silu else x
+        rows = above + x.shape[2] + below
+        width = x.shape[3]
+        window = empty(x, (1, x.shape[1], rows, width + 2 * self.sides))
+        window[:, :, :above] = 0 if self.kept is None else self.kept
+        inside = window[:, :, above : rows - below]
+        target = inside[..., self.sides : self.sides + width]
+        if self.silu:
+            torch.ops.aten.silu.out(x, out=target)
+        else:
+            target.copy_(x)
+        if self.sides:
+            inside[..., : self.sides] = inside[..., self.sides + width :] = 0
+        window[:, :, rows - below :] = 0
+        done = max(0, (rows - 2 * self.reach - 1) // self.stride + 1)
+        self.kept = window[:, :, done * self.stride :].clone()
+        return window if done else None
+
+
+class Delay:
+    """Rows that wait until they are asked for."""
+
+    def __init__(self) -> None:
+        self.pieces: deque[Tensor] = deque()
+
+    def put(self, x: Tensor) -> None:
+        self.pieces.append(x)
+
+    def take(self, rows: int) -> Iterator[Tensor]:
+        """The next `rows` rows, in pieces. What then is left of a strip is copied, to free it."""
+        while rows:
+            piece = self.pieces.popleft()
+            if piece.shape[2] > rows:
+                self.pieces.appendleft(piece[:, :, rows:].clone())
+                piece = piece[:, :, :rows]
+            rows -= piece.shape[2]
+            yield piece
+
+
+class Pairs:
+    """The same rows in strips of even height."""
+
+    def __init__(self) -> None:
+        self.odd: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor | None:
+        if self.odd is not None:
+            x = torch.cat([self.odd, x], dim=2)
+        even = x.shape[2] // 2 * 2
+        self.odd = x[:, :, even:].clone() if even < x.shape[2] else None
+        return x[:, :, :even] if even else None
+
+
+class Bilinear:
+    """Rows of the map resized to `size`, as F.interpolate does without antialiasing, in float32."""
+
+    def __init__(self, whole: Size, size: Size) -> None:
+        self.width = size[1]
+        position = (torch.arange(size[0]) + 0.5) * (whole[0] / size[0]) - 0.5
+        position = position.clamp(0, whole[0] - 1)
+        self.upper = position.floor().long()
+        self.lower = (self.upper + 1).clamp(max=whole[0] - 1)
+        self.weight = (position - self.upper).float()
+        self.done = self.first = 0  # rows made; the first row that is kept
+        self.kept: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor | None:
+        x = F.interpolate(x.float(), size=(x.shape[2], self.width), mode="bilinear")
+        if self.kept is not None:
+            x = torch.cat([self.kept, x], dim=2)
+        start, stop = self.done, int((self.lower < self.first + x.shape[2]).sum())
+        self.done = stop
+        out = None
+        if start < stop:
+            upper, lower = (r[start:stop] - self.first for r in (self.upper, self.lower))
+            weight = self.weight[start:stop, None].to(x.device)
+            out = torch.lerp(
+                x.index_select(2, upper.to(x.device)), x.index_select(2, lower.to(x.device)), weight
+            )
+        if stop < len(self.upper):
+            keep = min(int(self.upper[stop]) - self.first, x.shape[2] - 1)
+            self.kept, self.first = x[:, :, keep:].clone(), self.first + keep
+        return out
+
+
+def repeat(times: int) -> Part:
+    return partial(torch.repeat_interleave, repeats=times, dim=1)
+
+
+def normalise(
+    norm: ChannelRMSNorm,
+    x: Tensor,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+) -> Tensor:
+    """act(norm(x)) + residual in the memory of x, with the roundings of the module."""
+    beside = None if residual is None else tokens(residual)
+    rms_norm(tokens(x), norm.weight, norm.bias, norm.eps, beside, activation)
+    return x
+
+
+def tokens(x: Tensor) -> Tensor:
+    """(B, C, h, w) -> (B, h, w, C)."""
+    return x.movedim(1, -1)
+
+
+def empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return torch.empty(
+        shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last
+    )

@@ -1,0 +1,223 @@
+"""Where a picture goes: `--output` as a file, a folder or a template, and names safe anywhere."""
+
+import os
+import re
+import string
+import sys
+import tempfile
+import unicodedata
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sana_cli.errors import UsageError
+from sana_cli.pictures.images import FORMATS, FULL, LARGEST_SIDE, SUFFIXES
+from sana_cli.recipe import Recipe
+
+DEFAULT_TEMPLATE = "{slug}-{seed}"
+FIELDS = ("slug", "seed", "index", "model", "width", "height", "steps", "guidance")
+JOB_FIELDS = (*FIELDS, "id")  # in the names of a batch, which may use columns as well
+LONGEST_SLUG = 60
+LONGEST_NAME_BYTES = 240  # of the 255 that file systems take, less what -2 and .partial add
+UNSAFE = re.compile(r'[<>:"/\\|?*\x00-\x1f]')
+WINDOWS_DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Output:
+    """A validated `--output`: `folder` and `template` make a path for any recipe."""
+
+    folder: str
+    template: str
+    format: str
+    to_stdout: bool = False
+    columns: tuple[str, ...] = ()  # that its fields name beside the known ones
+
+    def path(self, recipe: Recipe, index: int, more: Mapping[str, str] | None = None) -> Path:
+        """`index` counts the pictures of the run from 1; `more` has an id and the columns."""
+        values = {name: _safe_stem(value) for name, value in (more or {}).items()}
+        known: dict[str, Any] = {
+            "slug": slug(recipe.prompt),
+            "seed": recipe.seed,
+            "index": index,
+            "model": slug(recipe.model),
+            "width": recipe.width,
+            "height": recipe.height,
+            "steps": recipe.steps,
+            "guidance": recipe.guidance,
+        }
+        known = values | known
+        folder, name = (text.format_map(known) for text in (self.folder, self.template))
+        return Path(folder) / safe_name(name)
+
+
+def parse_output(output: str | None, format: str | None) -> Output:
+    """Check everything about `--output` and `--format` that can be known before drawing."""
+    if output == "-":
+        return Output("", "", format or "png", to_stdout=True)
+    if not output:
+        if output is not None:
+            raise UsageError("--output is empty", "give a file, a folder, or - for stdout")
+        folder, template = "", DEFAULT_TEMPLATE
+    else:
+        if "\0" in output:
+            raise UsageError("--output holds a NUL character")
+        expanded = os.path.expanduser(output)
+        if expanded.endswith(("/", os.sep)) or os.path.isdir(expanded):
+            folder, template = expanded, DEFAULT_TEMPLATE
+        else:
+            folder, template = os.path.split(expanded)
+    target = _named(folder, template, format, FIELDS)
+    check_writable(Path(target.folder.split("{")[0] or "."))
+    return target
+
+
+def parse_batch_output(output: str | None, format: str | None, usual: str) -> tuple[Path, Output]:
+    """The folder of a batch, and how its pictures are named inside; `usual` where none is given."""
+    if output is None:
+        check_writable(Path(usual))
+        return Path(usual), parse_job_name("", format)
+    if output == "-":
+        raise UsageError("-o - is for a single picture", "give a folder for those of a batch")
+    if not output or "\0" in output:
+        raise UsageError("--output is no folder", "give a folder for the pictures of a batch")
+    head, brace, tail = os.path.expanduser(output).partition("{")
+    folder, template = head, ""
+    if brace:
+        folder, start = os.path.split(head)
+        template = start + brace + tail
+    elif Path(head).suffix.lower() in SUFFIXES and not os.path.isdir(head):
+        raise UsageError(
+            f"--output {output} names one file", "give a folder, or a name such as out/{slug}.webp"
+        )
+    check_writable(Path(folder or "."))
+    return Path(folder or "."), parse_job_name(template, format)
+
+
+def parse_job_name(name: str, format: str | None) -> Output:
+    """A name inside the folder of a batch, with the fields of JOB_FIELDS and any column."""
+    if "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts:
+        raise UsageError(f"--output {name[:200]!r} is not inside the folder of the batch")
+    folder, template = os.path.split(name)
+    return _named(folder, template or DEFAULT_TEMPLATE, format, None)
+
+
+def _named(folder: str, template: str, format: str | None, known: tuple[str, ...] | None) -> Output:
+    """`known` fields, or None for those of a job and any column."""
+    suffix = Path(template).suffix.lower()
+    implied = SUFFIXES.get(suffix)
+    if implied and format and implied != format:
+        raise UsageError(
+            f"--output ends in {suffix} but --format is {format}", "leave one of them out"
+        )
+    if not implied:
+        if suffix and "{" not in suffix and template != DEFAULT_TEMPLATE:
+            raise UsageError(
+                f"--output ends in {suffix}, which is no format this writes",
+                f"use {', '.join(SUFFIXES)}",
+            )
+        template += FORMATS[format or "png"]
+    named = [field for text in (folder, template) for field in _check_fields(text, known)]
+    if len(template.encode()) > LONGEST_NAME_BYTES + 15:
+        raise UsageError("--output has too long a file name", "use at most 255 bytes")
+    columns = tuple(dict.fromkeys(field for field in named if field not in JOB_FIELDS))
+    return Output(folder, template, implied or format or "png", columns=columns)
+
+
+def check_size(recipe: Recipe, format: str) -> None:
+    """UsageError for a picture that a format cannot hold."""
+    if max(recipe.width, recipe.height) > LARGEST_SIDE.get(format, sys.maxsize):
+        raise UsageError(
+            f"{recipe.width}x{recipe.height} is too large for {format}, which takes"
+            f" {LARGEST_SIDE[format]} pixels a side",
+            "use --format png",
+        )
+
+
+def check_quality(quality: int | None, formats: set[str]) -> None:
+    """UsageError for a quality that no picture of these formats has."""
+    if quality is not None:
+        if formats == {"png"}:
+            raise UsageError("--quality has no effect on PNG", "add --format webp, or leave it out")
+        if not 1 <= quality <= 100:
+            raise UsageError(f"--quality {quality} is not between 1 and 100")
+
+
+def _check_fields(template: str, known: tuple[str, ...] | None) -> list[str]:
+    """The fields of a template; UsageError for one that is not `known`, unless that is None."""
+    found = []
+    try:
+        for _, field, spec, conversion in string.Formatter().parse(template):
+            if field is None:
+                continue
+            column = known is None and re.fullmatch(r"[^\s\d.\[\]!|{}][^.\[\]!|{}]*", field)
+            if conversion or not (field in (known or JOB_FIELDS) or column):
+                raise UsageError(
+                    f"--output has an unknown field {{{field}}}",
+                    f"use {', '.join('{' + name + '}' for name in known or JOB_FIELDS)}",
+                )
+            found.append(field)
+            number = field in ("seed", "index", "width", "height", "steps")
+            if not re.fullmatch(r"0?\d{0,2}" if number else r"", spec or ""):
+                raise UsageError(
+                    f"--output: {{{field}:{spec}}} is not a way to write {field}",
+                    "only a width is understood, as in {index:05}",
+                )
+    except ValueError as error:
+        raise UsageError(f"--output is not a template: {error}", "write {{ for a brace") from None
+    return found
+
+
+def check_writable(folder: Path) -> None:
+    """The nearest folder that exists must take new files: better known before drawing."""
+    try:
+        while not folder.exists():
+            folder = folder.parent
+    except OSError as error:
+        raise UsageError(
+            f"--output cannot be used: {error.strerror}", "use a shorter path"
+        ) from None
+    if not folder.is_dir():
+        raise UsageError(f"--output: {folder} is not a folder", "use another -o")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        if error.errno in FULL:
+            return  # a full disk is not the call's fault; the write itself will say so
+        reason = error.strerror
+        raise UsageError(
+            f"--output: cannot write in {folder}: {reason}", "use another -o"
+        ) from None
+
+
+def slug(text: str) -> str:
+    """Letters and digits of any script in lower case, joined by hyphens; "image" if none."""
+    name = ""
+    for character in unicodedata.normalize("NFC", text.lower()):
+        if character.isalnum() or (name[-1:] not in ("", "-") and _is_mark(character)):
+            name += character
+        elif name[-1:] not in ("", "-"):
+            name += "-"
+    return name[:LONGEST_SLUG].strip("-") or "image"
+
+
+def _is_mark(character: str) -> bool:
+    """Vowel signs and accents, as most scripts of India write them; not what selects an emoji."""
+    return unicodedata.category(character) in ("Mn", "Mc") and not "\ufe00" <= character <= "\ufe0f"
+
+
+def safe_name(name: str) -> str:
+    """A file name that every common file system takes, cut to length before its suffix."""
+    name = UNSAFE.sub("-", name)
+    stem, dot, ending = name.rpartition(".")
+    return _safe_stem(stem, room=LONGEST_NAME_BYTES - len((dot + ending).encode())) + dot + ending
+
+
+def _safe_stem(text: str, room: int = LONGEST_NAME_BYTES) -> str:
+    """The same of what has no suffix, in `room` bytes; "image" of nothing."""
+    stem = UNSAFE.sub("-", text).strip(" .") or "image"
+    if WINDOWS_DEVICES.fullmatch(stem.split(".")[0]):
+        stem = f"_{stem}"
+    return stem.encode()[:room].decode(errors="ignore").rstrip(" .")

@@ -1,0 +1,88 @@
+"""A picture in the terminal: by the terminal's own protocol where it has one, else in half-blocks.
+
+Rich draws the blocks. Both protocols take a PNG as it is; the libraries that speak them write to
+stdout, which is for results, and wait for the terminal to answer.
+
+    kitty   https://sw.kovidgoyal.net/kitty/graphics-protocol/
+    iterm2  https://iterm2.com/documentation-images.html
+"""
+
+import base64
+import io
+import os
+
+import numpy as np
+from PIL import Image
+from rich.color import Color
+from rich.console import Console
+from rich.segment import Segment, Segments
+from rich.style import Style
+
+from sana_cli.machine.inventory import picture_protocol
+
+MOST_COLUMNS = 60
+LINES_BESIDE = 4  # of the terminal's height: what was said of the picture stays in sight
+MOST_PIXELS = 1024  # a side, of what is sent
+KITTY_CHUNK = 4096  # bytes
+
+
+def fault(console: Console) -> str | None:
+    """Why this console cannot show pictures, if it cannot."""
+    if not console.file.isatty():  # whatever the environment makes Rich believe
+        return "stderr is no terminal"
+    if _protocol() is None and (console.no_color or not console.color_system):
+        return "this terminal shows pictures by coloured blocks only, and has no colour"
+    return None
+
+
+def show(pixels: np.ndarray, console: Console) -> None:
+    """Write uint8 RGB (height, width, 3) at the cursor, which stands below it afterwards."""
+    image = Image.fromarray(pixels)
+    # Cells are about twice as high as they are wide.
+    lines = max(console.height - LINES_BESIDE, 1)
+    columns = min(console.width, MOST_COLUMNS, 2 * lines * image.width // image.height)
+    columns = max(columns, 1)
+    protocol = _protocol()
+    if protocol is None:
+        lines = max(columns * image.height // (2 * image.width), 1)
+        console.print(_blocks(image.resize((columns, 2 * lines))), end="")
+        return
+    image.thumbnail((MOST_PIXELS, MOST_PIXELS))
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    codes = _kitty if protocol == "kitty" else _iterm2
+    console.file.write(f"{codes(file.getvalue(), columns)}\n")
+    console.file.flush()
+
+
+def _protocol() -> str | None:
+    name, _ = picture_protocol(os.environ, is_terminal=True)
+    return name if name in ("kitty", "iterm2") else None
+
+
+def _blocks(image: Image.Image) -> Segments:
+    """Each character is two pixels: the upper in its own colour, the lower in its background's."""
+    rows = np.asarray(image).tolist()
+    cells = []
+    for above, below in zip(rows[::2], rows[1::2], strict=True):
+        for upper, lower in zip(above, below, strict=True):
+            style = Style(color=Color.from_rgb(*upper), bgcolor=Color.from_rgb(*lower))
+            cells.append(Segment("▀", style))
+        cells.append(Segment.line())
+    return Segments(cells)
+
+
+def _kitty(png: bytes, columns: int) -> str:
+    """a=T: show it at once; f=100: a PNG; q=2: no answer; m=1: more follows."""
+    text = base64.b64encode(png).decode("ascii")
+    parts = [text[i : i + KITTY_CHUNK] for i in range(0, len(text), KITTY_CHUNK)]
+    codes = []
+    for i, part in enumerate(parts):
+        first = f"a=T,f=100,c={columns}," if i == 0 else ""
+        codes.append(f"\033_G{first}q=2,m={int(i + 1 < len(parts))};{part}\033\\")
+    return "".join(codes)
+
+
+def _iterm2(png: bytes, columns: int) -> str:
+    text = base64.b64encode(png).decode("ascii")
+    return f"\033]1337;File=inline=1;size={len(png)};width={columns}:{text}\a"

@@ -1,0 +1,319 @@
+"""How this machine will draw: what runs at once and in what pieces. Never what comes out.
+
+A stage's peak is its weights and the most that its forward pass holds at once. The latter is found
+by running the pass on the meta device, where tensors have shapes and no memory, and counting.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import nn
+
+from sana_cli.errors import NotEnoughMemory
+from sana_cli.machine.device import resident_bytes
+from sana_cli.machine.inventory import memory
+from sana_cli.machine.memory import PeakMemory
+from sana_cli.models.architectures import GEMMA_2_2B
+from sana_cli.models.dc_ae import DCAE, Decoder, Encoder
+from sana_cli.models.dit import DiT
+from sana_cli.models.engine import Engine, Moment
+from sana_cli.models.gemma import Gemma
+from sana_cli.models.strips.autoencoder import STRIP_BYTES, rehearse
+from sana_cli.models.strips.subpixel import fold
+from sana_cli.recipe import Recipe
+from sana_cli.units import gigabytes
+from sana_cli.weights.catalogue import Model, known_models
+from sana_cli.weights.model_files import ModelFiles, released_model
+
+LONGEST_PROMPT = 300  # tokens
+LONGEST_TEXT = 507  # with the instruction
+# To launch a strip's kernels takes a GPU's driver the same time however large the strip is.
+GPU_STRIP_BYTES = 4 * STRIP_BYTES
+LEAST_STRIP = STRIP_BYTES >> 10
+TALLEST_CHUNK = 32  # rows of the latent grid
+KEPT_FREE = 0.1  # of a device's memory, for what its libraries take beside the tensors
+SLACK = 1.05  # strips that were not rehearsed may hold a little more
+ROOMY = 0.5  # of the memory: what surely needs less is not rehearsed, as that takes a second
+
+
+@dataclass(frozen=True)
+class Plan:
+    device: str
+    together: bool = True  # both halves of guidance in one batch
+    rows: int | None = None  # of the latent grid, that the transformer works on at once; None: all
+    strip_bytes: int = STRIP_BYTES  # of the widest tensor in a strip of the autoencoder
+    resident: bool = False  # transformer and decoder stay loaded together
+    budget: int = 0  # bytes that tensors on the device may take
+    peaks: dict[str, int] = field(default_factory=dict)  # predicted, by stage, where rehearsed
+
+    @property
+    def absorbs(self) -> bool:
+        """Whether short texts may take more memory, to save time."""
+        return self.together and self.rows is None
+
+    def words(self) -> list[str]:
+        """What was chosen to save memory and what is expected of it, if either was done."""
+        plain = _plain(self.device)
+        changes = (
+            replace(plain, together=self.together),
+            replace(plain, rows=self.rows),
+            replace(plain, strip_bytes=self.strip_bytes),
+        )
+        said = [plan.difference(plain) for plan in changes if plan != plain]
+        lines = [f"to save memory, {' and '.join(said)}"] if said else []
+        if self.peaks:
+            peaks = ", ".join(f"{stage} {gigabytes(size)}" for stage, size in self.peaks.items())
+            lines.append(f"expected memory: {peaks}, of {gigabytes(self.budget)}")
+        return lines
+
+    def leaner_encoding(self) -> Iterator["Plan"]:
+        """Plans that need ever less memory to encode texts; the first is this one."""
+        yield self
+        yield from self._on_the_cpu()
+
+    def leaner_denoising(self) -> Iterator["Plan"]:
+        """Plans that need ever less memory to denoise; the first is this one."""
+        yield self
+        plan = replace(self, resident=False)
+        if self.together:
+            yield (plan := replace(plan, together=False))
+        rows = min(2 * TALLEST_CHUNK, self.rows or 2 * TALLEST_CHUNK)
+        while rows > 1:
+            rows //= 2
+            yield (plan := replace(plan, rows=rows))
+        yield from plan._on_the_cpu()
+
+    def leaner_decoding(self) -> Iterator["Plan"]:
+        """Plans that need ever less memory to decode; the first is this one."""
+        plan = self
+        while plan.strip_bytes >= LEAST_STRIP:
+            yield plan
+            plan = replace(plan, strip_bytes=plan.strip_bytes // 4, resident=False)
+        yield from plan._on_the_cpu()
+
+    def _on_the_cpu(self) -> Iterator["Plan"]:
+        if self.device != "cpu":
+            yield replace(self, device="cpu")
+
+    def difference(self, before: "Plan") -> str:
+        """What this plan does to need less memory, for people."""
+        if self.device != before.device:
+            return "on the CPU"
+        if self.rows != before.rows:
+            return f"with {self.rows} rows of the latent at a time"
+        if self.strip_bytes != before.strip_bytes:
+            return f"in strips of {gigabytes(self.strip_bytes)}"
+        return "with the halves of guidance one after the other"
+
+
+def make_plan(
+    recipes: list[Recipe],
+    files: ModelFiles,
+    device: str,
+    limit: int | None = None,
+    rehearsed: bool = False,
+) -> Plan:
+    """The fastest plan whose peaks stay under `limit` bytes, or what is free on the device.
+
+    With `rehearsed` the peaks are predicted even if there is plainly room. NotEnoughMemory, with
+    the least that would do, if no plan fits.
+    """
+    recipe = max(recipes, key=lambda r: r.native_width * r.native_height)
+    # On the CPU what the interpreter and its libraries hold counts against the user's limit.
+    held = 0 if limit is None or device.startswith("cuda") else resident_bytes()
+    budget = (int(free_memory(device) * (1 - KEPT_FREE)) if limit is None else limit) - held
+    plan = _plain(device, budget)
+    several = len(recipes) > 1
+    if limit is None and not rehearsed and _surely(recipe, files) < ROOMY * budget:
+        return replace(plan, resident=several)
+    peaks = {"encode": _text_peak(recipe, files)}
+    if recipe.image is not None:
+        plan, peaks["image"] = _fit(plan.leaner_decoding(), budget, recipe, files, _image_peak)
+    lean, peaks["denoise"] = _fit(plan.leaner_denoising(), budget, recipe, files, _denoise_peak)
+    plan, peaks["decode"] = _fit(plan.leaner_decoding(), budget, recipe, files, _decode_peak)
+    worst = max(peaks, key=lambda stage: peaks[stage])
+    if peaks[worst] > budget:
+        least = peaks[worst] + held
+        raise NotEnoughMemory(
+            f"to {worst} {recipe.native_width}x{recipe.native_height} takes {gigabytes(least)},"
+            f" more than the {gigabytes(budget + held)} there are",
+            _what_fits(recipe, files, _plain(device, budget))
+            or f"it fits in --memory {least / 1e9 + 0.05:.1f}GB",
+        )
+    both = peaks["denoise"] + peaks["decode"]  # more than either with the other's weights
+    resident = several and lean.together and both < budget
+    return replace(lean, strip_bytes=plan.strip_bytes, peaks=peaks, resident=resident)
+
+
+def fits(model: Model, device: str, free: int) -> str:
+    """Whether a model at its native size fits in `free` bytes: "yes", "tight" or "no".
+
+    Where it is tight everything is done in small pieces. The figures are those of `weights.toml`,
+    which are a GPU's; elsewhere all is float32.
+    """
+    if model.memory is None or model.least_memory is None:
+        return "yes"  # a bundled one
+    fast, lean = model.memory, model.least_memory
+    if not device.startswith("cuda"):
+        text = 4 * GEMMA_2_2B.linear_weights
+        fast, lean = max(2 * fast, text), max(2 * lean, text)
+    room = free * (1 - KEPT_FREE)
+    return "yes" if fast <= room else "tight" if lean <= room else "no"
+
+
+def free_memory(device: str) -> int:
+    """Bytes that are free on a device now; a great many where the system does not tell."""
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(device)[0]
+    facts = memory()
+    return min(
+        (n for n in (facts["available_bytes"], facts["limit_bytes"]) if n is not None),
+        default=2**62,
+    )
+
+
+# --- peaks of the stages -----------------------------------------------------------------------
+
+
+Peak = Callable[[Plan, Recipe, ModelFiles], int]
+
+
+def _plain(device: str, budget: int = 0) -> Plan:
+    """Nothing done to save memory."""
+    strip_bytes = GPU_STRIP_BYTES if device.startswith("cuda") else STRIP_BYTES
+    return Plan(device, strip_bytes=strip_bytes, budget=budget)
+
+
+def _fit(
+    plans: Iterator[Plan], budget: int, recipe: Recipe, files: ModelFiles, peak: Peak
+) -> tuple[Plan, int]:
+    """The first plan whose peak is within the budget, else the leanest; and its peak."""
+    first = next(plans)
+    # The last resort, another device, is not for planning.
+    others = [plan for plan in plans if plan.device == first.device]
+    needed = peak(first, recipe, files)
+    if needed <= budget or not others:
+        return first, needed
+    least = peak(others[-1], recipe, files)
+    if least > budget:
+        return others[-1], least
+    for plan in others:
+        needed = peak(plan, recipe, files)
+        if needed <= budget:
+            break
+    return plan, needed
+
+
+def _text_peak(recipe: Recipe, files: ModelFiles) -> int:
+    """The layers' linear maps, and a pass of one layer. The embedding table stays in its file."""
+    each = 1 if recipe.text_dtype == "int8" else _dtype(recipe.text_dtype).itemsize
+    width = torch.float32 if recipe.text_dtype == "int8" else _dtype(recipe.text_dtype)
+    with torch.device("meta"):
+        gemma = Gemma(replace(files.text, num_hidden_layers=1)).requires_grad_(False).to(width)
+        ids = torch.empty((1, LONGEST_TEXT), dtype=torch.long)
+    with PeakMemory() as tracker:
+        gemma(ids)
+    return files.text.linear_weights * each + tracker.peak
+
+
+def _denoise_peak(plan: Plan, recipe: Recipe, files: ModelFiles) -> int:
+    dtype = _dtype(recipe.dit_dtype)
+    guided = recipe.guidance > 1 and not files.is_sprint
+    with torch.device("meta"):
+        weights = _bytes(DiT(files.dit), dtype)
+        # Each block frees what it held before the next one runs: one stands for all.
+        engine = Engine(DiT(replace(files.dit, num_layers=1)).requires_grad_(False).to(dtype))
+        engine.rows = plan.rows
+        sample = torch.empty((1, files.dit.in_channels, *_grid(recipe, files)))
+        # An empty text is one token.
+        lengths = [1 if recipe.negative == "" else LONGEST_PROMPT] if guided else []
+        states = torch.empty((1, LONGEST_PROMPT, files.dit.caption_channels), dtype=dtype)
+        modulation = torch.empty((6, files.dit.width), dtype=dtype)
+    texts = [engine.hear(states[:, :length]) for length in (*lengths, LONGEST_PROMPT)]
+    moment = Moment(modulation, modulation[0])
+    with PeakMemory() as tracker:
+        engine(sample.to(dtype), moment, texts if plan.together else texts[-1:])
+    heard = [sum(tensor.nbytes for layer in text for tensor in layer) for text in texts]
+    if (
+        plan.absorbs and files.dit.qk_norm is None
+    ):  # a short text may take more than a long one, up to D² numbers a layer
+        heard[-1] = max(heard[-1], files.dit.width * modulation[0].nbytes)
+    known = files.dit.num_layers * sum(heard) + recipe.steps * 7 * modulation[0].nbytes
+    # Beside the pass: the sample, two estimates of x0, the noise; and the halves' velocities.
+    return weights + known + tracker.peak + 6 * sample.nbytes
+
+
+def _decode_peak(plan: Plan, recipe: Recipe, files: ModelFiles) -> int:
+    with torch.device("meta"):
+        decoder = DCAE(files.vae).decoder.requires_grad_(False)
+        fold(decoder)
+    return _autoencoder_peak(decoder, plan, recipe, files)
+
+
+def _image_peak(plan: Plan, recipe: Recipe, files: ModelFiles) -> int:
+    with torch.device("meta"):
+        encoder = DCAE(files.vae).encoder.requires_grad_(False)
+    return _autoencoder_peak(encoder, plan, recipe, files)
+
+
+def _autoencoder_peak(
+    network: Decoder | Encoder, plan: Plan, recipe: Recipe, files: ModelFiles
+) -> int:
+    network.to(_dtype(recipe.vae_dtype))
+    picture = 3 * recipe.native_height * recipe.native_width  # uint8, on the CPU
+    peak = int(rehearse(network, _grid(recipe, files), strip_bytes=plan.strip_bytes) * SLACK)
+    return _bytes(network) + peak - (picture if plan.device != "cpu" else 0)
+
+
+def _grid(recipe: Recipe, files: ModelFiles) -> tuple[int, int]:
+    """(h, w) of the latent."""
+    return (
+        recipe.native_height // files.vae.compression,
+        recipe.native_width // files.vae.compression,
+    )
+
+
+def _bytes(network: nn.Module, dtype: torch.dtype | None = None) -> int:
+    """Of the parameters, in their own dtype or another."""
+    return sum(p.numel() * (dtype or p.dtype).itemsize for p in network.parameters())
+
+
+def _surely(recipe: Recipe, files: ModelFiles) -> int:
+    """More than any stage needs, from sizes alone: it must be known in no time."""
+    cells = recipe.native_height * recipe.native_width // files.vae.compression**2
+    width, size = files.dit.width, _dtype(recipe.dit_dtype).itemsize
+    text = files.text.linear_weights * 4
+    denoise = files.dit.num_layers * 18 * width**2 * size + cells * width * 2 * 40 * size
+    widest = max(files.vae.decoder_block_out_channels)
+    decode = 150 * widest**2 * 4 + cells * 64 * widest * 4 * 4 + 40 * STRIP_BYTES
+    return max(text, denoise, decode)
+
+
+def _dtype(name: str) -> torch.dtype:
+    return getattr(torch, name)
+
+
+# --- when nothing fits -------------------------------------------------------------------------
+
+
+def _what_fits(recipe: Recipe, files: ModelFiles, plan: Plan) -> str | None:
+    """The least change that fits, as words to type: a smaller text encoder, then picture."""
+    defaults = {model.side: model for model in reversed(known_models().values()) if model.sources}
+    area = recipe.native_width * recipe.native_height
+    sides = sorted((side for side in defaults if side and side**2 < area), reverse=True)
+    for side in (None, *sides):
+        if side is not None:
+            files = released_model(defaults[side])
+            recipe = replace(recipe, native_width=side, native_height=side, image=None)
+        words = f"--res {side}" if side else ""
+        _, denoise = _fit(plan.leaner_denoising(), plan.budget, recipe, files, _denoise_peak)
+        _, decode = _fit(plan.leaner_decoding(), plan.budget, recipe, files, _decode_peak)
+        if max(denoise, decode) > plan.budget:
+            continue
+        if _text_peak(recipe, files) <= plan.budget:
+            return f"use {words}, which fits"
+        eight = replace(recipe, text_dtype="int8")
+        if plan.device != "mps" and _text_peak(eight, files) <= plan.budget:
+            return f"use {words + ' ' if words else ''}--text-precision int8, which fits"
+    return None

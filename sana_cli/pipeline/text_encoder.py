@@ -1,0 +1,111 @@
+"""Prompts to text states: Gemma-2 behind the complex human instruction (paper, section 3).
+
+Gemma is causal and its padding comes last, so the padding that the reference computes changes
+nothing: only real tokens are run here, and the states are equal. For the same reason the
+instruction, which comes first, can be run once for all prompts.
+"""
+
+import os
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from sana_cli.errors import BrokenModel
+from sana_cli.instruction import as_read
+from sana_cli.machine.device import wide_dtype
+from sana_cli.models.gemma import Gemma, GemmaConfig, Table
+from sana_cli.pipeline.text_cache import Prefix, TextCache, tokenizer_file
+from sana_cli.weights.checkpoint import load_weights, move, on_meta, read_config
+from sana_cli.weights.layout import Parts
+
+MAX_TOKENS = 300  # of text states that the transformer was trained to see
+
+
+class TextEncoder:
+    """A tokenizer and Gemma-2."""
+
+    def __init__(
+        self, parts: Parts, precision: str, device: str, cache: TextCache | None = None
+    ) -> None:
+        """`precision`: "float32", "bfloat16", or "int8" for the layers' linear maps.
+
+        With a cache, prefixes of instructions and quantised layers are read from and kept in it;
+        without, every text is run whole. In int8 the instruction always goes first alone: there
+        the tokens that are run together decide what counts as an outlier, and a picture must not
+        depend on whether there is a cache. BrokenModel if the files are unusable.
+        """
+        path = tokenizer_file(parts)
+        try:
+            self.tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception
+            raise BrokenModel(f"{path} is not a tokenizer: {error}") from None
+        self.tokenizer.no_padding()
+        self.tokenizer.no_truncation()
+        eight_bit = precision == "int8"
+        self.device, self.cache = device, cache
+        self.in_two = eight_bit or cache is not None
+        self.prefixes: dict[str, Prefix] = {}  # by instruction
+
+        part = parts["text_encoder"]
+        config, _ = read_config(GemmaConfig, part.config)
+        self.model = on_meta(Gemma, config, part.config)
+        load_weights(self.model, part.weights, None, prefix="model.")
+        dtype = getattr(torch, wide_dtype(device) if eight_bit else precision)
+        self.model.embed_tokens = Table(self.model.embed_tokens.weight, dtype)
+        if eight_bit:
+            from sana_cli.models.int8 import quantise
+
+            quantise(self.model, cache.layers if cache else None)
+            self.model.to(device)  # the norms compute in float32 whatever they are stored in
+        else:
+            move(self.model, part.weights, device, dtype)
+
+    def encode(self, prompt: str, instruction: str = "") -> Tensor:
+        """States (1, L, width) of the prompt's tokens behind a leading <bos>, 1 <= L <= 300.
+
+        With an instruction the whole is read, and of it <bos> and the part from the
+        instruction's last token on are kept. Longer prompts are cut on the right.
+        """
+        ids = self.tokens(instruction + as_read(prompt))
+        start = max(len(self.tokens(instruction)) - 1, 1)
+        ids = ids[: start - 1 + MAX_TOKENS]
+        if self.in_two and start > 1:
+            return self._behind(self._prefix(instruction), ids)
+        states, _ = self.model(self._batch(ids))
+        return torch.cat([states[:, :1], states[:, start:]], dim=1) if start > 1 else states
+
+    def _behind(self, prefix: Prefix, ids: list[int]) -> Tensor:
+        """The states that `encode` keeps, from the tokens that differ from the prefix alone.
+
+        A tokenizer may merge a prompt's first word with what stands before it.
+        """
+        shared = len(os.path.commonprefix([prefix.tokens, ids[:-1]]))
+        past = [(keys[:, :, :shared], values[:, :, :shared]) for keys, values in prefix.past]
+        states, _ = self.model(self._batch(ids[shared:]), past)
+        return torch.cat([prefix.first, states[:, len(prefix.tokens) - shared :]], dim=1)
+
+    def _prefix(self, instruction: str) -> Prefix:
+        """The instruction but for its last token, a space, which most prompts change."""
+        found = self.prefixes.get(instruction)
+        if found is None:
+            tokens = self.tokens(instruction)[:-1]
+            found = self.cache.prefix(tokens) if self.cache else None
+            if found is None:
+                states, past = self.model(self._batch(tokens))
+                found = Prefix(tokens, states[:, :1], past)
+                if self.cache:
+                    self.cache.keep_prefix(found)
+            self.prefixes[instruction] = found
+        return found
+
+    def tokens(self, text: str) -> list[int]:
+        """Token ids behind one <bos>, which is all that Gemma's own template adds."""
+        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+        ids = [self.model.config.bos_token_id, *ids]
+        if max(ids) >= self.model.config.vocab_size:
+            raise BrokenModel("the tokenizer knows more tokens than the text encoder embeds")
+        return ids
+
+    def _batch(self, ids: list[int]) -> Tensor:
+        return torch.tensor([ids], device=self.device)

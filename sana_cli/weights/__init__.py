@@ -1,0 +1,1 @@
+"""Weights: which there are, how they come here, and how they become networks."""

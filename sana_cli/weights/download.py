@@ -1,0 +1,326 @@
+"""Weights from the hub into its cache: exactly the files that are needed, resumed and verified.
+
+The hub's own client lists repositories, carries tokens and mirrors, and links finished files into
+its cache. The bytes are streamed here, because that client starts a file again after a kill: ours
+grow in `blobs/HASH.incomplete`, are hashed when complete, and only then take their name.
+"""
+
+import os
+import queue
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from sana_cli.errors import BrokenModel, DiskFull, MissingModel
+from sana_cli.units import gigabytes
+from sana_cli.weights.catalogue import Source
+from sana_cli.weights.hub_cache import Digest, pinned_commit, record, repo_folder
+from sana_cli.weights.layout import files_to_fetch
+
+Result = TypeVar("Result")
+
+AT_ONCE = 4  # files in flight
+ATTEMPTS = 5  # in a row without a new byte, before giving up
+LONGEST_WAIT = 30.0  # seconds between two attempts, whatever the server asks for
+SPARE = 64 << 20  # bytes left free on the volume: configs, the lock, the file system's own
+TRANSIENT = (408, 429, 500, 502, 503, 504)
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file of a repository at a commit."""
+
+    repo: str
+    commit: str
+    name: str
+    digest: Digest
+
+    @property
+    def blob(self) -> Path:
+        return repo_folder(self.repo) / "blobs" / self.digest.value
+
+    @property
+    def partial(self) -> Path:
+        return self.blob.with_name(f"{self.blob.name}.incomplete")
+
+    @property
+    def pointer(self) -> Path:
+        return repo_folder(self.repo) / "snapshots" / self.commit / self.name
+
+    @property
+    def missing_bytes(self) -> int:
+        """What is still to be fetched of it."""
+        if self.pointer.is_file() or self.blob.is_file():
+            return 0
+        done = self.partial.stat().st_size if self.partial.is_file() else 0
+        return max(self.digest.size - done, 0)
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What a source needs from the hub, now."""
+
+    source: Source
+    commit: str
+    files: list[RemoteFile]
+
+
+class Reporter(Protocol):
+    """Hears of the transfer, from several threads."""
+
+    def begin(self, files: list[RemoteFile], waiting_bytes: int) -> None: ...
+    def advance(self, file: RemoteFile, done: int) -> None: ...
+    def note(self, text: str) -> None: ...
+
+
+def list_source(source: Source, note: Callable[[str], None], newest: bool = False) -> Listing:
+    """The files of a source on the hub, at its pinned commit or, for `newest`, at its revision.
+
+    MissingModel if the hub cannot be reached or does not give them.
+    """
+    from huggingface_hub import HfApi
+
+    revision = source.revision if newest else pinned_commit(source) or source.revision
+    with _explained(source.repo):
+        info = _again(
+            lambda: HfApi().model_info(
+                source.repo, revision=revision, files_metadata=True, timeout=_timeout()
+            ),
+            note,
+        )
+        sizes = {}
+        for sibling in info.siblings or []:
+            if sibling.lfs is not None:
+                sizes[sibling.rfilename] = Digest(sibling.lfs.size, "sha256", sibling.lfs.sha256)
+            elif sibling.size is not None and sibling.blob_id:
+                sizes[sibling.rfilename] = Digest(sibling.size, "git", sibling.blob_id)
+        names = files_to_fetch(sizes, source.folders, source.variants)
+    commit = info.sha or revision
+    return Listing(
+        source, commit, [RemoteFile(source.repo, commit, name, sizes[name]) for name in names]
+    )
+
+
+def fetch(listings: list[Listing], report: Reporter) -> None:
+    """Bring every file of the listings into the cache and pin the sources to their commits.
+
+    DiskFull before the first byte if they do not fit; MissingModel if the hub fails or sends
+    something else than it promised. What was fetched is kept for the next attempt.
+    """
+    files = list({file.pointer: file for listing in listings for file in listing.files}.values())
+    missing = [file for file in files if not file.pointer.is_file()]
+    waiting = sum(file.missing_bytes for file in missing)
+    _check_disk(waiting)
+    report.begin(missing, waiting)
+    _fetch_at_once(missing, report)
+    for listing in listings:
+        record(listing.source, listing.commit, {f.name: f.digest for f in listing.files})
+
+
+def _check_disk(needed: int) -> None:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    place = Path(HF_HUB_CACHE)
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if needed and needed + SPARE > free:
+        raise DiskFull(
+            f"the download needs {gigabytes(needed)}, and {place} has {gigabytes(free)} free",
+            "free some, or set HF_HOME to a larger disk",
+        )
+
+
+class _Stopped(Exception):
+    """Another file has failed, or the user has left."""
+
+
+def _fetch_at_once(files: list[RemoteFile], report: Reporter) -> None:
+    stop = threading.Event()
+    # The largest first, so that the last to end is a small one.
+    waiting = sorted(files, key=lambda file: file.digest.size)
+    results: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
+
+    def work() -> None:
+        while not stop.is_set():
+            try:
+                file = waiting.pop()
+            except IndexError:
+                return
+            try:
+                _fetch_file(file, report, stop)
+                results.put(None)
+            except Exception as error:  # raised again where it can be reported
+                results.put(error)
+
+    # Daemons: a user who leaves does not wait for a connection that has stalled.
+    for _ in files[:AT_ONCE]:
+        threading.Thread(target=work, daemon=True).start()
+    try:
+        for _ in files:
+            error = results.get()
+            if error is not None:
+                raise error
+    finally:
+        stop.set()
+
+
+def _fetch_file(file: RemoteFile, report: Reporter, stop: threading.Event) -> None:
+    from filelock import FileLock
+    from huggingface_hub import hf_hub_download
+
+    file.blob.parent.mkdir(parents=True, exist_ok=True)
+    locks = repo_folder(file.repo).parent / ".locks" / repo_folder(file.repo).name
+    locks.mkdir(parents=True, exist_ok=True)
+    with _explained(file.repo):
+        # The lock that the hub's client takes: another process fetching this file is waited for.
+        with FileLock(locks / f"{file.digest.value}.lock"):
+            if not file.blob.is_file():
+                _complete(file, report, stop)
+        pointer = Path(
+            _again(lambda: hf_hub_download(file.repo, file.name, revision=file.commit), report.note)
+        )
+        if not pointer.is_symlink() and not file.blob.samefile(pointer):
+            file.blob.unlink()  # where links are not possible the client has made a copy
+    report.advance(file, file.digest.size)
+
+
+def _complete(file: RemoteFile, report: Reporter, stop: threading.Event) -> None:
+    """Fetch the rest of a file, check it, and give it its name."""
+    for last in (False, True):
+        _grow(file, report, stop)
+        if file.digest.fits(file.partial):
+            os.replace(file.partial, file.blob)
+            return
+        file.partial.unlink()
+        if not last:
+            report.note(f"{file.name} arrived damaged; fetching it again")
+    raise BrokenModel(f"{file.name} arrived damaged twice: its hash is not the hub's", "try later")
+
+
+def _grow(file: RemoteFile, report: Reporter, stop: threading.Event) -> None:
+    """Append to the partial file until it has its size."""
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+    url = hf_hub_url(file.repo, file.name, revision=file.commit)
+
+    def attempt() -> None:
+        with open(file.partial, "ab", buffering=0) as out:
+            done = out.tell()
+            if done > file.digest.size:
+                out.truncate(done := 0)
+            # Not compressed: a range of a compressed body would be a range of something else.
+            headers = build_hf_headers() | {"Accept-Encoding": "identity"}
+            if done == file.digest.size:
+                return
+            if done:
+                headers["Range"] = f"bytes={done}-"
+            with get_session().stream("GET", url, headers=headers, timeout=_timeout()) as response:
+                hf_raise_for_status(response)
+                if done and response.status_code != 206:  # the server sends the whole again
+                    out.truncate(done := 0)
+                for chunk in response.iter_bytes():
+                    if stop.is_set():
+                        raise _Stopped
+                    out.write(chunk)
+                    done += len(chunk)
+                    report.advance(file, done)
+            if done < file.digest.size:
+                raise ConnectionError(f"the connection ended after {done} bytes")
+
+    _again(attempt, report.note, lambda: _size(file.partial))
+
+
+@contextmanager
+def _explained(repo: str) -> Iterator[None]:
+    """Turn what the client raises into one line and what to do."""
+    import httpx2
+    from huggingface_hub import constants, errors
+
+    kept = "run the same again: what has arrived is kept"
+    try:
+        yield
+    except BrokenModel as error:
+        raise MissingModel(f"{repo}: {error.message}", error.hint) from None
+    except errors.GatedRepoError:
+        raise MissingModel(
+            f"{repo} is given out only after its licence is accepted",
+            "accept it on the repository's page, then `hf auth login` or set HF_TOKEN",
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise MissingModel(f"{repo} does not have the revision that weights.toml names") from None
+    except errors.RepositoryNotFoundError:
+        raise MissingModel(
+            f"the hub has no repository {repo}, or does not show it to you",
+            "check the name; for a private one `hf auth login` or set HF_TOKEN",
+        ) from None
+    except errors.HfHubHTTPError as error:
+        raise MissingModel(f"{repo}: {_reason(error)}", kept) from None
+    except (httpx2.TransportError, ConnectionError, errors.LocalEntryNotFoundError) as error:
+        raise MissingModel(
+            f"{repo} cannot be fetched from {constants.ENDPOINT}: {_reason(error)}",
+            f"{kept}; HF_ENDPOINT sets a mirror, --model FOLDER takes weights from a disk",
+        ) from None
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _timeout() -> float:
+    """Seconds without a byte after which a connection is given up."""
+    from huggingface_hub import constants
+
+    return float(constants.HF_HUB_DOWNLOAD_TIMEOUT)
+
+
+def _again(
+    operation: Callable[[], Result],
+    note: Callable[[str], None],
+    progress: Callable[[], int] = lambda: 0,
+) -> Result:
+    """Repeat what fails for a passing reason, waiting longer each time nothing came of it."""
+    failures, had = 0, progress()
+    while True:
+        try:
+            return operation()
+        except Exception as error:
+            wait = _wait_after(error, failures)
+            if progress() > had:
+                failures, had = 0, progress()
+            failures += 1
+            if wait is None or failures >= ATTEMPTS:
+                raise
+            note(f"{_reason(error)}; trying again in {wait:.0f} s")
+            time.sleep(wait)
+
+
+def _wait_after(error: Exception, failures: int) -> float | None:
+    """Seconds to wait, None if trying again is of no use."""
+    import httpx2
+    from huggingface_hub.errors import HfHubHTTPError
+
+    wait = min(2.0**failures, LONGEST_WAIT)
+    if isinstance(error, HfHubHTTPError):
+        if error.response.status_code not in TRANSIENT:
+            return None
+        asked = error.response.headers.get("Retry-After", "")
+        return min(float(asked), LONGEST_WAIT) if asked.isdigit() else wait
+    return wait if isinstance(error, httpx2.TransportError | ConnectionError) else None
+
+
+def _reason(error: Exception) -> str:
+    import httpx2
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if isinstance(error, HfHubHTTPError):
+        return f"the hub answered {error.response.status_code}"
+    if isinstance(error, httpx2.TimeoutException):
+        return f"nothing came for {_timeout():.0f} s"
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,88 @@
+"""A model as its configs describe it: where its parts lie, and what its networks are."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from sana_cli.errors import BrokenModel, MissingModel
+from sana_cli.models.architectures import architecture
+from sana_cli.models.dc_ae import DCAEConfig
+from sana_cli.models.dit import DiTConfig
+from sana_cli.models.gemma import GemmaConfig
+from sana_cli.weights.catalogue import Model
+from sana_cli.weights.checkpoint import read_config
+from sana_cli.weights.layout import INDEX, Parts, read_json
+
+SPRINT = "SanaSprintPipeline"
+KINDS = ("SanaPipeline", SPRINT)
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """Where a model's parts lie, and the facts in their configs that a recipe depends on."""
+
+    parts: Parts
+    dit: DiTConfig
+    vae: DCAEConfig
+    text: GemmaConfig
+    flow_shift: float | None  # None for Sana-Sprint, whose solver has none
+    unknown_keys: tuple[str, ...]  # of the configs: what they ask for is not done
+
+    @property
+    def is_sprint(self) -> bool:
+        """Distilled to few steps; guidance is told to its transformer, once a step."""
+        return self.dit.guidance_embeds
+
+    @property
+    def side(self) -> int:
+        return self.dit.sample_size * self.vae.compression
+
+
+def released_model(model: Model) -> ModelFiles:
+    """What the configs of a released model say, for one whose files are not on this machine."""
+    if model.architecture is None or model.side is None:
+        raise MissingModel(
+            f"{model.name} is not on this machine, and nothing is known of it before its download",
+            f"fetch it with: sana models pull {model.name}",
+        )
+    known = architecture(model.architecture, model.side)
+    return ModelFiles({}, known.dit, known.vae, known.text, known.flow_shift, ())
+
+
+def open_model(parts: Parts) -> ModelFiles:
+    """Read every config of a model, no weights. BrokenModel names what is wrong."""
+    index = parts["transformer"].folder.parent / INDEX
+    kind = read_json(index).get("_class_name")
+    if kind not in (None, *KINDS):
+        raise BrokenModel(f"{index} names a {kind}", f"only {' and '.join(KINDS)} can be drawn")
+    dit, strange = read_config(DiTConfig, parts["transformer"].config)
+    if dit.guidance_embeds != (kind == SPRINT):
+        has = "has" if dit.guidance_embeds else "lacks"
+        raise BrokenModel(
+            f"{parts['transformer'].config} {has} guidance_embeds, but {INDEX} names"
+            f" {kind or 'no kind'}"
+        )
+    vae, more = read_config(DCAEConfig, parts["vae"].config)
+    path = parts["text_encoder"].config
+    text, _ = read_config(GemmaConfig, path)
+    if text.hidden_size != dit.caption_channels:
+        raise BrokenModel(
+            f"{path}: hidden_size is {text.hidden_size}, the transformer reads"
+            f" {dit.caption_channels}"
+        )
+    if dit.in_channels != vae.latent_channels or dit.out_channels != vae.latent_channels:
+        raise BrokenModel(
+            f"{parts['vae'].config}: {vae.latent_channels} latent channels, the transformer's"
+            f" are {dit.in_channels} in and {dit.out_channels} out"
+        )
+    shift = None if kind == SPRINT else _flow_shift(parts["scheduler"].folder)
+    return ModelFiles(parts, dit, vae, text, shift, (*strange, *more))
+
+
+def _flow_shift(folder: Path) -> float:
+    scheduler = folder / "scheduler_config.json"
+    facts = read_json(scheduler)
+    # Flow-DPM configs call it flow_shift, Flow-Euler ones shift.
+    shift = facts.get("flow_shift", facts.get("shift"))
+    if not isinstance(shift, int | float) or isinstance(shift, bool) or not 0 < shift < 1000:
+        raise BrokenModel(f"{scheduler}: the flow shift is {shift!r}")
+    return float(shift)
