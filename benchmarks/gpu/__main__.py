@@ -1,0 +1,110 @@
+"""Everything to be known of a GPU, in one go of less than nine minutes; the table comes last.
+
+    python -m benchmarks.gpu --out runs/gpu                         on a CUDA card
+    python -m benchmarks.gpu --out runs/gpu --device cpu --quick    that it works, in a minute
+
+From a checkout with `pip install -e .`; pytest, diffusers and bitsandbytes are used where they are.
+No weights are needed: they are drawn at random in the released sizes. Every section is a process
+of its own with a limit of its own, the ones that tell right from wrong first; what fails is told
+and the rest goes on. Rows are added to OUT/gpu.jsonl as they are measured, so that a limit from
+outside loses nothing; OUT/gpu.log holds what the sections say.
+
+kernels   the tests of the kernels, compiled by Triton for this card, in its precisions
+engine    latents of the pipeline against the plain transformer in float32: signal to noise in dB
+strips    pictures of the decoder in strips against the whole map at once in float32
+bench     `sana bench` at 512² to 4096², with peak memory beside what the plan foretold; and a run
+          that may not take more than 6 GB of the card
+against   diffusers on the same weights, eager and compiled, turn and turn about
+profile   the kernels of a picture: their shares, and their distance from their own floors
+"""
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks.gpu.engine import engine
+from benchmarks.gpu.kernels import kernels
+from benchmarks.gpu.profile import profile
+from benchmarks.gpu.report import Report, Row, table
+from benchmarks.gpu.speed import against, bench
+from benchmarks.gpu.strips import strips
+from benchmarks.gpu.subjects import ROOT
+
+CHECKS = {
+    "kernels": kernels,
+    "engine": engine,
+    "strips": strips,
+    "bench": bench,
+    "against": against,
+    "profile": profile,
+}
+# Seconds; what a section leaves over, the later ones may use.
+SECTIONS = {"kernels": 100, "engine": 70, "strips": 40, "bench": 130, "against": 130, "profile": 50}
+
+
+def run_section(name: str, options: argparse.Namespace, report: Report, seconds: float) -> Row:
+    command = [sys.executable, "-m", "benchmarks.gpu", "--section", name]
+    command += ["--out", str(options.out.resolve()), "--device", options.device]
+    command += ["--quick"] if options.quick else []
+    began = time.perf_counter()
+    with (options.out / "gpu.log").open("a", encoding="utf-8") as log:
+        log.write(f"\n=== {name}\n")
+        log.flush()
+        child = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
+        try:
+            code = child.wait(seconds)
+            state = "done" if code == 0 else f"failed with exit code {code}"
+        except subprocess.TimeoutExpired:
+            os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+            state = f"stopped after {seconds:.0f} s"
+    rows = report.rows(name)
+    bad = [row for row in rows if row.get("ok") is False or "failed" in row]
+    if state == "done" and bad:
+        state = f"{len(bad)} of {len(rows)} rows failed"
+    facts = {"state": state, "seconds": time.perf_counter() - began, "rows": len(rows)}
+    report.add("section", name=name, **facts)
+    return facts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/gpu"))
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--quick", action="store_true", help="the bundled model, few steps")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument("--section", choices=SECTIONS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    report = Report(options.out)
+    if options.section:
+        # float32 is the truth here: not rounded to 19 bits on the way.
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        CHECKS[options.section](options, report)
+        return
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
+        sys.exit("needs CUDA, which this torch has not; --device cpu --quick tries the script")
+    began, allowed = time.perf_counter(), 0
+    report.path.unlink(missing_ok=True)
+    from sana_cli.bench.phases import surroundings
+
+    report.add("about", facts=surroundings(options.device))
+    for name in options.only:
+        allowed += SECTIONS[name]
+        if name == "kernels" and not options.device.startswith("cuda"):
+            report.add("section", name=name, state="needs CUDA", seconds=0.0, rows=0)
+        else:
+            left = allowed - (time.perf_counter() - began)
+            facts = run_section(name, options, report, left)
+            sys.stderr.write(f"{name}: {facts['state']}, {facts['seconds']:.0f} s\n")
+    table(report)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,30 @@
+"""The tests of the kernels, compiled by Triton for this card, in its precisions."""
+
+import argparse
+import importlib.util
+import subprocess
+import sys
+import time
+
+from benchmarks.gpu.report import Report
+from benchmarks.gpu.subjects import ROOT
+
+TESTS = ("tests/test_kernels.py", "tests/test_decoder_kernels.py")
+
+
+def kernels(options: argparse.Namespace, report: Report) -> None:
+    for test in TESTS:
+        if not (ROOT / test).exists():
+            report.add("kernels", tests=test, failed="there are no such tests")
+            continue
+        # What other versions of a library warn of is no fault of a kernel.
+        words = ["-q", "--maxfail=20", "-o", "filterwarnings=default"]
+        if importlib.util.find_spec("xdist"):  # compiling is what takes the time
+            words += ["-n", "8"]
+        command = [sys.executable, "-m", "pytest", *words, test]
+        began = time.perf_counter()
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        sys.stderr.write(done.stdout + done.stderr)
+        last = (done.stdout.splitlines() or done.stderr.splitlines() or ["nothing was said"])[-1]
+        facts = {"tests": test, "said": last.strip("= "), "seconds": time.perf_counter() - began}
+        report.add("kernels", ok=done.returncode == 0, **facts)

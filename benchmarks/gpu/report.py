@@ -1,0 +1,145 @@
+"""Rows as they are measured, and the table of them."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+
+class Report:
+    """Rows, as they come, in a file."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "gpu.jsonl"
+
+    def add(self, section: str, **facts: Any) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"section": section, **facts}) + "\n")
+
+    def rows(self, section: str | None = None) -> list[Row]:
+        lines = self.path.read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line) for line in lines]
+        return [row for row in rows if section in (None, row["section"])]
+
+
+def table(report: Report) -> None:
+    """What was found, for people, on stdout."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False, width=118)
+
+    def show(title: str, columns: list[str], rows: list[list[str]]) -> None:
+        if rows:
+            sheet = Table(*columns, box=None, pad_edge=False)
+            for row in rows:
+                sheet.add_row(*row)
+            console.print(title, style="bold")
+            console.print(sheet)
+            console.print()
+
+    def number(value: Any, unit: str = "", digits: int = 1) -> str:
+        return "-" if value is None else f"{value:.{digits}f}{unit}"
+
+    for row in report.rows("about"):
+        facts = row["facts"]["machine"]
+        versions = f"torch {row['facts']['torch']}, triton {row['facts']['triton']}"
+        console.print(f"{facts['device_name']}, driver {facts['driver']}, {versions}")
+        console.print(f"kernels: {facts['kernels']}\n")
+    show(
+        "kernels",
+        ["tests", "result", "s"],
+        [
+            [row["tests"], str(row.get("said", row.get("failed"))), number(row.get("seconds"))]
+            for row in report.rows("kernels")
+        ],
+    )
+    show(
+        "engine: dB to the plain network in float32",
+        ["model", "size", "dtype", "engine", "plain", ""],
+        [
+            [row["model"], row["size"], row["dtype"], number(row.get("snr")),
+             number(row.get("plain_snr")), "ok" if row.get("ok") else row.get("failed", "WORSE")]
+            for row in report.rows("engine")
+        ],
+    )  # fmt: skip
+    show(
+        "strips: dB to the whole map in float32",
+        ["side", "dtype", "strips", "untiled", "s", "peak GB", ""],
+        [
+            [str(row["side"]), row["dtype"], number(row.get("psnr")),
+             number(row.get("untiled_psnr")), number(row["seconds"], "", 3),
+             number(row["peak_bytes"] and row["peak_bytes"] / 1e9, "", 2),
+             {True: "ok", False: "WORSE"}.get(row.get("ok"), "")]
+            for row in report.rows("strips")
+        ],
+    )  # fmt: skip
+    speed, beside = [], []
+    for row in [*report.rows("bench"), *report.rows("against")]:
+        if "result" not in row:
+            speed.append([" ".join(row["words"]), "; ".join(row["failed"])])
+            continue
+        for size in row["result"]["sizes"]:
+            speed.append(_speed(size, row, number))
+            if size["against"]:
+                beside.append(_beside(size, number))
+    show(
+        "sana bench: seconds, share of the floor, peak memory (foretold) in GB",
+        ["model", "size", "n", "encode", "step ms", "denoise", "decode", "total", "peak", "cap"],
+        speed,
+    )
+    show(
+        "times faster than diffusers: medians of pairs",
+        ["model", "size", "with", "encode", "denoise", "decode", "total", "dB alike", "its GB"],
+        beside,
+    )
+    for row in report.rows("profile"):
+        if "kernels" in row:
+            show(
+                f"{row['model']}, {row['stage']} of a picture: {1e3 * row['seconds']:.1f} ms, the"
+                f" device busy for {1e3 * row['busy_seconds']:.1f}, floor"
+                f" {1e3 * row['floor_seconds']:.1f}",
+                ["kernel", "calls", "ms", "share", "of its floor"],
+                [
+                    [k["kernel"][:70], str(k["calls"]), number(1e3 * k["seconds"], "", 2),
+                     f"{k['share']:.1%}", f"{k['reached']:.0%}" if "reached" in k else "-"]
+                    for k in row["kernels"][:14]
+                ],
+            )  # fmt: skip
+    show(
+        "sections",
+        ["section", "state", "s"],
+        [[row["name"], row["state"], number(row["seconds"])] for row in report.rows("section")],
+    )
+
+
+def _speed(size: Row, row: Row, number: Callable[..., str]) -> list[str]:
+    phases, foretold = size["phases"], size["predicted_peak_bytes"]
+    median = {name: phase["seconds"]["median"] for name, phase in phases.items()}
+    cells = [
+        f"{number(median[name], '', 3)} ({phases[name]['share']:.0%})"
+        for name in ("denoise", "decode")
+    ]
+    peaks = " ".join(
+        f"{phases[name]['peak_bytes'] / 1e9:.2f} ({foretold[name] / 1e9:.2f})"
+        for name in ("denoise", "decode")
+        if phases[name]["peak_bytes"] is not None
+    )
+    return [
+        *(size["model"], f"{size['width']}x{size['height']}", str(row["result"]["count"])),
+        *(number(median["encode"], "", 3), number(1e3 * size["step_seconds"], "", 2), *cells),
+        *(number(median["total"], "", 3), peaks, number(row["cap"] and row["cap"] / 1e9)),
+    ]
+
+
+def _beside(size: Row, number: Callable[..., str]) -> list[str]:
+    facts = size["against"]
+    head = [size["model"], f"{size['width']}x{size['height']}", facts["with"]]
+    if "failed" in facts:
+        return [*head, facts["failed"][:60]]
+    ratios = [number(facts["ratio"][name], "", 2) for name in ("encode", "denoise", "decode")]
+    held = facts["peak_bytes"] and facts["peak_bytes"] / 1e9
+    alike = "equal" if facts["psnr"] is None else number(facts["psnr"])
+    return [*head, *ratios, number(facts["ratio"]["total"], "", 2), alike, number(held)]

@@ -1,0 +1,59 @@
+"""What is measured: models and their recipes, and how alike two results are."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[2]
+PROMPT = "a red circle on a blue background"
+SMALL, LARGE = "sana-0.6b-1024", "sana-1.6b-1024"
+LOSS = 3.0  # dB that we may have less than the plain network in the same precision
+
+
+def described(
+    model: str,
+    size: str | None,
+    device: str,
+    folder: Path,
+    dtype: str = "auto",
+    settings: dict[str, Any] | None = None,
+) -> tuple[Any, Any]:
+    """A recipe and files of a model: the bundled one's own, else with random weights."""
+    from sana_cli.bench.random_weights import random_model
+    from sana_cli.jobs.resolve import choose
+    from sana_cli.settings import Settings
+    from sana_cli.weights.hub_cache import find_parts
+    from sana_cli.weights.model_files import open_model
+
+    words = {"steps": 2, "dtype": dtype, "text_precision": "auto"} | (settings or {})
+    choice = choose(Settings(PROMPT, model=model, res=size, fit="exact", **words))
+    found = find_parts(choice.model)
+    if model == "demo" and found:
+        files = open_model(found)
+    else:
+        files = random_model(choice.model, found, folder, device)
+    recipe = choice.recipe(files, device, 1)
+    return replace(recipe, text_dtype=wide(device)), files
+
+
+def wide(device: str) -> str:
+    from sana_cli.machine.device import wide_dtype
+
+    return wide_dtype(device)
+
+
+def snr(x: Tensor, truth: Tensor) -> float:
+    """dB."""
+    x, truth = x.double().cpu(), truth.double().cpu()
+    noise = (x - truth).square().sum()
+    return float(10 * torch.log10(truth.square().sum() / noise)) if noise else math.inf
+
+
+def psnr(one: Tensor, other: Tensor) -> float:
+    """Of pictures in 0 to 255, dB."""
+    error = float((one.double() - other.double()).square().mean())
+    return 10 * math.log10(255**2 / error) if error else math.inf
