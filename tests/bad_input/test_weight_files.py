@@ -1,0 +1,187 @@
+"""Files of weights that do not hold what the config promises: exit code 1."""
+
+import io
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from faults import (
+    DIT,
+    FAST,
+    PARTS,
+    TEXT,
+    edit_tensors,
+    replace,
+)
+
+
+def _first(tensors) -> str:
+    return next(name for name in sorted(tensors) if not name.startswith("encoder."))
+
+
+def _wrong_shape(tensors):
+    tensors[_first(tensors)] = torch.zeros(3, 5, 7)
+
+
+def _wrong_dtype(tensors):
+    tensors[_first(tensors)] = tensors[_first(tensors)].to(torch.int64)
+
+
+def _missing_tensor(tensors):
+    del tensors[_first(tensors)]
+
+
+def _extra_tensor(tensors):
+    tensors["decoder.extra"] = torch.zeros(2)
+
+
+def _all_at_once(tensors):
+    names = [name for name in sorted(tensors) if not name.startswith("encoder.")]
+    tensors[names[0]] = torch.zeros(3, 5, 7)
+    tensors[names[1]] = tensors[names[1]].to(torch.int64)
+    del tensors[names[2]]
+    tensors["decoder.extra"] = torch.zeros(2)
+
+
+@PARTS
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (_wrong_shape, ("(1 tensors)", "has shape (3, 5, 7), not (")),
+        (_wrong_dtype, ("int64",)),
+        (_missing_tensor, ("(1 tensors)", "missing ")),
+        (_extra_tensor, ("(1 tensors)", "unexpected decoder.extra")),
+        (_all_at_once, ("(3, 5, 7)", "int64", "missing ", "unexpected decoder.extra")),
+    ],
+    ids=["shape", "dtype", "missing", "extra", "all"],
+)
+def test_every_tensor_that_does_not_fit_is_named(broken, model, part, change, says):
+    edit_tensors(model / part, change)
+    broken(part, *says)
+
+
+@PARTS
+@pytest.mark.parametrize(
+    "content",
+    [
+        lambda data: data[: len(data) // 2],
+        lambda data: data[:100],
+        lambda data: data + b"\0",
+        lambda data: b"",
+        lambda data: b"\xde\xad\xbe\xef" * 1000,
+        lambda data: b"\xff" * 8 + data[8:],
+        lambda data: b"<!DOCTYPE html><html><body>404 Not Found</body></html>",
+        lambda data: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
+    ],
+    ids=["half", "cut header", "longer", "empty", "garbage", "huge header", "web page", "lfs"],
+)
+def test_what_is_no_safetensors_file_is_refused(broken, model, part, content):
+    replace(model / part, content((model / part).read_bytes()))
+    broken(part)
+
+
+@PARTS
+def test_absent_weight_files_are_named(broken, model, part):
+    (model / part).unlink()
+    broken(part, "missing")
+
+
+class _Trap:
+    """Unpickling it makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@PARTS
+@pytest.mark.parametrize("beside", [False, True], ids=["as safetensors", "as bin"])
+@pytest.mark.parametrize("archive", [False, True], ids=["plain", "zip"])
+def test_a_pickle_is_never_opened(broken, model, tmp_path, part, beside, archive):
+    sprung = tmp_path / "sprung"
+    buffer = io.BytesIO()
+    if archive:
+        torch.save({"weight": _Trap(sprung)}, buffer)
+    else:
+        pickle.dump(_Trap(sprung), buffer)
+    (model / part).unlink()
+    name = Path(part).with_suffix(".bin") if beside else part
+    (model / name).write_bytes(buffer.getvalue())
+    broken(*(("pickle", Path(name).name) if beside else (part,)))
+    assert not sprung.exists()
+
+
+@PARTS
+@pytest.mark.parametrize(
+    ("index", "says"),
+    [
+        ({"weight_map": {"a": "../stolen.safetensors"}}, "../stolen.safetensors"),
+        ({"weight_map": {"a": "/etc/stolen.safetensors"}}, "/etc/stolen.safetensors"),
+        ({"weight_map": {"a": "sub/stolen.safetensors"}}, "sub/stolen.safetensors"),
+        ({"weight_map": {"a": "model-00001-of-00002.bin"}}, "model-00001-of-00002.bin"),
+        ({"weight_map": {"a": ".."}}, "'..'"),
+        ({"weight_map": {"a": ""}}, "''"),
+        ({"weight_map": {"a": 3}}, "'3'"),
+        ({"weight_map": {"a": "absent.safetensors"}}, "absent.safetensors is missing"),
+        ({"weight_map": {"a": "\0.safetensors"}}, "safetensors"),
+        ({"weight_map": {"a": "x" * 5000 + ".safetensors"}}, "xxx"),
+        ({"weight_map": {}}, "weight_map"),
+        ({"weight_map": ["a"]}, "weight_map"),
+        ({}, "weight_map"),
+        ([], "not a JSON object"),
+    ],
+    ids=[
+        "parent",
+        "absolute",
+        "subfolder",
+        "pickle",
+        "dots",
+        "nameless",
+        "number",
+        "absent",
+        "nul",
+        "long",
+        "empty",
+        "list",
+        "none",
+        "no object",
+    ],
+)
+def test_a_shard_index_leads_nowhere_else(broken, model, part, index, says):
+    path = model / part
+    path.rename(model.parent / "stolen.safetensors")
+    path.with_name(f"{path.name}.index.json").write_text(json.dumps(index))
+    broken(says)
+
+
+def test_shards_that_repeat_a_tensor_are_refused(broken, model):
+    path = model / TEXT
+    names = ["one.safetensors", "two.safetensors"]
+    for name in names:
+        shutil.copyfile(path, path.with_name(name))
+    path.unlink()
+    places = dict(zip("ab", names, strict=True))
+    path.with_name(f"{path.name}.index.json").write_text(json.dumps({"weight_map": places}))
+    broken("text_encoder", "comes twice")
+
+
+def test_weights_of_nan_draw_no_picture(refused, model):
+    edit_tensors(model / DIT, lambda tensors: tensors["proj_out.bias"].fill_(float("nan")))
+    refused(7, "a fox", "-m", str(model), *FAST, says=("NaN",), hint="hint:")
+
+
+def test_a_text_encoder_of_another_model_is_refused(broken, model):
+    from transformers import Gemma2Config, Gemma2Model
+
+    shutil.rmtree(model / "text_encoder")
+    sizes = {"intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    heads = {"num_key_value_heads": 1, "head_dim": 16, "query_pre_attn_scalar": 16}
+    config = Gemma2Config(vocab_size=577, hidden_size=32, **sizes, **heads)
+    Gemma2Model(config).save_pretrained(model / "text_encoder")
+    broken("text")

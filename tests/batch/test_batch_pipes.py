@@ -1,0 +1,37 @@
+"""Rows from a pipe, drawn as they come."""
+
+import signal
+import time
+
+from batches import DEMO, PROMPTS, started
+
+
+def test_a_pipe_is_drawn_as_it_comes(sana):
+    with started("-", *DEMO, "-o", "out", "-q") as process:
+        process.stdin.write(f"{PROMPTS[0]}\n".encode())
+        process.stdin.flush()
+        first = process.stdout.readline()  # while the pipe is still open
+        process.stdin.write(f"{PROMPTS[1]}\n{'x' * 20_001}\n{PROMPTS[2]}\n".encode())
+        out, err = process.communicate(timeout=60)
+    assert first.startswith(b"out/a-red-circle")
+    assert len(out.splitlines()) == 2
+    # What was drawn is not undone by a later row that is wrong.
+    assert process.returncode == 3
+    assert b"stdin, row 3: a prompt is longer" in err
+
+
+def test_a_pipe_whose_first_rows_are_wrong_is_refused(process):
+    run = process("batch", "-", *DEMO, "--input-format", "jsonl", input=b'{"promt": "x"}\n')
+    assert (run.returncode, run.stdout) == (2, b"")
+    assert b"stdin, row 1, column promt: is no field; did you mean prompt?" in run.stderr
+
+
+def test_asked_to_stop_while_it_waits_for_a_pipe_it_goes(here):
+    with started("-", *DEMO, "-o", "out") as process:
+        process.stdin.write(f"{PROMPTS[0]}\n".encode())
+        process.stdin.flush()
+        process.stdout.readline()
+        time.sleep(0.3)
+        process.send_signal(signal.SIGTERM)
+        process.wait(timeout=5)
+    assert process.returncode == 143
