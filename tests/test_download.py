@@ -187,6 +187,7 @@ def test_generates_own_dry_run_opens_no_connection_and_says_what_it_would_fetch(
     plan = json.loads(run.stdout)
     assert plan["download_bytes"] == sum(s.bytes for s in known_models()["sana-1.6b-4k"].sources)
     assert plan["recipes"][0]["flow_shift"] == 6.0
+    assert "would fetch 9.69 GB first: sana models pull sana-1.6b-4k" in run.stderr
     assert hub.requests == []
 
 
@@ -461,6 +462,12 @@ def test_list_tells_what_is_here(laptop):
     for name, model in known_models().items():
         (line,) = (line for line in table.splitlines() if line.split()[:1] == [name])
         assert model.licence in line
+
+
+def test_on_a_terminal_of_the_usual_width_a_model_is_one_line(sana):
+    lines = sana("models", "list").out.splitlines()
+    assert len(lines) == 1 + len(known_models())
+    assert max(map(len, lines)) <= 80
 
 
 @pytest.mark.parametrize("how", ["changed", "shortened", "deleted"])

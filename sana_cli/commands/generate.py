@@ -208,7 +208,7 @@ def generate(
     for text in plan.words():
         talk.say(text)
     if dry_run:
-        _print_plan(recipes, target, plan, first.model, files)
+        _print_plan(recipes, target, plan, first.model, files, talk)
     else:
         encoding = (metadata is MetadataKind.full, quality, force)
         show = _previewer(talk, json_output) if preview else None
@@ -292,11 +292,20 @@ def _announce_image(talk: "Talk", choice: "Choice", recipe: "Recipe") -> None:
 
 
 def _print_plan(
-    recipes: list["Recipe"], target: "Output", plan: "Plan", chosen: "Model", files: "ModelFiles"
+    recipes: list["Recipe"],
+    target: "Output",
+    plan: "Plan",
+    chosen: "Model",
+    files: "ModelFiles",
+    talk: "Talk",
 ) -> None:
+    from sana_cli.units import gigabytes
     from sana_cli.weights.hub_cache import source_parts
 
     missing = [source for source in chosen.sources if source_parts(source) is None]
+    lacking = sum(source.bytes for source in missing)
+    if missing:
+        talk.say(f"would fetch {gigabytes(lacking)} first: sana models pull {chosen.name}")
     weights = [path for part in files.parts.values() for path in part.files]
     document = {
         "device": plan.device,
@@ -311,7 +320,7 @@ def _print_plan(
         "weights": [str(path) for path in weights],
         "weight_bytes": sum(path.stat().st_size for path in weights)
         or sum(source.bytes for source in chosen.sources),
-        "download_bytes": sum(source.bytes for source in missing),
+        "download_bytes": lacking,
         "paths": []
         if target.to_stdout
         else [str(target.path(r, i)) for i, r in enumerate(recipes, 1)],

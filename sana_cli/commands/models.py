@@ -37,7 +37,8 @@ def list_models(
 
     from sana_cli.units import gigabytes
 
-    table = Table(box=None, header_style="bold", pad_edge=False)
+    # So that every model is one line of 80 columns.
+    table = Table(box=None, header_style="bold", pad_edge=False, collapse_padding=True)
     table.add_column("name", no_wrap=True)
     for title in ("draws", "disk", "memory"):
         table.add_column(title, justify="right", no_wrap=True)

@@ -138,7 +138,7 @@ def make_plan(
         raise NotEnoughMemory(
             f"to {worst} {recipe.native_width}x{recipe.native_height} takes {gigabytes(least)},"
             f" more than the {gigabytes(budget + held)} there are",
-            _what_fits(recipe, files, _plain(device, budget))
+            _what_fits(recipe, files, _plain(device, budget), peaks)
             or f"it fits in --memory {least / 1e9 + 0.05:.1f}GB",
         )
     both = peaks["denoise"] + peaks["decode"]  # more than either with the other's weights
@@ -297,23 +297,33 @@ def _dtype(name: str) -> torch.dtype:
 # --- when nothing fits -------------------------------------------------------------------------
 
 
-def _what_fits(recipe: Recipe, files: ModelFiles, plan: Plan) -> str | None:
-    """The least change that fits, as words to type: a smaller text encoder, then picture."""
+def _what_fits(
+    recipe: Recipe, files: ModelFiles, plan: Plan, peaks: dict[str, int]
+) -> str | None:
+    """The least change that fits, as words to type: a smaller text encoder, then picture.
+
+    `peaks` are those of the recipe. Texts are looked at first, as their peak is known at once.
+    """
     defaults = {model.side: model for model in reversed(known_models().values()) if model.sources}
     area = recipe.native_width * recipe.native_height
     sides = sorted((side for side in defaults if side and side**2 < area), reverse=True)
     for side in (None, *sides):
+        words = ["use"]
         if side is not None:
             files = released_model(defaults[side])
             recipe = replace(recipe, native_width=side, native_height=side, image=None)
-        words = f"--res {side}" if side else ""
-        _, denoise = _fit(plan.leaner_denoising(), plan.budget, recipe, files, _denoise_peak)
-        _, decode = _fit(plan.leaner_decoding(), plan.budget, recipe, files, _decode_peak)
-        if max(denoise, decode) > plan.budget:
-            continue
-        if _text_peak(recipe, files) <= plan.budget:
-            return f"use {words}, which fits"
-        eight = replace(recipe, text_dtype="int8")
-        if plan.device != "mps" and _text_peak(eight, files) <= plan.budget:
-            return f"use {words + ' ' if words else ''}--text-precision int8, which fits"
+            words.append(f"--res {side}")
+        if _text_peak(recipe, files) > plan.budget:
+            eight = replace(recipe, text_dtype="int8")
+            if plan.device == "mps" or _text_peak(eight, files) > plan.budget:
+                continue
+            words.append("--text-precision int8")
+        if side is None:
+            drawn = max(peak for stage, peak in peaks.items() if stage != "encode")
+        else:
+            _, drawn = _fit(plan.leaner_denoising(), plan.budget, recipe, files, _denoise_peak)
+            if drawn <= plan.budget:
+                _, drawn = _fit(plan.leaner_decoding(), plan.budget, recipe, files, _decode_peak)
+        if drawn <= plan.budget:
+            return f"{' '.join(words)}, which fits"
     return None
