@@ -297,9 +297,7 @@ def _dtype(name: str) -> torch.dtype:
 # --- when nothing fits -------------------------------------------------------------------------
 
 
-def _what_fits(
-    recipe: Recipe, files: ModelFiles, plan: Plan, peaks: dict[str, int]
-) -> str | None:
+def _what_fits(recipe: Recipe, files: ModelFiles, plan: Plan, peaks: dict[str, int]) -> str | None:
     """The least change that fits, as words to type: a smaller text encoder, then picture.
 
     `peaks` are those of the recipe. Texts are looked at first, as their peak is known at once.
