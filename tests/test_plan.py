@@ -17,6 +17,7 @@ from sana_cli.pipeline.plan import (
     _decode_peak,
     _denoise_peak,
     _plain,
+    _surely,
     _text_peak,
     fits,
     make_plan,
@@ -107,6 +108,28 @@ def test_the_prediction_of_a_lean_plan_too(folders, lean):
     assert _decode_peak(plan, one, files) == pytest.approx(found["decode"], rel=0.1)
     assert found["denoise"] < plain["denoise"]
     assert found["decode"] < plain["decode"]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("name", ["sana-0.6b-512", "sana-1.6b-4k", "sana1.5-4.8b-1024"])
+def test_what_is_not_rehearsed_would_need_less_than_was_taken_for_granted(name, dtype):
+    model = known_models()[name]
+    files = released_model(model)
+    for text_dtype in ("int8", dtype):
+        one = recipe(files, model.side, model.side, dit_dtype=dtype, vae_dtype=dtype)
+        one = replace(one, text_dtype=text_dtype)
+        peaks = make_plan([one], files, "cpu", 2**62, rehearsed=True).peaks
+        assert max(peaks.values()) < _surely(one, files) < 2.5 * max(peaks.values())
+
+
+def test_on_a_laptop_gpu_of_16_gb_a_usual_picture_waits_for_no_rehearsal(monkeypatch):
+    monkeypatch.setattr("sana_cli.pipeline.plan.free_memory", lambda device: int(15.5e9))
+    files = released_model(known_models()["sana-1.6b-1024"])
+    halves = dict.fromkeys(("dit_dtype", "vae_dtype"), "bfloat16")
+    one = recipe(files, 1024, 1024, text_dtype="int8", **halves)
+    assert make_plan([one], files, "cuda").peaks == {}
+    large = replace(one, native_width=4096, native_height=4096)
+    assert make_plan([large], files, "cuda").peaks["denoise"] < 6e9
 
 
 class Capped(PeakMemory):

@@ -282,11 +282,12 @@ def _bytes(network: nn.Module, dtype: torch.dtype | None = None) -> int:
 def _surely(recipe: Recipe, files: ModelFiles) -> int:
     """More than any stage needs, from sizes alone: it must be known in no time."""
     cells = recipe.native_height * recipe.native_width // files.vae.compression**2
+    each = 1 if recipe.text_dtype == "int8" else _dtype(recipe.text_dtype).itemsize
+    text = files.text.linear_weights * each + LONGEST_TEXT * files.text.intermediate_size * 8 * 4
     width, size = files.dit.width, _dtype(recipe.dit_dtype).itemsize
-    text = files.text.linear_weights * 4
     denoise = files.dit.num_layers * 18 * width**2 * size + cells * width * 2 * 40 * size
-    widest = max(files.vae.decoder_block_out_channels)
-    decode = 150 * widest**2 * 4 + cells * 64 * widest * 4 * 4 + 40 * STRIP_BYTES
+    widest, size = max(files.vae.decoder_block_out_channels), _dtype(recipe.vae_dtype).itemsize
+    decode = 160 * widest**2 * size + cells * 24 * widest * size + 40 * STRIP_BYTES
     return max(text, denoise, decode)
 
 
