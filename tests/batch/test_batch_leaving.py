@@ -14,7 +14,7 @@ from batches import DEMO, PROMPTS, SANA, events, lines, pictures, started
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["ctrl-c", "sigterm"]
 )
 def test_asked_to_stop_it_sums_up_and_goes_on_next_time(sana, number, code):
-    Path("jobs.txt").write_text("\n".join(f"{text} {i}" for text in PROMPTS for i in range(4)))
+    Path("jobs.txt").write_text("\n".join(f"{text} {i}" for text in PROMPTS for i in range(2)))
     with started("jobs.txt", "-m", "demo", "--steps", "4", "--json") as process:
         head: list[bytes] = []
         while len(events(b"".join(head).decode())) < 2:
@@ -26,11 +26,11 @@ def test_asked_to_stop_it_sums_up_and_goes_on_next_time(sana, number, code):
     found = events((b"".join(head) + out).decode())
     drawn = [event for event in found if event["event"] == "image"]
     assert found[-1]["event"] == "summary" and found[-1]["exit_code"] == code
-    assert found[-1]["drawn"] == len(drawn) < 12 and found[-1]["left"] == 12 - len(drawn)
+    assert found[-1]["drawn"] == len(drawn) < 6 and found[-1]["left"] == 6 - len(drawn)
     assert len(lines("jobs-images", "done")) == len(pictures("jobs-images")) == len(drawn)
     assert b"Traceback" not in err and b"error:" not in err
     run = sana("batch", "jobs.txt", "-m", "demo", "--steps", "4")
-    assert (run.code, len(run.out.split())) == (0, 12 - len(drawn))
+    assert (run.code, len(run.out.split())) == (0, 6 - len(drawn))
 
 
 def test_asked_twice_it_stops_at_once(here):
