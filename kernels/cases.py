@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-WIDTHS = {"0.6B": 1152, "1.6B": 2240}  # of the two transformers
-SIDES = (512, 1024, 4096)  # of images: what is launched changes with the number of tokens
+WIDTHS = {"demo": 224, "0.6B": 1152, "1.6B": 2240}  # of the transformers
+# Of images: what is launched changes with the number of tokens.
+SIDES = {"demo": (256, 512), "0.6B": (512, 1024, 4096), "1.6B": (512, 1024, 4096)}
 
 
 @dataclass(frozen=True)

@@ -293,11 +293,12 @@ def attend_tokens_kernel(
 
 
 def cases(target: tuple[int, int]) -> Iterator[Case]:
-    for (model, d), side, batch in itertools.product(WIDTHS.items(), SIDES, (1, 2)):
-        heads, label = d // 32, f"{model} {batch}x{side}²"
-        x, weight, norm = like(batch, (side // 32) ** 2, d), like(3 * d, d), like(d)
-        state = like(batch, heads, 33, 32, dtype=torch.float32)
-        yield from imagine(label, target, project_qkv, x, weight, heads, None, 0.0)
-        of = f"normed {label}"
-        yield from imagine(of, target, project_qkv, x, weight, heads, norm, 1e-5)
-        yield from imagine(label, target, attend_tokens, x, state)
+    for model, d in WIDTHS.items():
+        for side, batch in itertools.product(SIDES[model], (1, 2)):
+            heads, label = d // 32, f"{model} {batch}x{side}²"
+            x, weight, norm = like(batch, (side // 32) ** 2, d), like(3 * d, d), like(d)
+            state = like(batch, heads, 33, 32, dtype=torch.float32)
+            yield from imagine(label, target, project_qkv, x, weight, heads, None, 0.0)
+            of = f"normed {label}"
+            yield from imagine(of, target, project_qkv, x, weight, heads, norm, 1e-5)
+            yield from imagine(label, target, attend_tokens, x, state)

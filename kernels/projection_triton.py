@@ -171,17 +171,19 @@ def product(
 
 
 def cases(target: tuple[int, int]) -> Iterator[Case]:
-    for (model, d), side, batch in itertools.product(WIDTHS.items(), SIDES, (1, 2)):
-        label = f"{model} {batch}x{side}²"
-        x = like(batch, (side // 32) ** 2, d)
-        e = 5 * d // 2  # the hidden width of the feed-forward network; it makes two, for the gate
-        wide = like(*x.shape[:2], e)
-        yield from imagine(label, target, expand, x, like(2 * e, d), like(2 * e))
-        for name, y, bias, gate in (
-            ("self", x, like(d), like(d)),
-            ("cross", x, like(d), None),
-            ("down", wide, None, like(d)),
-        ):
-            weight = like(d, y.shape[-1])
-            of = f"{name} {label}"
-            yield from imagine(of, target, add_projected, x, y, weight, bias, gate)
+    for model, d in WIDTHS.items():
+        for side, batch in itertools.product(SIDES[model], (1, 2)):
+            label = f"{model} {batch}x{side}²"
+            x = like(batch, (side // 32) ** 2, d)
+            # The hidden width of the feed-forward network; it makes two, for the gate.
+            e = 5 * d // 2
+            wide = like(*x.shape[:2], e)
+            yield from imagine(label, target, expand, x, like(2 * e, d), like(2 * e))
+            for name, y, bias, gate in (
+                ("self", x, like(d), like(d)),
+                ("cross", x, like(d), None),
+                ("down", wide, None, like(d)),
+            ):
+                weight = like(d, y.shape[-1])
+                of = f"{name} {label}"
+                yield from imagine(of, target, add_projected, x, y, weight, bias, gate)

@@ -156,7 +156,7 @@ class Cascade:
             side, *rest = batch
             chosen, ids, mask = (torch.from_numpy(part).to(device) for part in rest)
             with torch.no_grad():
-                text = self.encoder(ids, attention_mask=mask).last_hidden_state
+                text = self.encoder(ids, attention_mask=mask, use_cache=False).last_hidden_state
             clean, weight = self.banks[side].latents[chosen], self.banks[side].weight[chosen]
             noise, sigma = torch.randn_like(clean), sample_sigmas(len(clean), s.flow_shift, device)
             mixed = torch.lerp(clean, noise, sigma[:, None, None, None])

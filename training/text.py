@@ -109,7 +109,7 @@ class Reader(nn.Module):
         self.questions = nn.ModuleDict({k: nn.Linear(width, len(v)) for k, v in QUESTIONS.items()})
 
     def forward(self, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
-        states = self.encoder(ids, attention_mask=mask).last_hidden_state
+        states = self.encoder(ids, attention_mask=mask, use_cache=False).last_hidden_state
         last = states[torch.arange(len(ids), device=ids.device), mask.sum(1) - 1]
         return {name: question(last) for name, question in self.questions.items()}
 
