@@ -1,0 +1,114 @@
+"""What runs on a GPU, run where there is none: on a card that knows shapes, dtypes and devices.
+
+The kernels themselves are tested in Triton's interpreter; this is about all that stands around
+them. Whatever would stop at once on a real card, as operands on two devices, stops here.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).with_name("imaginary_gpu")
+CXX = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+TRANSFORMER = {
+    *("modulate_kernel", "project_qkv_kernel", "attend_tokens_kernel", "add_projected_kernel"),
+    *("expand_kernel", "depthwise_glu_kernel"),
+}
+DECODER = {"rms_norm_kernel", "kv_state_kernel", "aggregate_kernel", "picture_kernel"}
+
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux" or CXX is None or torch.backends.cuda.is_built(),
+    reason="needs a C++ compiler, and PyTorch without a CUDA of its own",
+)
+
+
+@pytest.fixture(scope="module")
+def imagined(tmp_path_factory) -> Callable[..., dict]:
+    """Run a script with the card in place; the JSON that it prints."""
+    library = tmp_path_factory.mktemp("card") / "card.so"
+    root = Path(torch.__file__).parent
+    where = (f"-I{root}/include", f"-L{root}/lib", f"-Wl,-rpath,{root}/lib")
+    command = [CXX, "-std=c++20", "-shared", "-fPIC", HERE / "library.cpp", *where]
+    subprocess.run([*command, "-lc10", "-ltorch_cpu", "-o", library], check=True)
+    environment = os.environ | {"LD_PRELOAD": str(library)}
+    environment.pop("TRITON_INTERPRET", None)
+
+    def run(script: str | Path, *words: str) -> dict:
+        command = [sys.executable, HERE / script, *words]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return json.loads(done.stdout)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("model", "res", "words"),
+    [
+        ("demo", "512x512", ['negative="dull"']),
+        ("demo", "256x256", ["together=false", "rows=4"]),
+        ("sana-0.6b-1024", "1024x768", ["guidance=1.0"]),
+        ("sana-sprint-0.6b", "1024x1024", []),
+    ],
+)
+def test_a_picture_is_drawn_by_the_kernels_from_networks_on_the_card(imagined, model, res, words):
+    told = imagined("draws.py", model, res, *words)
+    assert told["kernels"].keys() >= TRANSFORMER | DECODER
+    assert told["networks"] == ["cuda"]
+    assert told["extremes"] == ["cuda", "cuda"]  # looked at once, at the end
+    width, height = map(int, res.split("x"))
+    assert told["pixels"] == ["cpu", height, width, 3]
+
+
+def test_every_stage_of_training_takes_its_steps_on_the_card(imagined):
+    told = imagined("trains.py")
+    assert list(told) == ["autoencoder", "decoder", "text", "low", "high"]
+    for stage in told.values():
+        assert stage["losses"] == stage["weights"] == ["cuda torch.float32"]
+    blocks, steps = 9, 2
+    for name in ("low", "high"):
+        assert told[name]["kernels"] == {
+            # Value and gate are made again for the gradient, instead of being kept.
+            "depthwise_glu_kernel": 2 * blocks * steps,
+            "depthwise_gradient_kernel": blocks * steps,
+            "kv_state_kernel": blocks * steps,
+            "attend_tokens_kernel": blocks * steps,
+            "query_gradient_kernel": blocks * steps,
+            "key_value_gradient_kernel": blocks * steps,
+        }
+
+
+@pytest.mark.parametrize(
+    ("faulty", "says"),
+    [
+        ("x.cpu() + x", "two devices"),
+        ("x @ x.bfloat16()", "one dtype"),
+        ("torch.nn.functional.linear(x, x, torch.ones(4))", "two devices"),
+        ("torch.nn.functional.conv2d(x[None], x[..., None, None].half())", "one dtype"),
+        ("x.sum().item()", "_local_scalar_dense"),  # there is no number
+    ],
+)
+def test_what_a_card_refuses_is_refused(imagined, tmp_path, faulty, says):
+    script = tmp_path / "faulty.py"
+    script.write_text(f"""
+import json, sys
+sys.path.insert(0, {str(HERE)!r})
+import torch
+from card import card
+with card():
+    x = torch.ones(4, 4, device="cuda")
+    assert (x @ x).is_cuda
+    try:
+        {faulty}
+        print(json.dumps(dict(said="")))
+    except Exception as error:
+        print(json.dumps(dict(said=str(error))))
+""")
+    assert says in imagined(script)["said"]
