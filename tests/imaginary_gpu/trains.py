@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from card import card
 from tokenizers import Tokenizer
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT))
@@ -24,6 +26,18 @@ SETTINGS, MACHINE = PRESETS["h200"], Machine("cuda", 0, 60.0)
 TOKENIZER = Tokenizer.from_file(str(ROOT / "sana_cli/demo/tokenizer/tokenizer.json"))
 
 
+class Operations(TorchDispatchMode):
+    """Counts what a GPU would have to be given to do; views are nothing to do."""
+
+    count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        self.count += not (func.is_view or func.namespace == "prim")
+        return func(*args, **(kwargs or {}))
+
+
 def run(stage: Stage, batch: Any, launched: list[Any]) -> dict[str, Any]:
     launched.clear()
     model = stage.model.to(MACHINE.device)
@@ -31,11 +45,15 @@ def run(stage: Stage, batch: Any, launched: list[Any]) -> dict[str, Any]:
     average = Average(model, stage.average_decay)
     with fast_products(MACHINE.device):
         for step in range(2):
-            with autocast(MACHINE.device):
-                losses = stage.losses(batch)
-            descend(next(iter(losses.values())), model, optimiser, average, stage.rate, step)
+            with FlopCounterMode(display=False) as counter, Operations() as operations:
+                with autocast(MACHINE.device):
+                    losses = stage.losses(batch)
+                descend(next(iter(losses.values())), model, optimiser, average, stage.rate, step)
     average.copy_to(model)
     return {
+        "steps": stage.steps,
+        "flops": counter.get_total_flops(),
+        "operations": operations.count + len(launched) // 2,
         "kernels": Counter(case.kernel.__name__ for case in launched),
         "losses": sorted({f"{loss.device.type} {loss.dtype}" for loss in losses.values()}),
         "weights": sorted({f"{p.device.type} {p.dtype}" for p in model.parameters()}),
@@ -63,11 +81,12 @@ def main() -> None:
             banks[side] = diffusion.Bank(latents, torch.empty(shape, device=MACHINE.device))
         cascade = diffusion.Cascade(Path(), s, MACHINE, 1, TOKENIZER, encoder, banks)
         model = diffusion.build(s.transformer, s.text_scale)
-        captions = text.tokenise(TOKENIZER, ["a red house", "a blue boat on the sea"] * 4)
-        for make, side in ((cascade.low, s.low_side), (cascade.high, s.high_side)):
+        sizes = (s.low_side, s.low_batch), (s.high_side, s.high_batch)
+        for make, (side, batch) in zip((cascade.low, cascade.high), sizes, strict=True):
             model.requires_grad_(True).train()
-            stage = make(model)
-            told[stage.name] = run(stage, (side, np.zeros(8, np.int64), *captions), launched)
+            stage, chosen = make(model), np.zeros(batch, np.int64)
+            captions = text.tokenise(TOKENIZER, ["three red houses, two blue boats"] * batch)
+            told[stage.name] = run(stage, (side, chosen, *captions), launched)
     sys.stdout.write(json.dumps(told))
 
 
