@@ -110,8 +110,14 @@ def test_the_prediction_of_a_lean_plan_too(folders, lean):
     assert found["decode"] < plain["decode"]
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("name", ["sana-0.6b-512", "sana-1.6b-4k", "sana1.5-4.8b-1024"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("sana-0.6b-512", "float32"),
+        ("sana-1.6b-4k", "bfloat16"),
+        ("sana1.5-4.8b-1024", "bfloat16"),
+    ],
+)
 def test_what_is_not_rehearsed_would_need_less_than_was_taken_for_granted(name, dtype):
     model = known_models()[name]
     files = released_model(model)
