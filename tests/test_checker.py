@@ -66,7 +66,7 @@ def obeyed(told: Scene, pixels: np.ndarray) -> bool:
 
 @pytest.mark.parametrize("drawn", [clean, rough])
 def test_a_true_drawing_is_accepted(drawn):
-    accepted = [obeyed(scene, drawn(paint(scene, SIDE))) for scene in scenes(150, seed=1)]
+    accepted = [obeyed(scene, drawn(paint(scene, SIDE))) for scene in scenes(300, seed=1)]
     assert np.mean(accepted) >= 0.99
 
 

@@ -75,7 +75,7 @@ def test_a_blob_of_the_right_colour_and_place_is_refused():
 
     rng = np.random.default_rng(7)
     accepted = []
-    for scene in scenes(100, 1, seed=8):
+    for scene in scenes(200, 1, seed=8):
         thing = scene.objects[0]
         picture = draw(Scene((), scene.background, scene.axis), SIDE)
         rows, columns = np.indices((SIDE, SIDE)) / SIDE
