@@ -47,13 +47,13 @@ def save_transformer(folder: Path) -> None:
 
 
 def ours(work: Path, side: int, steps: int) -> dict:
-    from sana_cli.machine.device import give_back, keep_no_heap
     from sana_cli.models.dc_ae import DCAEConfig, Decoder
     from sana_cli.models.dit import DiT, DiTConfig
-    from sana_cli.models.engine import Engine
-    from sana_cli.models.strips.autoencoder import decode
-    from sana_cli.models.strips.subpixel import fold
+    from sana_cli.models.fused_dit import Engine
+    from sana_cli.models.streaming.autoencoder import decode
+    from sana_cli.models.streaming.subpixel import fold
     from sana_cli.pipeline.solver import SOLVERS, advance
+    from sana_cli.system.devices import give_back, keep_no_heap
     from sana_cli.weights.checkpoint import load_weights, on_meta
     from sana_cli.weights.layout import find_part
 

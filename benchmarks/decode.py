@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sana_cli.machine.device import give_back
+from sana_cli.system.devices import give_back
 
 RELEASED = {
     "encoder_block_types": ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3,
@@ -56,10 +56,10 @@ def save_weights(folder: Path) -> None:
 
 
 def ours(weights: Path, device: str, dtype: torch.dtype, strip_bytes: int):
-    from sana_cli.machine.device import keep_no_heap
     from sana_cli.models.dc_ae import DCAEConfig, Decoder
-    from sana_cli.models.strips.autoencoder import decode
-    from sana_cli.models.strips.subpixel import fold
+    from sana_cli.models.streaming.autoencoder import decode
+    from sana_cli.models.streaming.subpixel import fold
+    from sana_cli.system.devices import keep_no_heap
     from sana_cli.weights.checkpoint import load_weights, on_meta
     from sana_cli.weights.layout import find_part
 

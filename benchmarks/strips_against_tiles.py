@@ -16,8 +16,8 @@ from diffusers import AutoencoderDC
 from PIL import Image
 
 from sana_cli.models.dc_ae import DCAE
-from sana_cli.models.strips.autoencoder import decode
-from sana_cli.models.strips.subpixel import fold
+from sana_cli.models.streaming.autoencoder import decode
+from sana_cli.models.streaming.subpixel import fold
 from sana_cli.weights.checkpoint import load_weights, on_meta
 from sana_cli.weights.layout import folder_parts
 from sana_cli.weights.model_files import open_model

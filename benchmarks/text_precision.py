@@ -36,8 +36,8 @@ def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 
 def on_demo(count: int) -> dict:
+    from sana_cli.pipeline.draw import Picture, draw
     from sana_cli.pipeline.plan import Plan
-    from sana_cli.pipeline.stages import Picture, draw
     from sana_cli.pipeline.text_encoder import TextEncoder
     from sana_cli.weights.layout import folder_parts
     from sana_cli.weights.model_files import open_model

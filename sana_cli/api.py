@@ -20,8 +20,8 @@ from typing import IO, TYPE_CHECKING, Any, cast
 from PIL import Image
 
 from sana_cli.errors import SanaError
-from sana_cli.pictures.images import SUFFIXES, saving
-from sana_cli.pictures.metadata import Record
+from sana_cli.images.files import SUFFIXES, saving
+from sana_cli.images.metadata import Record
 from sana_cli.recipe import Recipe, parse_seeds
 from sana_cli.settings import Settings
 from sana_cli.ui import Talk
@@ -29,7 +29,7 @@ from sana_cli.units import parse_memory
 from sana_cli.weights.catalogue import choose_model
 
 if TYPE_CHECKING:
-    from sana_cli.pipeline.stages import Event
+    from sana_cli.pipeline.draw import Event
 
 __all__ = ["Picture", "Pipeline", "SanaError"]
 
@@ -119,7 +119,7 @@ class Pipeline:
 
         `seed` is one, with the `count - 1` after it, or several, or None for a random one; the
         rest means what the options of `sana generate` mean, and gives the same pixels. `progress`
-        is called with each event of `sana_cli.pipeline.stages`: Progress as a step is done, Picture
+        is called with each event of `sana_cli.pipeline.draw`: Progress as a step is done, Picture
         as one is drawn.
 
         A SanaError is raised for what no model takes (UsageError), weights that are not here
@@ -127,7 +127,7 @@ class Pipeline:
         (DiskFull), and a picture that came out as NaN or flat (BadPicture). Pictures that were
         drawn before it are only with `progress`.
         """
-        from sana_cli.jobs.resolve import choose
+        from sana_cli.resolve import choose
 
         seeds = [seed] if isinstance(seed, int) else seed
         numbers = parse_seeds(None if seeds is None else ",".join(map(str, seeds)), count)
@@ -151,10 +151,10 @@ class Pipeline:
         if not choices:
             return []
 
-        from sana_cli.fetching import open_chosen
-        from sana_cli.machine.device import choose_device
-        from sana_cli.machine.places import cache_folder
         from sana_cli.pipeline.plan import make_plan
+        from sana_cli.system.devices import choose_device
+        from sana_cli.system.folders import cache_folder
+        from sana_cli.weights.fetch import open_chosen
 
         first, voice = choices[0], _Voice()
         files = open_chosen(first.model, voice, self.offline, dry_run=False)
@@ -168,7 +168,7 @@ class Pipeline:
 
         import torch
 
-        from sana_cli.pipeline import stages
+        from sana_cli.pipeline import draw as stages
 
         sources = {first.source.digest: first.source.pixels} if first.source else {}
         cache = cache_folder() if self.cache else None

@@ -14,10 +14,10 @@ import typer
 
 from sana_cli import __version__
 from sana_cli.commands import batch, bench, config, doctor, generate, info, models
-from sana_cli.commands.configuration import Standing, origins
+from sana_cli.commands._defaults import Standing, origins
 from sana_cli.errors import DiskFull, NotEnoughMemory, SanaError, UsageError
-from sana_cli.machine.device import is_out_of_memory
-from sana_cli.machine.signals import leaving_at_once
+from sana_cli.system.devices import is_out_of_memory
+from sana_cli.system.signals import leaving_at_once
 
 GENERATE = 'to draw: sana generate "a red fox"; sana --help lists the commands'
 # Options of other tools that draw pictures, and of diffusers.

@@ -20,10 +20,10 @@ from safetensors.torch import load_file, save_file
 from hub import Hub
 from sana_cli import Picture, Pipeline, SanaError
 from sana_cli.errors import BadPicture, MissingModel, UsageError
-from sana_cli.machine.signals import leaving_in_order
-from sana_cli.pictures.metadata import recipe_of
-from sana_cli.pipeline.stages import Progress
+from sana_cli.images.metadata import recipe_of
+from sana_cli.pipeline.draw import Progress
 from sana_cli.settings import Settings
+from sana_cli.system.signals import leaving_in_order
 
 PROMPT = "a red circle on a blue background"
 

@@ -18,18 +18,21 @@ HEAVY = ("torch", "transformers", "diffusers", "numpy", "PIL", "huggingface_hub"
 # two files each, X and X_triton, which name each other.
 ORDER = """
     __main__ app
-    commands: bench batch benching batching generate doctor models standing info config bench_tables
-              options completion configuration
-    api fetching ui
-    bench:    earlier against phases roofline random_weights
-    jobs:     runner job resolve manifest replay sampling rows templates shards events
-    pipeline: stages guidance plan text_encoder text_cache solver
-    pictures: names images metadata preview
-    weights:  download model_files hub_cache checkpoint catalogue layout
-    models:   strips.autoencoder strips.sweep strips.layers engine strips.subpixel int8
-              cross_attention architectures strips.parts graph dit gemma dc_ae
+    commands: bench batch generate doctor models _standing info config _bench_tables _options
+              _completion _defaults
+    api ui
+    batch:    run runner jobs manifest rows templates shards events
+    bench:    run baseline competitor phases roofline random_weights
+    replay resolve sampling
+    pipeline: draw guidance plan text_encoder text_cache solver
+    images:   names files metadata terminal_preview
+    weights:  fetch download model_files hub_cache checkpoint catalogue layout
+    models:   streaming.autoencoder streaming.strip_pipeline streaming.layers fused_dit
+              streaming.subpixel int8 cross_attention architectures streaming.ops cuda_graph dit
+              gemma dc_ae
+    weights.tensor_cache
     kernels
-    machine:  device store memory inventory signals places
+    system:   devices memory inventory signals folders
     shapes recipe settings instruction units errors
 """
 

@@ -14,11 +14,11 @@ from tokenizers import Tokenizer
 from sana_cli.bench.random_weights import RandomTensors, random_model
 from sana_cli.bench.roofline import Work, decoding, denoising, operations
 from sana_cli.instruction import INSTRUCTION
-from sana_cli.jobs.resolve import choose
-from sana_cli.machine.inventory import power, saving_power
 from sana_cli.models.dc_ae import DCAE
 from sana_cli.recipe import Recipe
+from sana_cli.resolve import choose
 from sana_cli.settings import Settings
+from sana_cli.system.inventory import power, saving_power
 from sana_cli.weights.catalogue import known_models
 from sana_cli.weights.model_files import ModelFiles, released_model
 

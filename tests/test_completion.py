@@ -59,7 +59,7 @@ def test_completing_imports_nothing_heavy(tmp_path):
     (tmp_path / "sitecustomize.py").write_text(spy)
     assert offered("sana generate -m d", tmp_path, PYTHONPATH=str(tmp_path)) == ["demo"]
     seen = (tmp_path / "seen").read_text().split()
-    assert "sana_cli.commands.completion" in seen
+    assert "sana_cli.commands._completion" in seen
     assert not {"torch", "numpy", "PIL", "huggingface_hub", "rich.progress"} & set(seen)
 
 

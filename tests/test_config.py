@@ -14,7 +14,7 @@ from PIL import Image
 from typer.main import get_command
 
 from sana_cli.app import app
-from sana_cli.commands.configuration import ONE_CALL
+from sana_cli.commands._defaults import ONE_CALL
 
 VERBS = get_command(app).commands
 GENERATE = {p.name: p for p in VERBS["generate"].params}
@@ -110,7 +110,7 @@ def test_every_option_that_can_stand_is_taken_at_every_level(sana, monkeypatch, 
 def test_what_stands_is_what_the_verbs_options_become(sana, monkeypatch, command, here):
     """Asked of the parameters themselves, through Click, as the verb would get them."""
     keep("project", monkeypatch, **VALUES)
-    from sana_cli.commands.configuration import Standing
+    from sana_cli.commands._defaults import Standing
 
     root = get_command(app)
     parent = root.make_context("sana", ["generate"], obj={})

@@ -19,8 +19,8 @@ from sana_cli.kernels.linear_attention import attention_state
 from sana_cli.kernels.multiscale import aggregate
 from sana_cli.kernels.picture import picture
 from sana_cli.kernels.rms_norm import rms_norm
-from sana_cli.models.strips.autoencoder import decode, decoding, encode
-from sana_cli.models.strips.subpixel import fold
+from sana_cli.models.streaming.autoencoder import decode, decoding, encode
+from sana_cli.models.streaming.subpixel import fold
 
 
 @pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))

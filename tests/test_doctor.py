@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sana_cli.machine.inventory import picture_protocol
+from sana_cli.system.inventory import picture_protocol
 from sana_cli.weights.catalogue import known_models
 from sana_cli.weights.layout import CONFIGS
 

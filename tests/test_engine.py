@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from reference import LIKE_0_6B, LIKE_1_6B
 from sana_cli.models.dit import DiT, DiTConfig
-from sana_cli.models.engine import Engine
+from sana_cli.models.fused_dit import Engine
 
 KINDS = {
     "0.6B": {},

@@ -13,9 +13,9 @@ from PIL import Image
 from recipes import RECIPE
 from sana_cli import __version__
 from sana_cli.errors import SanaError, UsageError
-from sana_cli.pictures import images
-from sana_cli.pictures.metadata import Record, parameters
-from sana_cli.pictures.names import parse_output, safe_name, slug
+from sana_cli.images import files as images
+from sana_cli.images.metadata import Record, parameters
+from sana_cli.images.names import parse_output, safe_name, slug
 from sana_cli.recipe import Recipe
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (32, 64, 3), np.uint8)

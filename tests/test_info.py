@@ -12,9 +12,9 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from recipes import RECIPE
+from sana_cli.images import files as images
+from sana_cli.images.metadata import Record
 from sana_cli.instruction import INSTRUCTION
-from sana_cli.pictures import images
-from sana_cli.pictures.metadata import Record
 from sana_cli.recipe import Recipe
 from sana_cli.shapes import TRAINED_SHAPES, Request, place
 

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from reference import text_encoder
 from sana_cli.errors import UsageError
 from sana_cli.instruction import INSTRUCTION
-from sana_cli.machine.device import choose_text_precision
 from sana_cli.models.int8 import OUTLIER, Int8Linear, quantise
 from sana_cli.pipeline.text_cache import TextCache
+from sana_cli.system.devices import choose_text_precision
 from sana_cli.weights.layout import folder_parts
 
 DEMO = Path(__file__).resolve().parents[1] / "sana_cli" / "demo"

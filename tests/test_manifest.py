@@ -11,9 +11,9 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from sana_cli.batch.manifest import Ledger, Manifest, read_lines, repair
+from sana_cli.batch.shards import Shard
 from sana_cli.errors import SanaError
-from sana_cli.jobs.manifest import Ledger, Manifest, read_lines, repair
-from sana_cli.jobs.shards import Shard
 
 LINES = st.lists(
     st.fixed_dictionaries(
@@ -182,8 +182,8 @@ def test_manifests_of_shards_are_read_as_one(tmp_path, picture):
 def test_processes_share_a_folder_only_as_shards_of_one_division(tmp_path, mine, others, refused):
     code = f"""
 import sys, pathlib
-from sana_cli.jobs.manifest import Manifest
-from sana_cli.jobs.shards import Shard
+from sana_cli.batch.manifest import Manifest
+from sana_cli.batch.shards import Shard
 with Manifest(pathlib.Path(sys.argv[1]), {others!r}) as manifest:
     manifest.begin(jobs=1)
     print("held", flush=True)

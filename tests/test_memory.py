@@ -7,11 +7,11 @@ from hypothesis import strategies as st
 from test_networks import LITE_DC_AE, RELEASED_DC_AE, SMALL
 from test_strips import drawing, network, noise, some
 
-from sana_cli.machine.memory import PeakMemory
 from sana_cli.models.dc_ae import DCAEConfig, Decoder, Encoder
-from sana_cli.models.strips.autoencoder import decode, encode, rehearse
-from sana_cli.models.strips.subpixel import fold
+from sana_cli.models.streaming.autoencoder import decode, encode, rehearse
+from sana_cli.models.streaming.subpixel import fold
 from sana_cli.pipeline.plan import GPU_STRIP_BYTES
+from sana_cli.system.memory import PeakMemory
 
 MB = 1 << 20
 

@@ -10,8 +10,7 @@ from PIL import Image
 
 from reference import LIKE_1_6B, SPRINT, random_pipeline
 from sana_cli.errors import NotEnoughMemory
-from sana_cli.machine.device import resident_bytes
-from sana_cli.machine.memory import PeakMemory
+from sana_cli.pipeline.draw import Failure, Picture, Progress, Remark, Run, draw
 from sana_cli.pipeline.plan import (
     Plan,
     _decode_peak,
@@ -22,8 +21,9 @@ from sana_cli.pipeline.plan import (
     fits,
     make_plan,
 )
-from sana_cli.pipeline.stages import Failure, Picture, Progress, Remark, Run, draw
 from sana_cli.recipe import Recipe
+from sana_cli.system.devices import resident_bytes
+from sana_cli.system.memory import PeakMemory
 from sana_cli.weights.catalogue import known_models
 from sana_cli.weights.layout import folder_parts
 from sana_cli.weights.model_files import ModelFiles, open_model, released_model

@@ -92,7 +92,7 @@ def test_the_text_of_another_tool_as_far_as_it_goes(sana, tmp_path):
 
 
 def test_a_changed_model_is_said_aloud(sana, drawn):
-    from sana_cli.pictures.metadata import read
+    from sana_cli.images.metadata import read
 
     path = drawn("a red circle on white", "-s", "7")
     recipe = read(path).recipe | {"flow_shift": 6.0}

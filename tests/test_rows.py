@@ -6,10 +6,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from sana_cli.batch.rows import FORMATS, Fault, Row, parse
+from sana_cli.batch.shards import Shard, parse_shard
+from sana_cli.batch.templates import alternatives, columns_of, fill
 from sana_cli.errors import UsageError
-from sana_cli.jobs.rows import FORMATS, Fault, Row, parse
-from sana_cli.jobs.shards import Shard, parse_shard
-from sana_cli.jobs.templates import alternatives, columns_of, fill
 
 
 def rows(text: str | bytes, format: str, *used: str) -> list:

@@ -12,7 +12,7 @@ from PIL import Image
 from reference import LIKE_0_6B, LIKE_1_6B, LITE, SPRINT, assert_same_picture, draw, random_pipeline
 from sana_cli.errors import UsageError
 from sana_cli.instruction import INSTRUCTION
-from sana_cli.pipeline import stages
+from sana_cli.pipeline import draw as stages
 from sana_cli.pipeline.plan import Plan
 from sana_cli.recipe import Recipe
 from sana_cli.weights import model_files

@@ -12,8 +12,8 @@ from test_networks import LITE_DC_AE, RELEASED_DC_AE, relative_error
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sana_cli.models.dc_ae import DCAE, DCAEConfig, Decoder
-from sana_cli.models.strips.autoencoder import decode, decoding, encode
-from sana_cli.models.strips.subpixel import fold
+from sana_cli.models.streaming.autoencoder import decode, decoding, encode
+from sana_cli.models.streaming.subpixel import fold
 
 DEMO = Path(__file__).resolve().parents[1] / "sana_cli" / "demo"
 TINY = {

@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 
 from reference import TOKENIZER, text_encoder
 from sana_cli.instruction import INSTRUCTION
-from sana_cli.machine.places import cache_folder
-from sana_cli.machine.store import Store, identity
 from sana_cli.pipeline.text_cache import TextCache
+from sana_cli.system.folders import cache_folder
 from sana_cli.weights.layout import folder_parts
+from sana_cli.weights.tensor_cache import Store, identity
 
 DEMO = Path(__file__).resolve().parents[1] / "sana_cli" / "demo"
 CALL = ("generate", "-m", "demo", "-r", "256", "-s", "1", "--steps", "1", "--device", "cpu")

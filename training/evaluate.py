@@ -22,8 +22,8 @@ import torch
 from PIL import Image
 
 from sana_cli.models.dc_ae import DCAE
+from sana_cli.pipeline.draw import Picture, draw
 from sana_cli.pipeline.plan import Plan
-from sana_cli.pipeline.stages import Picture, draw
 from sana_cli.recipe import Recipe
 from sana_cli.weights.catalogue import known_models
 from sana_cli.weights.checkpoint import load_weights, on_meta

@@ -42,10 +42,10 @@ def likeness(
 ) -> dict[str, Any]:
     """Signal to noise of the latents after two steps, in dB, the plain network in float32 being
     the truth: of the pipeline, and of the plain network in the precision of the pipeline."""
-    from sana_cli.pipeline import stages
+    from sana_cli.pipeline import draw as stages
+    from sana_cli.pipeline.draw import Failure, draw
     from sana_cli.pipeline.guidance import is_guided
     from sana_cli.pipeline.plan import Plan
-    from sana_cli.pipeline.stages import Failure, draw
     from sana_cli.pipeline.text_encoder import TextEncoder
 
     with tempfile.TemporaryDirectory() as folder:

@@ -47,8 +47,8 @@ def profiled(
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as Profiler
 
+    from sana_cli.pipeline.draw import Picture, Progress, draw
     from sana_cli.pipeline.plan import Plan
-    from sana_cli.pipeline.stages import Picture, Progress, draw
 
     cuda = device.startswith("cuda")
     activities = [ProfilerActivity.CUDA] if cuda else [ProfilerActivity.CPU]

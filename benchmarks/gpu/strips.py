@@ -17,10 +17,10 @@ from benchmarks.gpu.subjects import LOSS, SMALL, described, psnr
 
 @torch.inference_mode()
 def strips(options: argparse.Namespace, report: Report) -> None:
-    from sana_cli.machine.device import give_back
     from sana_cli.models.dc_ae import DCAE
-    from sana_cli.models.strips.autoencoder import decode
-    from sana_cli.models.strips.subpixel import fold
+    from sana_cli.models.streaming.autoencoder import decode
+    from sana_cli.models.streaming.subpixel import fold
+    from sana_cli.system.devices import give_back
     from sana_cli.weights.checkpoint import load_weights, on_meta
 
     device = options.device

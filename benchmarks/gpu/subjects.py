@@ -24,7 +24,7 @@ def described(
 ) -> tuple[Any, Any]:
     """A recipe and files of a model: the bundled one's own, else with random weights."""
     from sana_cli.bench.random_weights import random_model
-    from sana_cli.jobs.resolve import choose
+    from sana_cli.resolve import choose
     from sana_cli.settings import Settings
     from sana_cli.weights.hub_cache import find_parts
     from sana_cli.weights.model_files import open_model
@@ -41,7 +41,7 @@ def described(
 
 
 def wide(device: str) -> str:
-    from sana_cli.machine.device import wide_dtype
+    from sana_cli.system.devices import wide_dtype
 
     return wide_dtype(device)
 

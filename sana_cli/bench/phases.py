@@ -38,14 +38,14 @@ import torch
 
 from sana_cli import __version__
 from sana_cli.bench.roofline import Work, bandwidth, decoding, denoising, matrix_rate
+from sana_cli.images import files as images
+from sana_cli.images.metadata import Record
 from sana_cli.kernels.dispatch import why_torch
-from sana_cli.machine import inventory
-from sana_cli.machine.device import give_back
-from sana_cli.pictures import images
-from sana_cli.pictures.metadata import Record
+from sana_cli.pipeline.draw import Event, Failure, Picture, Progress, Remark, draw
 from sana_cli.pipeline.plan import Plan
-from sana_cli.pipeline.stages import Event, Failure, Picture, Progress, Remark, draw
 from sana_cli.recipe import Recipe
+from sana_cli.system import inventory
+from sana_cli.system.devices import give_back
 from sana_cli.weights.model_files import ModelFiles
 
 SCHEMA = 1

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from sana_cli.kernels.linear import linear
 from sana_cli.models.dc_ae import DCAE, Decoder, EfficientViTBlock
 from sana_cli.models.dit import Block, DiT
-from sana_cli.models.strips.subpixel import fold
+from sana_cli.models.streaming.subpixel import fold
 from sana_cli.pipeline.guidance import is_guided
 from sana_cli.recipe import Recipe
 from sana_cli.weights.model_files import ModelFiles

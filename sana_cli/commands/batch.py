@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from sana_cli.commands import options
-from sana_cli.commands.options import (
+from sana_cli.commands import _options as options
+from sana_cli.commands._options import (
     FILES,
     RUN,
     DTypeName,
@@ -21,11 +21,11 @@ from sana_cli.commands.options import (
     MetadataKind,
     TextPrecisionName,
 )
-from sana_cli.commands.standing import take_up
+from sana_cli.commands._standing import take_up
 from sana_cli.errors import FAILURES, UsageError
 
 if TYPE_CHECKING:
-    from sana_cli.jobs.rows import Found
+    from sana_cli.batch.rows import Found
 
 JOBS = "Jobs"  # panel of --help
 MOST_SHOWN = 10  # faults
@@ -197,13 +197,13 @@ def run(
 
     sana batch jobs.jsonl --shard auto -o /shared/out/[/dim]
     """
-    from sana_cli.commands.batching import Batch
-    from sana_cli.jobs.job import Reader
-    from sana_cli.jobs.rows import Pipe, parse, read_file
-    from sana_cli.jobs.shards import parse_shard
-    from sana_cli.machine.signals import leaving_when_asked_twice
-    from sana_cli.pictures.names import parse_batch_output
+    from sana_cli.batch.jobs import Reader
+    from sana_cli.batch.rows import Pipe, parse, read_file
+    from sana_cli.batch.run import Batch
+    from sana_cli.batch.shards import parse_shard
+    from sana_cli.images.names import parse_batch_output
     from sana_cli.settings import check_text
+    from sana_cli.system.signals import leaving_when_asked_twice
     from sana_cli.ui import Talk
     from sana_cli.units import parse_memory
 
@@ -269,7 +269,7 @@ def status(
     color: options.Color = True,
 ) -> None:
     """Say how far a batch is, and what has failed; exit code 3 if anything is left to do."""
-    from sana_cli.jobs.manifest import Ledger, is_held
+    from sana_cli.batch.manifest import Ledger, is_held
 
     ledger = Ledger(folder)
     if not ledger.last and not ledger.runs:

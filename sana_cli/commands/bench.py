@@ -8,9 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sana_cli.commands import options
-from sana_cli.commands.bench_tables import show
-from sana_cli.commands.benching import (
+from sana_cli.bench.run import (
     Against,
     check_comparable,
     choose_at,
@@ -18,8 +16,10 @@ from sana_cli.commands.benching import (
     measure_all,
     parse_sizes,
 )
-from sana_cli.commands.options import FILES, RUN, DTypeName, TextPrecisionName
-from sana_cli.commands.standing import take_up
+from sana_cli.commands import _options as options
+from sana_cli.commands._bench_tables import show
+from sana_cli.commands._options import FILES, RUN, DTypeName, TextPrecisionName
+from sana_cli.commands._standing import take_up
 from sana_cli.errors import SanaError, UsageError
 
 if TYPE_CHECKING:
@@ -133,15 +133,15 @@ def bench(
                 " --text-precision int8",
                 "leave it out",
             )
-        from sana_cli.bench.against import check_installed
+        from sana_cli.bench.competitor import check_installed
 
         check_installed()
-    from sana_cli.bench.earlier import compare, read_earlier
+    from sana_cli.bench.baseline import compare, read_earlier
 
     before = read_earlier(earlier) if earlier is not None else None
 
-    from sana_cli.machine.device import choose_device
-    from sana_cli.machine.signals import leaving_in_order
+    from sana_cli.system.devices import choose_device
+    from sana_cli.system.signals import leaving_in_order
 
     where = choose_device(device)
     with leaving_in_order(), TemporaryDirectory(prefix="sana-bench-") as folder:
@@ -168,7 +168,7 @@ def bench(
 
 
 def _keep(document: dict[str, Any], path: Path, force: bool, talk: "Talk") -> None:
-    from sana_cli.pictures.images import write
+    from sana_cli.images.files import write
 
     data = (json.dumps(document, indent=1) + "\n").encode()
     try:

@@ -12,11 +12,11 @@ from typing import Annotated, Any
 
 import typer
 
-from sana_cli.commands import configuration
-from sana_cli.commands.configuration import PROJECT_FILE, VARIABLE, Standing
-from sana_cli.commands.options import Color, Json, Quiet, Verbose
+from sana_cli.commands import _defaults as configuration
+from sana_cli.commands._defaults import PROJECT_FILE, VARIABLE, Standing
+from sana_cli.commands._options import Color, Json, Quiet, Verbose
 from sana_cli.errors import SanaError, UsageError
-from sana_cli.machine import places
+from sana_cli.system import folders as places
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -178,7 +178,7 @@ def _plain(value: Any) -> Any:
 
 def _check(name: str, value: Any) -> None:
     """What an option's type alone does not see. UsageError."""
-    from sana_cli.pictures.names import check_quality
+    from sana_cli.images.names import check_quality
     from sana_cli.settings import Settings
     from sana_cli.shapes import parse_aspect, parse_resolution
     from sana_cli.units import parse_memory

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from sana_cli.commands.options import Color, Json, Quiet, Verbose
+from sana_cli.commands._options import Color, Json, Quiet, Verbose
 
 HUB_VARIABLES = (
     "HF_HOME",
@@ -51,7 +51,7 @@ def doctor(
 def examine(color: bool, tell: Callable[[str], None]) -> Facts:
     """Everything that can be found out without a network. What fails is None, and told."""
     from sana_cli import __version__
-    from sana_cli.machine import inventory
+    from sana_cli.system import inventory
 
     def ask(name: str, question: Callable[..., Any], *about: Any) -> Any:
         try:
@@ -85,8 +85,8 @@ def examine(color: bool, tell: Callable[[str], None]) -> Facts:
 def _kernels() -> Facts:
     """For the device that is taken unless another is asked for."""
     from sana_cli.kernels.dispatch import chosen_path
-    from sana_cli.machine import inventory
-    from sana_cli.machine.device import choose_device
+    from sana_cli.system import inventory
+    from sana_cli.system.devices import choose_device
 
     path, reason = chosen_path(choose_device("auto"))
     triton = inventory.installed("triton", "triton-windows", "pytorch-triton")
@@ -97,8 +97,8 @@ def _hub() -> Facts:
     from huggingface_hub import get_token
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    from sana_cli.fetching import no_network
-    from sana_cli.machine import inventory
+    from sana_cli.system import inventory
+    from sana_cli.weights.fetch import no_network
     from sana_cli.weights.hub_cache import lock_path
 
     cache = Path(HF_HUB_CACHE)
@@ -135,7 +135,7 @@ def _used_bytes() -> int | None:
 
 
 def _text_cache() -> Facts:
-    from sana_cli.machine.places import cache_folder, used_bytes
+    from sana_cli.system.folders import cache_folder, used_bytes
 
     folder = cache_folder()
     return {"folder": str(folder), "used_bytes": used_bytes(folder)}
@@ -150,7 +150,7 @@ def _models() -> list[Facts]:
 def _terminal(color: bool) -> Facts:
     from rich.console import Console
 
-    from sana_cli.machine.inventory import picture_protocol
+    from sana_cli.system.inventory import picture_protocol
 
     console = Console(no_color=None if color else True)
     protocol, reason = picture_protocol(os.environ, console.is_terminal)
@@ -164,7 +164,7 @@ def _terminal(color: bool) -> Facts:
 
 
 def _problems(facts: Facts, no_cuda: str | None) -> Iterator[str]:
-    from sana_cli.machine.inventory import spills_into_ram
+    from sana_cli.system.inventory import spills_into_ram
 
     torch, hub = facts["torch"], facts["hub"]
     has_cuda = any(row["device"].startswith("cuda") for row in facts["devices"] or [])

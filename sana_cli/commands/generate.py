@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sana_cli.commands import options
-from sana_cli.commands.options import (
+from sana_cli.commands import _options as options
+from sana_cli.commands._options import (
     FILES,
     RUN,
     DTypeName,
@@ -17,17 +17,17 @@ from sana_cli.commands.options import (
     MetadataKind,
     TextPrecisionName,
 )
-from sana_cli.commands.standing import is_standing, take_up, was_typed
+from sana_cli.commands._standing import is_standing, take_up, was_typed
 from sana_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from sana_cli.jobs.resolve import Choice
-    from sana_cli.pictures.names import Output
+    from sana_cli.images.names import Output
+    from sana_cli.pipeline.draw import Images
     from sana_cli.pipeline.plan import Plan
-    from sana_cli.pipeline.stages import Images
     from sana_cli.recipe import Recipe
+    from sana_cli.resolve import Choice
     from sana_cli.ui import Talk
     from sana_cli.weights.catalogue import Model
     from sana_cli.weights.model_files import ModelFiles
@@ -138,13 +138,13 @@ def generate(
     sana generate "a fox" -o - > fox.png[/dim]
     """
     started = time.perf_counter()
-    from sana_cli.fetching import open_chosen
-    from sana_cli.jobs.resolve import choose
-    from sana_cli.pictures.names import check_quality, check_size, parse_output
+    from sana_cli.images.names import check_quality, check_size, parse_output
     from sana_cli.recipe import parse_seeds
+    from sana_cli.resolve import choose
     from sana_cli.settings import Settings, check_text
     from sana_cli.ui import Talk
     from sana_cli.units import parse_memory
+    from sana_cli.weights.fetch import open_chosen
 
     # What can be wrong with the call is found before anything heavy is imported.
     talk = Talk(quiet, verbose, color)
@@ -188,9 +188,9 @@ def generate(
     files = open_chosen(first.model, talk, offline, dry_run)
 
     from sana_cli.kernels.dispatch import chosen_path
-    from sana_cli.machine.device import choose_device
-    from sana_cli.machine.places import cache_folder
     from sana_cli.pipeline.plan import make_plan
+    from sana_cli.system.devices import choose_device
+    from sana_cli.system.folders import cache_folder
 
     where = choose_device(device)
     recipes = [choice.recipe(files, where, one) for choice in choices for one in seeds]
@@ -220,7 +220,7 @@ def generate(
 
 def _recipe_in(path: str, talk: "Talk") -> dict[str, Any]:
     """The fields of a picture's recipe, with what could not be read of it said aloud."""
-    from sana_cli.pictures.metadata import recipe_of
+    from sana_cli.images.metadata import recipe_of
 
     fields, notes = recipe_of(path)
     for text in notes:
@@ -235,7 +235,7 @@ def _replayed(
 
     Standing choices are below the recipe: they fill what it leaves open.
     """
-    from sana_cli.jobs.replay import settings_of
+    from sana_cli.replay import settings_of
 
     settings, _ = settings_of(recipe)
     typed = {name for name in values if was_typed(context, name)}
@@ -343,10 +343,10 @@ def _draw(
 ) -> None:
     import torch
 
-    from sana_cli.machine.signals import leaving_in_order
-    from sana_cli.pictures import images
-    from sana_cli.pictures.metadata import Record
-    from sana_cli.pipeline.stages import Failure, Progress, Remark, draw
+    from sana_cli.images import files as images
+    from sana_cli.images.metadata import Record
+    from sana_cli.pipeline.draw import Failure, Progress, Remark, draw
+    from sana_cli.system.signals import leaving_in_order
     from sana_cli.ui import Bars, write_stdout
 
     with_recipe, quality, force = encoding
@@ -403,7 +403,7 @@ def _draw(
 
 def _previewer(talk: "Talk", json_output: bool) -> "Preview | None":
     """What shows a picture in the terminal, if that can be."""
-    from sana_cli.pictures.preview import fault, show
+    from sana_cli.images.terminal_preview import fault, show
 
     why_not = "--json is for programs" if json_output else fault(talk.console)
     if why_not:
@@ -436,7 +436,7 @@ def _check_fits_jpeg(recipes: list["Recipe"], where: str) -> None:
     """Better refused now than when the picture is drawn."""
     import torch
 
-    from sana_cli.pictures.metadata import Record
+    from sana_cli.images.metadata import Record
 
     longest = max(recipes, key=lambda recipe: len(json.dumps(recipe.prompt)))
     Record(longest, where, torch.__version__).as_exif("jpeg")

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sana_cli.commands.options import Color, Json, Quiet, Verbose
+from sana_cli.commands._options import Color, Json, Quiet, Verbose
 from sana_cli.errors import SanaError, UsageError
 
 if TYPE_CHECKING:
-    from sana_cli.pictures.metadata import Found
+    from sana_cli.images.metadata import Found
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
@@ -42,7 +42,7 @@ def info(
     """
     if command and json_output:
         raise UsageError("--command and --json both write to stdout", "leave one of them out")
-    from sana_cli.pictures.metadata import read
+    from sana_cli.images.metadata import read
     from sana_cli.ui import Talk
 
     talk = Talk(quiet, verbose, color)
@@ -94,7 +94,7 @@ def _document(found: "Found", line: str | None, remarks: list[str]) -> dict[str,
 
 def redraw(found: "Found") -> tuple[str, list[str]]:
     """The shell line that draws the picture again, and what it cannot carry."""
-    from sana_cli.jobs.replay import settings_of
+    from sana_cli.replay import settings_of
     from sana_cli.settings import option
 
     settings, remarks = settings_of(found.recipe)

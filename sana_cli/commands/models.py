@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sana_cli.commands.completion import hub_model
-from sana_cli.commands.options import Color, Json, Quiet, Verbose
+from sana_cli.commands._completion import hub_model
+from sana_cli.commands._options import Color, Json, Quiet, Verbose
 from sana_cli.errors import MissingModel, UsageError
 
 if TYPE_CHECKING:
@@ -71,9 +71,9 @@ def pull(
     color: Color = True,
 ) -> None:
     """Fetch models into the Hugging Face cache; what is there already is not fetched again."""
-    from sana_cli.fetching import list_sources, no_network, transfer
     from sana_cli.ui import Talk
     from sana_cli.units import gigabytes
+    from sana_cli.weights.fetch import list_sources, no_network, transfer
     from sana_cli.weights.hub_cache import COMMIT, pinned_commit, source_parts
 
     talk = Talk(quiet, verbose, color)
@@ -248,8 +248,8 @@ def described() -> list[dict[str, Any]]:
 def _fits_here() -> "Callable[[Model], str | None]":
     """Of a model "yes", "tight" or "no"; None where there is no torch to ask for the device."""
     try:
-        from sana_cli.machine.device import choose_device
         from sana_cli.pipeline.plan import fits, free_memory
+        from sana_cli.system.devices import choose_device
     except ImportError:
         return lambda model: None
     device = choose_device("auto")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sana_cli.errors import SanaError
-from sana_cli.machine.store import Store
+from sana_cli.weights.tensor_cache import Store
 
 OUTLIER = 6.0  # the paper's threshold, section 3.2
 

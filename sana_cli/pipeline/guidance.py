@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from sana_cli.models.engine import Engine
+from sana_cli.models.fused_dit import Engine
 from sana_cli.pipeline.plan import Plan
 from sana_cli.recipe import Recipe
 from sana_cli.weights.model_files import ModelFiles

@@ -11,17 +11,17 @@ import torch
 from torch import nn
 
 from sana_cli.errors import NotEnoughMemory
-from sana_cli.machine.device import resident_bytes
-from sana_cli.machine.inventory import memory
-from sana_cli.machine.memory import PeakMemory
 from sana_cli.models.architectures import GEMMA_2_2B
 from sana_cli.models.dc_ae import DCAE, Decoder, Encoder
 from sana_cli.models.dit import DiT
-from sana_cli.models.engine import Engine, Moment
+from sana_cli.models.fused_dit import Engine, Moment
 from sana_cli.models.gemma import Gemma
-from sana_cli.models.strips.autoencoder import STRIP_BYTES, rehearse
-from sana_cli.models.strips.subpixel import fold
+from sana_cli.models.streaming.autoencoder import STRIP_BYTES, rehearse
+from sana_cli.models.streaming.subpixel import fold
 from sana_cli.recipe import Recipe
+from sana_cli.system.devices import resident_bytes
+from sana_cli.system.inventory import memory
+from sana_cli.system.memory import PeakMemory
 from sana_cli.units import gigabytes
 from sana_cli.weights.catalogue import Model, known_models
 from sana_cli.weights.model_files import ModelFiles, released_model

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from sana_cli import __version__
 from sana_cli.errors import BrokenModel
-from sana_cli.machine.device import full_name
-from sana_cli.machine.store import Store, identity
 from sana_cli.models.gemma import KeysValues
+from sana_cli.system.devices import full_name
 from sana_cli.weights.layout import Parts
+from sana_cli.weights.tensor_cache import Store, identity
 
 LIMIT = 256 * 2**20  # bytes: about 2,000 prompts of Gemma-2-2B
 INT8_LIMIT = 8 * 2**30  # bytes of quantised layers: four of Gemma-2-2B

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from sana_cli.errors import BrokenModel
 from sana_cli.instruction import as_read
-from sana_cli.machine.device import wide_dtype
 from sana_cli.models.gemma import Gemma, GemmaConfig, Table
 from sana_cli.pipeline.text_cache import Prefix, TextCache, tokenizer_file
+from sana_cli.system.devices import wide_dtype
 from sana_cli.weights.checkpoint import load_weights, move, on_meta, read_config
 from sana_cli.weights.layout import Parts
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from sana_cli.errors import BrokenModel
-from sana_cli.machine.device import forget_pages
+from sana_cli.system.devices import forget_pages
 from sana_cli.weights.layout import Tensors, read_json
 
 Config = TypeVar("Config")

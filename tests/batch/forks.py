@@ -29,8 +29,8 @@ def serve(path: str) -> None:
     import torch  # noqa: F401
 
     import sana_cli.app
-    import sana_cli.commands.batching
-    import sana_cli.jobs.runner
+    import sana_cli.batch.run
+    import sana_cli.batch.runner
     import sana_cli.pipeline.text_encoder  # noqa: F401
 
     server = socket.socket(socket.AF_UNIX)

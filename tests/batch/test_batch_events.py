@@ -22,12 +22,12 @@ SCHEMAS = {
 
 
 def assert_schemas(found: list[dict]) -> None:
-    import sana_cli.jobs.events
+    import sana_cli.batch.events
 
     for event in found:
         assert set(event) == {"event", *SCHEMAS[event["event"]].split()}
     for name, facts in SCHEMAS.items():
-        section = re.search(rf"\n{name} .*?(?=\n\w|$)", sana_cli.jobs.events.__doc__, re.DOTALL)[0]
+        section = re.search(rf"\n{name} .*?(?=\n\w|$)", sana_cli.batch.events.__doc__, re.DOTALL)[0]
         assert all(fact in section for fact in facts.split()), name
 
 
@@ -51,7 +51,7 @@ def test_events_are_json_lines_with_warnings_going_on(here, monkeypatch, broken,
 
 
 def test_long_work_is_heard_of(sana, monkeypatch):
-    monkeypatch.setattr("sana_cli.jobs.events.HEARTBEAT", 0.05)
+    monkeypatch.setattr("sana_cli.batch.events.HEARTBEAT", 0.05)
     run = sana("batch", "jobs.txt", "-m", "demo", "--steps", "20", "--json")
     found = events(run.out, heartbeats=True)
     assert_schemas(found)

@@ -52,7 +52,7 @@ def test_the_file_of_someone_else_is_never_replaced_without_force(sana):
 def test_a_second_process_is_told_who_has_the_folder(sana, here):
     code = """
 import sys, pathlib
-from sana_cli.jobs.manifest import Manifest
+from sana_cli.batch.manifest import Manifest
 with Manifest(pathlib.Path("jobs-images")) as manifest:
     manifest.begin(jobs=3, todo=3)
     print("held", flush=True)

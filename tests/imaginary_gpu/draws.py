@@ -13,9 +13,9 @@ from card import card
 from torch import nn
 
 from sana_cli.bench.random_weights import random_model
-from sana_cli.jobs.resolve import choose
-from sana_cli.pipeline import stages
+from sana_cli.pipeline import draw as stages
 from sana_cli.pipeline.plan import Plan
+from sana_cli.resolve import choose
 from sana_cli.settings import Settings
 from sana_cli.weights.hub_cache import find_parts
 from sana_cli.weights.model_files import open_model

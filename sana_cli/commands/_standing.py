@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from sana_cli.commands.configuration import Standing, origins
+from sana_cli.commands._defaults import Standing, origins
 from sana_cli.settings import option
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def take_up(context: typer.Context, talk: "Talk") -> set[str]:
 
 
 def _ruled_out(context: typer.Context) -> set[str]:
-    from sana_cli.pictures.images import SUFFIXES
+    from sana_cli.images.files import SUFFIXES
 
     values = context.params
     names: set[str] = set()

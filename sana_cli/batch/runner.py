@@ -7,14 +7,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from sana_cli.batch.jobs import Job, Sources
+from sana_cli.batch.manifest import Line, Manifest
 from sana_cli.errors import BrokenModel, DiskFull, NotEnoughMemory, SanaError
-from sana_cli.jobs.job import Job, Sources
-from sana_cli.jobs.manifest import Line, Manifest
-from sana_cli.machine.device import peak_bytes
-from sana_cli.pictures import images
+from sana_cli.images import files as images
+from sana_cli.pipeline.draw import Failure, Picture, Progress, Remark, draw
 from sana_cli.pipeline.plan import Plan
-from sana_cli.pipeline.stages import Failure, Picture, Progress, Remark, draw
 from sana_cli.recipe import Recipe
+from sana_cli.system.devices import peak_bytes
 from sana_cli.weights.catalogue import Model
 from sana_cli.weights.model_files import ModelFiles
 

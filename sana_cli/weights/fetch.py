@@ -54,7 +54,7 @@ def list_sources(sources: "list[Source]", talk: "Talk", newest: bool = False) ->
 
 
 def transfer(listings: "list[Listing]", talk: "Talk") -> None:
-    from sana_cli.machine.signals import leaving_in_order
+    from sana_cli.system.signals import leaving_in_order
     from sana_cli.ui import Downloads
     from sana_cli.weights.download import fetch
 

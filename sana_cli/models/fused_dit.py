@@ -20,10 +20,10 @@ from sana_cli.kernels.linear import linear
 from sana_cli.kernels.linear_attention import attend_tokens, project_qkv
 from sana_cli.kernels.modulation import modulate
 from sana_cli.kernels.projection import add_projected, expand
-from sana_cli.machine.device import is_out_of_memory
 from sana_cli.models.cross_attention import Heard, TextAttention
+from sana_cli.models.cuda_graph import Graph
 from sana_cli.models.dit import Block, DiT, position_axes
-from sana_cli.models.graph import Graph
+from sana_cli.system.devices import is_out_of_memory
 
 
 class Moment(NamedTuple):

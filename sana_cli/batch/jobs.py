@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sana_cli.batch.rows import Fault, Found, Row
+from sana_cli.batch.templates import alternatives, columns_of, fill
 from sana_cli.errors import SanaError, UsageError
-from sana_cli.jobs.resolve import Choice, Source, choose
-from sana_cli.jobs.rows import Fault, Found, Row
-from sana_cli.jobs.templates import alternatives, columns_of, fill
-from sana_cli.pictures.images import read
-from sana_cli.pictures.names import Output, check_size, parse_job_name
+from sana_cli.images.files import read
+from sana_cli.images.names import Output, check_size, parse_job_name
 from sana_cli.recipe import MOST_IMAGES, SEED_LIMIT, Recipe, parse_seeds
+from sana_cli.resolve import Choice, Source, choose
 from sana_cli.settings import Settings
 from sana_cli.weights.catalogue import Model
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from sana_cli.commands.completion import model_or_folder
+from sana_cli.commands._completion import model_or_folder
 
 FILES, RUN = "Files", "Running"  # panels of --help
 

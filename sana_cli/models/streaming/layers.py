@@ -20,8 +20,8 @@ from sana_cli.models.dc_ae import (
     Upsample,
     group_mean,
 )
-from sana_cli.models.strips.parts import Chain, Pairs, Part, Residual, Window, repeat, tokens
-from sana_cli.models.strips.subpixel import SubpixelUpsample
+from sana_cli.models.streaming.ops import Chain, Pairs, Part, Residual, Window, repeat, tokens
+from sana_cli.models.streaming.subpixel import SubpixelUpsample
 
 
 def part_of(module: nn.Module, height: int) -> Part:

@@ -20,18 +20,18 @@ from torch import Tensor, nn
 
 from sana_cli.errors import BadPicture, NotEnoughMemory, SanaError, UsageError
 from sana_cli.instruction import as_read
-from sana_cli.machine.device import give_back, is_out_of_memory, keep_no_heap, peak_bytes
 from sana_cli.models.dc_ae import DCAE, Decoder, Encoder
 from sana_cli.models.dit import DiT
-from sana_cli.models.engine import Engine
-from sana_cli.models.strips.autoencoder import decode, encode
-from sana_cli.models.strips.subpixel import fold
-from sana_cli.models.strips.sweep import Decoded
+from sana_cli.models.fused_dit import Engine
+from sana_cli.models.streaming.autoencoder import decode, encode
+from sana_cli.models.streaming.strip_pipeline import Decoded
+from sana_cli.models.streaming.subpixel import fold
 from sana_cli.pipeline.guidance import GuidedVelocity, is_guided
 from sana_cli.pipeline.plan import Plan
 from sana_cli.pipeline.solver import SOLVERS, advance, first_step
 from sana_cli.pipeline.text_cache import TextCache
 from sana_cli.recipe import Recipe
+from sana_cli.system.devices import give_back, is_out_of_memory, keep_no_heap, peak_bytes
 from sana_cli.weights.checkpoint import load_weights, on_meta
 from sana_cli.weights.model_files import ModelFiles
 

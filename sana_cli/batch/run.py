@@ -7,24 +7,24 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sana_cli.batch.events import Events
+from sana_cli.batch.jobs import Ask, Job, Planner, Reader
+from sana_cli.batch.manifest import Ledger, Manifest
+from sana_cli.batch.rows import Fault, Found
+from sana_cli.batch.shards import Shard
 from sana_cli.errors import FAILURES, MissingModel, SanaError, UsageError
-from sana_cli.fetching import open_chosen
-from sana_cli.jobs.events import Events
-from sana_cli.jobs.job import Ask, Job, Planner, Reader
-from sana_cli.jobs.manifest import Ledger, Manifest
-from sana_cli.jobs.rows import Fault, Found
-from sana_cli.jobs.shards import Shard
-from sana_cli.machine.signals import Asked
-from sana_cli.pictures.names import check_quality
+from sana_cli.images.names import check_quality
 from sana_cli.recipe import Recipe
+from sana_cli.system.signals import Asked
 from sana_cli.ui import BatchBar, Talk
 from sana_cli.units import counted
 from sana_cli.weights.catalogue import Model
+from sana_cli.weights.fetch import open_chosen
 
 if TYPE_CHECKING:
-    from sana_cli.jobs.runner import Event, Runner, Saved
+    from sana_cli.batch.runner import Event, Runner, Saved
+    from sana_cli.pipeline.draw import Picture
     from sana_cli.pipeline.plan import Plan
-    from sana_cli.pipeline.stages import Picture
     from sana_cli.weights.model_files import ModelFiles
 
 MOST_SHOWN = 10  # faults
@@ -113,7 +113,7 @@ class Batch:
         A fault in the first rows ends all before it has begun; later ones are failures.
         """
         from sana_cli.kernels.dispatch import chosen_path
-        from sana_cli.machine.device import choose_device
+        from sana_cli.system.devices import choose_device
 
         asks, faults = self.reader.read(found)
         self._settle(faults, len(found))
@@ -161,7 +161,7 @@ class Batch:
             return []
         import torch
 
-        from sana_cli.pictures.metadata import Record
+        from sana_cli.images.metadata import Record
 
         faults = []
         for job in jobs:
@@ -250,7 +250,7 @@ class Batch:
         return self.restart or state == "open" or (state == "failed" and self.retry_failed)
 
     def _draw(self, jobs: list[Job], asked: Asked) -> None:
-        from sana_cli.jobs.runner import Failed, Saved
+        from sana_cli.batch.runner import Failed, Saved
 
         said = False
         for event in self._runner(asked).run(jobs) if jobs else ():
@@ -277,11 +277,11 @@ class Batch:
     def _runner(self, asked: Asked) -> "Runner":
         import torch
 
-        from sana_cli.jobs.runner import Runner
-        from sana_cli.machine.places import cache_folder
-        from sana_cli.pictures import images
-        from sana_cli.pictures.metadata import Record
+        from sana_cli.batch.runner import Runner
+        from sana_cli.images import files as images
+        from sana_cli.images.metadata import Record
         from sana_cli.pipeline.plan import make_plan
+        from sana_cli.system.folders import cache_folder
 
         def encode(picture: "Picture", job: Job) -> bytes:
             record = None
@@ -366,7 +366,7 @@ class Batch:
         self.events.emit("error", **known)
 
     def _say_progress(self, event: "Event") -> None:
-        from sana_cli.pipeline.stages import Progress, Remark
+        from sana_cli.pipeline.draw import Progress, Remark
 
         if isinstance(event, Remark):
             (self._warn_once if event.warning else self.talk.detail)(event.text)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sana_cli.models.dc_ae import Decoder, Upsample
-from sana_cli.models.strips.parts import empty
+from sana_cli.models.streaming.ops import empty
 
 
 class SubpixelUpsample(nn.Module):

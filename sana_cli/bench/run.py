@@ -10,10 +10,10 @@ from sana_cli.errors import MissingModel, UsageError
 
 if TYPE_CHECKING:
     from sana_cli.bench.phases import Run
-    from sana_cli.jobs.resolve import Choice
+    from sana_cli.pipeline.draw import Event
     from sana_cli.pipeline.plan import Plan
-    from sana_cli.pipeline.stages import Event
     from sana_cli.recipe import Recipe
+    from sana_cli.resolve import Choice
     from sana_cli.ui import Talk
     from sana_cli.weights.model_files import ModelFiles
 
@@ -59,7 +59,7 @@ def parse_sizes(asked: list[str] | None) -> dict[str | None, Sides | None]:
 
 def choose_at(model: str | None, size: str | None, asked: dict[str, Any]) -> "Choice":
     """The size chooses the model if none is named. One that is draws any, see `make_subject`."""
-    from sana_cli.jobs.resolve import choose
+    from sana_cli.resolve import choose
     from sana_cli.settings import Settings
 
     return choose(Settings(PROMPT, model=model, res=None if model else size, **asked))
@@ -76,8 +76,8 @@ def make_subject(
     folder: Path,
     talk: "Talk",
 ) -> Subject:
-    from sana_cli.fetching import open_chosen
     from sana_cli.pipeline.plan import make_plan
+    from sana_cli.weights.fetch import open_chosen
     from sana_cli.weights.hub_cache import find_parts
 
     model = choice.model
@@ -99,7 +99,7 @@ def make_subject(
     width, height = sides or (first.native_width, first.native_height)
     first = replace(first, native_width=width, native_height=height, width=width, height=height)
     if against is not None and first.text_dtype == "int8":
-        from sana_cli.machine.device import wide_dtype
+        from sana_cli.system.devices import wide_dtype
 
         first = replace(first, text_dtype=wide_dtype(where))
         talk.say(f"the text encoder runs in {first.text_dtype}, as that of diffusers does")
@@ -129,7 +129,7 @@ def measure_all(
     talk: "Talk",
 ) -> dict[str, Any]:
     from sana_cli.bench import phases
-    from sana_cli.machine.inventory import power, saving_power
+    from sana_cli.system.inventory import power, saving_power
 
     runs, warmup = times
     count = len(subjects[0].recipes)
@@ -194,7 +194,7 @@ def _predicted(subject: Subject) -> dict[str, int]:
 def _runs(subject: Subject, times: tuple[int, int], folder: Path, talk: "Talk") -> "list[Run]":
     """The runs that count."""
     from sana_cli.bench.phases import measure
-    from sana_cli.pipeline.stages import Progress, Remark
+    from sana_cli.pipeline.draw import Progress, Remark
     from sana_cli.ui import Bars
 
     runs, warmup = times
@@ -222,9 +222,9 @@ def _against(
     subject: Subject, times: tuple[int, int], against: Against, folder: Path, talk: "Talk"
 ) -> dict[str, Any]:
     """What `result` tells of pairs of runs, or why there are none."""
-    from sana_cli.bench.against import Diffusers, result
+    from sana_cli.bench.competitor import Diffusers, result
     from sana_cli.bench.phases import measure
-    from sana_cli.machine.device import give_back
+    from sana_cli.system.devices import give_back
     from sana_cli.ui import Bars
 
     runs, warmup = times

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
+from sana_cli.images.files import read
 from sana_cli.instruction import INSTRUCTION
-from sana_cli.jobs.sampling import Sampling, of_kind, settle
-from sana_cli.pictures.images import read
 from sana_cli.recipe import Recipe
+from sana_cli.sampling import Sampling, of_kind, settle
 from sana_cli.settings import Settings
 from sana_cli.shapes import Canvas, Request, parse_aspect, parse_resolution, place
 from sana_cli.weights.catalogue import Model, choose_model
@@ -51,7 +51,7 @@ class Choice:
         return place(request, self.aspect, self.settings.fit, side, self.model.squares)
 
     def recipe(self, files: "ModelFiles", device: str, seed: int) -> Recipe:
-        from sana_cli.machine.device import choose_dtypes, choose_text_precision
+        from sana_cli.system.devices import choose_dtypes, choose_text_precision
 
         asked, model, sampling = self.settings, self.model, self.sampling(files)
         text_dtype, dit_dtype, vae_dtype = choose_dtypes(asked.dtype, device, model.dtype)

@@ -12,9 +12,9 @@ from sana_cli.kernels.linear import linear
 from sana_cli.kernels.linear_attention import attend_tokens
 from sana_cli.kernels.picture import levels, picture
 from sana_cli.models.dc_ae import Downsample, EfficientViTBlock, MultiscaleLinearAttention, Upsample
-from sana_cli.models.strips.layers import Conv, Features, part_of, widest
-from sana_cli.models.strips.parts import Bilinear, Chain, Part, Residual, Size, empty, tokens
-from sana_cli.models.strips.subpixel import SubpixelUpsample
+from sana_cli.models.streaming.layers import Conv, Features, part_of, widest
+from sana_cli.models.streaming.ops import Bilinear, Chain, Part, Residual, Size, empty, tokens
+from sana_cli.models.streaming.subpixel import SubpixelUpsample
 
 MOST_BYTES = 1 << 30  # convolution libraries count elements in 31 bits
 REHEARSED = 8  # strips of a sweep on meta: the others take much the same memory

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.segment import Segment, Segments
 from rich.style import Style
 
-from sana_cli.machine.inventory import picture_protocol
+from sana_cli.system.inventory import picture_protocol
 
 MOST_COLUMNS = 60
 LINES_BESIDE = 4  # of the terminal's height: what was said of the picture stays in sight

@@ -24,9 +24,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from sana_cli.batch.shards import Shard
 from sana_cli.errors import DiskFull, SanaError
-from sana_cli.jobs.shards import Shard
-from sana_cli.pictures.images import FULL, PARTIAL
+from sana_cli.images.files import FULL, PARTIAL
 
 Line = dict[str, Any]
 STATUSES = ("run", "writing", "done", "failed", "again")

@@ -6,10 +6,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from sana_cli.machine.memory import PeakMemory
 from sana_cli.models.dc_ae import Decoder, Encoder, group_mean
-from sana_cli.models.strips.parts import Size, normalise, repeat
-from sana_cli.models.strips.sweep import Decoded, Sweep
+from sana_cli.models.streaming.ops import Size, normalise, repeat
+from sana_cli.models.streaming.strip_pipeline import Decoded, Sweep
+from sana_cli.system.memory import PeakMemory
 
 STRIP_BYTES = 16 << 20
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sana_cli.errors import UsageError
-from sana_cli.pictures.images import FORMATS, FULL, LARGEST_SIDE, SUFFIXES
+from sana_cli.images.files import FORMATS, FULL, LARGEST_SIDE, SUFFIXES
 from sana_cli.recipe import Recipe
 
 DEFAULT_TEMPLATE = "{slug}-{seed}"

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from sana_cli.errors import DiskFull, SanaError, UsageError
-from sana_cli.pictures.metadata import Record
+from sana_cli.images.metadata import Record
 
 FORMATS = {"png": ".png", "jpeg": ".jpg", "webp": ".webp", "avif": ".avif"}
 SUFFIXES = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp", ".avif": "avif"}

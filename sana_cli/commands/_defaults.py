@@ -18,8 +18,8 @@ from typing import Any
 import typer
 
 from sana_cli.errors import UsageError
-from sana_cli.machine.places import config_file
 from sana_cli.settings import option
+from sana_cli.system.folders import config_file
 
 PROJECT_FILE = Path("sana.toml")
 VARIABLE = "SANA_"
