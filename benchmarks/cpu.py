@@ -49,9 +49,9 @@ def save_transformer(folder: Path) -> None:
 def ours(work: Path, side: int, steps: int) -> dict:
     from sana_cli.models.dc_ae import DCAEConfig, Decoder
     from sana_cli.models.dit import DiT, DiTConfig
-    from sana_cli.models.fused_dit import Engine
+    from sana_cli.models.fused_dit import FusedDiT
     from sana_cli.models.streaming.autoencoder import decode
-    from sana_cli.models.streaming.subpixel import fold
+    from sana_cli.models.streaming.subpixel import fold_upsamples
     from sana_cli.pipeline.solver import SOLVERS, advance
     from sana_cli.system.devices import give_back, keep_no_heap
     from sana_cli.weights.checkpoint import load_weights, on_meta
@@ -63,9 +63,12 @@ def ours(work: Path, side: int, steps: int) -> dict:
     schedule = solver.schedule(steps, 3.0)
     dit = on_meta(DiT, DiTConfig(**DIT), work)
     load_weights(dit, find_part(work / "transformer").weights, torch.float32)
-    engine = Engine(dit)
+    engine = FusedDiT(dit)
     began = time.perf_counter()
-    moments, heard = engine.moments(schedule.timesteps), [engine.hear(t) for t in (empty, text)]
+    moments, heard = (
+        engine.moments(schedule.timesteps),
+        [engine.encode_text(t) for t in (empty, text)],
+    )
     previous = None
     for step in range(steps):
         without, given = engine.velocity(sample, moments[step], heard).chunk(2)
@@ -76,7 +79,7 @@ def ours(work: Path, side: int, steps: int) -> dict:
     give_back("cpu")
     decoder = on_meta(Decoder, DCAEConfig(**RELEASED), work)
     load_weights(decoder, find_part(work / "vae").weights, None, only="decoder.")
-    fold(decoder)
+    fold_upsamples(decoder)
     decoder.to(memory_format=torch.channels_last)
     began = time.perf_counter()
     decode(decoder, sample / RELEASED["scaling_factor"])

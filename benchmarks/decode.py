@@ -58,7 +58,7 @@ def save_weights(folder: Path) -> None:
 def ours(weights: Path, device: str, dtype: torch.dtype, strip_bytes: int):
     from sana_cli.models.dc_ae import DCAEConfig, Decoder
     from sana_cli.models.streaming.autoencoder import decode
-    from sana_cli.models.streaming.subpixel import fold
+    from sana_cli.models.streaming.subpixel import fold_upsamples
     from sana_cli.system.devices import keep_no_heap
     from sana_cli.weights.checkpoint import load_weights, on_meta
     from sana_cli.weights.layout import find_part
@@ -66,7 +66,7 @@ def ours(weights: Path, device: str, dtype: torch.dtype, strip_bytes: int):
     keep_no_heap()
     decoder = on_meta(Decoder, DCAEConfig(**RELEASED), weights)
     load_weights(decoder, find_part(weights).weights, None, only="decoder.")
-    fold(decoder)
+    fold_upsamples(decoder)
     decoder.to(device, dtype, memory_format=torch.channels_last)
     return lambda z: decode(decoder, z, strip_bytes=strip_bytes).pixels.numpy()
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 from sana_cli.models.dc_ae import DCAE
 from sana_cli.models.streaming.autoencoder import decode
-from sana_cli.models.streaming.subpixel import fold
+from sana_cli.models.streaming.subpixel import fold_upsamples
 from sana_cli.weights.checkpoint import load_weights, on_meta
 from sana_cli.weights.layout import folder_parts
 from sana_cli.weights.model_files import open_model
@@ -33,7 +33,7 @@ def sky() -> torch.Tensor:
     return torch.stack([0.9 - 0.6 * y, 0.2 + 0.5 * x, 0.3 + 0.6 * y])[None] * 2 - 1
 
 
-def levels(image: torch.Tensor) -> np.ndarray:
+def to_rgb8(image: torch.Tensor) -> np.ndarray:
     unit = (image * 0.5 + 0.5).clamp(0, 1)[0].permute(1, 2, 0)
     return (unit * 255).round().to(torch.uint8).numpy()
 
@@ -42,13 +42,13 @@ def levels(image: torch.Tensor) -> np.ndarray:
 def main(target: Path) -> None:
     theirs = AutoencoderDC.from_pretrained(DEMO / "vae", local_files_only=True).eval()
     latent = theirs.encode(sky()).latent
-    untiled = levels(theirs.decode(latent).sample)
+    untiled = to_rgb8(theirs.decode(latent).sample)
     theirs.enable_tiling(256, 256, 192, 192)
-    tiles = levels(theirs.decode(latent).sample)
+    tiles = to_rgb8(theirs.decode(latent).sample)
     files = open_model(folder_parts(DEMO))
     decoder = on_meta(DCAE, files.vae, files.parts["vae"].config).decoder
     load_weights(decoder, files.parts["vae"].weights, torch.float32, only="decoder.")
-    fold(decoder)
+    fold_upsamples(decoder)
     strips = decode(decoder, latent, strip_bytes=1 << 16).pixels.numpy()
     differences = []
     for name, pixels in (("strips", strips), ("tiles", tiles)):

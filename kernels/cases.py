@@ -16,10 +16,10 @@ class Case:
     """One specialisation of one kernel, as a model launches it.
 
     Every `*_triton.py` has `cases(capability)`, which lists its own on such a GPU. They come from
-    `launch.imagine`, which runs the launcher itself, so that they cannot differ from it.
+    `launch.trace_launches`, which runs the launcher itself, so that they cannot differ from it.
     """
 
-    name: str  # for people: "expand_kernel 0.6B 1024"
+    name: str  # for people: "linear_silu_kernel 0.6B 1024"
     kernel: Any  # the function that triton.jit made
     signature: dict[str, str]  # of every argument: "*bf16", "i32", "fp32" or "constexpr"
     constants: dict[str, Any]  # the values of the constexpr ones

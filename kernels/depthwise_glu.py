@@ -6,18 +6,18 @@ from torch import Tensor
 from sana_cli.kernels import dispatch
 
 
-def depthwise_glu(x: Tensor, weight: Tensor, bias: Tensor, rim: bool = False) -> Tensor:
+def depthwise_glu(x: Tensor, weight: Tensor, bias: Tensor, halo: bool = False) -> Tensor:
     """value·silu(gate), the two halves of the channels of a depthwise 3x3 convolution of x.
 
     x (B, h, w, 2E), token-major and already activated; weight (2E, 1, 3, 3); bias (2E,).
-    -> (B, h, w, E). Zeros stand beyond the borders; with `rim` the first and last rows of x are
+    -> (B, h, w, E). Zeros stand beyond the borders; with `halo` the first and last rows of x are
     themselves what stands beyond, and the result is (B, h-2, w, E).
     """
     if dispatch.uses_triton(x):
         from sana_cli.kernels import depthwise_glu_triton
 
-        return depthwise_glu_triton.depthwise_glu(x, weight, bias, rim)
-    padding = (0 if rim else 1, 1)
+        return depthwise_glu_triton.depthwise_glu(x, weight, bias, halo)
+    padding = (0 if halo else 1, 1)
     image = x.movedim(-1, 1)  # channels-last already
     del x  # whoever called may have no more use for it
     y = F.conv2d(image, weight, bias, padding=padding, groups=len(weight))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sana_cli.kernels.cases import WIDTHS, Case, like
 from sana_cli.kernels.depthwise_glu_triton import depthwise_glu, taps
-from sana_cli.kernels.launch import imagine, launch
+from sana_cli.kernels.launch import launch, trace_launches
 
 COLUMNS, ROWS, CHANNELS, WARPS = 8, 8, 32, 4  # of a strip
 PROGRAMS = 2048  # about so many: enough for a large GPU, and few sums to write
@@ -135,5 +135,5 @@ def cases(target: tuple[int, int]) -> Iterator[Case]:
         weight = like(2 * e, 1, 3, 3, dtype=torch.float32)
         bias = like(2 * e, dtype=torch.float32)
         label = f"training {model}"
-        yield from imagine(label, target, depthwise_glu, x, weight, bias, False)
-        yield from imagine(label, target, gradients, x, weight, bias, gradient)
+        yield from trace_launches(label, target, depthwise_glu, x, weight, bias, False)
+        yield from trace_launches(label, target, gradients, x, weight, bias, gradient)

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sana_cli.kernels.cases import WIDTHS, Case, like
-from sana_cli.kernels.launch import imagine, launch
+from sana_cli.kernels.launch import launch, trace_launches
 
 # Of a program. A thread has two channels, whose 36 weights it keeps: with four it needs 150
 # registers instead of 80, and half as many fit on a GPU.
@@ -21,12 +21,12 @@ COLUMNS, ROWS, CHANNELS, WARPS = 8, 8, 32, 4
 
 
 def depthwise_glu(
-    x: Tensor, weight: Tensor, bias: Tensor, rim: bool, gradient: Tensor | None = None
+    x: Tensor, weight: Tensor, bias: Tensor, halo: bool, gradient: Tensor | None = None
 ) -> Tensor:
     """With the gradient of the result (B, h, w, E): that of the convolution (B, h, w, 2E)."""
     x = x.contiguous()
     batch, height, width, channels = x.shape
-    above = 0 if rim else 1  # rows of zeros beyond the border
+    above = 0 if halo else 1  # rows of zeros beyond the border
     made = channels // 2 if gradient is None else channels
     out = x.new_empty(batch, height - 2 + 2 * above, width, made)
     blocks = triton.cdiv(channels // 2, CHANNELS)
@@ -119,6 +119,6 @@ def cases(target: tuple[int, int]) -> Iterator[Case]:
     for model, d in WIDTHS.items():
         e = 5 * d // 2
         x, weight, bias = like(2, 32, 32, 2 * e), like(2 * e, 1, 3, 3), like(2 * e)
-        for rim in (False, True):
-            label = f"{model}, rim" if rim else model
-            yield from imagine(label, target, depthwise_glu, x, weight, bias, rim)
+        for halo in (False, True):
+            label = f"{model}, halo" if halo else model
+            yield from trace_launches(label, target, depthwise_glu, x, weight, bias, halo)

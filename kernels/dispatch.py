@@ -18,11 +18,11 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 def uses_triton(x: Tensor) -> bool:
     """Whether kernels given `x` run in Triton. For gradients torch has to see each operation."""
     able = x.is_cuda and x.dtype in DTYPES and not x.requires_grad
-    return able and why_torch(x.device) is None
+    return able and fallback_reason(x.device) is None
 
 
 @functools.cache
-def why_torch(device: torch.device) -> str | None:
+def fallback_reason(device: torch.device) -> str | None:
     """Why kernels on a device run as plain torch; None where they run in Triton."""
     if device.type != "cuda":
         return f"there is no Triton for {device.type}"
@@ -48,7 +48,7 @@ def _why_it_cannot_build() -> str | None:
 
 def chosen_path(device: str) -> tuple[str, str]:
     """("triton" or "torch", the reason), for people."""
-    reason = why_torch(torch.device(device))
+    reason = fallback_reason(torch.device(device))
     if reason is not None:
         return "torch", reason
     return "triton", "this GPU has tensor cores that Triton drives"

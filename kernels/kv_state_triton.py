@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sana_cli.kernels.cases import Case, like
-from sana_cli.kernels.launch import imagine, launch, precision
+from sana_cli.kernels.launch import launch, precision, trace_launches
 
 TOKENS, STEP = 1024, 64  # of a program, and of a step of it
 LEAST = 16  # a side of the smallest matrix product
@@ -74,4 +74,4 @@ def kv_state_kernel(
 
 def cases(target: tuple[int, int]) -> Iterator[Case]:
     for heads in (32, 64):  # of DC-AE's stages of 512 and 1024 channels, at two scales each
-        yield from imagine(f"{heads} heads", target, kv_state, like(1, 8192, heads * 64), 32)
+        yield from trace_launches(f"{heads} heads", target, kv_state, like(1, 8192, heads * 64), 32)

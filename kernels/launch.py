@@ -11,7 +11,7 @@ from sana_cli.kernels.cases import Case
 from sana_cli.kernels.dispatch import LEAST_CAPABILITY
 
 _DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.uint8: "u8"}
-_imagined: tuple[tuple[int, int], list[Case]] | None = None  # a capability, and what it would run
+_traced: tuple[tuple[int, int], list[Case]] | None = None  # a capability, and what it would run
 
 
 def launch(
@@ -26,8 +26,8 @@ def launch(
 
     Triton's default for fused multiply-adds changes with version 3.10, so it is stated.
     """
-    if _imagined is not None:
-        _imagined[1].append(_case(kernel, arguments, constants, num_warps, num_stages))
+    if _traced is not None:
+        _traced[1].append(_case(kernel, arguments, constants, num_warps, num_stages))
         return
     with torch.cuda.device_of(arguments[0]):
         kernel[grid](
@@ -41,8 +41,8 @@ def launch(
 
 def capability(device: torch.device) -> tuple[int, int]:
     """That of the GPU to choose block shapes for. Triton's interpreter poses as the least one."""
-    if _imagined is not None:
-        return _imagined[0]
+    if _traced is not None:
+        return _traced[0]
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else LEAST_CAPABILITY
 
 
@@ -51,24 +51,24 @@ def precision() -> str:
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
-def imagine(
+def trace_launches(
     label: str, target: tuple[int, int], function: Callable[..., Any], *arguments: Any
 ) -> list[Case]:
     """What a launcher starts for tensors on the meta device, on a GPU of that capability."""
-    with _imagining(target) as cases:
+    with _tracing(target) as cases:
         function(*arguments)
     return [case.labelled(label) for case in cases]
 
 
 @contextmanager
-def _imagining(target: tuple[int, int]) -> Iterator[list[Case]]:
-    global _imagined
+def _tracing(target: tuple[int, int]) -> Iterator[list[Case]]:
+    global _traced
     cases: list[Case] = []
-    _imagined = target, cases
+    _traced = target, cases
     try:
         yield cases
     finally:
-        _imagined = None
+        _traced = None
 
 
 def _case(

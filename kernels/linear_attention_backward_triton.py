@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sana_cli.kernels.cases import WIDTHS, Case, like
 from sana_cli.kernels.kv_state_triton import LEAST, tile_sums
-from sana_cli.kernels.launch import imagine, launch, precision
+from sana_cli.kernels.launch import launch, precision, trace_launches
 from sana_cli.kernels.linear_attention import EPS
 from sana_cli.kernels.linear_attention_triton import attend_tokens, sum_tiles
 
@@ -161,5 +161,5 @@ def cases(target: tuple[int, int]) -> Iterator[Case]:
         q, k, v, gradient = (like(batch, n, d) for _ in range(4))
         label, heads = f"training {model}", d // 32
         state = like(batch, heads, 33, 32, dtype=torch.float32)
-        yield from imagine(label, target, linear_attention, q, k, v, heads)
-        yield from imagine(label, target, gradients, q, k, v, state, gradient)
+        yield from trace_launches(label, target, linear_attention, q, k, v, heads)
+        yield from trace_launches(label, target, gradients, q, k, v, state, gradient)

@@ -18,9 +18,9 @@ import triton.language as tl
 from torch import Tensor
 
 from sana_cli.kernels.cases import SIDES, WIDTHS, Case, like
-from sana_cli.kernels.launch import capability, imagine, launch, precision
+from sana_cli.kernels.launch import capability, launch, precision, trace_launches
 from sana_cli.kernels.linear_attention import EPS
-from sana_cli.kernels.projection_triton import ENOUGH, GROUP, place
+from sana_cli.kernels.projection_triton import ENOUGH, GROUP, tile_origin
 
 CHANNELS = 64
 
@@ -146,10 +146,10 @@ def project_qkv_kernel(
 ):  # fmt: skip
     """q, k and v of BLOCK_M tokens and CHANNELS. k and v are stored only where `squares` is given,
     which gets Σ k² over these channels; else their sums are."""
-    row, column = place(n, features, BLOCK_M, CHANNELS, GROUP)
+    row, column = tile_origin(n, features, BLOCK_M, CHANNELS, GROUP)
     image = tl.program_id(1).to(tl.int64)
     rows, channels, steps = tl.arange(0, BLOCK_M), tl.arange(0, CHANNELS), tl.arange(0, BLOCK_K)
-    # Beyond the end the last row and channel are taken again: see `projection_triton.product`.
+    # Beyond the end the last row and channel are taken again: see `projection_triton.matmul_tile`.
     x_at = x + (image * n + row) * width + tl.minimum(rows, n - 1 - row)[:, None] * width
     x_at += steps[None]
     near = tl.minimum(channels, features - 1 - column)
@@ -298,7 +298,7 @@ def cases(target: tuple[int, int]) -> Iterator[Case]:
             heads, label = d // 32, f"{model} {batch}x{side}²"
             x, weight, norm = like(batch, (side // 32) ** 2, d), like(3 * d, d), like(d)
             state = like(batch, heads, 33, 32, dtype=torch.float32)
-            yield from imagine(label, target, project_qkv, x, weight, heads, None, 0.0)
+            yield from trace_launches(label, target, project_qkv, x, weight, heads, None, 0.0)
             of = f"normed {label}"
-            yield from imagine(of, target, project_qkv, x, weight, heads, norm, 1e-5)
-            yield from imagine(label, target, attend_tokens, x, state)
+            yield from trace_launches(of, target, project_qkv, x, weight, heads, norm, 1e-5)
+            yield from trace_launches(label, target, attend_tokens, x, state)

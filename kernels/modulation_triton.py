@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sana_cli.kernels.cases import WIDTHS, Case, like
-from sana_cli.kernels.launch import imagine, launch
+from sana_cli.kernels.launch import launch, trace_launches
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
@@ -42,4 +42,4 @@ def modulate_kernel(x, shift, scale, out, width, eps, BLOCK: tl.constexpr):
 def cases(target: tuple[int, int]) -> Iterator[Case]:
     for model, d in WIDTHS.items():
         x = like(2, 1024, d)
-        yield from imagine(model, target, modulate, x, like(d), like(d), 1e-6)
+        yield from trace_launches(model, target, modulate, x, like(d), like(d), 1e-6)

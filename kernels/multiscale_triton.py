@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sana_cli.kernels.cases import Case, like
-from sana_cli.kernels.launch import imagine, launch, precision
+from sana_cli.kernels.launch import launch, precision, trace_launches
 
 ROWS, COLUMNS = 8, 16  # of a tile
 LEAST_GROUP = 16  # a side of the smallest matrix product
@@ -95,4 +95,6 @@ def cases(target: tuple[int, int]) -> Iterator[Case]:
             c = roles * channels
             window, out = like(1, 20, side, c), like(1, 16, side, 2 * c)[..., c:]
             weights = like(c, 1, 5, 5), like(c, 32, 1, 1)
-            yield from imagine(f"{channels} {label}", target, aggregate, window, *weights, out)
+            yield from trace_launches(
+                f"{channels} {label}", target, aggregate, window, *weights, out
+            )

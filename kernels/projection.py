@@ -9,16 +9,16 @@ from sana_cli.kernels.linear import linear
 HALF_MAX = torch.finfo(torch.float16).max
 
 
-def expand(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def linear_silu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """x (B, N, D), weight (E, D), bias (E,) -> silu(x·weightᵀ + bias), (B, N, E)."""
     if dispatch.uses_triton(x):
         from sana_cli.kernels import projection_triton
 
-        return projection_triton.expand(x, weight, bias)
+        return projection_triton.linear_silu(x, weight, bias)
     return linear(x, weight, bias, silu=True)
 
 
-def add_projected(
+def gated_residual_linear_(
     x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor | None
 ) -> Tensor:
     """x += gate·(y·weightᵀ + bias), in place; the same tensor is returned.
@@ -29,7 +29,7 @@ def add_projected(
     if dispatch.uses_triton(x):
         from sana_cli.kernels import projection_triton
 
-        return projection_triton.add_projected(x, y, weight, bias, gate)
+        return projection_triton.gated_residual_linear_(x, y, weight, bias, gate)
     projected = linear(y, weight, bias)
     if projected.dtype == torch.float16:
         projected.clamp_(-HALF_MAX, HALF_MAX)

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sana_cli.kernels.cases import SIDES, WIDTHS, Case, like
-from sana_cli.kernels.launch import capability, imagine, launch, precision
+from sana_cli.kernels.launch import capability, launch, precision, trace_launches
 
 
 class Blocks(NamedTuple):
@@ -55,20 +55,20 @@ def choose_blocks(x: Tensor, m: int, n: int, widest: int) -> Blocks:
     return shapes[-1]
 
 
-def expand(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def linear_silu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     x = x.contiguous()
     out = x.new_empty(*x.shape[:-1], len(weight))
-    _start(expand_kernel, x, weight, (bias, out), 256)
+    _start(linear_silu_kernel, x, weight, (bias, out), 256)
     return out
 
 
-def add_projected(
+def gated_residual_linear_(
     x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor | None
 ) -> Tensor:
     if not x.is_contiguous():
         raise ValueError("x is updated in place and must be contiguous")
     # With a tile of x there are no registers for more than 128 columns.
-    _start(add_projected_kernel, y.contiguous(), weight, (bias, gate, x), 128)
+    _start(gated_residual_linear_kernel, y.contiguous(), weight, (bias, gate, x), 128)
     return x
 
 
@@ -92,13 +92,13 @@ def _start(kernel: triton.JITFunction, x: Tensor, weight: Tensor, rest: tuple, w
 
 
 @triton.jit
-def expand_kernel(
+def linear_silu_kernel(
     x, weight, bias, out, m, n, k,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
     GROUP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    row, column = place(m, n, BLOCK_M, BLOCK_N, GROUP)
-    y = product(x, weight, row, column, m, n, k, BLOCK_M, BLOCK_N, BLOCK_K, EVEN, PRECISION)
+    row, column = tile_origin(m, n, BLOCK_M, BLOCK_N, GROUP)
+    y = matmul_tile(x, weight, row, column, m, n, k, BLOCK_M, BLOCK_N, BLOCK_K, EVEN, PRECISION)
     columns = tl.arange(0, BLOCK_N)
     rows = tl.arange(0, BLOCK_M)
     right = columns < n - column
@@ -109,13 +109,13 @@ def expand_kernel(
 
 
 @triton.jit
-def add_projected_kernel(
+def gated_residual_linear_kernel(
     y, weight, bias, gate, x, m, n, k,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
     GROUP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    row, column = place(m, n, BLOCK_M, BLOCK_N, GROUP)
-    z = product(y, weight, row, column, m, n, k, BLOCK_M, BLOCK_N, BLOCK_K, EVEN, PRECISION)
+    row, column = tile_origin(m, n, BLOCK_M, BLOCK_N, GROUP)
+    z = matmul_tile(y, weight, row, column, m, n, k, BLOCK_M, BLOCK_N, BLOCK_K, EVEN, PRECISION)
     columns = tl.arange(0, BLOCK_N)
     rows = tl.arange(0, BLOCK_M)
     right = columns < n - column
@@ -132,7 +132,7 @@ def add_projected_kernel(
 
 
 @triton.jit
-def place(m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
+def tile_origin(m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
     """The first row and column of this program's tile: down GROUP tiles, then to the right."""
     down, right = tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N)
     group, index = tl.program_id(0) // (GROUP * right), tl.program_id(0) % (GROUP * right)
@@ -141,7 +141,7 @@ def place(m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexp
 
 
 @triton.jit
-def product(
+def matmul_tile(
     x, weight, row, column, m, n, k,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -178,7 +178,7 @@ def cases(target: tuple[int, int]) -> Iterator[Case]:
             # The hidden width of the feed-forward network; it makes two, for the gate.
             e = 5 * d // 2
             wide = like(*x.shape[:2], e)
-            yield from imagine(label, target, expand, x, like(2 * e, d), like(2 * e))
+            yield from trace_launches(label, target, linear_silu, x, like(2 * e, d), like(2 * e))
             for name, y, bias, gate in (
                 ("self", x, like(d), like(d)),
                 ("cross", x, like(d), None),
@@ -186,4 +186,6 @@ def cases(target: tuple[int, int]) -> Iterator[Case]:
             ):
                 weight = like(d, y.shape[-1])
                 of = f"{name} {label}"
-                yield from imagine(of, target, add_projected, x, y, weight, bias, gate)
+                yield from trace_launches(
+                    of, target, gated_residual_linear_, x, y, weight, bias, gate
+                )

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sana_cli.kernels.cases import Case, like
-from sana_cli.kernels.launch import imagine, launch
+from sana_cli.kernels.launch import launch, trace_launches
 
 VALUES = 4096  # of a program
 
@@ -66,6 +66,6 @@ def rms_norm_kernel(
 def cases(target: tuple[int, int]) -> Iterator[Case]:
     for channels in (128, 256, 512, 1024):  # of DC-AE's stages
         x, weight = like(1, 16, 512, channels), like(channels)
-        yield from imagine(str(channels), target, rms_norm, x, weight, weight, 1e-5, x, None)
+        yield from trace_launches(str(channels), target, rms_norm, x, weight, weight, 1e-5, x, None)
     x, weight = like(1, 16, 4096, 128), like(128)
-    yield from imagine("head", target, rms_norm, x, weight, weight, 1e-5, None, "relu")
+    yield from trace_launches("head", target, rms_norm, x, weight, weight, 1e-5, None, "relu")

@@ -124,7 +124,7 @@ class Pipeline:
 
         A SanaError is raised for what no model takes (UsageError), weights that are not here
         (MissingModel) or unusable (BrokenModel), too little memory (NotEnoughMemory) or disk
-        (DiskFull), and a picture that came out as NaN or flat (BadPicture). Pictures that were
+        (DiskFull), and a picture that came out as NaN or flat (BadImage). Pictures that were
         drawn before it are only with `progress`.
         """
         from sana_cli.resolve import choose

@@ -40,7 +40,7 @@ class DiskFull(SanaError):
     exit_code = 6
 
 
-class BadPicture(SanaError):
+class BadImage(SanaError):
     """The network produced NaN or a single flat colour."""
 
     exit_code = 7

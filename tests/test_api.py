@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from hub import Hub
 from sana_cli import Picture, Pipeline, SanaError
-from sana_cli.errors import BadPicture, MissingModel, UsageError
+from sana_cli.errors import BadImage, MissingModel, UsageError
 from sana_cli.images.metadata import recipe_of
 from sana_cli.pipeline.draw import Progress
 from sana_cli.settings import Settings
@@ -157,7 +157,7 @@ def test_a_flat_picture_is_an_error(tiny_model, tmp_path):
     weights = folder / "vae" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(weights)
     save_file({name: 0 * tensor for name, tensor in tensors.items()}, weights, {"format": "pt"})
-    with pytest.raises(BadPicture, match="one flat colour") as caught:
+    with pytest.raises(BadImage, match="one flat colour") as caught:
         Pipeline(folder).generate("a fox", seed=1, steps=1, instruction=False)
     assert caught.value.hint
 

@@ -74,7 +74,7 @@ OPENINGS = (
     "paint ",
     "give me ",
     "i want ",
-    "imagine ",
+    "trace_launches ",
     "look at ",
     "we have ",
     "the picture shows ",

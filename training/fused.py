@@ -174,7 +174,7 @@ class _DepthwiseGLU(torch.autograd.Function):
         from sana_cli.kernels import depthwise_glu_triton as triton
 
         ctx.save_for_backward(x, weight, bias)
-        return triton.depthwise_glu(x, weight, bias, rim=False)
+        return triton.depthwise_glu(x, weight, bias, halo=False)
 
     @staticmethod
     @once_differentiable

@@ -19,7 +19,7 @@ from benchmarks.gpu.subjects import LOSS, SMALL, described, psnr
 def strips(options: argparse.Namespace, report: Report) -> None:
     from sana_cli.models.dc_ae import DCAE
     from sana_cli.models.streaming.autoencoder import decode
-    from sana_cli.models.streaming.subpixel import fold
+    from sana_cli.models.streaming.subpixel import fold_upsamples
     from sana_cli.system.devices import give_back
     from sana_cli.weights.checkpoint import load_weights, on_meta
 
@@ -32,7 +32,7 @@ def strips(options: argparse.Namespace, report: Report) -> None:
             network = on_meta(DCAE, files.vae, part.config).decoder
             load_weights(network, part.weights, None, only="decoder.")
             if folded:
-                fold(network)
+                fold_upsamples(network)
             return network.to(device, dtype, memory_format=torch.channels_last)
 
         def whole(network: Any, z: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ from sana_cli import __version__
 from sana_cli.bench.roofline import Work, bandwidth, decoding, denoising, matrix_rate
 from sana_cli.images import files as images
 from sana_cli.images.metadata import Record
-from sana_cli.kernels.dispatch import why_torch
+from sana_cli.kernels.dispatch import fallback_reason
 from sana_cli.pipeline.draw import Event, Failure, Picture, Progress, Remark, draw
 from sana_cli.pipeline.plan import Plan
 from sana_cli.recipe import Recipe
@@ -55,7 +55,7 @@ Facts = dict[str, Any]
 
 def surroundings(device: str) -> Facts:
     """What the numbers depend on beside the model: versions and the machine."""
-    cpu, why = inventory.cpu(), why_torch(torch.device(device))
+    cpu, why = inventory.cpu(), fallback_reason(torch.device(device))
     facts: Facts = {
         "os": inventory.system()["os"],
         "cpu": cpu["name"],

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from sana_cli.kernels.linear import linear
 from sana_cli.models.dc_ae import DCAE, Decoder, EfficientViTBlock
 from sana_cli.models.dit import Block, DiT
-from sana_cli.models.streaming.subpixel import fold
+from sana_cli.models.streaming.subpixel import fold_upsamples
 from sana_cli.pipeline.guidance import is_guided
 from sana_cli.recipe import Recipe
 from sana_cli.weights.model_files import ModelFiles
@@ -125,7 +125,7 @@ def decoding(recipe: Recipe, files: ModelFiles) -> Work:
     dtype = getattr(torch, recipe.vae_dtype)
     with torch.device("meta"):
         decoder = DCAE(files.vae).decoder.requires_grad_(False).to(dtype)
-        fold(decoder)
+        fold_upsamples(decoder)
         latent = torch.empty(1, files.vae.latent_channels, *_grid(recipe, files), dtype=dtype)
     moved = [latent.nbytes + 3 * recipe.native_height * recipe.native_width]
 

@@ -17,27 +17,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sana_cli.kernels.linear import linear
-from sana_cli.kernels.projection import add_projected
+from sana_cli.kernels.projection import gated_residual_linear_
 from sana_cli.models.dit import CrossAttention
 
 
-class Constant(NamedTuple):
+class ConstantText(NamedTuple):
     result: Tensor  # (D,)
 
 
-class Absorbed(NamedTuple):
+class FoldedText(NamedTuple):
     queries: Tensor  # (heads·L, D)
     bias: Tensor  # (heads·L,); -inf where padded
     results: Tensor  # (D, heads·L)
 
 
-class Keyed(NamedTuple):
+class KeyValueText(NamedTuple):
     keys: Tensor  # (heads, L, d)
     values: Tensor
     bias: Tensor  # (1, L): 0, or -inf where padded; empty without padding
 
 
-Heard = Constant | Absorbed | Keyed  # what one layer needs of a text
+TextContext = ConstantText | FoldedText | KeyValueText  # what one layer needs of a text
 
 
 class TextAttention(nn.Module):
@@ -51,43 +51,43 @@ class TextAttention(nn.Module):
         if self.qk_norm:
             self.norm_q, self.norm_k = plain.norm_q, plain.norm_k
 
-    def hear(self, caption: Tensor, padded: int = 1, absorb: bool = True) -> Heard:
+    def encode_text(self, caption: Tensor, padded: int = 1, fold: bool = True) -> TextContext:
         """Projected text (1, L, D), padded to `padded` tokens if they are fewer.
 
-        `absorb` is whether more may be kept than keys and values, up to D² numbers, to save time.
+        `fold` is whether more may be kept than keys and values, up to D² numbers, to save time.
         """
         k, v = self.to_k(caption), self.to_v(caption)
         if self.qk_norm:
             k = self.norm_k(k)
         length, width = caption.shape[1:]
         if length == padded == 1:
-            return Constant(F.linear(v.flatten(), self.to_out.weight, self.to_out.bias))
+            return ConstantText(F.linear(v.flatten(), self.to_out.weight, self.to_out.bias))
         missing = max(0, padded - length)
         k, v = (F.pad(t[0], (0, 0, 0, missing)).unflatten(-1, (self.heads, -1)) for t in (k, v))
         k, v = k.transpose(0, 1), v.transpose(0, 1)  # (heads, L, d)
         bias = F.pad(caption.new_zeros((1, length)), (0, missing), value=-torch.inf)
-        if self.qk_norm or not absorb or 2 * self.heads * (length + missing) > width:
-            return Keyed(k, v, bias if missing else bias[:, :0])
+        if self.qk_norm or not fold or 2 * self.heads * (length + missing) > width:
+            return KeyValueText(k, v, bias if missing else bias[:, :0])
         k = k.float() / math.sqrt(k.shape[-1])
         of_query = self.to_q.weight.float().unflatten(0, (self.heads, -1))  # (heads, d, D)
         of_bias = cast(Tensor, self.to_q.bias).float().unflatten(0, (self.heads, -1, 1))
         of_value = self.to_out.weight.float().unflatten(1, (self.heads, -1))  # (D, heads, d)
         results = v.float() @ of_value.permute(1, 2, 0)
-        return Absorbed(
+        return FoldedText(
             (k @ of_query).flatten(0, 1).to(caption.dtype),
             ((k @ of_bias)[..., 0] + bias.float()).flatten().to(caption.dtype),
             results.flatten(0, 1).t().contiguous().to(caption.dtype),
         )
 
-    def forward(self, x: Tensor, heard: Heard) -> None:
+    def forward(self, x: Tensor, heard: TextContext) -> None:
         """Add to tokens (1, N, D), in place, what they hear."""
-        if isinstance(heard, Constant):
+        if isinstance(heard, ConstantText):
             x += heard.result
             return
-        if isinstance(heard, Absorbed):
+        if isinstance(heard, FoldedText):
             scores = linear(x, heard.queries, heard.bias).unflatten(-1, (self.heads, -1))
             weights = scores.softmax(-1).flatten(-2)
-            add_projected(x, weights, heard.results, self.to_out.bias, None)
+            gated_residual_linear_(x, weights, heard.results, self.to_out.bias, None)
             return
         q = linear(x, self.to_q.weight, self.to_q.bias)
         if self.qk_norm:
@@ -100,4 +100,6 @@ class TextAttention(nn.Module):
             y = F.scaled_dot_product_attention(
                 q, heard.keys[None], heard.values[None], attn_mask=bias
             )
-        add_projected(x, y.transpose(1, 2).flatten(2), self.to_out.weight, self.to_out.bias, None)
+        gated_residual_linear_(
+            x, y.transpose(1, 2).flatten(2), self.to_out.weight, self.to_out.bias, None
+        )

@@ -1,8 +1,8 @@
 """The Linear DiT as it runs: the function of `dit.DiT`, with nothing computed twice.
 
 What depends on the text alone, or on the time alone, is computed once a picture. The rest is the
-sequence of operations in `kernels/`, token-major from the first to the last, over `rows` rows of
-the latent grid at a time if memory is short. All of it equals the plain model to rounding.
+sequence of operations in `kernels/`, token-major from the first to the last, over `row_chunk` rows
+of the latent grid at a time if memory is short. All of it equals the plain model to rounding.
 
 Shapes as in `dit.py`: D width, h w the latent grid, N = h·w tokens, L text tokens.
 """
@@ -19,27 +19,27 @@ from sana_cli.kernels.depthwise_glu import depthwise_glu
 from sana_cli.kernels.linear import linear
 from sana_cli.kernels.linear_attention import attend_tokens, project_qkv
 from sana_cli.kernels.modulation import modulate
-from sana_cli.kernels.projection import add_projected, expand
-from sana_cli.models.cross_attention import Heard, TextAttention
+from sana_cli.kernels.projection import gated_residual_linear_, linear_silu
+from sana_cli.models.cross_attention import TextAttention, TextContext
 from sana_cli.models.cuda_graph import Graph
 from sana_cli.models.dit import Block, DiT, position_axes
 from sana_cli.system.devices import is_out_of_memory
 
 
-class Moment(NamedTuple):
+class TimeModulation(NamedTuple):
     """What the network knows of the time: the modulation of all blocks, and the embedding."""
 
     modulation: Tensor  # (6, D)
     embedding: Tensor  # (D,)
 
 
-class Engine(nn.Module):
+class FusedDiT(nn.Module):
     """Takes over the weights of a `DiT`, which must not be used any more."""
 
     def __init__(self, dit: DiT) -> None:
         super().__init__()
         self.config = dit.config
-        self.rows: int | None = None  # of the latent grid, worked on at once; None: all
+        self.row_chunk: int | None = None  # of the latent grid, worked on at once; None: all
         self._axes: tuple[object, tuple[Tensor, Tensor]] | None = None
         self._graph: Graph | None = None
         self._shapes: list[torch.Size] = []  # of the last call, which the graph is for
@@ -56,20 +56,22 @@ class Engine(nn.Module):
             del dit.transformer_blocks[0]
             self.blocks.append(FusedBlock(blocks.pop(0)))
 
-    def place(self, device: str, rows: int | None) -> None:
-        """Run on a device, on so many rows of the latent grid at once; None: on all."""
-        if rows != self.rows or torch.device(device).type != self.tables.device.type:
+    def place(self, device: str, row_chunk: int | None) -> None:
+        """Run on a device, on `row_chunk` rows of the latent grid at once; None: on all."""
+        if row_chunk != self.row_chunk or torch.device(device).type != self.tables.device.type:
             self._graph, self._shapes = None, []  # it reads the weights where they were
-        self.rows = rows
+        self.row_chunk = row_chunk
         self.to(device)
 
-    def hear(self, text: Tensor, padded: int = 1, absorb: bool = True) -> list[Heard]:
+    def encode_text(self, text: Tensor, padded: int = 1, fold: bool = True) -> list[TextContext]:
         """Text states (1, L, caption_channels) as every layer needs them: see `TextAttention`."""
         caption = self.caption_norm(self.caption_projection(text))
         blocks = [cast(FusedBlock, block) for block in self.blocks]
-        return [block.text_attention.hear(caption, padded, absorb) for block in blocks]
+        return [block.text_attention.encode_text(caption, padded, fold) for block in blocks]
 
-    def moments(self, timesteps: Sequence[float], guidance: Tensor | None = None) -> list[Moment]:
+    def moments(
+        self, timesteps: Sequence[float], guidance: Tensor | None = None
+    ) -> list[TimeModulation]:
         """One for each timestep, in the units the model was trained in.
 
         `guidance` (1,), already scaled, for Sana-Sprint and for no other.
@@ -77,11 +79,13 @@ class Engine(nn.Module):
         told = [torch.tensor(timesteps, device=self.tables.device)]
         if guidance is not None:
             told.append(guidance)
-        return list(map(Moment, *self.time_embed(*told)))
+        return list(map(TimeModulation, *self.time_embed(*told)))
 
-    def velocity(self, latents: Tensor, moment: Moment, texts: Sequence[list[Heard]]) -> Tensor:
+    def velocity(
+        self, latents: Tensor, moment: TimeModulation, texts: Sequence[list[TextContext]]
+    ) -> Tensor:
         """`forward`; on CUDA by a graph from the second call with the same shapes on."""
-        if not latents.is_cuda or self.rows or self.unrecorded:
+        if not latents.is_cuda or self.row_chunk or self.unrecorded:
             return self(latents, moment, texts)
         heard = list(chain.from_iterable(texts))
         given = [latents, *moment, *chain.from_iterable(heard)]
@@ -99,7 +103,9 @@ class Engine(nn.Module):
                 return self(latents, moment, texts)
         return self._graph(given).clone()
 
-    def forward(self, latents: Tensor, moment: Moment, texts: Sequence[list[Heard]]) -> Tensor:
+    def forward(
+        self, latents: Tensor, moment: TimeModulation, texts: Sequence[list[TextContext]]
+    ) -> Tensor:
         """Velocity (len(texts), 32, h, w) of one sample given each text, in the weights' dtype.
 
         latents (1, 32, h, w) in that dtype.
@@ -109,20 +115,20 @@ class Engine(nn.Module):
         modulation = self.tables + moment.modulation  # (layers, 6, D)
         for i, block in enumerate(self.blocks):
             heard = [text[i] for text in texts]
-            x = block(x, modulation[i].unbind(), heard, grid, self.rows)
+            x = block(x, modulation[i].unbind(), heard, grid, self.row_chunk)
         shift, scale = (self.last_table + moment.embedding).unbind()
         last = self.proj_out
-        chunks = x.split(self.rows * grid[1] if self.rows else x.shape[1], dim=1)
+        chunks = x.split(self.row_chunk * grid[1] if self.row_chunk else x.shape[1], dim=1)
         tokens = (modulate(chunk, shift, scale, self.config.norm_eps) for chunk in chunks)
         x = torch.cat([linear(some, last.weight, last.bias) for some in tokens], dim=1)
         return x.transpose(1, 2).unflatten(-1, grid)
 
-    def _of_tensors(self, like: Sequence[list[Heard]], given: Sequence[Tensor]) -> Tensor:
+    def _of_tensors(self, like: Sequence[list[TextContext]], given: Sequence[Tensor]) -> Tensor:
         """`forward`, given its arguments as one row, which holds texts of the kinds in `like`."""
         latents, modulation, embedding, *rest = given
         parts = iter(rest)
         texts = [[type(one)(*islice(parts, len(one))) for one in text] for text in like]
-        return self(latents, Moment(modulation, embedding), texts)
+        return self(latents, TimeModulation(modulation, embedding), texts)
 
     def _embed(self, latents: Tensor) -> Tensor:
         """(1, 32, h, w) -> tokens (1, N, D), with their positions where the model has them."""
@@ -174,16 +180,16 @@ class FusedBlock(nn.Module):
         self,
         x: Tensor,
         modulation: Sequence[Tensor],
-        texts: Sequence[Heard],
+        texts: Sequence[TextContext],
         grid: tuple[int, int],
-        rows: int | None,
+        row_chunk: int | None,
     ) -> Tensor:
         """x (1 or as many as there are texts, N, D), for all of them -> (texts, N, D).
 
         Until the first text is heard, what is computed is the same for all.
         """
         shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = modulation
-        tokens = rows * grid[1] if rows else None
+        tokens = row_chunk * grid[1] if row_chunk else None
         x = self._attend(x, shift_attn, scale_attn, gate_attn, tokens)
         if len(x) < len(texts):
             x = x.repeat(len(texts), 1, 1)
@@ -192,7 +198,7 @@ class FusedBlock(nn.Module):
                 self.text_attention(chunk, text)
         if tokens is None:
             y = self._mix(modulate(x, shift_ff, scale_ff, self.eps), grid)
-            return add_projected(x, y, self.down, None, gate_ff)
+            return gated_residual_linear_(x, y, self.down, None, gate_ff)
         for half in x.split(1):
             above = half[:, :0]  # the row over a chunk, as it was before it was written over
             for i, chunk in enumerate(half.split(tokens, 1)):
@@ -202,12 +208,12 @@ class FusedBlock(nn.Module):
                 y = self._mix(modulate(near, shift_ff, scale_ff, self.eps), window)
                 y = y[:, above.shape[1] : above.shape[1] + chunk.shape[1]]
                 above = chunk[:, -grid[1] :].clone()
-                add_projected(chunk, y, self.down, None, gate_ff)
+                gated_residual_linear_(chunk, y, self.down, None, gate_ff)
         return x
 
     def _mix(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         """The Mix-FFN up to its last projection: (B, N, D) -> (B, N, 2.5·D)."""
-        image = expand(tokens, self.up, self.up_bias).unflatten(1, grid)
+        image = linear_silu(tokens, self.up, self.up_bias).unflatten(1, grid)
         del tokens  # as large as all that follows allows
         return depthwise_glu(image, self.depth.weight, cast(Tensor, self.depth.bias)).flatten(1, 2)
 
@@ -218,7 +224,7 @@ class FusedBlock(nn.Module):
         out = self.out
         if tokens is None:
             y = attend_tokens(*self._project(modulate(x, shift, scale, self.eps)))
-            return add_projected(x, y, out.weight, out.bias, gate)
+            return gated_residual_linear_(x, y, out.weight, out.bias, gate)
         for half in x.split(1):
             chunks = half.split(tokens, 1)
             queries, state = [], None
@@ -228,7 +234,7 @@ class FusedBlock(nn.Module):
                 state = sums if state is None else state + sums
             assert state is not None  # a grid has a row
             for chunk, q in zip(chunks, queries, strict=True):
-                add_projected(chunk, attend_tokens(q, state), out.weight, out.bias, gate)
+                gated_residual_linear_(chunk, attend_tokens(q, state), out.weight, out.bias, gate)
         return x
 
     def _project(self, tokens: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,14 +18,14 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from sana_cli.errors import BadPicture, NotEnoughMemory, SanaError, UsageError
+from sana_cli.errors import BadImage, NotEnoughMemory, SanaError, UsageError
 from sana_cli.instruction import as_read
 from sana_cli.models.dc_ae import DCAE, Decoder, Encoder
 from sana_cli.models.dit import DiT
-from sana_cli.models.fused_dit import Engine
+from sana_cli.models.fused_dit import FusedDiT
 from sana_cli.models.streaming.autoencoder import decode, encode
 from sana_cli.models.streaming.strip_pipeline import Decoded
-from sana_cli.models.streaming.subpixel import fold
+from sana_cli.models.streaming.subpixel import fold_upsamples
 from sana_cli.pipeline.guidance import GuidedVelocity, is_guided
 from sana_cli.pipeline.plan import Plan
 from sana_cli.pipeline.solver import SOLVERS, advance, first_step
@@ -121,7 +121,7 @@ class Run:
         self.starts: dict[tuple[str, int, int], Tensor] = {}  # picture at a size -> latents
         self.latents: dict[int, Tensor] = {}  # of a recipe's index, waiting to be decoded
         self.text_encoder: TextEncoder | None = None
-        self.transformer: Engine | None = None
+        self.transformer: FusedDiT | None = None
         self.decoder: Decoder | None = None
         self.steps_done = self.pictures_done = 0
         self.steps = sum(r.steps - first_step(r.steps, r.strength) for r in recipes)
@@ -148,7 +148,7 @@ class Run:
         """The events of a stage of one picture, or that it failed."""
         try:
             yield from stage
-        except (BadPicture, NotEnoughMemory) as error:
+        except (BadImage, NotEnoughMemory) as error:
             self.latents.pop(i, None)
             yield Failure(i, error)
 
@@ -160,7 +160,7 @@ class Run:
         wanted |= {("", r.negative): None for r in self.recipes if is_guided(r, self.files)}
         parts, precision, device = self.files.parts, self.recipes[0].text_dtype, self.plan.device
         cache = TextCache(self.cache, parts, precision, device) if self.cache else None
-        ladder = Ladder(self.plan.leaner_encoding(), "the text encoder")
+        ladder = OOMRetry(self.plan.leaner_encoding(), "the text encoder")
         found = 0
         for i, (instruction, text) in enumerate(wanted):
             began = time.perf_counter()
@@ -212,7 +212,7 @@ class Run:
             fitted = Image.fromarray(self.images[image]).resize(size, Image.Resampling.LANCZOS)
             pixels = torch.from_numpy(np.array(fitted))
             attempt = partial(self.latents_of, encoder, pixels)
-            ladder = Ladder(self.plan.leaner_decoding(), f"the image at {width}x{height}")
+            ladder = OOMRetry(self.plan.leaner_decoding(), f"the image at {width}x{height}")
             self.starts[image, height, width] = yield from ladder.attempt(attempt)
             yield self.done("image", i + 1, len(sizes), began)
 
@@ -229,7 +229,7 @@ class Run:
             part = self.files.parts["transformer"]
             dit = on_meta(DiT, self.files.dit, part.config)
             load_weights(dit, part.weights, dtype_of(self.recipes[0].dit_dtype))
-            self.transformer = self.moved(Engine(dit))
+            self.transformer = self.moved(FusedDiT(dit))
             yield loaded(began)
 
     def denoise(self, i: int) -> Iterator[Event]:
@@ -246,8 +246,8 @@ class Run:
         if recipe.image:
             start = self.starts[recipe.image, recipe.native_height, recipe.native_width]
             sample = torch.lerp(start, sample, schedule.sigmas[first])
-        ladder = Ladder(self.plan.leaner_denoising(), f"seed {recipe.seed}")
-        engine = cast(Engine, self.transformer)
+        ladder = OOMRetry(self.plan.leaner_denoising(), f"seed {recipe.seed}")
+        engine = cast(FusedDiT, self.transformer)
         guided = GuidedVelocity(engine, texts, schedule.timesteps, recipe, files)
         sample = sample.to(self.plan.device)
         began = time.perf_counter()
@@ -284,7 +284,7 @@ class Run:
         began = time.perf_counter()
         recipe, decoder = self.recipes[i], cast(Decoder, self.decoder)
         attempt = partial(self.pixels_of, self.latents.pop(i), recipe)
-        ladder = Ladder(self.plan.leaner_decoding(), f"seed {recipe.seed}")
+        ladder = OOMRetry(self.plan.leaner_decoding(), f"seed {recipe.seed}")
         drawn = yield from ladder.attempt(attempt)
         if fault_of(drawn) and recipe.vae_dtype != "float32":
             decoder.float()
@@ -297,7 +297,7 @@ class Run:
             )
         self.pictures_done += 1
         if fault := fault_of(drawn):
-            raise BadPicture(
+            raise BadImage(
                 f"seed {recipe.seed} came out as {fault}",
                 "try --dtype float32, another seed, or other weights",
             )
@@ -323,7 +323,7 @@ class Run:
         network = getattr(on_meta(DCAE, self.files.vae, part.config), half)
         load_weights(network, part.weights, None, only=f"{half}.")
         if half == "decoder":
-            fold(network)  # before its weights are narrowed
+            fold_upsamples(network)  # before its weights are narrowed
         network.to(dtype_of(self.recipes[0].vae_dtype), memory_format=torch.channels_last)
         return self.moved(network)
 
@@ -355,7 +355,7 @@ class Run:
         return Progress(stage, done, total, time.perf_counter() - began, peak)
 
 
-class Ladder:
+class OOMRetry:
     """Plans that need ever less memory, taken one after the other as it runs out."""
 
     def __init__(self, plans: Iterator[Plan], what: str) -> None:

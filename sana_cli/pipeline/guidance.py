@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from sana_cli.models.fused_dit import Engine
+from sana_cli.models.fused_dit import FusedDiT
 from sana_cli.pipeline.plan import Plan
 from sana_cli.recipe import Recipe
 from sana_cli.weights.model_files import ModelFiles
@@ -21,7 +21,7 @@ class GuidedVelocity:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: FusedDiT,
         texts: list[Tensor],
         timesteps: tuple[float, ...],
         recipe: Recipe,
@@ -58,7 +58,8 @@ class GuidedVelocity:
         # A CUDA graph is of one length of text: few lengths make for few graphs.
         unit = BUCKET if plan.device.startswith("cuda") and not plan.rows else 1
         self.heard = [
-            engine.hear(text.to(dtype), bucket(text.shape[1], unit), plan.absorbs) for text in texts
+            engine.encode_text(text.to(dtype), bucket(text.shape[1], unit), plan.absorbs)
+            for text in texts
         ]
         self.moments = engine.moments(self.timesteps, told)
         self.plan = plan

@@ -14,10 +14,10 @@ from sana_cli.errors import NotEnoughMemory
 from sana_cli.models.architectures import GEMMA_2_2B
 from sana_cli.models.dc_ae import DCAE, Decoder, Encoder
 from sana_cli.models.dit import DiT
-from sana_cli.models.fused_dit import Engine, Moment
+from sana_cli.models.fused_dit import FusedDiT, TimeModulation
 from sana_cli.models.gemma import Gemma
 from sana_cli.models.streaming.autoencoder import STRIP_BYTES, rehearse
-from sana_cli.models.streaming.subpixel import fold
+from sana_cli.models.streaming.subpixel import fold_upsamples
 from sana_cli.recipe import Recipe
 from sana_cli.system.devices import resident_bytes
 from sana_cli.system.inventory import memory
@@ -223,15 +223,15 @@ def _denoise_peak(plan: Plan, recipe: Recipe, files: ModelFiles) -> int:
     with torch.device("meta"):
         weights = _bytes(DiT(files.dit), dtype)
         # Each block frees what it held before the next one runs: one stands for all.
-        engine = Engine(DiT(replace(files.dit, num_layers=1)).requires_grad_(False).to(dtype))
-        engine.rows = plan.rows
+        engine = FusedDiT(DiT(replace(files.dit, num_layers=1)).requires_grad_(False).to(dtype))
+        engine.row_chunk = plan.rows
         sample = torch.empty((1, files.dit.in_channels, *_grid(recipe, files)))
         # An empty text is one token.
         lengths = [1 if recipe.negative == "" else LONGEST_PROMPT] if guided else []
         states = torch.empty((1, LONGEST_PROMPT, files.dit.caption_channels), dtype=dtype)
         modulation = torch.empty((6, files.dit.width), dtype=dtype)
-    texts = [engine.hear(states[:, :length]) for length in (*lengths, LONGEST_PROMPT)]
-    moment = Moment(modulation, modulation[0])
+    texts = [engine.encode_text(states[:, :length]) for length in (*lengths, LONGEST_PROMPT)]
+    moment = TimeModulation(modulation, modulation[0])
     with PeakMemory() as tracker:
         engine(sample.to(dtype), moment, texts if plan.together else texts[-1:])
     heard = [sum(tensor.nbytes for layer in text for tensor in layer) for text in texts]
@@ -247,7 +247,7 @@ def _denoise_peak(plan: Plan, recipe: Recipe, files: ModelFiles) -> int:
 def _decode_peak(plan: Plan, recipe: Recipe, files: ModelFiles) -> int:
     with torch.device("meta"):
         decoder = DCAE(files.vae).decoder.requires_grad_(False)
-        fold(decoder)
+        fold_upsamples(decoder)
     return _autoencoder_peak(decoder, plan, recipe, files)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from sana_cli.models.dc_ae import Decoder, Encoder, group_mean
 from sana_cli.models.streaming.ops import Size, normalise, repeat
-from sana_cli.models.streaming.strip_pipeline import Decoded, Sweep
+from sana_cli.models.streaming.strip_pipeline import Decoded, StripPipeline
 from sana_cli.system.memory import PeakMemory
 
 STRIP_BYTES = 16 << 20
@@ -31,18 +31,20 @@ def decode(
     return decoding(decoder, latent, strip_bytes).draw(resized, size)
 
 
-def decoding(decoder: Decoder, latent: Tensor, strip_bytes: int) -> Sweep:
-    """The sweep whose `settle()` is the float picture (1, 3, H, W) and whose `draw` is `decode`."""
+def decoding(decoder: Decoder, latent: Tensor, strip_bytes: int) -> StripPipeline:
+    """Return the strips whose `materialise()` is the float image (1, 3, H, W); `draw` is `decode`."""
     dtype = decoder.norm_out.weight.dtype
-    sweep = Sweep(latent.to(dtype, memory_format=torch.channels_last), dtype, strip_bytes)
-    sweep.through(decoder.conv_in, repeat(decoder.repeats) if decoder.shortcut else None)
+    pipeline = StripPipeline(
+        latent.to(dtype, memory_format=torch.channels_last), dtype, strip_bytes
+    )
+    pipeline.through(decoder.conv_in, repeat(decoder.repeats) if decoder.shortcut else None)
     for stage in reversed(decoder.up_blocks):
         for block in cast(nn.Sequential, stage):
-            sweep.through(block)
+            pipeline.through(block)
     width = decoder.norm_out.weight.numel()
-    sweep.add(partial(normalise, decoder.norm_out, activation=decoder.activation), width)
-    sweep.through(decoder.conv_out)
-    return sweep
+    pipeline.add(partial(normalise, decoder.norm_out, activation=decoder.activation), width)
+    pipeline.through(decoder.conv_out)
+    return pipeline
 
 
 @torch.inference_mode()
@@ -53,15 +55,15 @@ def encode(encoder: Encoder, pixels: Tensor, *, strip_bytes: int = STRIP_BYTES) 
     encoder. The pixels may stay on the CPU: they are moved and made real numbers by the strip.
     """
     weight = encoder.conv_out.weight
-    sweep = Sweep(pixels.permute(2, 0, 1)[None], weight.dtype, strip_bytes)
-    sweep.add(lambda x: x.to(weight.device).float().div_(127.5).sub_(1).to(weight.dtype), 3)
-    sweep.through(encoder.conv_in)
+    pipeline = StripPipeline(pixels.permute(2, 0, 1)[None], weight.dtype, strip_bytes)
+    pipeline.add(lambda x: x.to(weight.device).float().div_(127.5).sub_(1).to(weight.dtype), 3)
+    pipeline.through(encoder.conv_in)
     for stage in encoder.down_blocks:
         for block in cast(nn.Sequential, stage):
-            sweep.through(block)
+            pipeline.through(block)
     mean = partial(group_mean, groups=encoder.conv_out.out_channels)
-    sweep.through(encoder.conv_out, mean if encoder.shortcut else None)
-    return sweep.settle()
+    pipeline.through(encoder.conv_out, mean if encoder.shortcut else None)
+    return pipeline.materialise()
 
 
 def rehearse(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sana_cli.kernels.depthwise_glu import depthwise_glu
 from sana_cli.kernels.linear import linear
 from sana_cli.kernels.multiscale import aggregate
-from sana_cli.kernels.projection import expand
+from sana_cli.kernels.projection import linear_silu
 from sana_cli.models.dc_ae import (
     Downsample,
     GLUMBConv,
@@ -20,11 +20,11 @@ from sana_cli.models.dc_ae import (
     Upsample,
     group_mean,
 )
-from sana_cli.models.streaming.ops import Chain, Pairs, Part, Residual, Window, repeat, tokens
+from sana_cli.models.streaming.ops import Chain, Pairs, Residual, StripOp, Window, repeat, tokens
 from sana_cli.models.streaming.subpixel import SubpixelUpsample
 
 
-def part_of(module: nn.Module, height: int) -> Part:
+def op_of(module: nn.Module, height: int) -> StripOp:
     """What a module does, as a part for a map of `height` rows."""
     if isinstance(module, nn.Conv2d):
         return Conv(module, height)
@@ -32,7 +32,7 @@ def part_of(module: nn.Module, height: int) -> Part:
         body = Chain(Conv(module.conv1, height), Conv(module.conv2, height, silu=True))
         return Residual(body, norm=module.norm)
     if isinstance(module, GLUMBConv):
-        return Residual(MixFFN(module, height), norm=module.norm)
+        return Residual(GLUMBConvOp(module, height), norm=module.norm)
     if isinstance(module, SubpixelUpsample):
         return Chain(Window(1, height, sides=1), module.rows)
     if isinstance(module, Upsample):
@@ -79,7 +79,7 @@ class Conv:
         return F.conv2d(window, conv.weight, conv.bias, conv.stride, self.padding, 1, conv.groups)
 
 
-class MixFFN:
+class GLUMBConvOp:
     """The body of a GLUMBConv. The expansion comes before the line buffer, as it is dear."""
 
     def __init__(self, module: GLUMBConv, height: int) -> None:
@@ -92,13 +92,13 @@ class MixFFN:
 
     def __call__(self, x: Tensor) -> Tensor | None:
         weight, bias = self.inverted.weight.flatten(1), cast(Tensor, self.inverted.bias)
-        hidden = expand(tokens(x).flatten(1, 2), weight, bias).unflatten(1, x.shape[2:])
+        hidden = linear_silu(tokens(x).flatten(1, 2), weight, bias).unflatten(1, x.shape[2:])
         window = self.window(hidden.movedim(-1, 1))
         del hidden
         if window is None:
             return None
         depth, point = self.depth, self.point.weight.flatten(1)
-        gated = depthwise_glu(tokens(window), depth.weight, cast(Tensor, depth.bias), rim=True)
+        gated = depthwise_glu(tokens(window), depth.weight, cast(Tensor, depth.bias), halo=True)
         return linear(gated, point).movedim(-1, 1)
 
 

@@ -11,20 +11,20 @@ from torch import Tensor
 from sana_cli.kernels.rms_norm import rms_norm
 from sana_cli.models.dc_ae import ChannelRMSNorm
 
-Part = Callable[[Tensor], Tensor | None]
+StripOp = Callable[[Tensor], Tensor | None]
 Size = tuple[int, int]  # (height, width)
 
 
 class Chain:
     """Parts one after the other."""
 
-    def __init__(self, *parts: Part) -> None:
-        self.parts = parts
+    def __init__(self, *parts: StripOp) -> None:
+        self.ops = parts
 
     def __call__(self, x: Tensor) -> Tensor | None:
         strip: Tensor | None = x
         del x
-        for part in self.parts:
+        for part in self.ops:
             if strip is None:
                 break
             strip = part(strip)
@@ -36,8 +36,8 @@ class Residual:
 
     def __init__(
         self,
-        body: Part,
-        shortcut: Part | None = None,
+        body: StripOp,
+        shortcut: StripOp | None = None,
         *,
         scale: float = 1,
         norm: ChannelRMSNorm | None = None,
@@ -167,7 +167,7 @@ class Bilinear:
         return out
 
 
-def repeat(times: int) -> Part:
+def repeat(times: int) -> StripOp:
     return partial(torch.repeat_interleave, repeats=times, dim=1)
 
 

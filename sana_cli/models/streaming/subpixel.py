@@ -34,7 +34,7 @@ class SubpixelUpsample(nn.Module):
         return self.rows(F.pad(x, (1, 1, 1, 1)))
 
     def rows(self, window: Tensor) -> Tensor:
-        """(1, in, rows + 2, W + 2), its rim for context -> (1, out, 2·rows, 2·W)."""
+        """(1, in, rows + 2, W + 2), its halo for context -> (1, out, 2·rows, 2·W)."""
         x, out = window[:, :, 1:-1, 1:-1], self.out
         height, width = x.shape[2:]
         y = empty(x, (1, out, 2 * height, 2 * width))
@@ -57,7 +57,7 @@ class SubpixelUpsample(nn.Module):
         return x.index_select(1, channels)
 
 
-def fold(decoder: Decoder) -> None:
+def fold_upsamples(decoder: Decoder) -> None:
     """Put a SubpixelUpsample in the place of each interpolating Upsample: the same, but cheaper.
 
     Do it before the weights are narrowed: sums of rounded taps, rounded again, are less exact.

@@ -19,7 +19,7 @@ from training.prompts import PROMPTS, prompts
 from training.scenes import training_scene
 from training.world import QUESTIONS, describe, draw, training_sample
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CALL = ("--preset", "toy", "--set", "low_steps=60")
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 # Interpreters before 3.9 convert arrays as numpy 2.4 no longer does. Their compilers are fine.
 pytest.importorskip("triton", minversion=None if torch.cuda.is_available() else "3.9")
 
-from test_engine import KINDS, compare, random_dit
+from test_fused_dit import KINDS, compare, random_dit
 
 from sana_cli.kernels import (
     depthwise_glu_triton,
@@ -31,7 +31,7 @@ from sana_cli.kernels.depthwise_glu import depthwise_glu
 from sana_cli.kernels.dispatch import chosen_path
 from sana_cli.kernels.linear_attention import attend_tokens, project_qkv
 from sana_cli.kernels.modulation import modulate
-from sana_cli.kernels.projection import add_projected, expand
+from sana_cli.kernels.projection import gated_residual_linear_, linear_silu
 
 ON_GPU = torch.cuda.is_available()
 MODULES = depthwise_glu_triton, linear_attention_triton, modulation_triton, projection_triton
@@ -117,7 +117,9 @@ def test_modulated_rows(draw, check, batch, tokens, width):
 )  # fmt: skip
 def test_expanded_tokens(draw, check, batch, tokens, width, wide):
     weight = draw(wide, width, size=width**-0.5)
-    check(projection_triton.expand, expand, draw(batch, tokens, width), weight, draw(wide))
+    check(
+        projection_triton.linear_silu, linear_silu, draw(batch, tokens, width), weight, draw(wide)
+    )
 
 
 @pytest.mark.parametrize(("with_bias", "with_gate"), [(1, 1), (1, 0), (0, 1), (0, 0)])
@@ -134,23 +136,23 @@ def test_projections_that_are_added(draw, check, batch, tokens, width, wide, wit
         draw(width) if with_bias else None,
         draw(width) if with_gate else None,
     )
-    check(projection_triton.add_projected, add_projected, *inputs)
+    check(projection_triton.gated_residual_linear_, gated_residual_linear_, *inputs)
 
 
 def test_what_is_added_to_is_changed_in_place(draw):
     x, y, weight = draw(1, 5, 32), draw(1, 5, 16), draw(32, 16)
-    assert projection_triton.add_projected(x, y, weight, None, None) is x
+    assert projection_triton.gated_residual_linear_(x, y, weight, None, None) is x
 
 
 @pytest.mark.parametrize(
-    ("batch", "height", "width", "channels", "rim"),
+    ("batch", "height", "width", "channels", "halo"),
     [(1, 1, 1, 8, False), (1, 1, 1, 8, True), (2, 3, 5, 40, False), (1, 3, 5, 40, True),
      (1, 7, 9, 32, False), (1, 7, 9, 16, True), (1, 17, 8, 24, False), (1, 9, 3, 24, True),
      (1, 1, 2, 576, False), (1, 1, 3, 1120, True)],
 )  # fmt: skip
-def test_convolved_and_gated_pixels(draw, check, batch, height, width, channels, rim):
-    x = draw(batch, height + 2 * rim, width, 2 * channels)
-    inputs = x, draw(2 * channels, 1, 3, 3, size=1 / 3), draw(2 * channels), rim
+def test_convolved_and_gated_pixels(draw, check, batch, height, width, channels, halo):
+    x = draw(batch, height + 2 * halo, width, 2 * channels)
+    inputs = x, draw(2 * channels, 1, 3, 3, size=1 / 3), draw(2 * channels), halo
     check(depthwise_glu_triton.depthwise_glu, depthwise_glu, *inputs)
 
 
@@ -223,10 +225,11 @@ import sys, torch
 from sana_cli.kernels.depthwise_glu import depthwise_glu
 from sana_cli.kernels.linear_attention import attend_tokens, project_qkv
 from sana_cli.kernels.modulation import modulate
-from sana_cli.kernels.projection import add_projected, expand
+from sana_cli.kernels.projection import gated_residual_linear_, linear_silu
 x = modulate(torch.randn(1, 12, 32), torch.randn(32), torch.randn(32), 1e-6)
-add_projected(x, attend_tokens(*project_qkv(x, torch.randn(96, 32), 1)), torch.eye(32), None, None)
-wide = expand(x, torch.randn(128, 32), torch.randn(128)).unflatten(1, (3, 4))
+y = attend_tokens(*project_qkv(x, torch.randn(96, 32), 1))
+gated_residual_linear_(x, y, torch.eye(32), None, None)
+wide = linear_silu(x, torch.randn(128, 32), torch.randn(128)).unflatten(1, (3, 4))
 assert depthwise_glu(wide, torch.randn(128, 1, 3, 3), torch.randn(128)).shape == (1, 3, 4, 64)
 assert "triton" not in sys.modules
 """,
@@ -252,7 +255,7 @@ def test_kernels_compile_for_a_gpu_that_is_not_here():
     assert done.returncode == 0, done.stderr
     costs = json.loads(done.stdout)
     names = {cost["case"].split()[0] for cost in costs}
-    assert {"modulate_kernel", "project_qkv_kernel", "expand_kernel"} <= names
+    assert {"modulate_kernel", "project_qkv_kernel", "linear_silu_kernel"} <= names
     for cost in costs:
         assert 0 < cost["registers"] <= 255
         assert cost["stack"] == 0
@@ -267,13 +270,13 @@ def test_costs_too_high_are_found():
 import sys, torch
 from sana_cli.kernels import aot, projection_triton
 from sana_cli.kernels.cases import like
-from sana_cli.kernels.launch import imagine
-from sana_cli.kernels.projection_triton import Blocks, expand
+from sana_cli.kernels.launch import trace_launches
+from sana_cli.kernels.projection_triton import Blocks, linear_silu
 
 def cost(dtype, *blocks):
     projection_triton.CONSUMER = (Blocks(*blocks),)
     x, weight, bias = (like(*shape, dtype=dtype) for shape in ((1, 64, 64), (64, 64), (64,)))
-    aot.gather = lambda target: imagine("", target, expand, x, weight, bias)
+    aot.gather = lambda target: trace_launches("", target, linear_silu, x, weight, bias)
     return aot.measure((8, 9), 0)
 
 costs = [
@@ -293,5 +296,5 @@ sys.exit(aot.main())
         ("spills", "bytes of shared memory, and a program has 101376", "without tensor cores"),
         strict=True,
     ):
-        assert line.startswith("error: expand_kernel")
+        assert line.startswith("error: linear_silu_kernel")
         assert words in line

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from reference import LIKE_0_6B, LIKE_1_6B
 from sana_cli.models.dit import DiT, DiTConfig
-from sana_cli.models.fused_dit import Engine
+from sana_cli.models.fused_dit import FusedDiT
 
 KINDS = {
     "0.6B": {},
@@ -48,9 +48,9 @@ def compare(dit: DiT, height: int, width: int, rows=None, lengths=(2, 5), padded
     caption = dit.project_text(torch.cat(rows_of))
     at = torch.full((count,), 700.0)
     plain = dit(latents.expand(count, -1, -1, -1), at, caption, mask).double()
-    engine = Engine(dit)
-    engine.rows = rows
-    heard = [engine.hear(text, padded) for text in texts]
+    engine = FusedDiT(dit)
+    engine.row_chunk = rows
+    heard = [engine.encode_text(text, padded) for text in texts]
     got = engine(latents, engine.moments([900.0, 700.0])[1], heard).double()
     return ((got - plain).norm() / plain.norm()).item()
 
@@ -81,11 +81,11 @@ def test_half_precision_differs_by_its_own_rounding(dtype, bound, rows):
 
 
 def test_chunks_can_be_made_smaller_later():
-    engine = Engine(random_dit())
+    engine = FusedDiT(random_dit())
     latents, moment = torch.randn(1, 32, 9, 4), engine.moments([500.0])[0]
-    heard = [engine.hear(torch.randn(1, 5, 16))]
+    heard = [engine.encode_text(torch.randn(1, 5, 16))]
     whole = engine(latents, moment, heard)
-    for engine.rows in (8, 2):
+    for engine.row_chunk in (8, 2):
         torch.testing.assert_close(engine(latents, moment, heard), whole)
 
 
@@ -124,11 +124,11 @@ def operations(work) -> int:
 
 
 @pytest.fixture(scope="module")
-def engine() -> Engine:
+def engine() -> FusedDiT:
     """Wide enough for its text and its tokens to weigh as they do in the released models."""
     wide = {"num_attention_heads": 8, "num_cross_attention_heads": 4}
     wide |= {"cross_attention_head_dim": 64, "cross_attention_dim": 256}
-    return Engine(random_dit(**wide, num_layers=4))
+    return FusedDiT(random_dit(**wide, num_layers=4))
 
 
 @pytest.fixture(scope="module")
@@ -145,15 +145,15 @@ def test_a_step_leaves_out_what_text_and_time_alone_determine(call):
     plain = flops(lambda: dit(latents, at, caption))
     times = flops(lambda: dit.time_embed(at))
     keys_and_values = 2 * 2 * 2 * 25 * dit.config.width**2  # of two layers
-    engine = Engine(dit)
-    moment, heard = engine.moments([500.0])[0], engine.hear(text)
+    engine = FusedDiT(dit)
+    moment, heard = engine.moments([500.0])[0], engine.encode_text(text)
     saved = plain - flops(lambda: engine(latents, moment, [heard]))
     assert saved >= keys_and_values + times
 
 
 def test_padding_is_not_attended_to(engine, call):
     latents, moment, _, text = call
-    own, padded = (engine.hear(text, length, absorb=False) for length in (1, PADDED))
+    own, padded = (engine.encode_text(text, length, fold=False) for length in (1, PADDED))
     short, long = (engine(latents, moment, [heard]) for heard in (own, padded))
     torch.testing.assert_close(short, long, rtol=1e-5, atol=1e-5)
     saved = flops(lambda: engine(latents, moment, [padded]))
@@ -163,7 +163,7 @@ def test_padding_is_not_attended_to(engine, call):
 
 def test_an_empty_text_costs_no_attention(engine, call):
     latents, moment, empty, text = call
-    constant, general = engine.hear(empty), engine.hear(empty, 2, absorb=False)
+    constant, general = engine.encode_text(empty), engine.encode_text(empty, 2, fold=False)
     a, b = (engine(latents, moment, [heard]) for heard in (constant, general))
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
     saved = flops(lambda: engine(latents, moment, [general]))
@@ -174,7 +174,7 @@ def test_an_empty_text_costs_no_attention(engine, call):
 def test_a_short_text_is_absorbed_by_the_projections_around_it(engine, call):
     latents, moment, _, text = call
     for words in (text[:, :8], text):  # of 4 heads: 32 and 100 scores
-        texts = [engine.hear(words, absorb=absorb) for absorb in (True, False)]
+        texts = [engine.encode_text(words, fold=fold) for fold in (True, False)]
         a, b = (engine(latents, moment, [heard]) for heard in texts)
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
         spent, plain = (flops(lambda h=heard: engine(latents, moment, [h])) for heard in texts)
@@ -184,13 +184,15 @@ def test_a_short_text_is_absorbed_by_the_projections_around_it(engine, call):
 
 
 def test_a_long_text_is_not_absorbed(engine):
-    (kept, *_) = engine.hear(torch.randn(1, 33, 16))
-    assert type(kept).__name__ == "Keyed"  # 4 heads of 33 tokens: more than half of 256 channels
+    (kept, *_) = engine.encode_text(torch.randn(1, 33, 16))
+    assert (
+        type(kept).__name__ == "KeyValueText"
+    )  # 4 heads of 33 tokens: more than half of 256 channels
 
 
 def test_before_any_text_is_heard_the_halves_are_computed_once(engine, call):
     latents, moment, empty, text = call
-    heard = [engine.hear(empty), engine.hear(text)]
+    heard = [engine.encode_text(empty), engine.encode_text(text)]
     together = engine(latents, moment, heard)
     apart = torch.cat([engine(latents, moment, [one]) for one in heard])
     torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-5)

@@ -1,4 +1,4 @@
-"""`picture.py` in one pass: a float picture never exists.
+"""`rgb.py` in one pass: a float image never exists.
 
 A program makes some pixels of one row. Three colours take a sixteenth of what a product on tensor
 cores makes, but the kernel is bound by reading the channels. Extremes of programs are joined by
@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sana_cli.kernels.cases import Case, like
-from sana_cli.kernels.launch import imagine, launch, precision
+from sana_cli.kernels.launch import launch, precision, trace_launches
 
 PIXELS = 128
 BYTES = 128  # of channels of a pixel in one step
@@ -23,7 +23,7 @@ COLOURS = 16  # three, as wide as the narrowest product
 ROUNDS = tl.constexpr(1.5 * 2**23)  # float32 has no fraction here: adding it rounds, ties to even
 
 
-def picture(
+def conv_to_rgb(
     window: Tensor, weight: Tensor, bias: Tensor, left: int, width: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     window = window.contiguous()
@@ -32,7 +32,7 @@ def picture(
     pixels = window.new_empty(rows - 2, width, 3, dtype=torch.uint8)
     extremes = window.new_empty(2, (rows - 2) * tiles, dtype=torch.float32)
     launch(
-        picture_kernel,
+        conv_to_rgb_kernel,
         (tiles, rows - 2),
         # In the order in which channels are summed up.
         *(window, weight.permute(2, 3, 1, 0).contiguous(), bias, pixels, extremes),
@@ -49,7 +49,7 @@ def picture(
 
 
 @triton.jit
-def picture_kernel(
+def conv_to_rgb_kernel(
     window, weight, bias, pixels, extremes, whole, channels, left, width,
     EVEN: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, COLOURS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -96,4 +96,4 @@ def picture_kernel(
 def cases(target: tuple[int, int]) -> Iterator[Case]:
     for side in (1024, 4096):
         window, weight = like(1, 18, side, 128), like(3, 128, 3, 3)
-        yield from imagine(str(side), target, picture, window, weight, like(3), 0, side)
+        yield from trace_launches(str(side), target, conv_to_rgb, window, weight, like(3), 0, side)

@@ -7,24 +7,24 @@ from torch import Tensor
 from sana_cli.kernels import dispatch
 
 
-def picture(
+def conv_to_rgb(
     window: Tensor, weight: Tensor, bias: Tensor, left: int, width: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A 3x3 convolution to red, green and blue in [-1, 1], and `levels` of some of its columns.
+    """A 3x3 convolution to red, green and blue in [-1, 1], and `to_rgb8` of some of its columns.
 
     window (1, h + 2, W, C), token-major, its first and last row what stands beyond: zeros at the
     border of the picture, as beyond its sides; weight (3, C, 3, 3), bias (3,). Of the W columns
     `width` from `left` on are made.
     """
     if dispatch.uses_triton(window):
-        from sana_cli.kernels import picture_triton
+        from sana_cli.kernels import rgb_triton
 
-        return picture_triton.picture(window, weight, bias, left, width)
+        return rgb_triton.conv_to_rgb(window, weight, bias, left, width)
     y = F.conv2d(window.movedim(-1, 1), weight, bias, padding=(0, 1))
-    return levels(y[..., left : left + width])
+    return to_rgb8(y[..., left : left + width])
 
 
-def levels(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def to_rgb8(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """x (1, 3, h, w) in [-1, 1] -> uint8 (h, w, 3), and the extremes that it has in [0, 1].
 
     The extremes are float32 scalars from before rounding, both NaN if any value is.

@@ -5,11 +5,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from test_networks import LITE_DC_AE, RELEASED_DC_AE, SMALL
-from test_strips import drawing, network, noise, some
+from test_streaming import drawing, network, noise, some
 
 from sana_cli.models.dc_ae import DCAEConfig, Decoder, Encoder
 from sana_cli.models.streaming.autoencoder import decode, encode, rehearse
-from sana_cli.models.streaming.subpixel import fold
+from sana_cli.models.streaming.subpixel import fold_upsamples
 from sana_cli.pipeline.plan import GPU_STRIP_BYTES
 from sana_cli.system.memory import PeakMemory
 
@@ -19,7 +19,7 @@ MB = 1 << 20
 def on_meta(kind: dict, dtype: torch.dtype = torch.bfloat16) -> Decoder:
     with torch.device("meta"):
         decoder = Decoder(DCAEConfig(**kind)).eval().requires_grad_(False)
-        fold(decoder)
+        fold_upsamples(decoder)
     return decoder.to(dtype)
 
 
@@ -50,7 +50,7 @@ def test_tensors_are_counted_while_they_live_and_views_are_not():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_rehearsal_foretells_the_peak_within_a_tenth(kind, dtype):
     model = network(kind | SMALL).to(dtype)
-    fold(model.decoder)
+    fold_upsamples(model.decoder)
 
     @some
     @given(
@@ -66,7 +66,7 @@ def test_the_rehearsal_foretells_the_peak_within_a_tenth(kind, dtype):
         with PeakMemory() as memory:
             decode(model.decoder, latent, **call)
         rehearsed = Decoder(model.config).eval().requires_grad_(False).to("meta")
-        fold(rehearsed)
+        fold_upsamples(rehearsed)
         assert rehearse(rehearsed.to(dtype), size, **call) == pytest.approx(memory.peak, rel=0.1)
 
     check()
@@ -102,7 +102,7 @@ def test_from_2048_to_4096_only_small_maps_and_the_picture_grow():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_4096_square_on_a_gpu():
     decoder = Decoder(DCAEConfig(**RELEASED_DC_AE)).eval().requires_grad_(False)
-    fold(decoder)
+    fold_upsamples(decoder)
     decoder.to("cuda", torch.bfloat16, memory_format=torch.channels_last)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", minversion=None if torch.cuda.is_available() else "3.9")
 
-from test_engine import KINDS, random_dit
+from test_fused_dit import KINDS, random_dit
 from test_kernels import DEVICE, DTYPES, LEAST, ON_GPU, decibels
 
 from sana_cli.kernels import depthwise_glu_backward_triton, dispatch

@@ -19,7 +19,7 @@ from sana_cli.pipeline.text_cache import TextCache
 from sana_cli.system.devices import choose_text_precision
 from sana_cli.weights.layout import folder_parts
 
-DEMO = Path(__file__).resolve().parents[1] / "sana_cli" / "demo"
+DEMO = Path(__file__).resolve().parents[2] / "sana_cli" / "demo"
 PROMPTS = ["a red circle on a blue background", "a large white star in the centre on purple"]
 
 

@@ -10,17 +10,17 @@ import torch
 import torch.nn.functional as F
 from test_kernels import DEVICE, DTYPES, LEAST, decibels
 from test_networks import LITE_DC_AE, RELEASED_DC_AE
-from test_strips import FEW, TINY, drawing, network, noise
+from test_streaming import FEW, TINY, drawing, network, noise
 from torch import Tensor
 
 from sana_cli.kernels import dispatch
 from sana_cli.kernels.kv_state import kv_state
 from sana_cli.kernels.linear_attention import attention_state
 from sana_cli.kernels.multiscale import aggregate
-from sana_cli.kernels.picture import picture
+from sana_cli.kernels.rgb import conv_to_rgb
 from sana_cli.kernels.rms_norm import rms_norm
 from sana_cli.models.streaming.autoencoder import decode, decoding, encode
-from sana_cli.models.streaming.subpixel import fold
+from sana_cli.models.streaming.subpixel import fold_upsamples
 
 
 @pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
@@ -138,14 +138,14 @@ def test_levels_of_a_picture(draw, triton, height, width, channels, left, wide):
     inputs = window.double().movedim(-1, 1), weight.double(), bias.double()
     exact = F.conv2d(*inputs, padding=(0, 1))[0, ..., left : left + wide].permute(1, 2, 0)
     exact = (exact * 0.5 + 0.5).clamp(0, 1)
-    pixels, low, high = picture(window, weight, bias, left, wide)
+    pixels, low, high = conv_to_rgb(window, weight, bias, left, wide)
     assert pixels.shape == (height, wide, 3) and pixels.dtype == torch.uint8
     # Rounded to the nearest level, but for what float32 sums are off.
     assert (pixels - 255 * exact).abs().max() < 0.501
     assert low.item() == pytest.approx(exact.min().item(), abs=2e-6)
     assert high.item() == pytest.approx(exact.max().item(), abs=2e-6)
     for one, same in zip(
-        (pixels, low, high), picture(window, weight, bias, left, wide), strict=True
+        (pixels, low, high), conv_to_rgb(window, weight, bias, left, wide), strict=True
     ):
         assert torch.equal(one, same)
 
@@ -156,7 +156,7 @@ def test_extremes_are_nan_if_a_drawn_value_is(draw, triton, column, seen):
     window[0, 1, column, 3] = math.nan
     for way in (True, False):
         triton(way)
-        _, low, high = picture(window, draw(3, 16, 3, 3), draw(3), 1, 6)
+        _, low, high = conv_to_rgb(window, draw(3, 16, 3, 3), draw(3), 1, 6)
         assert low.isnan() == high.isnan() == seen
 
 
@@ -166,7 +166,7 @@ def test_levels_between_two_go_to_the_even_one(triton):
     for level in (0, 1, 2, 127, 254):
         bias = torch.full((3,), (level + 0.5) / 255 * 2 - 1, device=DEVICE)
         exact = (bias * 0.5 + 0.5) * 255
-        pixels, _, _ = picture(window, torch.zeros(3, 16, 3, 3, device=DEVICE), bias, 0, 1)
+        pixels, _, _ = conv_to_rgb(window, torch.zeros(3, 16, 3, 3, device=DEVICE), bias, 0, 1)
         assert torch.equal(pixels.flatten(), exact.round().to(torch.uint8))
 
 
@@ -179,13 +179,13 @@ KINDS = {
 @pytest.mark.parametrize(("kind", "strip_bytes"), [("released", 9_000), ("lite", 1 << 30)])
 def test_a_decode_in_triton_is_that_of_torch(triton, kind, strip_bytes):
     decoder = network(KINDS[kind]).decoder.to(DEVICE)
-    fold(decoder)
+    fold_upsamples(decoder)
     latent = noise(2, 1).to(DEVICE)
     found = {}
     for way in (True, False):
         triton(way)
         with torch.inference_mode():
-            image = decoding(decoder, latent, strip_bytes).settle()
+            image = decoding(decoder, latent, strip_bytes).materialise()
         drawn = decode(decoder, latent, size=(60, 27), strip_bytes=strip_bytes)
         found[way] = image, drawn
     assert decibels(found[True][0], found[False][0].double()) > 90

@@ -21,7 +21,7 @@ from sana_cli.system.folders import cache_folder
 from sana_cli.weights.layout import folder_parts
 from sana_cli.weights.tensor_cache import Store, identity
 
-DEMO = Path(__file__).resolve().parents[1] / "sana_cli" / "demo"
+DEMO = Path(__file__).resolve().parents[2] / "sana_cli" / "demo"
 CALL = ("generate", "-m", "demo", "-r", "256", "-s", "1", "--steps", "1", "--device", "cpu")
 TEXTS = {
     "chinese": "一只狐狸在雪地里",

@@ -10,7 +10,7 @@ from PIL import Image
 
 from reference import assert_same_picture, draw
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "sana_cli" / "demo"
 
 

@@ -13,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sana_cli.models.dc_ae import DCAE, DCAEConfig, Decoder
 from sana_cli.models.streaming.autoencoder import decode, decoding, encode
-from sana_cli.models.streaming.subpixel import fold
+from sana_cli.models.streaming.subpixel import fold_upsamples
 
-DEMO = Path(__file__).resolve().parents[1] / "sana_cli" / "demo"
+DEMO = Path(__file__).resolve().parents[2] / "sana_cli" / "demo"
 TINY = {
     "encoder_block_out_channels": (4, 4, 8, 32, 32, 32),
     "decoder_block_out_channels": (4, 4, 8, 32, 32, 32),
@@ -101,7 +101,7 @@ def levels(image: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("kind", KINDS)
 def test_strips_decode_the_untiled_picture(kind):
     plain, folded = network(KINDS[kind]).decoder, network(KINDS[kind]).decoder
-    fold(folded)
+    fold_upsamples(folded)
 
     @some
     @given(latent_sizes, strip_sizes)
@@ -110,7 +110,7 @@ def test_strips_decode_the_untiled_picture(kind):
         untiled = plain(latent)
         for decoder in (plain, folded):
             with torch.inference_mode():
-                image = decoding(decoder, latent, strip_bytes).settle()
+                image = decoding(decoder, latent, strip_bytes).materialise()
             assert relative_error(image, untiled) < 1e-5
         drawn = decode(folded, latent, strip_bytes=strip_bytes)
         off = (drawn.pixels.int() - levels(untiled).int()).abs()
@@ -133,7 +133,7 @@ def test_convolutions_by_strips_are_equal_bit_for_bit(upsample, cheaper):
     """
     model = network(ONLY_CONVOLUTIONS | {"upsample_block_type": upsample})
     if cheaper:
-        fold(model.decoder)
+        fold_upsamples(model.decoder)
 
     @some
     @given(st.integers(30, 100), st.integers(48, 64), st.sampled_from([1_200_000, 2_000_001]))
@@ -141,7 +141,7 @@ def test_convolutions_by_strips_are_equal_bit_for_bit(upsample, cheaper):
         latent = noise(height, width)
         untiled = model.decoder(latent)
         with torch.inference_mode():
-            image = decoding(model.decoder, latent, strip_bytes).settle()
+            image = decoding(model.decoder, latent, strip_bytes).materialise()
         assert torch.equal(image, untiled)
         drawn = decode(model.decoder, latent, strip_bytes=strip_bytes)
         assert torch.equal(drawn.pixels, levels(untiled))
@@ -183,9 +183,9 @@ def test_the_released_configuration_at_full_width(strip_bytes):
     decoder.to(memory_format=torch.channels_last)
     latent = noise(9, 7)
     untiled = decoder(latent)
-    fold(decoder)
+    fold_upsamples(decoder)
     with torch.inference_mode():
-        image = decoding(decoder, latent, strip_bytes).settle()
+        image = decoding(decoder, latent, strip_bytes).materialise()
     assert relative_error(image, untiled) < 1e-5
 
 
@@ -204,10 +204,10 @@ def test_in_bfloat16_strips_are_as_near_to_float32_as_the_untiled_decode(device)
     truth = model.decoder(latent)
     half = network(KINDS["released"]).to(device, torch.bfloat16).decoder
     untiled = half(latent.bfloat16()).float()
-    fold(model.decoder)
+    fold_upsamples(model.decoder)
     model.to(torch.bfloat16)
     with torch.inference_mode():
-        image = decoding(model.decoder, latent, 20_000).settle().float()
+        image = decoding(model.decoder, latent, 20_000).materialise().float()
     assert relative_error(image, truth) <= 1.05 * relative_error(untiled, truth)
 
 
@@ -269,7 +269,7 @@ def test_no_convolution_sees_more_elements_than_32_bits_count(side):
     with torch.device("meta"):
         decoder = Decoder(DCAEConfig(**RELEASED_DC_AE)).eval().requires_grad_(False)
         latent = torch.empty(1, 32, side // 32, side // 32)
-        fold(decoder)
+        fold_upsamples(decoder)
     with LargestConvolution() as largest:
         decode(decoder, latent, strip_bytes=1 << 40)
     assert 2**26 < largest.elements < 2**31
@@ -301,7 +301,7 @@ def test_a_smooth_gradient_has_no_step_where_strips_meet(gradient):
     fields = {k: v for k, v in theirs.config.items() if k in DCAEConfig.__dataclass_fields__}
     model = DCAE(DCAEConfig(**fields)).eval().requires_grad_(False)
     model.load_state_dict(theirs.state_dict())
-    fold(model.decoder)
+    fold_upsamples(model.decoder)
     strips = decode(model.decoder, latent, strip_bytes=1).pixels.numpy()  # of a few rows each
     assert np.abs(strips.astype(int) - untiled).max() <= 1
     assert largest_step(strips, untiled) < 0.01
