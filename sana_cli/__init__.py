@@ -3,10 +3,10 @@
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Picture", "Pipeline", "SanaError"]
+__all__ = ["Pipeline", "SanaError", "SanaImage"]
 
 if TYPE_CHECKING:
-    from sana_cli.api import Picture, Pipeline
+    from sana_cli.api import Pipeline, SanaImage
     from sana_cli.errors import SanaError
 
 

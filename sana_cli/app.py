@@ -14,7 +14,7 @@ import typer
 
 from sana_cli import __version__
 from sana_cli.commands import batch, bench, config, doctor, generate, info, models
-from sana_cli.commands._defaults import Standing, origins
+from sana_cli.commands._defaults import Defaults, origins
 from sana_cli.errors import DiskFull, NotEnoughMemory, SanaError, UsageError
 from sana_cli.system.devices import is_out_of_memory
 from sana_cli.system.signals import leaving_at_once
@@ -67,8 +67,8 @@ def root(
 
     [dim]sana generate "a red circle on a blue background" --model demo[/dim]
     """
-    context.obj["standing"] = standing = Standing(context)
-    context.default_map = standing.defaults(context.command)
+    context.obj["defaults"] = defaults = Defaults(context)
+    context.default_map = defaults.defaults(context.command)
 
 
 def main() -> None:
@@ -102,12 +102,12 @@ def _open_closed_streams() -> None:
 
 def _report(error: Exception, found: dict[str, Any]) -> int:
     """One line and a hint for anything a user can meet; the traceback only with --verbose."""
-    from sana_cli.ui import Talk
+    from sana_cli.ui import Console
 
-    standing: Standing | None = found.get("standing")
+    defaults: Defaults | None = found.get("defaults")
     verbose = any(word in ("-v", "--verbose") for word in sys.argv[1:])
-    verbose = verbose or bool(standing and standing.value("verbose"))
-    color = not (standing and standing.value("color") is False) or "--color" in sys.argv
+    verbose = verbose or bool(defaults and defaults.value("verbose"))
+    color = not (defaults and defaults.value("color") is False) or "--color" in sys.argv
     if verbose:
         import traceback
 
@@ -115,7 +115,7 @@ def _report(error: Exception, found: dict[str, Any]) -> int:
     if hasattr(error, "format_message"):  # Typer's own usage errors, whichever Click it carries
         context = getattr(error, "ctx", None)
         message = error.format_message()
-        # What stands where a verb should is perhaps a prompt.
+        # An unknown command is probably a prompt typed without `generate`.
         lost = message.startswith("No such command") and context and context.parent is None
         here = ELSEWHERE.get(getattr(error, "option_name", ""))
         hint = f"here that is {here}" if here else GENERATE if lost else _help_of(context)
@@ -124,7 +124,7 @@ def _report(error: Exception, found: dict[str, Any]) -> int:
         error = _unforeseen(error, verbose)
     if isinstance(error, UsageError):
         error = _with_origin(error, found)
-    Talk(color=color and "--no-color" not in sys.argv).error(error)
+    Console(color=color and "--no-color" not in sys.argv).error(error)
     return error.exit_code
 
 

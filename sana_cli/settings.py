@@ -1,62 +1,304 @@
-"""What a call, or a row of a batch, asks of a picture."""
+"""Every option, declared once.
 
-from dataclasses import dataclass
+A field of one of the classes below is an option everywhere: of the command line, as a column of a
+batch, as a key of `sana config` and a `SANA_*` variable, and as an argument in Python; its bounds
+and choices also check what is read from an image. To add an option, add a field here and the code
+that uses it.
+"""
+
+import types
+import typing
+from dataclasses import MISSING, Field, dataclass, field, fields
+from typing import Any
 
 from sana_cli.errors import UsageError
+from sana_cli.units import parse_memory
 
-MOST_STEPS = 1000
-LEAST_STRENGTH = 0.01
-LONGEST_PROMPT = 20_000  # characters; 300 tokens are read of them
-CHOICES = {
-    "fit": ("trained", "exact"),
-    "solver": ("flow-dpm", "flow-euler", "scm"),
-    "dtype": ("auto", "float32", "bfloat16", "float16"),
-    "text_precision": ("auto", "int8", "bf16", "fp32"),
-}
+LONGEST_PROMPT = 20_000  # characters; the models read 300 tokens of them
+DRAWING, FILES, RUNNING = None, "Files", "Running"  # panels of --help
+
+
+@dataclass(frozen=True)
+class Option:
+    """What is declared of an option beside its name, type and default."""
+
+    help: str
+    flag: str | None = None  # a short one, such as "-r"
+    metavar: str | None = None
+    choices: tuple[str, ...] = ()
+    bounds: tuple[float, float] | None = None  # both inclusive
+    panel: str | None = DRAWING
+    off: bool = True  # whether a switch has a --no- form
+    column: bool = True  # may be set by a row of a batch
+    kept: bool = True  # may be kept by `sana config` and SANA_* variables
+    at_load: bool = False  # decides what is loaded: an argument of `Pipeline`, not of `generate`
+    complete: str | None = None  # what the shell completes: "model"
+
+
+def option(default: Any, **declared: Any) -> Any:
+    """Declare a field as an option."""
+    return field(default=default, metadata={"option": Option(**declared)})
 
 
 @dataclass(frozen=True)
 class Settings:
-    """All but the seed; None leaves the choice to the model. UsageError for what no model takes."""
+    """What is asked of an image, all but its seed. None leaves the choice to the model.
+
+    UsageError for a value that no model takes.
+    """
 
     prompt: str
-    negative: str = ""
-    model: str | None = None
-    res: str | None = None
-    ar: str | None = None
-    fit: str = "trained"
-    steps: int | None = None
-    guidance: float | None = None
-    solver: str | None = None
-    image: str | None = None  # path of the picture to start from
-    strength: float | None = None
-    instruction: bool | None = None
-    dtype: str = "auto"
-    text_precision: str = "auto"
+    res: str | None = option(
+        None,
+        flag="-r",
+        metavar="SIZE",
+        help="512, 1024, 2048, 4096, 1k, 2k, 4k, or an exact size such as 1280x720."
+        " [dim]default: what the model draws; 1024 if none is named[/dim]",
+    )
+    ar: str | None = option(
+        None, metavar="W:H", help="Aspect ratio, as in 16:9; not with an exact size."
+    )
+    fit: str = option(
+        "trained",
+        choices=("trained", "exact"),
+        help="[b]trained[/b]: the nearest shape the model was trained on, resized and cropped"
+        " to an exact size. [b]exact[/b]: the next multiples of 32, cropped.",
+    )
+    model: str | None = option(
+        None,
+        flag="-m",
+        metavar="NAME|FOLDER",
+        complete="model",
+        at_load=True,
+        help="A model's name, a folder in the diffusers layout, or OWNER/NAME on the hub."
+        " [dim]default: by --res[/dim]",
+    )
+    negative: str = option("", metavar="TEXT", help="What to steer away from.")
+    steps: int | None = option(
+        None,
+        metavar="N",
+        bounds=(1, 1000),
+        help="Denoising steps. [dim]default: 20; 2 for Sprint[/dim]",
+    )
+    guidance: float | None = option(
+        None,
+        flag="-g",
+        metavar="SCALE",
+        bounds=(0, 100),
+        help="How closely to follow the prompt; 1 is off, save for Sprint. [dim]default: 4.5[/dim]",
+    )
+    solver: str | None = option(
+        None,
+        choices=("flow-dpm", "flow-euler", "scm"),
+        help="How the flow is integrated; [b]scm[/b] is Sprint's, which takes no other."
+        " [dim]default: flow-dpm, or scm[/dim]",
+    )
+    image: str | None = option(
+        None,
+        metavar="FILE",
+        kept=False,  # it would start every image from the same one
+        help="Start from this image, not from noise; for Sprint.",
+    )
+    strength: float | None = option(
+        None,
+        metavar="0-1",
+        bounds=(0.01, 1),
+        kept=False,  # it means nothing without an image
+        help="How much of --image to replace. [dim]default: 0.6[/dim]",
+    )
+    instruction: bool | None = option(
+        None,
+        help="Put the models' prompt-enhancing instruction before the prompt. [dim]default: on,"
+        " but off for demo[/dim]",
+    )
+    dtype: str = option(
+        "auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        panel=RUNNING,
+        at_load=True,
+        help="Precision of the networks.",
+    )
+    text_precision: str = option(
+        "auto",
+        choices=("auto", "int8", "bf16", "fp32"),
+        panel=RUNNING,
+        at_load=True,
+        help="Precision of the text encoder, whatever --dtype says. [dim]auto: int8 for a"
+        " large one on an NVIDIA GPU, else as the rest[/dim]",
+    )
 
     def __post_init__(self) -> None:
         if not self.prompt.strip():
             raise UsageError("a prompt is empty", 'say what to draw: sana generate "a red fox"')
         check_text(self.prompt, "a prompt")
         check_text(self.negative, "--negative")
-        for name, known in CHOICES.items():
-            value = getattr(self, name)
-            if value is not None and value not in known:
-                raise UsageError(f"{option(name)} {value!r} is not one of {', '.join(known)}")
-        if self.steps is not None and not 1 <= self.steps <= MOST_STEPS:
-            raise UsageError(f"--steps {self.steps} is not between 1 and {MOST_STEPS}")
-        if self.guidance is not None and not 0 <= self.guidance <= 100:
-            raise UsageError(f"--guidance {self.guidance} is not between 0 and 100")
-        if self.strength is not None:
-            if self.image is None:
-                raise UsageError("--strength has no effect without --image", "add --image FILE")
-            if not LEAST_STRENGTH <= self.strength <= 1:
-                raise UsageError(
-                    f"--strength {self.strength} is not between {LEAST_STRENGTH} and 1"
-                )
+        check(self)
+        if self.strength is not None and self.image is None:
+            raise UsageError("--strength has no effect without --image", "add --image FILE")
 
 
-def option(name: str) -> str:
+@dataclass(frozen=True)
+class Seeds:
+    """Which images are drawn of a prompt. Both are text, as they are typed; see `parse_seeds`."""
+
+    count: int | None = option(
+        None,
+        flag="-n",
+        metavar="N",
+        kept=False,  # scripts read one path
+        help="Images of each prompt: seeds s, s+1, …",
+    )
+    seed: str | None = option(
+        None,
+        flag="-s",
+        metavar="SEED",
+        kept=False,  # it would draw the same image again and again
+        help="7, 1,5,9 or 1..8. [dim]default: random, and printed; in a batch a hash of the"
+        " job[/dim]",
+    )
+
+
+@dataclass(frozen=True)
+class FileOptions:
+    """How an image is written."""
+
+    force: bool = option(
+        False,
+        flag="-f",
+        panel=FILES,
+        off=False,
+        column=False,
+        kept=False,  # it would overwrite what nobody thought of
+        help="Overwrite; otherwise the name gets -2, -3, …",
+    )
+    format: str | None = option(
+        None,
+        choices=("png", "jpeg", "webp", "avif"),
+        panel=FILES,
+        column=False,
+        help="[dim]default: by the output's suffix, else png[/dim]",
+    )
+    quality: int | None = option(
+        None,
+        metavar="1-100",
+        bounds=(1, 100),
+        panel=FILES,
+        column=False,
+        help="Of JPEG, WebP and AVIF.",
+    )
+    metadata: str = option(
+        "full",
+        choices=("full", "none"),
+        panel=FILES,
+        column=False,
+        help="[b]none[/b] writes no recipe into the file.",
+    )
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Where and within what limits the networks run. UsageError for what is impossible anywhere."""
+
+    device: str = option(
+        "auto",
+        metavar="NAME",
+        panel=RUNNING,
+        column=False,
+        at_load=True,
+        help="auto, cpu, cuda, cuda:1 or mps.",
+    )
+    memory: str = option(
+        "auto",
+        metavar="SIZE",
+        panel=RUNNING,
+        column=False,
+        at_load=True,
+        help="Stay under this much memory, as in 6GB, or refuse. [dim]auto: what is free[/dim]",
+    )
+    cache: bool = option(
+        True,
+        panel=RUNNING,
+        column=False,
+        at_load=True,
+        help="Keep what the text encoder computes, and use it again.",
+    )
+    offline: bool = option(
+        False,
+        panel=RUNNING,
+        off=False,
+        column=False,
+        at_load=True,
+        help="Never use the network: weights that are not here are an error.",
+    )
+
+    def __post_init__(self) -> None:
+        check(self)
+        parse_memory(self.memory)
+
+
+GROUPS = (Settings, Seeds, FileOptions, RunOptions)
+
+
+@dataclass(frozen=True)
+class Declared:
+    """An option with what its field says: the whole of a declaration."""
+
+    name: str
+    kind: type  # str, int, float or bool
+    optional: bool  # whether None leaves the choice to others
+    default: Any
+    option: Option
+
+
+def declared(*groups: type) -> dict[str, Declared]:
+    """The options of some groups, of all where none is named, in order."""
+    found = (_declared(one) for group in groups or GROUPS for one in fields(group))
+    return {one.name: one for one in found if one is not None}
+
+
+def _declared(one: "Field[Any]") -> Declared | None:
+    if "option" not in one.metadata:
+        return None
+    optional = isinstance(one.type, types.UnionType)
+    kind = next(t for t in typing.get_args(one.type) if t is not type(None)) if optional else None
+    default = None if one.default is MISSING else one.default
+    return Declared(
+        one.name, kind or typing.cast(type, one.type), optional, default, one.metadata["option"]
+    )
+
+
+def choices(name: str) -> tuple[str, ...]:
+    """The values that an option takes, if they are few."""
+    return declared()[name].option.choices
+
+
+def bounds(name: str) -> tuple[float, float]:
+    """The least and the largest value of a numeric option."""
+    found = declared()[name].option.bounds
+    assert found is not None, f"{name} is declared without bounds"
+    return found
+
+
+def check(group: Any) -> None:
+    """UsageError for a value of a group that is outside its declared choices or bounds."""
+    for name, one in declared(type(group)).items():
+        check_value(one, getattr(group, name))
+
+
+def check_value(one: Declared, value: Any) -> None:
+    """UsageError if a value is outside the choices or bounds of an option."""
+    if value is None:
+        return
+    if one.option.choices and value not in one.option.choices:
+        known = ", ".join(one.option.choices)
+        raise UsageError(f"{flag(one.name)} {value!r} is not one of {known}")
+    if one.option.bounds is not None:
+        least, most = one.option.bounds
+        if not least <= value <= most:
+            raise UsageError(f"{flag(one.name)} {value} is not between {least:g} and {most:g}")
+
+
+def flag(name: str) -> str:
     """`text_precision` -> `--text-precision`."""
     return f"--{name.replace('_', '-')}"
 

@@ -17,7 +17,7 @@ LARGEST_AREA_RATIO = 1.5
 LARGEST_ASPECT_RATIO = 1.2
 
 
-class Request(NamedTuple):
+class SizeRequest(NamedTuple):
     """`--res`: a pixel budget (`side`, a square's) or an exact size, with `side` None."""
 
     side: int | None = None
@@ -34,11 +34,11 @@ class Canvas(NamedTuple):
     native_height: int
 
 
-def parse_resolution(text: str) -> Request:
+def parse_resolution(text: str) -> SizeRequest:
     """`1024`, `4k` or `1280x720`; UsageError for anything else."""
     word = text.strip().lower()
     if word in NAMED_SIDES:
-        return Request(side=NAMED_SIDES[word])
+        return SizeRequest(side=NAMED_SIDES[word])
     hint = "use 512, 1024, 2048, 4096, 1k, 2k, 4k, or a size such as 1280x720"
     match = re.fullmatch(r"(\d{1,6})(?:[x×](\d{1,6}))?", word)
     if match is None:
@@ -46,7 +46,7 @@ def parse_resolution(text: str) -> Request:
     sides = [int(group) for group in match.groups() if group is not None]
     if min(sides) < SMALLEST_SIDE:
         raise UsageError(f"--res {text!r} is below the smallest side, {SMALLEST_SIDE}", hint)
-    return Request(side=sides[0]) if len(sides) == 1 else Request(None, *sides)
+    return SizeRequest(side=sides[0]) if len(sides) == 1 else SizeRequest(None, *sides)
 
 
 def parse_aspect(text: str) -> float:
@@ -58,14 +58,14 @@ def parse_aspect(text: str) -> float:
     return width / height
 
 
-def nearest_class(request: Request, classes: Collection[int]) -> int:
+def nearest_class(request: SizeRequest, classes: Collection[int]) -> int:
     """The native side, of those given, whose area is nearest to the request's."""
     area = request.side**2 if request.side is not None else request.width * request.height
     return min(classes, key=lambda side: abs(math.log(area / side**2)))
 
 
-def place(
-    request: Request,
+def choose_canvas(
+    request: SizeRequest,
     aspect: float | None,
     fit: str,
     native_side: int,

@@ -1,4 +1,4 @@
-"""What a person sees: lines and bars on stderr. stdout carries results only."""
+"""Lines and progress bars on stderr; stdout carries results only."""
 
 import os
 import sys
@@ -8,9 +8,9 @@ import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
-from rich.console import Console
+from rich.console import Console as RichConsole
 from rich.live import Live
 from rich.markup import escape
 from rich.progress import (
@@ -30,9 +30,6 @@ from rich.theme import Theme
 
 from sana_cli.errors import SanaError
 
-if TYPE_CHECKING:
-    from sana_cli.weights.download import RemoteFile
-
 NAME_COLUMNS = 12  # of facts, two of them blank
 # Colours of the terminal's own palette, which its owner can read on light and on dark; Rich's bars
 # have fixed ones that are made for dark.
@@ -48,43 +45,47 @@ THEME = Theme(
 )
 
 
-class Talk:
-    """The voice of one run; `quiet` leaves only errors."""
+class Console:
+    """The reporter of the command line; `quiet` leaves only errors."""
 
     def __init__(self, quiet: bool = False, verbose: bool = False, color: bool = True) -> None:
         self.quiet, self.verbose = quiet, verbose
-        self.console = Console(
+        self.rich = RichConsole(
             stderr=True, no_color=None if color else True, highlight=False, theme=THEME
         )
 
     @property
     def live(self) -> bool:
         """Whether bars can move: a person is looking, at a terminal that can."""
-        return not self.quiet and self.console.is_terminal and not self.console.is_dumb_terminal
+        return not self.quiet and self.rich.is_terminal and not self.rich.is_dumb_terminal
 
-    def say(self, text: str) -> None:
+    def info(self, text: str) -> None:
         if not self.quiet:
             # Broken between words for people; never for whoever reads lines.
-            broken = self.console.is_terminal
-            self.console.print(f"[dim]{escape(text)}[/dim]", soft_wrap=not broken)
+            broken = self.rich.is_terminal
+            self.rich.print(f"[dim]{escape(text)}[/dim]", soft_wrap=not broken)
 
     def detail(self, text: str) -> None:
         if self.verbose:
-            self.say(text)
+            self.info(text)
 
     def warn(self, text: str) -> None:
         if not self.quiet:
-            self.console.print(f"[yellow]warning:[/yellow] {escape(text)}", soft_wrap=True)
+            self.rich.print(f"[yellow]warning:[/yellow] {escape(text)}", soft_wrap=True)
 
-    def tell(self, text: str) -> None:
-        """A line that stands, even when quiet: what an error is about."""
-        self.console.print(escape(" ".join(text.split())), soft_wrap=True)
+    def line(self, text: str) -> None:
+        """Print a line even when quiet: what an error is about."""
+        self.rich.print(escape(" ".join(text.split())), soft_wrap=True)
+
+    def transfer(self) -> "Downloads":
+        """Bars for a download, to be used as a context manager."""
+        return Downloads(self)
 
     def error(self, error: SanaError) -> None:
         one_line = " ".join(error.message.split())
-        self.console.print(f"[bold red]error:[/bold red] {escape(one_line)}", soft_wrap=True)
+        self.rich.print(f"[bold red]error:[/bold red] {escape(one_line)}", soft_wrap=True)
         if error.hint:
-            self.console.print(f"[bold]hint:[/bold] {escape(error.hint)}", soft_wrap=True)
+            self.rich.print(f"[bold]hint:[/bold] {escape(error.hint)}", soft_wrap=True)
 
 
 class _Shown:
@@ -105,21 +106,21 @@ class _Shown:
         self.progress.__exit__(kind, value, trace)
 
 
-class Bars(_Shown):
+class StageBars(_Shown):
     """One bar a stage, with the time left; a line a stage where the terminal cannot draw."""
 
-    def __init__(self, talk: Talk, stages: tuple[str, ...]) -> None:
-        self.talk, self.live = talk, talk.live
+    def __init__(self, console: Console, stages: tuple[str, ...]) -> None:
+        self.console, self.live = console, console.live
         self.progress = Progress(
             TextColumn("{task.description:>8}"),
             BarColumn(bar_width=28),
             TextColumn("{task.completed:.0f}/{task.total:.0f}"),
             TimeElapsedColumn(),
             TimeRemainingColumn(compact=True),
-            console=talk.console,
+            console=console.rich,
             transient=True,
             redirect_stdout=False,  # results go to stdout itself, wherever that leads
-            speed_estimate_period=3600,  # seconds; a step of a large picture may take minutes
+            speed_estimate_period=3600,  # seconds; a step of a large image may take minutes
             disable=not self.live,
         )
         self.tasks = {
@@ -144,16 +145,16 @@ class Bars(_Shown):
         self.progress.start_task(task)  # its clock; nothing if it runs already
         self.progress.update(task, completed=done, total=total, visible=True)
         if done == total and not self.live:
-            self.talk.say(f"{stage}: {total} done")
+            self.console.info(f"{stage}: {total} done")
 
 
 class BatchBar(_Shown):
-    """One bar for all pictures, with the stage under way; lines where there is no terminal."""
+    """One bar for all images, with the current stage; lines where there is no terminal."""
 
     LINE_EVERY = 10.0  # seconds between lines
 
-    def __init__(self, talk: Talk) -> None:
-        self.talk = talk
+    def __init__(self, console: Console) -> None:
+        self.console = console
         self.progress = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=28),
@@ -161,13 +162,13 @@ class BatchBar(_Shown):
             TimeElapsedColumn(),
             TimeRemainingColumn(compact=True),
             TextColumn("{task.fields[stage]}", style="dim", markup=False),
-            console=talk.console,
+            console=console.rich,
             transient=True,
             redirect_stdout=False,
-            speed_estimate_period=3600,  # pictures may take minutes each
-            disable=not talk.live,
+            speed_estimate_period=3600,  # images may take minutes each
+            disable=not console.live,
         )
-        self.task = self.progress.add_task("pictures", total=0, stage="")
+        self.task = self.progress.add_task("images", total=0, stage="")
         self.done = self.total = 0
         self.began = self.spoke = time.monotonic()
 
@@ -184,10 +185,10 @@ class BatchBar(_Shown):
         self.done += 1
         self.progress.update(self.task, completed=self.done)
         now = time.monotonic()
-        if not self.talk.live and now - self.spoke > self.LINE_EVERY and self.done < self.total:
+        if not self.console.live and now - self.spoke > self.LINE_EVERY and self.done < self.total:
             self.spoke = now
             left = (now - self.began) / self.done * (self.total - self.done)
-            self.talk.say(f"{self.done} of {self.total} pictures, {left:.0f} s left")
+            self.console.info(f"{self.done} of {self.total} images, {left:.0f} s left")
 
     def result(self, line: str) -> None:
         """Write a line to stdout."""
@@ -220,63 +221,62 @@ class Downloads(_Shown):
     LINE_EVERY = 10.0  # seconds between lines
     DRAW_EVERY = 0.1  # and between updates of a bar
 
-    def __init__(self, talk: Talk) -> None:
-        self.talk = talk
+    def __init__(self, console: Console) -> None:
+        self.console = console
         self.progress = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=20),
             DownloadColumn(),
             TransferSpeedColumn(),
             TimeRemainingColumn(compact=True),
-            console=talk.console,
+            console=console.rich,
             transient=True,
-            disable=not talk.live,
+            disable=not console.live,
         )
-        self.tasks: dict[RemoteFile, TaskID] = {}
-        self.done: dict[RemoteFile, int] = {}
-        self.had = self.size = 0  # bytes, of all files: before this run, and in all
+        self.tasks: dict[str, TaskID] = {}
+        self.sizes: dict[str, int] = {}
+        self.done: dict[str, int] = {}
+        self.had = self.size = 0  # bytes of all files: before this run, and in all
         self.began = self.spoke = time.monotonic()
         self.drew = 0.0
         self.turn = threading.Lock()
 
-    def begin(self, files: "list[RemoteFile]", waiting_bytes: int) -> None:
-        self.size = sum(file.digest.size for file in files)
-        self.had = self.size - waiting_bytes
-        self.all = self.progress.add_task(f"{len(files)} files", total=self.size)
-        for file in files:
-            self.done[file] = file.digest.size - file.missing_bytes
+    def begin(self, sizes: dict[str, int], done: dict[str, int]) -> None:
+        self.sizes, self.done = sizes, dict(done)
+        self.size, self.had = sum(sizes.values()), sum(done.values())
+        self.all = self.progress.add_task(f"{len(sizes)} files", total=self.size)
+        for file, size in sizes.items():
             # The configs would be a screen full of bars that are full at once.
-            if file.digest.size > 10_000_000:
-                self.tasks[file] = self.progress.add_task(
-                    file.name, total=file.digest.size, completed=self.done[file]
-                )
+            if size > 10_000_000:
+                name = file.split("/", 2)[-1]  # without the repository
+                self.tasks[file] = self.progress.add_task(name, total=size, completed=done[file])
 
-    def advance(self, file: "RemoteFile", done: int) -> None:
+    def advance(self, file: str, done: int) -> None:
         with self.turn:
             self.done[file] = done
             now = time.monotonic()
-            if done < file.digest.size and now - self.drew < self.DRAW_EVERY:
+            if done < self.sizes[file] and now - self.drew < self.DRAW_EVERY:
                 return
             self.drew = now
             total = sum(self.done.values())
             self.progress.update(self.all, completed=total)
             if file in self.tasks:
                 self.progress.update(self.tasks[file], completed=done)
-            if not self.talk.live and (total == self.size or now - self.spoke > self.LINE_EVERY):
+            if not self.console.live and (total == self.size or now - self.spoke > self.LINE_EVERY):
                 self.spoke = now
                 speed = (total - self.had) / max(now - self.began, 1e-3)
                 left = (self.size - total) / speed if speed else 0
-                self.talk.say(
+                self.console.info(
                     f"fetched {total / 1e6:.0f} of {self.size / 1e6:.0f} MB,"
                     f" {speed / 1e6:.1f} MB/s, {left:.0f} s left"
                 )
 
     def note(self, text: str) -> None:
-        self.talk.warn(text)
+        self.console.warn(text)
 
 
 def print_fact(
-    console: Console, name: str, value: str, style: str = "", one_line: bool = False
+    console: RichConsole, name: str, value: str, style: str = "", one_line: bool = False
 ) -> None:
     """A name and its value in two columns. Long values wrap on a terminal, and there only.
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sana_cli.errors import UsageError
-from sana_cli.shapes import TRAINED_SHAPES, Canvas, Request, parse_aspect, parse_resolution, place
+from sana_cli.shapes import TRAINED_SHAPES, Canvas, SizeRequest, parse_aspect, parse_resolution, choose_canvas
 
 TABLES = {
     512: ASPECT_RATIO_512_BIN,
@@ -30,11 +30,11 @@ def test_the_trained_shapes_are_those_of_diffusers(side):
 @pytest.mark.parametrize(
     ("asked", "request_"),
     [
-        ("512", Request(side=512)),
-        ("4k", Request(side=4096)),
-        (" 2K ", Request(side=2048)),
-        ("1280x720", Request(None, 1280, 720)),
-        ("1280×720", Request(None, 1280, 720)),
+        ("512", SizeRequest(side=512)),
+        ("4k", SizeRequest(side=4096)),
+        (" 2K ", SizeRequest(side=2048)),
+        ("1280x720", SizeRequest(None, 1280, 720)),
+        ("1280×720", SizeRequest(None, 1280, 720)),
     ],
 )
 def test_ways_to_write_a_resolution(asked, request_):
@@ -61,15 +61,15 @@ def test_any_text_is_a_resolution_or_a_usage_error(text):
     ],
 )
 def test_an_aspect_takes_the_nearest_trained_shape(aspect, canvas):
-    assert place(Request(side=1024), parse_aspect(aspect), "trained", 1024) == canvas
+    assert choose_canvas(SizeRequest(side=1024), parse_aspect(aspect), "trained", 1024) == canvas
 
 
 def test_an_exact_size_is_drawn_at_a_trained_shape_and_cropped():
-    assert place(Request(None, 1280, 720), None, "trained", 1024) == Canvas(1280, 720, 1344, 768)
+    assert choose_canvas(SizeRequest(None, 1280, 720), None, "trained", 1024) == Canvas(1280, 720, 1344, 768)
 
 
 def test_fit_exact_draws_the_next_multiple_of_32():
-    assert place(Request(None, 1280, 720), None, "exact", 1024) == Canvas(1280, 720, 1280, 736)
+    assert choose_canvas(SizeRequest(None, 1280, 720), None, "exact", 1024) == Canvas(1280, 720, 1280, 736)
 
 
 @given(
@@ -78,7 +78,7 @@ def test_fit_exact_draws_the_next_multiple_of_32():
     st.sampled_from(["trained", "exact"]),
 )
 def test_a_canvas_is_always_drawable_and_covers_the_picture(side, aspect, fit):
-    canvas = place(Request(side=side), aspect, fit, side)
+    canvas = choose_canvas(SizeRequest(side=side), aspect, fit, side)
     assert canvas.native_width % 32 == canvas.native_height % 32 == 0
     assert 0 <= canvas.native_width - canvas.width < 32
     assert 0 <= canvas.native_height - canvas.height < 32
@@ -88,39 +88,39 @@ def test_a_canvas_is_always_drawable_and_covers_the_picture(side, aspect, fit):
 @pytest.mark.parametrize(
     ("request_", "side"),
     [
-        (Request(side=256), 256),
-        (Request(side=512), 512),
-        (Request(None, 300, 300), 256),
-        (Request(None, 400, 380), 512),
+        (SizeRequest(side=256), 256),
+        (SizeRequest(side=512), 512),
+        (SizeRequest(None, 300, 300), 256),
+        (SizeRequest(None, 400, 380), 512),
     ],
 )
 def test_a_model_of_squares_draws_the_one_nearest_in_area(request_, side):
-    canvas = place(request_, None, "trained", 256, squares=(256, 512))
+    canvas = choose_canvas(request_, None, "trained", 256, squares=(256, 512))
     assert canvas[2:] == (side, side)
     assert canvas[:2] == ((side, side) if request_.side else request_[1:])
 
 
 @pytest.mark.parametrize(
     ("request_", "aspect"),
-    [(Request(side=1024), None), (Request(side=512), 16 / 9), (Request(None, 800, 800), None)],
+    [(SizeRequest(side=1024), None), (SizeRequest(side=512), 16 / 9), (SizeRequest(None, 800, 800), None)],
     ids=["side", "aspect", "area"],
 )
 def test_a_model_of_squares_draws_nothing_else(request_, aspect):
     with pytest.raises(UsageError, match="256x256 or 512x512|nearest is 512x512|too large"):
-        place(request_, aspect, "trained", 256, squares=(256, 512))
+        choose_canvas(request_, aspect, "trained", 256, squares=(256, 512))
 
 
 @pytest.mark.parametrize(
     ("request_", "aspect"),
     [
-        (Request(side=4096), None),
-        (Request(None, 2048, 2048), None),
-        (Request(None, 1024, 32), None),
-        (Request(side=1024), 10.0),
-        (Request(None, 512, 512), 1.0),
+        (SizeRequest(side=4096), None),
+        (SizeRequest(None, 2048, 2048), None),
+        (SizeRequest(None, 1024, 32), None),
+        (SizeRequest(side=1024), 10.0),
+        (SizeRequest(None, 512, 512), 1.0),
     ],
     ids=["side", "area", "aspect of a size", "aspect", "both"],
 )
 def test_what_a_model_cannot_draw_is_refused(request_, aspect):
     with pytest.raises(UsageError):
-        place(request_, aspect, "trained", 1024)
+        choose_canvas(request_, aspect, "trained", 1024)

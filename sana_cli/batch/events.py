@@ -1,8 +1,8 @@
-"""What a batch says on stdout with --json: JSON Lines, each an object with an `event`.
+"""The JSON Lines that `sana batch --json` writes to stdout, each an object with an `event`.
 
 plan       jobs, done (there already), failed (in an earlier run), todo, folder, shard, device,
            models; of a pipe, one for each round of rows
-image      id, row, path, seed, width, height, model, sha256, bytes, seconds (since the picture
+image      id, row, path, seed, width, height, model, sha256, bytes, seconds (since the image
            before), peak_bytes (so far), recipe
 error      id, row, column (or null), message, hint (or null), exit_code
 heartbeat  stage, done, total: whenever nothing else was said for ten seconds
@@ -20,14 +20,14 @@ from typing import Any
 HEARTBEAT = 10.0  # seconds
 
 
-class Events:
+class EventWriter:
     def __init__(self) -> None:
         self.turn = threading.Lock()
         self.spoke = time.monotonic()
         self.state: dict[str, Any] = {"stage": "read", "done": 0, "total": 0}
         self.ended = threading.Event()
 
-    def __enter__(self) -> "Events":
+    def __enter__(self) -> "EventWriter":
         threading.Thread(target=self._beat, daemon=True).start()
         return self
 

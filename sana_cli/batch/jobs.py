@@ -1,31 +1,28 @@
-"""From rows to jobs: one picture each, known by what it is and not by where its row stands.
+"""Rows to jobs: one image each, identified by what it draws and not by where its row stands.
 
 A job's id is a hash of its recipe, of the precision that was asked for (not of what this machine
 made of it, so that all machines agree), of its row's own name for it and the columns in that name,
 and of how many jobs equal in all this came before it. Where no seed is given it is a hash of the
 same, less the precision, and equal jobs count on from it. So a job has the same id, seed and
-picture alone or in any batch, in any order and any shard.
+image alone or in any batch, in any order and any shard.
 """
 
 import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from sana_cli.batch.rows import Fault, Found, Row
+from sana_cli.batch.rows import Fault, Row, RowOrFault
 from sana_cli.batch.templates import alternatives, columns_of, fill
 from sana_cli.errors import SanaError, UsageError
-from sana_cli.images.files import read
 from sana_cli.images.names import Output, check_size, parse_job_name
 from sana_cli.recipe import MOST_IMAGES, SEED_LIMIT, Recipe, parse_seeds
-from sana_cli.resolve import Choice, Source, choose
+from sana_cli.resolve import InputImages, Resolution, resolve
 from sana_cli.settings import Settings
 from sana_cli.weights.catalogue import Model
 
@@ -46,19 +43,19 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Ask:
-    """A prompt of a row with all that was chosen for it, before any file of the model is read."""
+class JobSpec:
+    """A prompt of a row with what its settings amount to, before any file of the model is read."""
 
     row: Row
-    choice: Choice
+    resolution: Resolution
     seeds: list[int] | None  # None: from a hash, `count` of them
     count: int
     output: Output
     columns: dict[str, str]  # that tell apart jobs of one recipe: those in the name, and `output`
 
 
-class Reader:
-    """What the command line says of every row; rows win."""
+class RowReader:
+    """Read rows into job specs; options are defaults, and rows win."""
 
     def __init__(
         self,
@@ -73,28 +70,28 @@ class Reader:
         self.template, self.expanded = template, expanded
         self.filled = columns_of(template, expanded) if template is not None else []
         self.used = {*self.filled, *output.columns}  # columns beside the fields of a row
-        self.sources = Sources()
+        self.images = InputImages()
 
-    def read(self, found: Iterable[Found]) -> tuple[list[Ask], list[Fault]]:
-        asks: list[Ask] = []
+    def read(self, found: Iterable[RowOrFault]) -> tuple[list[JobSpec], list[Fault]]:
+        specs: list[JobSpec] = []
         faults: list[Fault] = []
         for row in found:
             if isinstance(row, Fault):
                 faults.append(row)
                 continue
             try:
-                asks += self._asks(row)
+                specs += self._specs(row)
             except UsageError as error:
                 faults.append(fault(row, error))
             except _InColumn as error:
                 faults.append(Fault(row.number, error.column, error.message))
-        return asks, faults
+        return specs, faults
 
-    def _asks(self, row: Row) -> Iterator[Ask]:
+    def _specs(self, row: Row) -> Iterator[JobSpec]:
         given = self.defaults | row.fields
         named = row.fields.get("output")
         output = parse_job_name(named, self.format) if named is not None else self.output
-        columns = {name: _column(row, name, "the name of the picture") for name in output.columns}
+        columns = {name: _column(row, name, "the name of the image") for name in output.columns}
         own = columns | ({"output": named} if named is not None else {})
         count = given.pop("count")
         seed = given.pop("seed")
@@ -103,10 +100,8 @@ class Reader:
             raise UsageError(f"--count {count} is not between 1 and {MOST_IMAGES}")
         seeds = parse_seeds(seed, count) if seed is not None else None
         for prompt in self._prompts(row):
-            choice = choose(Settings(**given | {"prompt": prompt}))
-            if choice.source is not None and choice.settings.image is not None:
-                choice = replace(choice, source=self.sources.keep(choice.source, choice.settings))
-            yield Ask(row, choice, seeds, count or 1, output, own)
+            resolution = resolve(Settings(**given | {"prompt": prompt}), self.images)
+            yield JobSpec(row, resolution, seeds, count or 1, output, own)
 
     def _prompts(self, row: Row) -> list[str]:
         if self.template is None:
@@ -145,82 +140,58 @@ def fault(row: Row, error: SanaError) -> Fault:
     return Fault(row.number, column, error.message, error.hint)
 
 
-class Sources(Mapping[str, np.ndarray]):
-    """Pictures to start from by the SHA-256 of their pixels; read again when they are used."""
-
-    def __init__(self) -> None:
-        self.paths: dict[str, str] = {}
-
-    def keep(self, source: Source, settings: Settings) -> Source:
-        """The same without its pixels."""
-        assert settings.image is not None
-        self.paths[source.digest] = settings.image
-        return replace(source, pixels=np.empty((0, 0, 3), np.uint8))
-
-    def __getitem__(self, digest: str) -> np.ndarray:
-        pixels = read(self.paths[digest])
-        if hashlib.sha256(pixels.tobytes()).hexdigest() != digest:
-            raise SanaError(f"--image {self.paths[digest]} has changed since the batch began")
-        return pixels
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.paths)
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-
-class Planner:
-    """Makes jobs, and remembers those before: their count, names, and how often they came."""
+class JobBuilder:
+    """Build jobs; remember those before: their count, names, and how often each came."""
 
     def __init__(self) -> None:
         self.count = 0
         self.repeats: Counter[str] = Counter()
         self.names: dict[str, int] = {}  # path, as the least particular file system sees it -> row
 
-    def copy(self) -> "Planner":
+    def copy(self) -> "JobBuilder":
         return deepcopy(self)
 
-    def plan(
+    def build(
         self,
-        asks: Iterable[Ask],
+        specs: Iterable[JobSpec],
         files_of: Callable[[Model], "ModelFiles"],
         device: str,
         survived: type[SanaError] = UsageError,
     ) -> tuple[list[Job], list[Fault]]:
-        """Errors of the kind `survived` are faults of a row, others end it all."""
+        """Build the jobs of some specs. Errors of the kind `survived` are faults of a row; others
+        are raised."""
         jobs: list[Job] = []
         faults: list[Fault] = []
-        for ask in asks:
+        for spec in specs:
             try:
-                jobs += self._jobs(ask, files_of(ask.choice.model), device)
+                jobs += self._jobs(spec, files_of(spec.resolution.model), device)
             except survived as error:
-                faults.append(fault(ask.row, error))
+                faults.append(fault(spec.row, error))
         return jobs, faults
 
-    def _jobs(self, ask: Ask, files: "ModelFiles", device: str) -> Iterator[Job]:
-        first = ask.choice.recipe(files, device, 0)
-        check_size(first, ask.output.format)
-        what = first.as_dict() | {"columns": ask.columns}
+    def _jobs(self, spec: JobSpec, files: "ModelFiles", device: str) -> Iterator[Job]:
+        first = spec.resolution.recipe(files, device, 0)
+        check_size(first, spec.output.format)
+        what = first.as_dict() | {"columns": spec.columns}
         for part in ("seed", "text_dtype", "dit_dtype", "vae_dtype"):
             del what[part]
-        asked = ask.choice.settings
+        asked = spec.resolution.settings
         precision = {"dtype": asked.dtype, "text_precision": asked.text_precision}
         start = int(_hash(what)[:8], 16) % (SEED_LIMIT - MOST_IMAGES)
-        count = ask.count if ask.seeds is None else len(ask.seeds)
+        count = spec.count if spec.seeds is None else len(spec.seeds)
         if self.count + count > MOST_IMAGES:
             raise UsageError(f"there are more than {MOST_IMAGES} jobs", "split the file")
         for i in range(count):
-            seed = None if ask.seeds is None else ask.seeds[i]
+            seed = None if spec.seeds is None else spec.seeds[i]
             alike = _hash(what | precision | {"seed": seed})
             before = self.repeats[alike]
             self.repeats[alike] += 1
             self.count += 1
             recipe = replace(first, seed=start + before if seed is None else seed)
             id = _hash(what | precision | {"seed": recipe.seed, "before": before})[:ID_DIGITS]
-            name = ask.output.path(recipe, self.count, ask.columns | {"id": id})
-            self._take(name, ask.row)
-            yield Job(id, ask.row.number, recipe, ask.choice.model, name, ask.output.format)
+            name = spec.output.path(recipe, self.count, spec.columns | {"id": id})
+            self._take(name, spec.row)
+            yield Job(id, spec.row.number, recipe, spec.resolution.model, name, spec.output.format)
 
     def _take(self, name: Path, row: Row) -> None:
         key = name.as_posix().casefold()

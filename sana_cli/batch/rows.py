@@ -13,16 +13,16 @@ import re
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
 from sana_cli.errors import UsageError
-from sana_cli.settings import Settings
+from sana_cli.settings import declared
 
 FORMATS = ("txt", "jsonl", "csv", "tsv")
-NUMBERS: dict[str, type] = {"steps": int, "count": int, "guidance": float, "strength": float}
-FIELDS = (*(field.name for field in fields(Settings)), "seed", "count", "output")
+KINDS = {name: one.kind for name, one in declared().items() if one.option.column}
+FIELDS = ("prompt", *KINDS, "output")
 TRUTH = {"true": True, "yes": True, "on": True, "1": True}
 TRUTH |= {"false": False, "no": False, "off": False, "0": False}
 TOGETHER = 1.0  # seconds: rows of a pipe that come within this are validated and drawn together
@@ -47,10 +47,10 @@ class Fault:
 
 
 Lines = Iterable[bytes]
-Found = Row | Fault
+RowOrFault = Row | Fault
 
 
-def parse(lines: Lines, format: str, used: Collection[str] = ()) -> Iterator[Found]:
+def parse(lines: Lines, format: str, used: Collection[str] = ()) -> Iterator[RowOrFault]:
     """The rows of a text in one of FORMATS; `used` are columns allowed beside FIELDS."""
     text = _Text(lines)
     parsers = {"txt": _prompts, "jsonl": _objects, "csv": _cells, "tsv": _cells}
@@ -158,7 +158,7 @@ def field_name(name: str) -> str:
     return plain if plain in FIELDS else name.strip()
 
 
-def _row(number: int, values: dict[str, Any], used: Collection[str]) -> Found:
+def _row(number: int, values: dict[str, Any], used: Collection[str]) -> RowOrFault:
     given: dict[str, Any] = {}
     columns: dict[str, str] = {}
     for key, value in values.items():
@@ -189,19 +189,20 @@ def _convert(name: str, value: Any) -> Any:
         if isinstance(value, list) and value and all(_is_integer(item) for item in value):
             return ",".join(map(str, value))
         return _whole(_as_text(value))
-    if name == "instruction":
+    kind = KINDS.get(name, str)
+    if kind is bool:
         truth = TRUTH.get(_as_text(value).lower())
         if truth is None:
             raise ValueError(f"{value!r} is neither true nor false")
         return truth
-    if name in NUMBERS:
+    if kind in (int, float):
         if isinstance(value, bool):
             raise ValueError(f"{_as_text(value)} is not a number")
         try:
-            return NUMBERS[name](_whole(_as_text(value)))
+            return kind(_whole(_as_text(value)))
         except ValueError:
-            kind = "a whole number" if NUMBERS[name] is int else "a number"
-            raise ValueError(f"{value!r} is not {kind}") from None
+            wanted = "a whole number" if kind is int else "a number"
+            raise ValueError(f"{value!r} is not {wanted}") from None
     if not isinstance(value, str) and not (name == "res" and _is_integer(value)):
         raise ValueError(f"{json.dumps(value)[:60]} is not text")
     return str(value)
@@ -240,7 +241,7 @@ class Pipe:
     """Rows of a pipe, in the rounds that they arrive in."""
 
     def __init__(self, descriptor: int, format: str, used: Collection[str]) -> None:
-        self.found: queue.SimpleQueue[Found | None] = queue.SimpleQueue()
+        self.found: queue.SimpleQueue[RowOrFault | None] = queue.SimpleQueue()
         work = (descriptor, format, used)
         threading.Thread(target=self._read, args=work, daemon=True).start()
 
@@ -249,11 +250,13 @@ class Pipe:
             self.found.put(found)
         self.found.put(None)
 
-    def rounds(self, stopping: Callable[[], bool], whole: bool = False) -> Iterator[list[Found]]:
+    def rounds(
+        self, stopping: Callable[[], bool], whole: bool = False
+    ) -> Iterator[list[RowOrFault]]:
         """Lists of rows: what comes within TOGETHER of the first, or with `whole` all there is."""
         ended = False
         while not ended and not stopping():
-            batch: list[Found] = []
+            batch: list[RowOrFault] = []
             until = None
             while not stopping():
                 wait = POLL if until is None else max(0.0, min(POLL, until - time.monotonic()))

@@ -1,4 +1,4 @@
-"""Draws the jobs of a batch and saves each picture; one bad job never stops the others."""
+"""Draw the jobs of a batch and save each image; one bad job never stops the others."""
 
 import hashlib
 import time
@@ -7,23 +7,25 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from sana_cli.batch.jobs import Job, Sources
+from sana_cli.batch.jobs import Job
 from sana_cli.batch.manifest import Line, Manifest
 from sana_cli.errors import BrokenModel, DiskFull, NotEnoughMemory, SanaError
-from sana_cli.images import files as images
-from sana_cli.pipeline.draw import Failure, Picture, Progress, Remark, draw
-from sana_cli.pipeline.plan import Plan
-from sana_cli.recipe import Recipe
+from sana_cli.images.files import encode, write
+from sana_cli.pipeline.draw import Failure, ImageDone, Progress
+from sana_cli.pipeline.oom_retry import Notice
+from sana_cli.resolve import InputImages
+from sana_cli.session import DrawRequest, Session
+from sana_cli.settings import FileOptions
 from sana_cli.system.devices import peak_bytes
 from sana_cli.weights.catalogue import Model
 from sana_cli.weights.model_files import ModelFiles
 
-AT_ONCE = 256  # pictures whose texts are held in memory together: 0.4 GB of Gemma-2-2B's
+AT_ONCE = 256  # images whose text states are in memory together: 0.4 GB of Gemma-2-2B's
 
 
 @dataclass(frozen=True)
 class Saved:
-    """The picture of a job is at `path`, and its line in the manifest."""
+    """The image of a job is at `path`, and `line` is its line in the manifest."""
 
     job: Job
     path: Path
@@ -36,38 +38,35 @@ class Failed:
     error: SanaError
 
 
-Event = Saved | Failed | Progress | Remark
+RunEvent = Saved | Failed | Progress | Notice
 
 
 class Runner:
     def __init__(
         self,
+        session: Session,
         manifest: Manifest,
         files_of: Callable[[Model], ModelFiles],
-        plan_of: Callable[[list[Recipe], ModelFiles], Plan],
-        sources: Sources,
-        cache: Path | None,
-        encode: Callable[[Picture, Job], bytes],
-        force: bool,
+        images: InputImages,
+        options: FileOptions,
         stopping: Callable[[], bool],
     ) -> None:
-        """`encode` makes the bytes of a file; `stopping` asks for an end after this picture."""
-        self.manifest, self.files_of, self.plan_of = manifest, files_of, plan_of
-        self.sources, self.cache = sources, cache
-        self.encode, self.force, self.stopping = encode, force, stopping
-        self.before = 0.0  # when the last picture was there
+        """`stopping` asks for an end after the current image."""
+        self.session, self.manifest, self.files_of = session, manifest, files_of
+        self.images, self.options, self.stopping = images, options, stopping
+        self.before = 0.0  # when the last image was saved
 
-    def run(self, jobs: Iterable[Job]) -> Iterator[Event]:
-        """All with one model and one precision together, in the order of the first of each.
+    def run(self, jobs: Iterable[Job]) -> Iterator[RunEvent]:
+        """Run jobs, all with one model and one precision together, in the order of the first.
 
-        SanaError if no more can be drawn or kept; what was said to be saved, is.
+        SanaError if no more can be drawn or saved; what was reported as saved is on disk.
         """
         try:
             yield from self._run(jobs)
         except _Fatal as error:
             raise error.error from None
 
-    def _run(self, jobs: Iterable[Job]) -> Iterator[Event]:
+    def _run(self, jobs: Iterable[Job]) -> Iterator[RunEvent]:
         groups: dict[tuple, list[Job]] = {}
         for job in jobs:
             recipe = job.recipe
@@ -90,55 +89,52 @@ class Runner:
                     waiting.insert(0, [job for job in left if _pixels(job) < size])
                 elif len(left) == 1 or isinstance(error, BrokenModel):
                     bad = left
-                else:  # it was not said of one picture, so halves will tell
+                else:  # not of one image: halves will tell
                     half, bad = len(left) // 2, []
                     waiting[:0] = [left[:half], left[half:]]
                 for job in bad:
                     yield self._failed(job, error)
 
-    def _draw(self, jobs: list[Job]) -> Generator[Event, None, tuple[list[Job], SanaError | None]]:
-        """What is left of the jobs, and the error that ended it if one did."""
+    def _draw(
+        self, jobs: list[Job]
+    ) -> Generator[RunEvent, None, tuple[list[Job], SanaError | None]]:
+        """Draw jobs; return those that are left, and the error that ended it if one did."""
         left = dict(enumerate(jobs))
-        recipes = [job.recipe for job in jobs]
-        sources = self.sources if any(recipe.image for recipe in recipes) else None
         under_way = False
         try:
-            files = self.files_of(jobs[0].model)
-            plan = self.plan_of(recipes, files)
-            for event in draw(recipes, files, plan, images=sources, cache=self.cache):
-                if isinstance(event, Picture | Failure):
-                    job = left[event.index]
-                    ended = (
-                        self._save(job, event, plan)
-                        if isinstance(event, Picture)
-                        else self._failed(job, event.error)
-                    )
-                    del left[event.index]
-                    yield ended
-                else:
-                    yield event
-                    if isinstance(event, Remark):
-                        continue
-                    # A picture is under way from its first step; what was decoded comes at once.
+            model, recipes = jobs[0].model, [job.recipe for job in jobs]
+            request = DrawRequest(model, self.files_of(model), recipes, self.images)
+            for event in self.session.draw(request):
+                if isinstance(event, ImageDone | Failure):
+                    job = left.pop(event.index)
+                    if isinstance(event, ImageDone):
+                        yield self._save(job, event)
+                    else:
+                        yield self._failed(job, event.error)
+                    under_way = False
+                    if self.stopping():
+                        break
+                    continue
+                yield event
+                if isinstance(event, Progress):
+                    # An image is under way from its first step; once denoised it is decoded.
                     if self.stopping() and not under_way and event.stage != "decode":
                         break
                     under_way = under_way or event.stage in ("denoise", "decode")
-                    continue
-                under_way = False
-                if self.stopping():
-                    break
         except _Fatal:
             raise
         except Exception as error:
             return list(left.values()), _plain(error)
         return list(left.values()), None
 
-    def _save(self, job: Job, picture: Picture, plan: Plan) -> Saved | Failed:
+    def _save(self, job: Job, image: ImageDone) -> Saved | Failed:
         try:
-            data = self.encode(picture, job)
+            kept = self.options.metadata == "full"
+            metadata = self.session.metadata(job.recipe) if kept else None
+            data = encode(image.pixels, job.format, self.options.quality, metadata)
         except Exception as error:
             return self._failed(job, _plain(error))
-        path, replaces = self.manifest.place(job.id, job.name, self.force)
+        path, replaces = self.manifest.place(job.id, job.name, self.options.force)
         now = time.perf_counter()
         facts = {
             "id": job.id,
@@ -146,14 +142,14 @@ class Runner:
             "seed": job.recipe.seed,
             "sha256": hashlib.sha256(data).hexdigest(),
             "seconds": round(now - self.before, 3),
-            "peak_bytes": peak_bytes(plan.device),
+            "peak_bytes": peak_bytes(self.session.device),
         }
         self.before = now
         with _fatal():
             self.manifest.append(status="writing", path=path.as_posix(), **facts)
         try:
             target = self.manifest.folder / path
-            written = images.write(target, data, replaces, f"-{self.manifest.stem}")
+            written = write(target, data, replaces, f"-{self.manifest.stem}")
         except DiskFull as error:
             raise _Fatal(error) from None
         except SanaError as error:

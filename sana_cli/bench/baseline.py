@@ -7,7 +7,7 @@ from sana_cli.bench.phases import PHASES, SCHEMA, Facts
 from sana_cli.errors import UsageError
 
 
-def read_earlier(path: Path) -> Facts:
+def read_baseline(path: Path) -> Facts:
     """A document that `--save` wrote. UsageError if it is none."""
     hint = "give a file that `sana bench --save` wrote"
     try:

@@ -35,7 +35,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sana_cli.bench.phases import Facts, Meter, Run, spread
+from sana_cli.bench.phases import BenchRun, Facts, Meter, spread
 from sana_cli.errors import UsageError
 from sana_cli.recipe import Recipe
 from sana_cli.weights.checkpoint import load_weights
@@ -129,9 +129,9 @@ class Diffusers:
         return replace(self.files, parts=parts)
 
     @torch.inference_mode()
-    def run(self, recipes: list[Recipe]) -> Run:
+    def run(self, recipes: list[Recipe]) -> BenchRun:
         """Texts once, then picture after picture, by the pipeline's own methods."""
-        run, meter = Run(dict.fromkeys(STAGES, 0.0)), Meter(self.device)
+        run, meter = BenchRun(dict.fromkeys(STAGES, 0.0)), Meter(self.device)
         pipe, recipe, sprint = self.pipe, self.recipe, self.files.is_sprint
 
         def took(stage: str, began: float) -> float:
@@ -176,13 +176,13 @@ class Diffusers:
             latents = latents.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor
             image = pipe.vae.decode(latents, return_dict=False)[0]
             drawn = pipe.image_processor.postprocess(image, output_type="pil")[0]
-            run.pictures.append(np.asarray(drawn))
+            run.images.append(np.asarray(drawn))
             began = took("decode", began)
         run.peaks["total"] = meter.look()
         return run
 
 
-def result(theirs: Diffusers, pairs: list[tuple[Run, Run]]) -> Facts:
+def result(theirs: Diffusers, pairs: list[tuple[BenchRun, BenchRun]]) -> Facts:
     """What is told of pairs of runs, ours before theirs."""
     versions = {name: importlib.metadata.version(name) for name in NEEDED}
     seconds: Facts = {}
@@ -192,7 +192,7 @@ def result(theirs: Diffusers, pairs: list[tuple[Run, Run]]) -> Facts:
         seconds[stage] = {"sana": spread(ours), "diffusers": spread(other)}
         ratio[stage] = median(b / a for a, b in zip(ours, other, strict=True))
     peaks = [peak for _, run in pairs if (peak := run.peaks["total"]) is not None]
-    mine, others = (run.pictures for run in pairs[-1])
+    mine, others = (run.images for run in pairs[-1])
     likeness = [psnr(a, b) for a, b in zip(mine, others, strict=True)]
     return {
         **versions,
@@ -203,7 +203,7 @@ def result(theirs: Diffusers, pairs: list[tuple[Run, Run]]) -> Facts:
         "peak_bytes": max(peaks, default=None),
         "psnr": min((value for value in likeness if value is not None), default=None),
         "shared": ["transformer", "text_encoder"],
-        "remarks": list(dict.fromkeys(text for run, _ in pairs for text in run.remarks)),
+        "remarks": list(dict.fromkeys(text for run, _ in pairs for text in run.notices)),
     }
 
 
@@ -213,7 +213,7 @@ def psnr(one: np.ndarray, other: np.ndarray) -> float | None:
     return float(10 * np.log10(255**2 / error)) if error else None
 
 
-def _seconds(run: Run, stage: str) -> float:
+def _seconds(run: BenchRun, stage: str) -> float:
     return sum(run.seconds[s] for s in STAGES) if stage == "total" else run.seconds[stage]
 
 

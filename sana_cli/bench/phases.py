@@ -38,12 +38,13 @@ import torch
 
 from sana_cli import __version__
 from sana_cli.bench.roofline import Work, bandwidth, decoding, denoising, matrix_rate
-from sana_cli.images import files as images
-from sana_cli.images.metadata import Record
+from sana_cli.images.files import encode, write
 from sana_cli.kernels.dispatch import fallback_reason
-from sana_cli.pipeline.draw import Event, Failure, Picture, Progress, Remark, draw
+from sana_cli.pipeline.draw import Event, Failure, ImageDone, Progress
+from sana_cli.pipeline.oom_retry import Notice
 from sana_cli.pipeline.plan import Plan
 from sana_cli.recipe import Recipe
+from sana_cli.session import DrawRequest, Session
 from sana_cli.system import inventory
 from sana_cli.system.devices import give_back
 from sana_cli.weights.model_files import ModelFiles
@@ -121,13 +122,13 @@ class Meter:
 
 
 @dataclass
-class Run:
-    """What one drawing of all the pictures took: seconds and peak bytes by phase."""
+class BenchRun:
+    """What one drawing of all the images took: seconds and peak bytes by phase."""
 
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     peaks: dict[str, int | None] = field(default_factory=dict)
-    pictures: list[Any] = field(default_factory=list)  # uint8 (height, width, 3) each
-    remarks: list[str] = field(default_factory=list)
+    images: list[Any] = field(default_factory=list)  # uint8 (height, width, 3) each
+    notices: list[str] = field(default_factory=list)
 
     @property
     def total(self) -> float:
@@ -136,18 +137,18 @@ class Run:
 
 
 def measure(
-    recipes: list[Recipe],
-    files: ModelFiles,
+    session: Session,
+    request: DrawRequest,
     plan: Plan,
     folder: Path,
     watch: Callable[[Event], None] = lambda event: None,
-) -> Run:
-    """Draw the pictures and save them in `folder` as PNG, without the cache of texts.
+) -> BenchRun:
+    """Draw the images of a request and save them in `folder` as PNG.
 
-    What the pipeline does between two of its events belongs to the later one. SanaError if a
-    picture fails.
+    What the pipeline does between two of its events belongs to the later one. SanaError if an
+    image fails.
     """
-    run, meter = Run(), Meter(plan.device)
+    run, meter = BenchRun(), Meter(plan.device)
 
     def took(phase: str, seconds: float) -> None:
         run.seconds[phase] += seconds
@@ -156,26 +157,26 @@ def measure(
 
     give_back(plan.device)
     meter.look()
-    for event in draw(recipes, files, plan):
+    for event in session.draw(request, plan):
         watch(event)
         match event:
             case Progress(stage, _, _, seconds):
                 took(stage, seconds)
-            case Picture(index, pixels):
+            case ImageDone(index, pixels):
                 began = perf_counter()
-                record = Record(recipes[index], plan.device, torch.__version__)
-                data = images.encode(pixels, "png", None, record)
-                images.write(folder / f"{index}.png", data, force=True)
+                metadata = session.metadata(request.recipes[index])
+                data = encode(pixels, "png", None, metadata)
+                write(folder / f"{index}.png", data, force=True)
                 took("save", perf_counter() - began)
-                run.pictures.append(pixels)
+                run.images.append(pixels)
             case Failure(_, error):
                 raise error
-            case Remark(text):
-                run.remarks.append(text)
+            case Notice(text):
+                run.notices.append(text)
     return run
 
 
-def summary(runs: list[Run], recipes: list[Recipe], files: ModelFiles, rates: Facts) -> Facts:
+def summary(runs: list[BenchRun], recipes: list[Recipe], files: ModelFiles, rates: Facts) -> Facts:
     """The part of the document that follows from the runs: phases, step, pictures a minute."""
     recipe, count = recipes[0], len(recipes)
     phases: Facts = {}
@@ -195,7 +196,7 @@ def summary(runs: list[Run], recipes: list[Recipe], files: ModelFiles, rates: Fa
         "phases": phases,
         "step_seconds": phases["denoise"]["seconds"]["median"] / (recipe.steps * count),
         "images_per_minute": 60 * count / total["median"],
-        "remarks": list(dict.fromkeys(text for run in runs for text in run.remarks)),
+        "remarks": list(dict.fromkeys(text for run in runs for text in run.notices)),
     }
 
 

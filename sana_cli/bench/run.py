@@ -1,6 +1,7 @@
-"""How `sana bench` goes: subjects are made ready, measured one after the other, and summed up."""
+"""One run of `sana bench`: prepare subjects, measure one after the other, and sum up."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
@@ -9,22 +10,21 @@ from typing import TYPE_CHECKING, Any
 from sana_cli.errors import MissingModel, UsageError
 
 if TYPE_CHECKING:
-    from sana_cli.bench.phases import Run
+    from sana_cli.bench.phases import BenchRun
     from sana_cli.pipeline.draw import Event
     from sana_cli.pipeline.plan import Plan
-    from sana_cli.recipe import Recipe
-    from sana_cli.resolve import Choice
-    from sana_cli.ui import Talk
-    from sana_cli.weights.model_files import ModelFiles
+    from sana_cli.resolve import Resolution
+    from sana_cli.session import DrawRequest, Session
 
 PROMPT = "a red circle on a blue background"
 AMPLE = 2**62  # bytes
 UNSTEADY = 1.5  # times that rates may differ before and after the runs
 
 Sides = tuple[int, int]  # (width, height) in pixels
+Watch = Callable[[str, int, int], None]  # of a bar, how much is done, and of how much
 
 
-class Against(StrEnum):
+class Competitor(StrEnum):
     diffusers = "diffusers"
     compiled = "diffusers-compiled"
 
@@ -33,8 +33,7 @@ class Against(StrEnum):
 class Subject:
     """A model at a size, ready to be measured."""
 
-    recipes: "list[Recipe]"
-    files: "ModelFiles"
+    request: "DrawRequest"
     plan: "Plan"
     random: bool
     own_tokenizer: bool
@@ -57,35 +56,37 @@ def parse_sizes(asked: list[str] | None) -> dict[str | None, Sides | None]:
     return sizes
 
 
-def choose_at(model: str | None, size: str | None, asked: dict[str, Any]) -> "Choice":
-    """The size chooses the model if none is named. One that is draws any, see `make_subject`."""
-    from sana_cli.resolve import choose
+def resolve_at(model: str | None, size: str | None, asked: dict[str, Any]) -> "Resolution":
+    """Resolve a size, which chooses the model if none is named.
+
+    A model that is named draws any size, see `make_subject`.
+    """
+    from sana_cli.resolve import InputImages, resolve
     from sana_cli.settings import Settings
 
-    return choose(Settings(PROMPT, model=model, res=None if model else size, **asked))
+    settings = Settings(PROMPT, model=model, res=None if model else size, **asked)
+    return resolve(settings, InputImages())
 
 
 def make_subject(
-    choice: "Choice",
+    session: "Session",
+    resolution: "Resolution",
     sides: Sides | None,
-    where: str,
     count: int,
-    limit: int | None,
     random: bool,
-    against: Against | None,
+    competitor: Competitor | None,
     folder: Path,
-    talk: "Talk",
 ) -> Subject:
-    from sana_cli.pipeline.plan import make_plan
-    from sana_cli.weights.fetch import open_chosen
+    """Prepare a model at a size. MissingModel if its weights are needed and are not here."""
+    from sana_cli.session import DrawRequest
     from sana_cli.weights.hub_cache import find_parts
 
-    model = choice.model
+    model, device = resolution.model, session.device
     found = find_parts(model)
     if random:
         from sana_cli.bench.random_weights import random_model
 
-        files = random_model(model, found, folder / model.name, where)
+        files = random_model(model, found, folder / model.name, device)
     elif found is None:
         raise MissingModel(
             f"the weights of {model.name} are not on this machine",
@@ -93,59 +94,61 @@ def make_subject(
             + (f", or: sana models pull {model.name}" if model.architecture else ""),
         )
     else:
-        files = open_chosen(model, talk, offline=True, dry_run=False)
-    first = choice.recipe(files, where, 1)
+        files = session.open(model)
+    first = resolution.recipe(files, device, 1)
     # As large as was asked for, whether or not the model was trained for it: the work is the same.
     width, height = sides or (first.native_width, first.native_height)
     first = replace(first, native_width=width, native_height=height, width=width, height=height)
-    if against is not None and first.text_dtype == "int8":
+    if competitor is not None and first.text_dtype == "int8":
         from sana_cli.system.devices import wide_dtype
 
-        first = replace(first, text_dtype=wide_dtype(where))
-        talk.say(f"the text encoder runs in {first.text_dtype}, as that of diffusers does")
+        first = replace(first, text_dtype=wide_dtype(device))
+        text = f"the text encoder runs in {first.text_dtype}, as that of diffusers does"
+        session.reporter.info(text)
     recipes = [replace(first, seed=1 + i) for i in range(count)]
-    plan = make_plan(recipes, files, where, limit)
-    for text in plan.words():
-        talk.say(text)
-    return Subject(recipes, files, plan, random, not random or found is not None)
+    request = DrawRequest(model, files, recipes)
+    own_tokenizer = not random or found is not None
+    return Subject(request, session.plan(request), random, own_tokenizer)
 
 
 def check_comparable(before: dict[str, Any], subjects: list[Subject]) -> None:
     """Better known now than after the runs."""
     known = {(size["model"], size["width"], size["height"]) for size in before["sizes"]}
-    if not any(
-        (s.recipes[0].model, s.recipes[0].width, s.recipes[0].height) in known for s in subjects
-    ):
+    firsts = [subject.request.recipes[0] for subject in subjects]
+    if not any((first.model, first.width, first.height) in known for first in firsts):
         there = ", ".join(f"{model} at {width}x{height}" for model, width, height in sorted(known))
         raise UsageError(f"--compare: nothing that is measured is in there ({there})")
 
 
 def measure_all(
+    session: "Session",
     subjects: list[Subject],
-    where: str,
     times: tuple[int, int],
-    against: Against | None,
+    competitor: Competitor | None,
     folder: Path,
-    talk: "Talk",
+    watch: Watch,
 ) -> dict[str, Any]:
+    """Measure subjects; the document of `sana_cli.bench.phases`. `times` are runs and warm-ups."""
     from sana_cli.bench import phases
     from sana_cli.system.inventory import power, saving_power
 
-    runs, warmup = times
-    count = len(subjects[0].recipes)
+    (runs, warmup), device, reporter = times, session.device, session.reporter
+    count = len(subjects[0].request.recipes)
     warnings = saving_power(power())
     for text in warnings:
-        talk.warn(f"expect less than this machine can do: {text}")
-    dtypes = {d for s in subjects for d in (s.recipes[0].dit_dtype, s.recipes[0].vae_dtype)}
+        reporter.warn(f"expect less than this machine can do: {text}")
+    firsts = [subject.request.recipes[0] for subject in subjects]
+    dtypes = {dtype for first in firsts for dtype in (first.dit_dtype, first.vae_dtype)}
     seen, measured = [], []
     for subject in subjects:
-        talk.say("measuring the machine")
-        seen.append(phases.rates(where, dtypes))
-        measured.append(_runs(subject, times, folder, talk))
-    document = phases.surroundings(where)  # of a GPU while it is warm
-    seen.append(phases.rates(where, dtypes))
+        reporter.info("measuring the machine")
+        seen.append(phases.rates(device, dtypes))
+        measured.append(_runs(session, subject, times, folder, watch))
+    document = phases.surroundings(device)  # of a GPU while it is warm
+    seen.append(phases.rates(device, dtypes))
     compared = [
-        _against(subject, times, against, folder, talk) if against else None for subject in subjects
+        _compete(session, subject, times, competitor, folder, watch) if competitor else None
+        for subject in subjects
     ]
     rates, apart = phases.best(seen)
     if apart > UNSTEADY:
@@ -153,11 +156,12 @@ def measure_all(
             f"this machine did the same work up to {apart:.1f} times slower at one time than at"
             " another: does something else run on it?"
         )
-        talk.warn(warnings[-1])
+        reporter.warn(warnings[-1])
     document |= {"rates": rates, "runs": runs, "warmup": warmup, "count": count}
     document |= {"warnings": warnings, "sizes": []}
-    for subject, some, other in zip(subjects, measured, compared, strict=True):
-        recipe, plan = subject.recipes[0], subject.plan
+    for subject, own, other in zip(subjects, measured, compared, strict=True):
+        recipes, files = subject.request.recipes, subject.request.files
+        recipe = recipes[0]
         document["sizes"].append(
             {
                 "model": recipe.model,
@@ -166,14 +170,9 @@ def measure_all(
                 "random_weights": subject.random,
                 "tokenizer": "its own" if subject.own_tokenizer else "made up",
                 "recipe": recipe.as_dict(),
-                "plan": {
-                    "halves_together": plan.together,
-                    "rows_at_once": plan.rows,
-                    "strip_bytes": plan.strip_bytes,
-                    "networks_together": plan.resident,
-                },
+                "plan": subject.plan.choices(),
                 "predicted_peak_bytes": _predicted(subject),
-                **phases.summary(some, subject.recipes, subject.files, rates),
+                **phases.summary(own, recipes, files, rates),
                 "against": other,
             }
         )
@@ -181,72 +180,75 @@ def measure_all(
 
 
 def _predicted(subject: Subject) -> dict[str, int]:
-    """Peaks by stage. Only now, as the rehearsal itself would count as memory of the runs."""
+    """Peaks by stage. Only now, as predicting them would itself count as memory of the runs."""
     from sana_cli.pipeline.plan import make_plan
 
-    plan = subject.plan
+    plan, request = subject.plan, subject.request
     if plan.peaks:
         return plan.peaks
     # There was plainly room, so nothing was cut in pieces.
-    return make_plan(subject.recipes, subject.files, plan.device, AMPLE, rehearsed=True).peaks
+    return make_plan(request.recipes, request.files, plan.device, AMPLE, predict=True).peaks
 
 
-def _runs(subject: Subject, times: tuple[int, int], folder: Path, talk: "Talk") -> "list[Run]":
-    """The runs that count."""
+def _runs(
+    session: "Session", subject: Subject, times: tuple[int, int], folder: Path, watch: Watch
+) -> "list[BenchRun]":
+    """Run a subject; the runs that count."""
     from sana_cli.bench.phases import measure
-    from sana_cli.pipeline.draw import Progress, Remark
-    from sana_cli.ui import Bars
+    from sana_cli.pipeline.draw import Progress
+    from sana_cli.pipeline.oom_retry import Notice
 
-    runs, warmup = times
-    recipe, done = subject.recipes[0], []
+    (runs, warmup), reporter = times, session.reporter
+    recipe, done = subject.request.recipes[0], []
     weights = ", random weights" if subject.random else ""
-    talk.say(f"{recipe.model} at {recipe.width}x{recipe.height}{weights}")
-    with Bars(talk, ("runs", "denoise")) as bars:
+    reporter.info(f"{recipe.model} at {recipe.width}x{recipe.height}{weights}")
 
-        def watch(event: "Event") -> None:
-            if isinstance(event, Progress) and event.stage == "denoise" and bars.live:
-                bars.update("denoise", event.done, event.total)
-            if isinstance(event, Remark):
-                (talk.warn if event.warning else talk.detail)(event.text)
+    def follow(event: "Event") -> None:
+        if isinstance(event, Progress) and event.stage == "denoise":
+            watch("denoise", event.done, event.total)
+        if isinstance(event, Notice):
+            (reporter.warn if event.warning else reporter.detail)(event.text)
 
-        for i in range(warmup + runs):
-            run = measure(subject.recipes, subject.files, subject.plan, folder, watch)
-            run.pictures.clear()
-            done.append(run)
-            bars.update("runs", i + 1, warmup + runs)
-            bars.progress.reset(bars.tasks["denoise"], visible=False)
+    for i in range(warmup + runs):
+        run = measure(session, subject.request, subject.plan, folder, follow)
+        run.images.clear()
+        done.append(run)
+        watch("runs", i + 1, warmup + runs)
     return done[warmup:]
 
 
-def _against(
-    subject: Subject, times: tuple[int, int], against: Against, folder: Path, talk: "Talk"
+def _compete(
+    session: "Session",
+    subject: Subject,
+    times: tuple[int, int],
+    competitor: Competitor,
+    folder: Path,
+    watch: Watch,
 ) -> dict[str, Any]:
-    """What `result` tells of pairs of runs, or why there are none."""
+    """Run a subject and a competitor in turns; what came of it, or why nothing did."""
     from sana_cli.bench.competitor import Diffusers, result
     from sana_cli.bench.phases import measure
     from sana_cli.system.devices import give_back
-    from sana_cli.ui import Bars
 
     runs, warmup = times
     warmup = max(1, warmup)
-    talk.say(f"the same with {against.value}")
-    pairs: list[tuple[Run, Run]] = []
-    recipes, plan = subject.recipes, subject.plan
+    session.reporter.info(f"the same with {competitor.value}")
+    pairs: list[tuple[BenchRun, BenchRun]] = []
+    request, plan = subject.request, subject.plan
+    compiled = competitor is Competitor.compiled
     try:
-        theirs = Diffusers(
-            recipes[0], subject.files, plan.device, compiled=against is Against.compiled
-        )
-        shared = theirs.files_that_share()
-        with Bars(talk, ("pairs",)) as bars:
-            for i in range(warmup + runs):
-                if pairs:
-                    pairs[-1][0].pictures.clear()
-                    pairs[-1][1].pictures.clear()
-                pairs.append((measure(recipes, shared, plan, folder), theirs.run(recipes)))
-                bars.update("pairs", i + 1, warmup + runs)
-        return {"with": against.value, **result(theirs, pairs[warmup:])}
+        theirs = Diffusers(request.recipes[0], request.files, plan.device, compiled=compiled)
+        shared = replace(request, files=theirs.files_that_share())
+        for i in range(warmup + runs):
+            if pairs:
+                pairs[-1][0].images.clear()
+                pairs[-1][1].images.clear()
+            ours = measure(session, shared, plan, folder)
+            pairs.append((ours, theirs.run(request.recipes)))
+            watch("pairs", i + 1, warmup + runs)
+        return {"with": competitor.value, **result(theirs, pairs[warmup:])}
     except Exception as error:  # a library's own, whatever it is: that is a result too
         reason = (str(error).splitlines() or [""])[0]
-        return {"with": against.value, "failed": f"{type(error).__name__}: {reason}"}
+        return {"with": competitor.value, "failed": f"{type(error).__name__}: {reason}"}
     finally:
         give_back(plan.device)

@@ -1,9 +1,9 @@
-"""Standing choices: what variables and files say of an option that was not typed.
+"""Defaults of options from variables and files, for options that are not typed.
 
-    --steps 30  >  SANA_STEPS=30  >  ./sana.toml  >  the user's config.toml  >  the default
+    --steps 30  >  SANA_STEPS=30  >  ./sana.toml  >  the user's config.toml  >  the built-in default
 
-They become the defaults of the verbs' options (Click's `default_map`), so that an option's own
-type reads them, and `context.get_parameter_source` tells them from what was typed.
+They become Click's `default_map`, so that an option's own type reads them, and
+`context.get_parameter_source` tells them from what was typed.
 """
 
 import math
@@ -13,24 +13,27 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from sana_cli.errors import UsageError
-from sana_cli.settings import option
+from sana_cli.settings import declared, flag
 from sana_cli.system.folders import config_file
+
+if TYPE_CHECKING:
+    from sana_cli.reporter import Reporter
 
 PROJECT_FILE = Path("sana.toml")
 VARIABLE = "SANA_"
 PLACES = ("SANA_CONFIG", "SANA_CACHE_DIR", "SANA_DATA_DIR")
 
-# What belongs to one call. A kept seed or picture would draw the same again and again, a kept
-# --force overwrite what nobody thought of, a kept --count or --json break the scripts that read
-# one path; --strength means nothing without a picture.
+# Options that belong to one call and cannot be kept.
 ONE_CALL = frozenset(
-    {"prompts", "replay", "image", "strength", "seed", "count", "force", "dry_run", "json_output"}
+    {name for name, one in declared().items() if not one.option.kept}
+    | {"prompts", "replay", "dry_run", "json_output"}
 )
+APPEARANCE = {"quiet", "verbose", "color", "preview"}  # which change no image
 
 
 @dataclass(frozen=True)
@@ -55,12 +58,12 @@ class _Fault:
         return "unknown, as the configuration is faulty"
 
 
-class Standing:
-    """What was found, of the highest rank for each option, and what is wrong with it."""
+class Defaults:
+    """The default of the highest rank for each option, and what is wrong with the sources."""
 
     def __init__(self, context: typer.Context) -> None:
         """Read the variables and both files. `context` is that of the whole command."""
-        self.options = standing_options(context.command)
+        self.options = keepable_options(context.command)
         self.settings: dict[str, Setting] = {}
         self.faults: dict[str, UsageError] = {}  # of options, by their names
         self.broken: list[UsageError] = []  # of a whole file
@@ -141,8 +144,8 @@ class Standing:
         return self.settings[name].value if name in self.settings else None
 
 
-def standing_options(root: Any) -> dict[str, Any]:
-    """The options of `sana generate` that may be kept, by their names."""
+def keepable_options(root: Any) -> dict[str, Any]:
+    """The options of `sana generate` that may be kept, by name."""
     options = root.commands["generate"].params
     return {option.name: option for option in options if option.name not in ONE_CALL}
 
@@ -166,11 +169,11 @@ def read_file(path: Path) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"{shown(path)} is not valid TOML: {error}", "mend that line") from None
+        raise UsageError(f"{shown(path)} is not valid TOML: {error}", "correct that line") from None
     except UnicodeDecodeError:
         raise UsageError(f"{shown(path)} is not UTF-8 text", "save it as UTF-8") from None
     except (ValueError, RecursionError) as error:  # numbers too long, arrays too deep
-        raise UsageError(f"{shown(path)} cannot be read: {error}", "write it anew") from None
+        raise UsageError(f"{shown(path)} cannot be read: {error}", "write it again") from None
     except OSError as error:
         reason = error.strerror
         raise UsageError(f"{shown(path)} cannot be read: {reason}", "make it readable") from None
@@ -195,7 +198,7 @@ def origins(settings: Mapping[str, Setting]) -> str:
     """`{"steps": …, "model": …}` -> "from ./sana.toml: model, steps"."""
     names: dict[str, list[str]] = {}
     for name, setting in settings.items():
-        names.setdefault(setting.origin, []).append(option(name)[2:])
+        names.setdefault(setting.origin, []).append(flag(name)[2:])
     return "; ".join(f"from {origin}: {', '.join(sorted(n))}" for origin, n in names.items())
 
 
@@ -208,3 +211,59 @@ def _text(value: Any, parameter: Any) -> str:
     if not isinstance(value, str | int | float):
         raise ValueError("one string or number is wanted")
     return str(value)
+
+
+# --- of one call -------------------------------------------------------------------------------
+
+
+def was_typed(context: typer.Context, name: str) -> bool:
+    return _source(context, name) == "COMMANDLINE"
+
+
+def is_default(context: typer.Context, name: str) -> bool:
+    """Whether a value comes from a variable or a file."""
+    return _source(context, name) == "DEFAULT_MAP"
+
+
+def _source(context: typer.Context, name: str) -> str | None:
+    source = context.get_parameter_source(name)
+    return source.name if source else None
+
+
+def apply_defaults(context: typer.Context, reporter: "Reporter") -> set[str]:
+    """Report which defaults this call uses; return those that contradict what was typed.
+
+    What was typed has the higher rank, also where it contradicts the default of another option:
+    the caller sets those aside.
+    """
+    defaults: Defaults = context.obj["defaults"]
+    for text in defaults.remarks:
+        reporter.warn(text)
+    found = {name for name in defaults.settings if is_default(context, name)}
+    ignored = found & _contradicted(context)
+    used = {name: defaults.settings[name] for name in sorted(found - ignored - APPEARANCE)}
+    if used:
+        reporter.info(origins(used))
+    if ignored:
+        names = ", ".join(flag(name)[2:] for name in sorted(ignored))
+        reporter.info(f"ignored for this call: {names}")
+    context.obj["used"] = used
+    return ignored
+
+
+def _contradicted(context: typer.Context) -> set[str]:
+    from sana_cli.images.files import SUFFIXES
+
+    values = context.params
+    names: set[str] = set()
+    if "output" not in values:  # a verb that writes no images
+        return names
+    file = os.path.basename(values["output"] or "")  # nothing of a folder, which ends in /
+    implied = SUFFIXES.get(os.path.splitext(file)[1].lower())
+    if was_typed(context, "output") and implied:
+        names.add("format")
+    if was_typed(context, "res") and "x" in values["res"].lower():
+        names.add("ar")
+    if (implied or values["format"] or "png") == "png":
+        names.add("quality")
+    return names

@@ -1,13 +1,17 @@
-"""Options that several verbs share."""
+"""Declared options as options of a command, and those that belong to the command line alone."""
 
-from enum import StrEnum
-from typing import Annotated
+import functools
+import inspect
+from collections.abc import Callable
+from enum import Enum, StrEnum
+from typing import Annotated, Any
 
 import typer
 
 from sana_cli.commands._completion import model_or_folder
+from sana_cli.settings import RUNNING, Declared, declared, flag
 
-FILES, RUN = "Files", "Running"  # panels of --help
+COMPLETIONS = {"model": model_or_folder}
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Only results and errors.")]
@@ -17,212 +21,87 @@ Verbose = Annotated[
 Color = Annotated[bool, typer.Option("--color/--no-color", help="Colour on a terminal.")]
 
 
-class FitName(StrEnum):
-    trained = "trained"
-    exact = "exact"
+def with_options(
+    *groups: type, only: frozenset[str] | None = None
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the options declared in some groups, or `only` some of them.
+
+    They stand in --help behind its own positional parameters and before its keyword-only ones,
+    and reach it by name through `**`; a choice arrives as plain text.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        known = declared(*groups)
+        taken = {n: one for n, one in known.items() if only is None or n in only}
+        own = inspect.signature(command, eval_str=True).parameters.values()
+        first = [p for p in own if p.kind is p.POSITIONAL_OR_KEYWORD]
+        last = [p for p in own if p.kind is p.KEYWORD_ONLY]
+        middle = [
+            inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=_default(one), annotation=_typed(one)
+            )
+            for name, one in taken.items()
+        ]
+
+        @functools.wraps(command)
+        def run(*arguments: Any, **values: Any) -> None:
+            command(*arguments, **{name: plain(value) for name, value in values.items()})
+
+        del run.__wrapped__  # its signature is not the command's
+        run.__signature__ = inspect.Signature([*first, *middle, *last])  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in (*first, *middle, *last)}
+        return run
+
+    return decorate
 
 
-class SolverName(StrEnum):
-    flow_dpm = "flow-dpm"
-    flow_euler = "flow-euler"
-    scm = "scm"
+def plain(value: Any) -> Any:
+    """The text of a choice; any other value as it is."""
+    return value.value if isinstance(value, Enum) else value
 
 
-class FormatName(StrEnum):
-    png = "png"
-    jpeg = "jpeg"
-    webp = "webp"
-    avif = "avif"
+@functools.cache
+def _enum(name: str, choices: tuple[str, ...]) -> Any:
+    """What Typer needs to list choices in --help and to check them."""
+    return StrEnum(name, {choice.replace("-", "_"): choice for choice in choices})
 
 
-class MetadataKind(StrEnum):
-    full = "full"
-    none = "none"
+def _default(one: Declared) -> Any:
+    if one.option.choices and one.default is not None:
+        return _enum(one.name, one.option.choices)(one.default)
+    return one.default
 
 
-class DTypeName(StrEnum):
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
+def _typed(one: Declared) -> Any:
+    option = one.option
+    kind: Any = _enum(one.name, option.choices) if option.choices else one.kind
+    words = [option.flag] if option.flag else []
+    name = flag(one.name)
+    words.append(f"{name}/--no-{name[2:]}" if one.kind is bool and option.off else name)
+    described = typer.Option(
+        *words,
+        metavar=option.metavar,
+        help=option.help,
+        rich_help_panel=option.panel,
+        autocompletion=COMPLETIONS.get(option.complete or ""),
+    )
+    return Annotated[kind | None if one.optional else kind, described]
 
 
-class TextPrecisionName(StrEnum):
-    auto = "auto"
-    int8 = "int8"
-    bf16 = "bf16"
-    fp32 = "fp32"
+# --- of the command line alone -----------------------------------------------------------------
 
-
-# --- what to draw ------------------------------------------------------------------------------
-
-Res = Annotated[
-    str | None,
-    typer.Option(
-        "-r",
-        "--res",
-        metavar="SIZE",
-        help="512, 1024, 2048, 4096, 1k, 2k, 4k, or an exact size such as 1280x720."
-        " [dim]default: what the model draws; 1024 if none is named[/dim]",
-    ),
-]
-Ar = Annotated[
-    str | None,
-    typer.Option("--ar", metavar="W:H", help="Aspect ratio, as in 16:9; not with an exact size."),
-]
-Fit = Annotated[
-    FitName,
-    typer.Option(
-        "--fit",
-        help="[b]trained[/b]: the nearest shape the model was trained on, resized and cropped"
-        " to an exact size. [b]exact[/b]: the next multiples of 32, cropped.",
-    ),
-]
-Model = Annotated[
-    str | None,
-    typer.Option(
-        "-m",
-        "--model",
-        metavar="NAME|FOLDER",
-        autocompletion=model_or_folder,
-        help="A model's name, a folder in the diffusers layout, or OWNER/NAME on the hub."
-        " [dim]default: by --res[/dim]",
-    ),
-]
-Negative = Annotated[
-    str, typer.Option("--negative", metavar="TEXT", help="What to steer away from.")
-]
-Steps = Annotated[
-    int | None,
-    typer.Option(
-        "--steps", metavar="N", help="Denoising steps. [dim]default: 20; 2 for Sprint[/dim]"
-    ),
-]
-Guidance = Annotated[
-    float | None,
-    typer.Option(
-        "-g",
-        "--guidance",
-        metavar="SCALE",
-        help="How closely to follow the prompt; 1 is off, save for Sprint. [dim]default: 4.5[/dim]",
-    ),
-]
-Solver = Annotated[
-    SolverName | None,
-    typer.Option(
-        "--solver",
-        help="How the flow is integrated; [b]scm[/b] is Sprint's, which takes no other."
-        " [dim]default: flow-dpm, or scm[/dim]",
-    ),
-]
-Image = Annotated[
-    str | None,
-    typer.Option(
-        "--image", metavar="FILE", help="Start from this picture, not from noise; for Sprint."
-    ),
-]
-Strength = Annotated[
-    float | None,
-    typer.Option(
-        "--strength",
-        metavar="0-1",
-        help="How much of --image to replace. [dim]default: 0.6[/dim]",
-    ),
-]
-Instruction = Annotated[
-    bool | None,
-    typer.Option(
-        "--instruction/--no-instruction",
-        help="Put the models' prompt-enhancing instruction before the prompt. [dim]default: on,"
-        " but off for demo[/dim]",
-    ),
-]
-
-# --- files -------------------------------------------------------------------------------------
-
-Force = Annotated[
-    bool,
-    typer.Option(
-        "-f", "--force", help="Overwrite; otherwise the name gets -2, -3, …", rich_help_panel=FILES
-    ),
-]
-Format = Annotated[
-    FormatName | None,
-    typer.Option(
-        "--format",
-        help="[dim]default: by the output's suffix, else png[/dim]",
-        rich_help_panel=FILES,
-    ),
-]
-Quality = Annotated[
-    int | None,
-    typer.Option(
-        "--quality", metavar="1-100", help="Of JPEG, WebP and AVIF.", rich_help_panel=FILES
-    ),
-]
-Metadata = Annotated[
-    MetadataKind,
-    typer.Option(
-        "--metadata", help="[b]none[/b] writes no recipe into the file.", rich_help_panel=FILES
-    ),
-]
-
-# --- running -----------------------------------------------------------------------------------
-
-Device = Annotated[
-    str,
-    typer.Option(
-        "--device", metavar="NAME", help="auto, cpu, cuda, cuda:1 or mps.", rich_help_panel=RUN
-    ),
-]
-DType = Annotated[
-    DTypeName, typer.Option("--dtype", help="Precision of the networks.", rich_help_panel=RUN)
-]
-TextPrecision = Annotated[
-    TextPrecisionName,
-    typer.Option(
-        "--text-precision",
-        help="Precision of the text encoder, whatever --dtype says. [dim]auto: int8 for a"
-        " large one on an NVIDIA GPU, else as the rest[/dim]",
-        rich_help_panel=RUN,
-    ),
-]
-Memory = Annotated[
-    str,
-    typer.Option(
-        "--memory",
-        metavar="SIZE",
-        help="Stay under this much memory, as in 6GB, or refuse. [dim]auto: what is free[/dim]",
-        rich_help_panel=RUN,
-    ),
-]
-Cache = Annotated[
-    bool,
-    typer.Option(
-        "--cache/--no-cache",
-        help="Keep what the text encoder computes, and use it again.",
-        rich_help_panel=RUN,
-    ),
-]
-Offline = Annotated[
-    bool,
-    typer.Option(
-        "--offline",
-        help="Never use the network: weights that are not here are an error.",
-        rich_help_panel=RUN,
-    ),
+RunJson = Annotated[
+    bool, typer.Option("--json", help="One JSON document on stdout.", rich_help_panel=RUNNING)
 ]
 RunQuiet = Annotated[
-    bool,
-    typer.Option("-q", "--quiet", help="Only results and errors.", rich_help_panel=RUN),
+    bool, typer.Option("-q", "--quiet", help="Only results and errors.", rich_help_panel=RUNNING)
 ]
 RunVerbose = Annotated[
     bool,
     typer.Option(
-        "-v", "--verbose", help="Say more, with tracebacks for errors.", rich_help_panel=RUN
+        "-v", "--verbose", help="Say more, with tracebacks for errors.", rich_help_panel=RUNNING
     ),
 ]
 RunColor = Annotated[
-    bool,
-    typer.Option("--color/--no-color", help="Colour on a terminal.", rich_help_panel=RUN),
+    bool, typer.Option("--color/--no-color", help="Colour on a terminal.", rich_help_panel=RUNNING)
 ]

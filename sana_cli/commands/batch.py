@@ -1,10 +1,10 @@
-"""`sana batch`: a file or a pipe of jobs in, a folder of pictures out, resumed where it ended."""
+"""`sana batch`: a file or a pipe of jobs in, a folder of images out, resumed where it ended."""
 
 import json
 import os
 import sys
 from collections.abc import Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,20 +12,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from sana_cli.commands import _options as options
+from sana_cli.commands._defaults import apply_defaults
 from sana_cli.commands._options import (
-    FILES,
-    RUN,
-    DTypeName,
-    FitName,
-    MetadataKind,
-    TextPrecisionName,
+    Color,
+    Json,
+    RunColor,
+    RunQuiet,
+    RunVerbose,
+    with_options,
 )
-from sana_cli.commands._standing import take_up
-from sana_cli.errors import FAILURES, UsageError
+from sana_cli.errors import FAILURES, SanaError, UsageError
+from sana_cli.settings import FILES, RUNNING, FileOptions, RunOptions, Seeds, Settings, declared
+from sana_cli.units import counted
 
 if TYPE_CHECKING:
-    from sana_cli.batch.rows import Found
+    from sana_cli.batch.events import EventWriter
+    from sana_cli.batch.rows import RowOrFault
+    from sana_cli.batch.run import Batch, BatchEvent, Planned, Summary
+    from sana_cli.batch.runner import Saved
+    from sana_cli.ui import BatchBar, Console
 
 JOBS = "Jobs"  # panel of --help
 MOST_SHOWN = 10  # faults
@@ -63,6 +68,7 @@ app = typer.Typer(cls=_RunsByDefault, help="Draw the jobs of a file or a pipe; r
 
 
 @app.command(cls=_Run)
+@with_options(Settings, Seeds, FileOptions, RunOptions)
 def run(
     context: typer.Context,
     file: Annotated[
@@ -73,6 +79,7 @@ def run(
             " come.",
         ),
     ],
+    *,
     input_format: Annotated[
         RowFormat | None,
         typer.Option(
@@ -119,37 +126,13 @@ def run(
     restart: Annotated[
         bool,
         typer.Option(
-            "--restart", help="Draw all again, and replace the pictures.", rich_help_panel=JOBS
+            "--restart", help="Draw all again, and replace the images.", rich_help_panel=JOBS
         ),
     ] = False,
     max_failures: Annotated[
         int | None,
         typer.Option(metavar="N", min=1, help="Stop after so many failures.", rich_help_panel=JOBS),
     ] = None,
-    count: Annotated[
-        int | None,
-        typer.Option("-n", "--count", metavar="N", help="Pictures a prompt: seeds s, s+1, …"),
-    ] = None,
-    seed: Annotated[
-        str | None,
-        typer.Option(
-            "-s",
-            "--seed",
-            metavar="SEED",
-            help="7, 1,5,9 or 1..8 for every row. [dim]default: from a hash of the job[/dim]",
-        ),
-    ] = None,
-    res: options.Res = None,
-    ar: options.Ar = None,
-    fit: options.Fit = FitName.trained,
-    model: options.Model = None,
-    negative: options.Negative = "",
-    steps: options.Steps = None,
-    guidance: options.Guidance = None,
-    solver: options.Solver = None,
-    image: options.Image = None,
-    strength: options.Strength = None,
-    instruction: options.Instruction = None,
     output: Annotated[
         str | None,
         typer.Option(
@@ -161,23 +144,14 @@ def run(
             rich_help_panel=FILES,
         ),
     ] = None,
-    force: options.Force = False,
-    format: options.Format = None,
-    quality: options.Quality = None,
-    metadata: options.Metadata = MetadataKind.full,
-    device: options.Device = "auto",
-    dtype: options.DType = DTypeName.auto,
-    text_precision: options.TextPrecision = TextPrecisionName.auto,
-    memory: options.Memory = "auto",
-    cache: options.Cache = True,
-    offline: options.Offline = False,
     json_output: Annotated[
         bool,
-        typer.Option("--json", help="JSON Lines of events on stdout.", rich_help_panel=RUN),
+        typer.Option("--json", help="JSON Lines of events on stdout.", rich_help_panel=RUNNING),
     ] = False,
-    quiet: options.RunQuiet = False,
-    verbose: options.RunVerbose = False,
-    color: options.RunColor = True,
+    quiet: RunQuiet = False,
+    verbose: RunVerbose = False,
+    color: RunColor = True,
+    **asked: Any,
 ) -> None:
     """Draw every job of a file into a folder; run it again to go on where it ended.
 
@@ -197,76 +171,205 @@ def run(
 
     sana batch jobs.jsonl --shard auto -o /shared/out/[/dim]
     """
-    from sana_cli.batch.jobs import Reader
+    from sana_cli.batch.jobs import RowReader
     from sana_cli.batch.rows import Pipe, parse, read_file
-    from sana_cli.batch.run import Batch
+    from sana_cli.batch.run import Batch, RunPolicy
     from sana_cli.batch.shards import parse_shard
     from sana_cli.images.names import parse_batch_output
+    from sana_cli.session import Session
     from sana_cli.settings import check_text
     from sana_cli.system.signals import leaving_when_asked_twice
-    from sana_cli.ui import Talk
+    from sana_cli.ui import Console
     from sana_cli.units import parse_memory
 
     # What can be wrong with the call or a row is found before anything heavy is imported.
-    talk = Talk(quiet, verbose, color)
-    aside = take_up(context, talk)
-    ar = None if "ar" in aside else ar
-    format = None if "format" in aside else format
-    quality = None if "quality" in aside else quality
+    console = Console(quiet, verbose, color)
+    asked |= dict.fromkeys(apply_defaults(context, console))
     for name, text in (("--output", output), ("--template", template)):
         check_text(text or "", name)
     kind = _row_format(file, input_format)
-    picture_format = format.value if format else None
-    folder, names = parse_batch_output(output, picture_format, _usual_folder(file))
+    folder, names = parse_batch_output(output, asked["format"], _usual_folder(file))
     share = parse_shard(shard, os.environ) if shard is not None else None
-    defaults = {
-        "negative": negative,
-        "model": model,
-        "res": res,
-        "ar": ar,
-        "fit": fit.value,
-        "steps": steps,
-        "guidance": guidance,
-        "solver": solver.value if solver else None,
-        "image": image,
-        "strength": strength,
-        "instruction": instruction,
-        "dtype": dtype.value,
-        "text_precision": text_precision.value,
-        "seed": seed,
-        "count": count,
-    }
-    reader = Reader(defaults, names, picture_format, template, expand)
-    batch = Batch(
-        *(talk, reader, folder, share, "stdin" if file == "-" else file),
-        device=device,
-        memory=parse_memory(memory),
-        offline=offline,
-        cache=cache,
-        retry_failed=retry_failed,
-        restart=restart,
-        max_failures=max_failures,
-        with_recipe=metadata is MetadataKind.full,
-        quality=quality,
-        force=force,
-        json_output=json_output,
+    options = FileOptions(**{name: asked[name] for name in declared(FileOptions)})
+    running = RunOptions(**{name: asked[name] for name in declared(RunOptions)})
+    defaults = {name: asked[name] for name in declared(Settings, Seeds)}
+    reader = RowReader(defaults, names, options.format, template, expand)
+    session = Session(
+        device=running.device,
+        memory=parse_memory(running.memory),
+        cache=running.cache,
+        offline=running.offline,
+        reporter=console,
     )
-    found = [] if file == "-" else list(parse(read_file(file), kind, reader.used))
+    source = "stdin" if file == "-" else file
+    policy = RunPolicy(retry_failed, restart, max_failures)
+    batch = Batch(session, reader, folder, share, source, options, policy)
+    rows = [] if file == "-" else list(parse(read_file(file), kind, reader.used))
     with ExitStack() as stack:
-        asked = stack.enter_context(leaving_when_asked_twice())
-        batch.show(stack)
-        rounds: Iterable[list[Found]] = [found] if found else []
+        asked_to_stop = stack.enter_context(leaving_when_asked_twice())
+        rounds: Iterable[list[RowOrFault]] = [rows] if rows else []
         if file == "-":
-            rounds = Pipe(0, kind, reader.used).rounds(lambda: bool(asked), whole=check)
-        code = batch.check(rounds) if check else batch.draw(rounds, asked, stack)
+            pipe = Pipe(0, kind, reader.used)
+            rounds = pipe.rounds(lambda: bool(asked_to_stop), whole=check)
+        events = batch.check(rounds) if check else batch.run(rounds, asked_to_stop)
+        stack.enter_context(closing(events))
+        code = _show(events, batch, check, json_output, console, stack)
     raise typer.Exit(code)
+
+
+def _show(
+    events: "Iterable[BatchEvent]",
+    batch: "Batch",
+    check: bool,
+    json_output: bool,
+    console: "Console",
+    stack: ExitStack,
+) -> int:
+    """Show the events of a batch, as text and bars or as JSON Lines; the exit code."""
+    from sana_cli.batch.events import EventWriter
+    from sana_cli.ui import BatchBar
+
+    bar = stack.enter_context(BatchBar(console))
+    writer = stack.enter_context(EventWriter()) if json_output else None
+    view = _View(batch, check, console, bar, writer)
+    for event in events:
+        view.show(event)
+    return view.exit_code
+
+
+class _View:
+    """What a person or a program sees of a batch."""
+
+    def __init__(
+        self,
+        batch: "Batch",
+        check: bool,
+        console: "Console",
+        bar: "BatchBar",
+        writer: "EventWriter | None",
+    ) -> None:
+        self.batch, self.check, self.console = batch, check, console
+        self.bar, self.writer = bar, writer
+        self.exit_code = 0
+        self.told: set[str] = set()
+
+    def show(self, event: "BatchEvent") -> None:
+        from sana_cli.batch.run import JobError, Planned, RowError, Summary, Waiting
+        from sana_cli.batch.runner import Saved
+        from sana_cli.pipeline.draw import Progress
+        from sana_cli.pipeline.oom_retry import Notice
+
+        match event:
+            case Planned():
+                self._planned(event)
+            case Saved():
+                self._saved(event)
+            case JobError(job, error):
+                self.bar.advance()
+                self._error(error, id=job.id, row=job.row)
+            case RowError(row, column, error, fate):
+                if fate == "listed":
+                    self.console.line(error.message + (f"; {error.hint}" if error.hint else ""))
+                self._error(error, shown=fate == "skipped", row=row, column=column)
+            case Progress(stage, done, total):
+                self._stage(stage, done, total)
+            case Waiting():
+                self._stage("wait")  # for more rows
+            case Notice(text, warning):
+                if not warning:
+                    self.console.detail(text)
+                elif text not in self.told:
+                    self.told.add(text)
+                    self.console.warn(text)
+            case Summary():
+                self._summary(event)
+
+    def _planned(self, plan: "Planned") -> None:
+        batch, jobs = self.batch, counted(len(plan.jobs), "job")
+        if self.check and not self.writer:
+            sys.stdout.write(f"{jobs}, {plan.todo} to draw into {batch.folder}\n")
+        if not self.check:
+            self.bar.expect(plan.todo)
+            self.console.info(
+                f"{jobs}, {plan.todo} to draw into {batch.folder}, on {batch.session.device}"
+                + (f"; {plan.done} are there" if plan.done else "")
+                + (f"; {plan.failed} failed before" if plan.failed else "")
+                + (f"; shard {batch.shard}" if batch.shard else "")
+            )
+        if self.writer:
+            self.writer.emit(
+                "plan",
+                jobs=len(plan.jobs),
+                done=plan.done,
+                failed=plan.failed,
+                todo=plan.todo,
+                folder=str(batch.folder),
+                shard=str(batch.shard) if batch.shard else None,
+                device=batch.session.device,
+                models=list(dict.fromkeys(job.recipe.model for job in plan.jobs)),
+            )
+
+    def _saved(self, saved: "Saved") -> None:
+        self.bar.advance()
+        if not self.writer:
+            self.bar.result(str(saved.path))
+            return
+        job, recipe = saved.job, saved.job.recipe
+        facts = {name: saved.line[name] for name in ("sha256", "bytes", "seconds", "peak_bytes")}
+        self.writer.emit(
+            "image",
+            id=job.id,
+            row=job.row,
+            path=str(saved.path),
+            seed=recipe.seed,
+            width=recipe.width,
+            height=recipe.height,
+            model=recipe.model,
+            **facts,
+            recipe=recipe.as_dict(),
+        )
+
+    def _error(self, error: SanaError, shown: bool = True, **facts: Any) -> None:
+        if shown:
+            self.console.error(error)
+        if self.writer:
+            known = {"id": None, "row": None, "column": None} | facts
+            known |= {"message": error.message, "hint": error.hint, "exit_code": error.exit_code}
+            self.writer.emit("error", **known)
+
+    def _stage(self, name: str, done: int = 0, total: int = 0) -> None:
+        self.bar.stage(name, done, total)
+        if self.writer:
+            self.writer.stage(name, done, total)
+
+    def _summary(self, summary: "Summary") -> None:
+        self.exit_code = summary.exit_code
+        self.console.info(
+            f"{summary.drawn} drawn"
+            + (f", {summary.done} were there" if summary.done else "")
+            + (f", {summary.failed} failed" if summary.failed else "")
+            + (f", {summary.left} left" if summary.left else "")
+            + f", in {summary.seconds:.1f} s"
+        )
+        if summary.failed_before:
+            self.console.info(f"{summary.failed_before} failed in an earlier run: --retry-failed")
+        if self.writer:
+            self.writer.emit(
+                "summary",
+                drawn=summary.drawn,
+                done=summary.done,
+                failed=summary.failed,
+                left=summary.left,
+                seconds=round(summary.seconds, 3),
+                exit_code=summary.exit_code,
+            )
 
 
 @app.command()
 def status(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The -o of a batch.")],
-    json_output: options.Json = False,
-    color: options.Color = True,
+    json_output: Json = False,
+    color: Color = True,
 ) -> None:
     """Say how far a batch is, and what has failed; exit code 3 if anything is left to do."""
     from sana_cli.batch.manifest import Ledger, is_held

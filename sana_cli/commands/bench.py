@@ -9,29 +9,33 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sana_cli.bench.run import (
-    Against,
+    Competitor,
     check_comparable,
-    choose_at,
     make_subject,
     measure_all,
     parse_sizes,
+    resolve_at,
 )
-from sana_cli.commands import _options as options
 from sana_cli.commands._bench_tables import show
-from sana_cli.commands._options import FILES, RUN, DTypeName, TextPrecisionName
-from sana_cli.commands._standing import take_up
+from sana_cli.commands._defaults import apply_defaults
+from sana_cli.commands._options import RunColor, RunJson, RunQuiet, RunVerbose, with_options
 from sana_cli.errors import SanaError, UsageError
+from sana_cli.settings import FILES, FileOptions, RunOptions, Settings
 
 if TYPE_CHECKING:
-    from sana_cli.ui import Talk
+    from sana_cli.ui import Console
 
+TAKEN = frozenset(
+    {"model", "steps", "guidance", "dtype", "text_precision", "force", "device", "memory"}
+)
 MOST_RUNS = 1000
 MOST_COUNT = 1000
 
 
+@with_options(Settings, FileOptions, RunOptions, only=TAKEN)
 def bench(
     context: typer.Context,
-    model: options.Model = None,
+    *,
     res: Annotated[
         list[str] | None,
         typer.Option(
@@ -43,10 +47,8 @@ def bench(
         ),
     ] = None,
     count: Annotated[
-        int, typer.Option("-n", "--count", metavar="N", help="Pictures in every run.")
+        int, typer.Option("-n", "--count", metavar="N", help="Images in every run.")
     ] = 1,
-    steps: options.Steps = None,
-    guidance: options.Guidance = None,
     runs: Annotated[int, typer.Option("--runs", metavar="N", help="Runs that count.")] = 3,
     warmup: Annotated[
         int, typer.Option("--warmup", metavar="N", help="Runs before them that do not.")
@@ -58,8 +60,8 @@ def bench(
             help="Draw the model's weights at random: it costs the same, and needs no download.",
         ),
     ] = False,
-    against: Annotated[
-        Against | None,
+    competitor: Annotated[
+        Competitor | None,
         typer.Option(
             "--against",
             help="Measure diffusers too, on the same weights and seeds, turn and turn about.",
@@ -71,8 +73,7 @@ def bench(
             "--save", metavar="FILE", help="Keep the result, as JSON.", rich_help_panel=FILES
         ),
     ] = None,
-    force: options.Force = False,
-    earlier: Annotated[
+    baseline: Annotated[
         Path | None,
         typer.Option(
             "--compare",
@@ -81,16 +82,11 @@ def bench(
             rich_help_panel=FILES,
         ),
     ] = None,
-    device: options.Device = "auto",
-    dtype: options.DType = DTypeName.auto,
-    memory: options.Memory = "auto",
-    text_precision: options.TextPrecision = TextPrecisionName.auto,
-    json_output: Annotated[
-        bool, typer.Option("--json", help="One JSON document on stdout.", rich_help_panel=RUN)
-    ] = False,
-    quiet: options.RunQuiet = False,
-    verbose: options.RunVerbose = False,
-    color: options.RunColor = True,
+    json_output: RunJson = False,
+    quiet: RunQuiet = False,
+    verbose: RunVerbose = False,
+    color: RunColor = True,
+    **asked: Any,
 ) -> None:
     """Measure how long each phase takes, how much memory, and what this machine could do at best.
 
@@ -109,25 +105,25 @@ def bench(
 
     sana bench --model demo --compare before.json[/dim]
     """
-    from sana_cli.ui import Talk
+    from sana_cli.session import Session
+    from sana_cli.ui import Console, StageBars
     from sana_cli.units import parse_memory
 
-    talk = Talk(quiet, verbose, color)
-    take_up(context, talk)
+    console = Console(quiet, verbose, color)
+    apply_defaults(context, console)
     for name, value, most in (("runs", runs, MOST_RUNS), ("count", count, MOST_COUNT)):
         if not 1 <= value <= most:
             raise UsageError(f"--{name} {value} is not between 1 and {most}")
     if not 0 <= warmup <= MOST_RUNS:
         raise UsageError(f"--warmup {warmup} is not between 0 and {MOST_RUNS}")
-    if force and save is None:
+    if asked["force"] and save is None:
         raise UsageError("--force has no effect without --save", "leave it out")
-    limit = parse_memory(memory)
+    limit = parse_memory(asked["memory"])
     sizes = parse_sizes(res)
-    asked: dict[str, Any] = {"steps": steps, "guidance": guidance, "dtype": dtype.value}
-    asked["text_precision"] = text_precision.value
-    choices = [choose_at(model, size, asked) for size in sizes]
-    if against is not None:
-        if text_precision is TextPrecisionName.int8:
+    settings = {name: asked[name] for name in ("steps", "guidance", "dtype", "text_precision")}
+    resolutions = [resolve_at(asked["model"], size, settings) for size in sizes]
+    if competitor is not None:
+        if asked["text_precision"] == "int8":
             raise UsageError(
                 "--against measures the same weights, and diffusers has none for"
                 " --text-precision int8",
@@ -136,38 +132,54 @@ def bench(
         from sana_cli.bench.competitor import check_installed
 
         check_installed()
-    from sana_cli.bench.baseline import compare, read_earlier
+    from sana_cli.bench.baseline import compare, read_baseline
 
-    before = read_earlier(earlier) if earlier is not None else None
+    before = read_baseline(baseline) if baseline is not None else None
 
-    from sana_cli.system.devices import choose_device
     from sana_cli.system.signals import leaving_in_order
 
-    where = choose_device(device)
-    with leaving_in_order(), TemporaryDirectory(prefix="sana-bench-") as folder:
+    session = Session(
+        device=asked["device"],
+        memory=limit,
+        cache=False,  # every run reads the prompt
+        offline=True,
+        keep_loaded=False,  # and loads the networks
+        reporter=console,
+    )
+    with (
+        leaving_in_order(),
+        TemporaryDirectory(prefix="sana-bench-") as folder,
+        StageBars(console, ("runs", "denoise", "pairs")) as bars,
+    ):
         subjects = [
-            make_subject(*both, where, count, limit, random_weights, against, Path(folder), talk)
-            for both in zip(choices, sizes.values(), strict=True)
+            make_subject(session, *both, count, random_weights, competitor, Path(folder))
+            for both in zip(resolutions, sizes.values(), strict=True)
         ]
         if before is not None:
             check_comparable(before, subjects)
-        document = measure_all(subjects, where, (runs, warmup), against, Path(folder), talk)
+
+        def watch(bar: str, done: int, total: int) -> None:
+            if bars.live or bar != "denoise":  # a line for every run would be too many
+                bars.update(bar, done, total)
+
+        times = runs, warmup
+        document = measure_all(session, subjects, times, competitor, Path(folder), watch)
     if before is not None:
         document["compared"] = compare(document, before)
         for text in document["compared"]["differences"]:
-            talk.warn(f"{earlier} was measured otherwise: {text}")
+            console.warn(f"{baseline} was measured otherwise: {text}")
     if json_output:
         sys.stdout.write(json.dumps(document, indent=2) + "\n")
     else:
         show(document, color)
     if save is not None:
-        _keep(document, save, force, talk)
+        _keep(document, save, asked["force"], console)
     for size in document["sizes"]:
         if size["against"] and "failed" in size["against"]:
             raise SanaError(f"--against {size['against']['with']}: {size['against']['failed']}")
 
 
-def _keep(document: dict[str, Any], path: Path, force: bool, talk: "Talk") -> None:
+def _keep(document: dict[str, Any], path: Path, force: bool, console: "Console") -> None:
     from sana_cli.images.files import write
 
     data = (json.dumps(document, indent=1) + "\n").encode()
@@ -175,4 +187,4 @@ def _keep(document: dict[str, Any], path: Path, force: bool, talk: "Talk") -> No
         written = write(path, data, force)
     except SanaError as error:
         raise type(error)(error.message, "give another file to --save") from None
-    talk.say(f"kept in {written}")
+    console.info(f"kept in {written}")

@@ -6,17 +6,23 @@ import os
 import shutil
 import sys
 import tempfile
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from sana_cli.commands import _defaults as configuration
-from sana_cli.commands._defaults import PROJECT_FILE, VARIABLE, Standing
-from sana_cli.commands._options import Color, Json, Quiet, Verbose
+from sana_cli.commands._defaults import (
+    PROJECT_FILE,
+    VARIABLE,
+    Defaults,
+    known,
+    read_file,
+    read_value,
+    shown,
+)
+from sana_cli.commands._options import Color, Json, Quiet, Verbose, plain
 from sana_cli.errors import SanaError, UsageError
-from sana_cli.system import folders as places
+from sana_cli.system.folders import cache_folder, config_file, used_bytes
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -37,14 +43,14 @@ def show(
     What is typed comes first, then variables such as SANA_STEPS, ./sana.toml, the user's file, and
     last the defaults.
     """
-    from sana_cli.ui import Talk
+    from sana_cli.ui import Console
 
-    standing: Standing = context.obj["standing"]
-    faults = [*standing.broken, *standing.faults.values()]
+    defaults: Defaults = context.obj["defaults"]
+    faults = [*defaults.broken, *defaults.faults.values()]
     document = {
         "settings": {
-            name: {"value": _plain(value), "origin": origin}
-            for name, value, origin in _rows(standing)
+            name: {"value": plain(value), "origin": origin}
+            for name, value, origin in _rows(defaults)
         },
         "places": _places(),
         "problems": [error.message for error in faults],
@@ -53,11 +59,11 @@ def show(
         sys.stdout.write(json.dumps(document, indent=2) + "\n")
     else:
         _print(document, color)
-    talk = Talk(quiet, verbose, color)
-    for text in standing.remarks:
-        talk.warn(text)
+    console = Console(quiet, verbose, color)
+    for text in defaults.remarks:
+        console.warn(text)
     for error in faults[1:]:
-        talk.error(error)
+        console.error(error)
     if faults:
         raise faults[0]
 
@@ -65,7 +71,7 @@ def show(
 @app.command()
 def path() -> None:
     """Print the path of the user's file, which need not exist; SANA_CONFIG moves it."""
-    sys.stdout.write(f"{places.config_file()}\n")
+    sys.stdout.write(f"{config_file()}\n")
 
 
 @app.command("set")
@@ -92,39 +98,39 @@ def set_value(
 
     sana config set steps --unset[/dim]
     """
-    from sana_cli.ui import Talk
+    from sana_cli.ui import Console
 
-    standing: Standing = context.obj["standing"]
+    defaults: Defaults = context.obj["defaults"]
     if unset == (text is not None):
         raise UsageError("a key is given either a VALUE or --unset", f"sana config set {key} VALUE")
-    talk = Talk(quiet, verbose, color)
-    name = configuration.known(key, standing.options)
+    console = Console(quiet, verbose, color)
+    name = known(key, defaults.options)
     if text is None:
         was_there = _edit(name, None)
-        talk.say(f"{name} is {'removed from' if was_there else 'not in'} {places.config_file()}")
+        console.info(f"{name} is {'removed from' if was_there else 'not in'} {config_file()}")
         return
     try:
-        value = configuration.read_value(standing.options[name], text, context)
+        value = read_value(defaults.options[name], text, context)
     except ValueError as error:
         raise UsageError(
             f"{key} cannot be {text!r}: {error}", "`sana generate --help` shows what it takes"
         ) from None
     _check(name, value)
-    _edit(name, _plain(value))
-    talk.say(f"{name} = {text} in {places.config_file()}")
-    higher = standing.settings.get(name)
-    if higher and higher.origin != configuration.shown(places.config_file()):
-        talk.warn(f"{higher.origin} has the higher rank here: {name} is {higher.text}")
+    _edit(name, plain(value))
+    console.info(f"{name} = {text} in {config_file()}")
+    higher = defaults.settings.get(name)
+    if higher and higher.origin != shown(config_file()):
+        console.warn(f"{higher.origin} has the higher rank here: {name} is {higher.text}")
 
 
-def _rows(standing: Standing) -> list[tuple[str, Any, str]]:
+def _rows(defaults: Defaults) -> list[tuple[str, Any, str]]:
     rows = []
-    for name, option in standing.options.items():
-        if name in standing.settings:
-            setting = standing.settings[name]
+    for name, option in defaults.options.items():
+        if name in defaults.settings:
+            setting = defaults.settings[name]
             rows.append((name, setting.value, setting.origin))
         else:
-            rows.append((name, option.default, "invalid" if name in standing.faults else "default"))
+            rows.append((name, option.default, "invalid" if name in defaults.faults else "default"))
     return rows
 
 
@@ -133,11 +139,11 @@ def _places() -> dict[str, Any]:
 
     from sana_cli.weights.hub_cache import lock_path
 
-    user, cache = places.config_file(), places.cache_folder()
+    user, cache = config_file(), cache_folder()
     return {
         "user_file": {"path": str(user), "exists": user.is_file()},
         "project_file": {"path": str(PROJECT_FILE.absolute()), "exists": PROJECT_FILE.is_file()},
-        "cache": {"path": str(cache), "bytes": places.used_bytes(cache)},
+        "cache": {"path": str(cache), "bytes": used_bytes(cache)},
         "lock": {"path": str(lock_path()), "exists": lock_path().is_file()},
         "hub_cache": {"path": str(HF_HUB_CACHE), "exists": os.path.isdir(HF_HUB_CACHE)},
     }
@@ -172,10 +178,6 @@ def _print(document: dict[str, Any], color: bool) -> None:
         console.print(line.append(f"  {state}" if state else "", "dim"), soft_wrap=True)
 
 
-def _plain(value: Any) -> Any:
-    return value.value if isinstance(value, Enum) else value
-
-
 def _check(name: str, value: Any) -> None:
     """What an option's type alone does not see. UsageError."""
     from sana_cli.images.names import check_quality
@@ -197,8 +199,8 @@ def _edit(name: str, value: Any) -> bool:
     import tomlkit
 
     # A link, as those who keep such files under version control have it, stays one.
-    file = Path(os.path.realpath(places.config_file()))
-    configuration.read_file(file)  # whose complaints are the better ones
+    file = Path(os.path.realpath(config_file()))
+    read_file(file)  # whose complaints are the better ones
     if file.exists() and not file.is_file():  # such as /dev/null
         raise UsageError(f"{file} is not a file", f"{VARIABLE}CONFIG=FILE keeps settings elsewhere")
     text = file.read_text(encoding="utf-8") if file.is_file() else ""

@@ -38,10 +38,10 @@ def doctor(
 
     Nothing is fetched, and nothing is sent anywhere.
     """
-    from sana_cli.ui import Talk
+    from sana_cli.ui import Console
 
-    talk = Talk(quiet, verbose, color)
-    facts = examine(color, talk.detail)
+    console = Console(quiet, verbose, color)
+    facts = examine(color, console.detail)
     if json_output:
         sys.stdout.write(json.dumps(facts, indent=2) + "\n")
         return

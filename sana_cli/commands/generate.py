@@ -1,44 +1,37 @@
-"""`sana generate`: prompts in, pictures out."""
+"""`sana generate`: prompts in, images out."""
 
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sana_cli.commands import _options as options
-from sana_cli.commands._options import (
-    FILES,
-    RUN,
-    DTypeName,
-    FitName,
-    MetadataKind,
-    TextPrecisionName,
-)
-from sana_cli.commands._standing import is_standing, take_up, was_typed
+from sana_cli.commands._defaults import apply_defaults, is_default, was_typed
+from sana_cli.commands._options import RunColor, RunJson, RunQuiet, RunVerbose, with_options
 from sana_cli.errors import UsageError
+from sana_cli.settings import FILES, RUNNING, FileOptions, RunOptions, Seeds, Settings, declared
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from sana_cli.images.names import Output
-    from sana_cli.pipeline.draw import Images
+    from sana_cli.pipeline.draw import Event, Failure, ImageDone
     from sana_cli.pipeline.plan import Plan
     from sana_cli.recipe import Recipe
-    from sana_cli.resolve import Choice
-    from sana_cli.ui import Talk
-    from sana_cli.weights.catalogue import Model
-    from sana_cli.weights.model_files import ModelFiles
+    from sana_cli.session import DrawRequest, Session
+    from sana_cli.ui import Console, StageBars
 
     Preview = Callable[..., None]  # of pixels, on a console
 
-# Of a recipe what no option sets directly, and so nobody would expect to have changed.
+# Fields of a recipe that no option sets directly, and so nobody would expect to have changed.
 UNTYPED = {"revision", "flow_shift", "instruction", "image", "text_dtype", "vae_dtype"}
 STAGES = ("load", "encode", "image", "denoise", "decode", "save")
 
 
+@with_options(Settings, Seeds, FileOptions, RunOptions)
 def generate(
     context: typer.Context,
     prompts: Annotated[
@@ -50,33 +43,10 @@ def generate(
         typer.Option(
             "--from",
             metavar="IMAGE",
-            help="Draw what this picture's recipe says; other options and prompts override it.",
+            help="Draw what this image's recipe says; other options and prompts override it.",
         ),
     ] = None,
-    res: options.Res = None,
-    ar: options.Ar = None,
-    fit: options.Fit = FitName.trained,
-    model: options.Model = None,
-    count: Annotated[
-        int | None,
-        typer.Option("-n", "--count", metavar="N", help="Pictures a prompt: seeds s, s+1, …"),
-    ] = None,
-    seed: Annotated[
-        str | None,
-        typer.Option(
-            "-s",
-            "--seed",
-            metavar="SEED",
-            help="7, 1,5,9 or 1..8. [dim]default: random, printed[/dim]",
-        ),
-    ] = None,
-    negative: options.Negative = "",
-    steps: options.Steps = None,
-    guidance: options.Guidance = None,
-    solver: options.Solver = None,
-    image: options.Image = None,
-    strength: options.Strength = None,
-    instruction: options.Instruction = None,
+    *,
     output: Annotated[
         str | None,
         typer.Option(
@@ -88,38 +58,29 @@ def generate(
             rich_help_panel=FILES,
         ),
     ] = None,
-    force: options.Force = False,
-    format: options.Format = None,
-    quality: options.Quality = None,
-    metadata: options.Metadata = MetadataKind.full,
-    device: options.Device = "auto",
-    dtype: options.DType = DTypeName.auto,
-    memory: options.Memory = "auto",
-    text_precision: options.TextPrecision = TextPrecisionName.auto,
-    cache: options.Cache = True,
     dry_run: Annotated[
         bool,
         typer.Option(
-            "--dry-run", help="Print recipes and plan as JSON; load nothing.", rich_help_panel=RUN
+            "--dry-run",
+            help="Print recipes and plan as JSON; load nothing.",
+            rich_help_panel=RUNNING,
         ),
     ] = False,
-    offline: options.Offline = False,
     preview: Annotated[
         bool,
         typer.Option(
             "--preview/--no-preview",
-            help="Show each picture in the terminal; not with -q or --json, and never in a pipe.",
-            rich_help_panel=RUN,
+            help="Show each image in the terminal; not with -q or --json, and never in a pipe.",
+            rich_help_panel=RUNNING,
         ),
     ] = False,
-    json_output: Annotated[
-        bool, typer.Option("--json", help="One JSON document on stdout.", rich_help_panel=RUN)
-    ] = False,
-    quiet: options.RunQuiet = False,
-    verbose: options.RunVerbose = False,
-    color: options.RunColor = True,
+    json_output: RunJson = False,
+    quiet: RunQuiet = False,
+    verbose: RunVerbose = False,
+    color: RunColor = True,
+    **asked: Any,
 ) -> None:
-    """Draw one or more pictures and print their paths.
+    """Draw one or more images and print their paths.
 
     [b]Examples[/b]
 
@@ -140,91 +101,63 @@ def generate(
     started = time.perf_counter()
     from sana_cli.images.names import check_quality, check_size, parse_output
     from sana_cli.recipe import parse_seeds
-    from sana_cli.resolve import choose
-    from sana_cli.settings import Settings, check_text
-    from sana_cli.ui import Talk
+    from sana_cli.session import Session
+    from sana_cli.settings import check_text
+    from sana_cli.ui import Console
     from sana_cli.units import parse_memory
-    from sana_cli.weights.fetch import open_chosen
 
     # What can be wrong with the call is found before anything heavy is imported.
-    talk = Talk(quiet, verbose, color)
-    aside = take_up(context, talk)
-    ar = None if "ar" in aside else ar
-    format = None if "format" in aside else format
-    quality = None if "quality" in aside else quality
+    console = Console(quiet, verbose, color)
+    asked |= dict.fromkeys(apply_defaults(context, console))
     if not prompts and replay is None:
         raise UsageError("no PROMPT is given", 'say what to draw: sana generate "a red fox"')
-    found = _recipe_in(replay, talk) if replay is not None else {}
-    if seed is None and "seed" in found:
-        seed = str(found["seed"])
-    seeds = parse_seeds(seed, count)
+    found = _recipe_in(replay, console) if replay is not None else {}
+    if asked["seed"] is None and "seed" in found:
+        asked["seed"] = str(found["seed"])
+    seeds = parse_seeds(asked["seed"], asked["count"])
     check_text(output or "", "--output")
-    target = parse_output(output, format.value if format else None)
-    limit = parse_memory(memory)
-    values: dict[str, Any] = {
-        "negative": negative,
-        "model": model,
-        "res": res,
-        "ar": ar,
-        "fit": fit.value,
-        "steps": steps,
-        "guidance": guidance,
-        "solver": solver.value if solver else None,
-        "image": image,
-        "strength": strength,
-        "instruction": instruction,
-        "dtype": dtype.value,
-        "text_precision": text_precision.value,
-    }
+    target = parse_output(output, asked["format"])
+    files = FileOptions(**{name: asked[name] for name in declared(FileOptions)})
+    running = RunOptions(**{name: asked[name] for name in declared(RunOptions)})
+    values = {name: asked[name] for name in declared(Settings)}
     if replay is not None:
         values = _replayed(found, values, context)
     texts = _read_prompts(prompts or []) or [values.pop("prompt", "")]
-    asked = [Settings(**values | {"prompt": text}) for text in texts]
-    check_quality(quality, {target.format})
+    settings = [Settings(**values | {"prompt": text}) for text in texts]
+    check_quality(files.quality, {target.format})
     if target.to_stdout and not dry_run:
-        _check_stdout(len(asked) * len(seeds), json_output, force)
-    choices = [choose(settings) for settings in asked]
-    first = choices[0]
-    files = open_chosen(first.model, talk, offline, dry_run)
-
-    from sana_cli.kernels.dispatch import chosen_path
-    from sana_cli.pipeline.plan import make_plan
-    from sana_cli.system.devices import choose_device
-    from sana_cli.system.folders import cache_folder
-
-    where = choose_device(device)
-    recipes = [choice.recipe(files, where, one) for choice in choices for one in seeds]
-    check_size(recipes[0], target.format)
-    if metadata is MetadataKind.full and target.format == "jpeg":
-        _check_fits_jpeg(recipes, where)
-    _announce(talk, first.model, recipes, where)
-    talk.detail("kernels: {} path, as {}".format(*chosen_path(where)))
-    _compare(recipes[0], found, talk)
-    if first.source is not None:
-        _announce_image(talk, first, recipes[0])
-    for text in first.sampling(files).warnings:
-        talk.warn(text)
-    plan = make_plan(recipes, files, where, limit, rehearsed=dry_run)
-    for text in plan.words():
-        talk.say(text)
+        _check_stdout(len(settings) * len(seeds), json_output, files.force)
+    session = Session(
+        device=running.device,
+        memory=parse_memory(running.memory),
+        cache=running.cache,
+        offline=running.offline,
+        keep_loaded=False,  # the process ends with this call
+        reporter=console,
+    )
+    request = session.request(settings, seeds, dry_run=dry_run)
+    check_size(request.recipes[0], target.format)
+    if files.metadata == "full" and target.format == "jpeg":
+        # Better refused now than when the image is drawn.
+        longest = max(request.recipes, key=lambda recipe: len(json.dumps(recipe.prompt)))
+        session.metadata(longest).as_exif("jpeg")
+    _announce(request, session.device, console)
+    _compare(request.recipes[0], found, console)
+    plan = session.plan(request, predict=dry_run)
     if dry_run:
-        _print_plan(recipes, target, plan, first.model, files, talk)
-    else:
-        encoding = (metadata is MetadataKind.full, quality, force)
-        show = _previewer(talk, json_output) if preview else None
-        kept = cache_folder() if cache else None
-        sources = {first.source.digest: first.source.pixels} if first.source else {}
-        seen = json_output, show
-        _draw(recipes, files, sources, plan, kept, target, encoding, seen, talk, started)
+        _print_plan(request, target, plan, console)
+        return
+    show = _previewer(console, json_output) if preview else None
+    _draw(session, request, plan, target, files, show, json_output, console, started)
 
 
-def _recipe_in(path: str, talk: "Talk") -> dict[str, Any]:
+def _recipe_in(path: str, console: "Console") -> dict[str, Any]:
     """The fields of a picture's recipe, with what could not be read of it said aloud."""
     from sana_cli.images.metadata import recipe_of
 
     fields, notes = recipe_of(path)
     for text in notes:
-        talk.warn(f"{path}: {text}")
+        console.warn(f"{path}: {text}")
     return fields
 
 
@@ -233,7 +166,7 @@ def _replayed(
 ) -> dict[str, Any]:
     """The settings of a recipe, with those that were typed in their place.
 
-    Standing choices are below the recipe: they fill what it leaves open.
+    Kept defaults rank below the recipe: they fill what it leaves open.
     """
     from sana_cli.replay import settings_of
 
@@ -251,141 +184,101 @@ def _replayed(
     # A recipe that says nothing of one of these has still said it by the rest.
     said = {"negative"} | ({"ar", "fit"} if "res" in settings else set())
     said |= {"text_precision"} if "dtype" in settings else set()
-    standing = {name for name in values if is_standing(context, name)} - said
-    settings = {name: values[name] for name in standing} | settings
+    kept = {name for name in values if is_default(context, name)} - said
+    settings = {name: values[name] for name in kept} | settings
     return settings | {name: values[name] for name in typed}
 
 
-def _compare(recipe: "Recipe", found: dict[str, Any], talk: "Talk") -> None:
+def _compare(recipe: "Recipe", found: dict[str, Any], console: "Console") -> None:
     """Say in what the picture to be drawn is not the one that its recipe was taken from."""
     new = recipe.as_dict()
     for name in UNTYPED & found.keys():
         if new[name] != found[name]:
-            talk.warn(f"{name} is {new[name]!r}, and was {found[name]!r} for the picture")
+            console.warn(f"{name} is {new[name]!r}, and was {found[name]!r} for the picture")
 
 
-def _announce(talk: "Talk", chosen: "Model", recipes: list["Recipe"], where: str) -> None:
-    """Every choice that was made, the user's and ours, in two lines."""
-    first = recipes[0]
-    talk.say(f"model {chosen.name} ({chosen.source}), licence {chosen.licence}")
+def _announce(request: "DrawRequest", device: str, console: "Console") -> None:
+    """Report every choice that was made, the user's and ours."""
+    first, model = request.recipes[0], request.model
+    console.info(f"model {model.name} ({model.source}), licence {model.licence}")
     precisions = {"text": first.text_dtype, "dit": first.dit_dtype, "vae": first.vae_dtype}
     same = len(set(precisions.values())) == 1
     precision = first.dit_dtype if same else ", ".join(f"{k} {v}" for k, v in precisions.items())
     size = f"{first.width}x{first.height}"
     if (first.width, first.height) != (first.native_width, first.native_height):
         size += f" (drawn at {first.native_width}x{first.native_height})"
-    seeds = sorted({recipe.seed for recipe in recipes})
+    seeds = sorted({recipe.seed for recipe in request.recipes})
     span = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {seeds[0]} to {seeds[-1]}"
-    talk.say(
+    console.info(
         f"{size}, {span}, {first.steps} steps of {first.solver}, guidance {first.guidance:g},"
-        f" instruction {'on' if first.instruction else 'off'}, on {where} in {precision}"
+        f" instruction {'on' if first.instruction else 'off'}, on {device} in {precision}"
     )
+    for image in request.images.inputs():
+        console.info(
+            f"from {image.path} ({image.width}x{image.height}), stretched to"
+            f" {first.native_width}x{first.native_height}, at strength {first.strength:g}"
+        )
 
 
-def _announce_image(talk: "Talk", choice: "Choice", recipe: "Recipe") -> None:
-    assert choice.source is not None
-    height, width = choice.source.pixels.shape[:2]
-    talk.say(
-        f"from {choice.settings.image} ({width}x{height}), stretched to {recipe.native_width}x"
-        f"{recipe.native_height}, at strength {recipe.strength:g}"
-    )
-
-
-def _print_plan(
-    recipes: list["Recipe"],
-    target: "Output",
-    plan: "Plan",
-    chosen: "Model",
-    files: "ModelFiles",
-    talk: "Talk",
-) -> None:
+def _print_plan(request: "DrawRequest", target: "Output", plan: "Plan", console: "Console") -> None:
     from sana_cli.units import gigabytes
     from sana_cli.weights.hub_cache import source_parts
 
-    missing = [source for source in chosen.sources if source_parts(source) is None]
-    lacking = sum(source.bytes for source in missing)
+    model, recipes = request.model, request.recipes
+    missing = [source for source in model.sources if source_parts(source) is None]
+    missing_bytes = sum(source.bytes for source in missing)
     if missing:
-        talk.say(f"would fetch {gigabytes(lacking)} first: sana models pull {chosen.name}")
-    weights = [path for part in files.parts.values() for path in part.files]
+        size = gigabytes(missing_bytes)
+        console.info(f"would fetch {size} first: sana models pull {model.name}")
+    weights = [path for part in request.files.parts.values() for path in part.files]
+    paths = [] if target.to_stdout else [target.path(r, i) for i, r in enumerate(recipes, 1)]
     document = {
         "device": plan.device,
-        "plan": {
-            "halves_together": plan.together,
-            "rows_at_once": plan.rows,
-            "strip_bytes": plan.strip_bytes,
-            "networks_together": plan.resident,
-        },
+        "plan": plan.choices(),
         "memory_bytes": plan.budget,
         "peak_bytes": plan.peaks,
         "weights": [str(path) for path in weights],
         "weight_bytes": sum(path.stat().st_size for path in weights)
-        or sum(source.bytes for source in chosen.sources),
-        "download_bytes": lacking,
-        "paths": []
-        if target.to_stdout
-        else [str(target.path(r, i)) for i, r in enumerate(recipes, 1)],
+        or sum(source.bytes for source in model.sources),
+        "download_bytes": missing_bytes,
+        "paths": [str(path) for path in paths],
         "recipes": [recipe.as_dict() for recipe in recipes],
     }
     sys.stdout.write(json.dumps(document, indent=2) + "\n")
 
 
 def _draw(
-    recipes: list["Recipe"],
-    files: "ModelFiles",
-    sources: "Images",
+    session: "Session",
+    request: "DrawRequest",
     plan: "Plan",
-    cache: Path | None,
     target: "Output",
-    encoding: tuple[bool, int | None, bool],
-    seen: "tuple[bool, Preview | None]",
-    talk: "Talk",
+    files: FileOptions,
+    show: "Preview | None",
+    json_output: bool,
+    console: "Console",
     started: float,
 ) -> None:
-    import torch
-
-    from sana_cli.images import files as images
-    from sana_cli.images.metadata import Record
-    from sana_cli.pipeline.draw import Failure, Progress, Remark, draw
+    """Draw, show progress, and write every image as it is finished."""
     from sana_cli.system.signals import leaving_in_order
-    from sana_cli.ui import Bars, write_stdout
+    from sana_cli.ui import StageBars
 
-    with_recipe, quality, force = encoding
-    json_output, show = seen
-    seconds = dict.fromkeys((stage for stage in STAGES if stage != "image" or sources), 0.0)
+    seconds = {stage: 0.0 for stage in STAGES if stage != "image" or len(request.images)}
     peaks: dict[str, int] = {}
     rows: list[dict[str, Any]] = []
-    written: set[Path] = set()
     failures: list[Failure] = []
-    with leaving_in_order(), Bars(talk, STAGES[1:5]) as bars:
-        for event in draw(recipes, files, plan, images=sources, cache=cache):
-            if isinstance(event, Remark):
-                (talk.warn if event.warning else talk.detail)(event.text)
-                continue
-            if isinstance(event, Failure):
-                failures.append(event)
-                continue
-            if isinstance(event, Progress):
-                seconds[event.stage] += event.seconds
-                if event.stage in bars.tasks:
-                    bars.update(event.stage, event.done, event.total)
-                if event.peak_bytes:
-                    peaks[event.stage] = event.peak_bytes
-                continue
-            recipe = recipes[event.index]
+    written: set[Path] = set()
+    with leaving_in_order(), StageBars(console, STAGES[1:5]) as bars:
+        drawing = _watched(session.draw(request, plan), seconds, peaks, failures, bars, console)
+        for image in drawing:
             if show is not None:
                 with bars.aside():
-                    show(event.pixels, talk.console)
+                    show(image.pixels, console.rich)
             began = time.perf_counter()
-            record = Record(recipe, plan.device, torch.__version__) if with_recipe else None
-            data = images.encode(event.pixels, target.format, quality, record)
-            if target.to_stdout:
-                write_stdout(data)
-                continue
-            path = target.path(recipe, event.index + 1)
-            # --force replaces what was there before, never another picture of this run.
-            path = images.write(path, data, force and path not in written)
-            written.add(path)
+            recipe = request.recipes[image.index]
+            path = _save(image, recipe, session, target, files, written)
             seconds["save"] += time.perf_counter() - began
+            if path is None:
+                continue
             size = {"width": recipe.width, "height": recipe.height}
             row = {"path": str(path), "seed": recipe.seed, **size, "model": recipe.model}
             rows.append(row | {"recipe": recipe.as_dict()})
@@ -396,19 +289,69 @@ def _draw(
         rounded = {stage: round(value, 4) for stage, value in seconds.items()}
         document = {"images": rows, "seconds": rounded, "peak_bytes": peaks}
         sys.stdout.write(json.dumps(document) + "\n")
-    talk.detail(", ".join(f"{stage} {value:.2f} s" for stage, value in seconds.items()))
+    console.detail(", ".join(f"{stage} {value:.2f} s" for stage, value in seconds.items()))
     if failures:  # the others are drawn and saved
         raise failures[0].error
 
 
-def _previewer(talk: "Talk", json_output: bool) -> "Preview | None":
+def _watched(
+    events: "Iterator[Event]",
+    seconds: dict[str, float],
+    peaks: dict[str, int],
+    failures: "list[Failure]",
+    bars: "StageBars",
+    console: "Console",
+) -> "Iterator[ImageDone]":
+    """Yield the images among the events; account for and show all others."""
+    from sana_cli.pipeline.draw import Failure, Notice, Progress
+
+    for event in events:
+        if isinstance(event, Notice):
+            (console.warn if event.warning else console.detail)(event.text)
+        elif isinstance(event, Failure):
+            failures.append(event)
+        elif isinstance(event, Progress):
+            seconds[event.stage] += event.seconds
+            if event.stage in bars.tasks:
+                bars.update(event.stage, event.done, event.total)
+            if event.peak_bytes:
+                peaks[event.stage] = event.peak_bytes
+        else:
+            yield event
+
+
+def _save(
+    image: "ImageDone",
+    recipe: "Recipe",
+    session: "Session",
+    target: "Output",
+    files: FileOptions,
+    written: set[Path],
+) -> Path | None:
+    """Write an image to its file, or to stdout; its path."""
+    from sana_cli.images.files import encode, write
+    from sana_cli.ui import write_stdout
+
+    metadata = session.metadata(recipe) if files.metadata == "full" else None
+    data = encode(image.pixels, target.format, files.quality, metadata)
+    if target.to_stdout:
+        write_stdout(data)
+        return None
+    path = target.path(recipe, image.index + 1)
+    # --force replaces what was there before, never another image of this run.
+    path = write(path, data, files.force and path not in written)
+    written.add(path)
+    return path
+
+
+def _previewer(console: "Console", json_output: bool) -> "Preview | None":
     """What shows a picture in the terminal, if that can be."""
     from sana_cli.images.terminal_preview import fault, show
 
-    why_not = "--json is for programs" if json_output else fault(talk.console)
+    why_not = "--json is for programs" if json_output else fault(console.rich)
     if why_not:
-        talk.say(f"no preview: {why_not}")
-    return None if why_not or talk.quiet else show
+        console.info(f"no preview: {why_not}")
+    return None if why_not or console.quiet else show
 
 
 def _read_prompts(words: list[str]) -> list[str]:
@@ -430,16 +373,6 @@ def _stdin_lines() -> list[str]:
     if not lines:
         raise UsageError("stdin holds no prompt", "pipe one prompt a line into sana")
     return lines
-
-
-def _check_fits_jpeg(recipes: list["Recipe"], where: str) -> None:
-    """Better refused now than when the picture is drawn."""
-    import torch
-
-    from sana_cli.images.metadata import Record
-
-    longest = max(recipes, key=lambda recipe: len(json.dumps(recipe.prompt)))
-    Record(longest, where, torch.__version__).as_exif("jpeg")
 
 
 def _check_stdout(pictures: int, json_output: bool, force: bool) -> None:

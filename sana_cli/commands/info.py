@@ -43,9 +43,9 @@ def info(
     if command and json_output:
         raise UsageError("--command and --json both write to stdout", "leave one of them out")
     from sana_cli.images.metadata import read
-    from sana_cli.ui import Talk
+    from sana_cli.ui import Console
 
-    talk = Talk(quiet, verbose, color)
+    console = Console(quiet, verbose, color)
     rows: list[dict[str, Any]] = []
     code = 0
     for number, image in enumerate(images):
@@ -58,11 +58,11 @@ def info(
             if len(images) == 1:
                 raise
             code = max(code, error.exit_code)
-            talk.error(error)
+            console.error(error)
             rows.append({"path": image, "error": error.message})
             continue
         for note in found.notes + remarks * (command or json_output):
-            talk.warn(f"{image}: {note}" if len(images) > 1 else note)
+            console.warn(f"{image}: {note}" if len(images) > 1 else note)
         rows.append(_document(found, line, remarks))
         if command:
             sys.stdout.write(f"{line}\n")

@@ -71,37 +71,37 @@ def pull(
     color: Color = True,
 ) -> None:
     """Fetch models into the Hugging Face cache; what is there already is not fetched again."""
-    from sana_cli.ui import Talk
+    from sana_cli.ui import Console
     from sana_cli.units import gigabytes
     from sana_cli.weights.fetch import list_sources, no_network, transfer
     from sana_cli.weights.hub_cache import COMMIT, pinned_commit, source_parts
 
-    talk = Talk(quiet, verbose, color)
+    console = Console(quiet, verbose, color)
     models = _hub_models(names)
     if no_network():
         raise MissingModel("HF_HUB_OFFLINE forbids the network", "unset it to fetch models")
     for model in models:
-        talk.say(f"{model.name} from {model.source}, licence {model.licence}")
+        console.info(f"{model.name} from {model.source}, licence {model.licence}")
     sources = _distinct(models)
     moving = [s for s in sources if not COMMIT.fullmatch(s.revision) and pinned_commit(s)]
     lacking = [s for s in sources if source_parts(s) is None and not (update and s in moving)]
-    listings = list_sources(lacking, talk)
-    for newest in list_sources(moving, talk, newest=True):
+    listings = list_sources(lacking, console)
+    for newest in list_sources(moving, console, newest=True):
         if newest.commit == pinned_commit(newest.source):
             continue
         if update:
             listings.append(newest)
         else:
-            talk.warn(
+            console.warn(
                 f"{newest.source.repo} has changed: {newest.source.revision} was"
                 f" {pinned_commit(newest.source)} and is now {newest.commit}. The former stays in"
                 " use; `--update` takes the new one"
             )
     waiting = sum(file.missing_bytes for listing in listings for file in listing.files)
     if dry_run:
-        talk.say(f"would fetch {gigabytes(waiting)}")
+        console.info(f"would fetch {gigabytes(waiting)}")
     else:
-        transfer(listings, talk)
+        transfer(listings, console)
     rows = [
         {
             "repo": listing.source.repo,
@@ -140,11 +140,11 @@ def verify(
     color: Color = True,
 ) -> None:
     """Read every file of a model and compare it with the hash that the hub promised."""
-    from sana_cli.ui import Talk
+    from sana_cli.ui import Console
     from sana_cli.weights.catalogue import known_models
     from sana_cli.weights.hub_cache import damaged_files, source_parts, stored_files
 
-    talk = Talk(quiet, verbose, color)
+    console = Console(quiet, verbose, color)
     chosen = _hub_models(names) if names else [m for m in known_models().values() if m.sources]
     faults: dict[str, list[str]] = {}
     seen: dict[Source, list[str]] = {}
@@ -168,7 +168,7 @@ def verify(
             for file in bad:
                 sys.stdout.write(f"  {file}\n")
     if not faults:
-        talk.say("no model has been fetched yet")
+        console.info("no model has been fetched yet")
     broken = [name for name, bad in faults.items() if bad]
     if broken:
         raise MissingModel(
@@ -187,12 +187,12 @@ def rm(
     color: Color = True,
 ) -> None:
     """Remove models from the Hugging Face cache, but nothing that another model still uses."""
-    from sana_cli.ui import Talk
+    from sana_cli.ui import Console
     from sana_cli.units import gigabytes
     from sana_cli.weights.catalogue import known_models
     from sana_cli.weights.hub_cache import remove, stored_files
 
-    talk = Talk(quiet, verbose, color)
+    console = Console(quiet, verbose, color)
     models = _hub_models(names)
     staying = [
         model
@@ -206,13 +206,13 @@ def rm(
         if files:
             going.append((source, list(files), sum(p.stat().st_size for p in files.values())))
     for source, files_of, size in going:
-        talk.say(f"{len(files_of)} files, {gigabytes(size)}, of {source.repo}")
+        console.info(f"{len(files_of)} files, {gigabytes(size)}, of {source.repo}")
     if going and not yes:
         if not sys.stdin.isatty():
             raise UsageError("removing asks first, and nobody is at the terminal", "add -y")
         typer.confirm("Remove them?", abort=True, err=True)
     freed = sum(remove(source, files_of) for source, files_of, _ in going)
-    talk.say(f"freed {gigabytes(freed)}" if going else "nothing of that is on this machine")
+    console.info(f"freed {gigabytes(freed)}" if going else "nothing of that is on this machine")
     if json_output:
         document = {"removed": [m.name for m in models], "freed_bytes": freed}
         sys.stdout.write(json.dumps(document) + "\n")

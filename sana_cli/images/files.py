@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from sana_cli.errors import DiskFull, SanaError, UsageError
-from sana_cli.images.metadata import Record
+from sana_cli.images.metadata import Metadata
 
 FORMATS = {"png": ".png", "jpeg": ".jpg", "webp": ".webp", "avif": ".avif"}
 SUFFIXES = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp", ".avif": "avif"}
@@ -48,7 +48,7 @@ def read(path: str) -> np.ndarray:
     return pixels
 
 
-def encode(pixels: np.ndarray, format: str, quality: int | None, record: Record | None) -> bytes:
+def encode(pixels: np.ndarray, format: str, quality: int | None, record: Metadata | None) -> bytes:
     """The file's bytes. uint8 RGB (height, width, 3); a record of None writes no metadata."""
     buffer = io.BytesIO()
     options = saving(format, quality, record)
@@ -56,7 +56,7 @@ def encode(pixels: np.ndarray, format: str, quality: int | None, record: Record 
     return buffer.getvalue()
 
 
-def saving(format: str, quality: int | None, record: Record | None) -> dict[str, Any]:
+def saving(format: str, quality: int | None, record: Metadata | None) -> dict[str, Any]:
     """What Pillow's `save` is told for a format: the recipe, and how hard to squeeze."""
     if format == "png":
         text = record.as_png_text() if record is not None else None

@@ -25,7 +25,7 @@ from PIL import Image, PngImagePlugin
 from sana_cli import __version__
 from sana_cli.errors import SanaError, UsageError
 from sana_cli.recipe import SEED_LIMIT, Recipe
-from sana_cli.settings import CHOICES, LEAST_STRENGTH, MOST_STEPS
+from sana_cli.settings import bounds, choices
 from sana_cli.weights.catalogue import known_models
 
 IMAGE_DESCRIPTION = 0x010E
@@ -36,18 +36,18 @@ LONGEST_JPEG_EXIF = 65533  # bytes of the one segment it has, b"Exif\0\0" among 
 # Of fields in a file that anyone may have written; `generate` checks again, against the model.
 LIMITS = {
     "seed": (0, SEED_LIMIT - 1),
-    "steps": (1, MOST_STEPS),
-    "guidance": (0, 100),
+    "steps": bounds("steps"),
+    "guidance": bounds("guidance"),
     "flow_shift": (0, 1000),
-    "strength": (LEAST_STRENGTH, 1),
+    "strength": bounds("strength"),
     "width": (1, 999_999),
     "height": (1, 999_999),
     "native_width": (1, 999_999),
     "native_height": (1, 999_999),
 }
 KNOWN = {
-    "fit": CHOICES["fit"],
-    "solver": CHOICES["solver"],
+    "fit": choices("fit"),
+    "solver": choices("solver"),
     "text_dtype": ("float32", "bfloat16", "int8"),
     "dit_dtype": ("float32", "bfloat16", "float16"),
     "vae_dtype": ("float32", "bfloat16"),
@@ -65,7 +65,7 @@ NEGATIVE = "Negative prompt:"
 
 
 @dataclass(frozen=True)
-class Record:
+class Metadata:
     """What a file says of itself: the recipe, which replays it, and where it was drawn."""
 
     recipe: Recipe

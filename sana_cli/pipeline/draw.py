@@ -1,9 +1,9 @@
-"""Text states -> latents -> pixels, one stage at a time: load a network, use it, give it back.
+"""Text states -> latents -> pixels, one stage at a time, with networks that may be loaded already.
 
-Where a picture is the start, it becomes latents in a stage of its own, before the denoising.
+An input image becomes latents in a stage of its own, before the denoising.
 
-`draw` is a generator: it says what it has done as it goes, and hands out each picture as soon as
-it is decoded. It never prints.
+`draw` is a generator: it yields what has been done as it goes, and each image as soon as it is
+decoded. It never prints.
 """
 
 import time
@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -27,22 +27,22 @@ from sana_cli.models.streaming.autoencoder import decode, encode
 from sana_cli.models.streaming.strip_pipeline import Decoded
 from sana_cli.models.streaming.subpixel import fold_upsamples
 from sana_cli.pipeline.guidance import GuidedVelocity, is_guided
+from sana_cli.pipeline.networks import NetworkKey, Networks, identity_of
+from sana_cli.pipeline.oom_retry import Notice, OOMRetry
 from sana_cli.pipeline.plan import Plan
 from sana_cli.pipeline.solver import SOLVERS, advance, first_step
 from sana_cli.pipeline.text_cache import TextCache
 from sana_cli.recipe import Recipe
-from sana_cli.system.devices import give_back, is_out_of_memory, keep_no_heap, peak_bytes
+from sana_cli.system.devices import is_out_of_memory, keep_no_heap, peak_bytes
 from sana_cli.weights.checkpoint import load_weights, on_meta
 from sana_cli.weights.model_files import ModelFiles
 
 if TYPE_CHECKING:
     from sana_cli.pipeline.text_encoder import TextEncoder
 
-Result = TypeVar("Result")
-Network = TypeVar("Network", bound=nn.Module)
-Images = Mapping[str, np.ndarray]  # SHA-256 of a picture to start from -> uint8 RGB (h, w, 3)
+Images = Mapping[str, np.ndarray]  # SHA-256 of an input image -> uint8 RGB (height, width, 3)
 
-TURN = 4  # pictures denoised, then decoded, where only one network is held at a time
+TURN = 4  # images denoised, then decoded, where only one network fits at a time
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,11 @@ class Progress:
     total: int
     seconds: float
     peak_bytes: int = 0  # when the stage's last unit is done: the most memory held so far
+    network: str = ""  # of "load": what was loaded
 
 
 @dataclass(frozen=True)
-class Picture:
+class ImageDone:
     """uint8 RGB (height, width, 3) of the recipe at `index`."""
 
     index: int
@@ -66,21 +67,13 @@ class Picture:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why there is no picture of the recipe at `index`. The others are drawn all the same."""
+    """Why there is no image of the recipe at `index`. The others are drawn all the same."""
 
     index: int
     error: SanaError
 
 
-@dataclass(frozen=True)
-class Remark:
-    """Something that happened on the way, for those who want to know; or should, as a warning."""
-
-    text: str
-    warning: bool = False
-
-
-Event = Progress | Picture | Failure | Remark
+Event = Progress | ImageDone | Failure | Notice
 
 
 def draw(
@@ -88,173 +81,235 @@ def draw(
     files: ModelFiles,
     plan: Plan,
     *,
+    networks: Networks | None = None,
     images: Images | None = None,
     cache: Path | None = None,
 ) -> Iterator[Event]:
     """Draw every recipe, all with one model and one precision.
 
-    All texts are encoded first. Then transformer and decoder take turns, or stay loaded together
-    and make one picture after the other, as the plan says. `images` holds the pixels of every
-    picture that a recipe starts from; `cache` is a folder to keep and find texts in, and None
-    reads and writes nothing.
+    All texts are encoded first. Then transformer and decoder make one image after the other if
+    both fit in memory, else they take turns. `networks` holds what is loaded already and keeps
+    what is loaded here; `images` holds the pixels of every input image; `cache` is a folder to
+    keep text states in and find them again, and None reads and writes nothing. UsageError if a
+    recipe names a solver that the model cannot use.
     """
     for recipe in recipes:
         if (recipe.solver == "scm") != files.is_sprint:
             raise UsageError(f"{recipe.model} cannot be sampled by {recipe.solver}")
-    return Run(recipes, files, plan, images or {}, cache).events()
+    return Drawing(recipes, files, plan, networks or Networks(keep=False), images, cache).events()
 
 
-class Run:
-    """What `draw` holds while it draws."""
+class Drawing:
+    """The state of one call of `draw`."""
 
     def __init__(
         self,
         recipes: list[Recipe],
         files: ModelFiles,
         plan: Plan,
-        images: Images,
+        networks: Networks,
+        images: Images | None,
         cache: Path | None,
     ) -> None:
         self.recipes, self.files, self.plan = recipes, files, plan
-        self.images, self.cache = images, cache
-        self.texts: dict[tuple[str, str], Tensor] = {}  # (instruction, text) -> states
-        self.starts: dict[tuple[str, int, int], Tensor] = {}  # picture at a size -> latents
+        self.networks, self.images, self.cache = networks, images or {}, cache
+        self.text_states: dict[tuple[str, str], Tensor] = {}  # of (instruction, text)
+        self.image_latents: dict[tuple[str, int, int], Tensor] = {}  # of an input image at a size
         self.latents: dict[int, Tensor] = {}  # of a recipe's index, waiting to be decoded
-        self.text_encoder: TextEncoder | None = None
-        self.transformer: FusedDiT | None = None
-        self.decoder: Decoder | None = None
-        self.steps_done = self.pictures_done = 0
+        self.steps_done = self.images_done = 0
         self.steps = sum(r.steps - first_step(r.steps, r.strength) for r in recipes)
 
     def events(self) -> Iterator[Event]:
         keep_no_heap()
         yield from self.encode_texts()
-        give_back(self.plan.device)
-        if self.images:
+        self.done_with("text_encoder")
+        if any(recipe.image for recipe in self.recipes):
             yield from self.encode_images()
-            give_back(self.plan.device)
-        turn = 1 if self.plan.resident else TURN
+            self.done_with("encoder")
+        turn = 1 if self.plan.keep_loaded else TURN
         for first in range(0, len(self.recipes), turn):
-            some = range(first, min(first + turn, len(self.recipes)))
-            yield from self.load_transformer()
-            for i in some:
-                yield from self.finish(i, self.denoise(i))
-            yield from self.load_decoder()
-            for i in some:
+            indices = range(first, min(first + turn, len(self.recipes)))
+            transformer = yield from self.load("transformer", "denoise", self.transformer)
+            for i in indices:
+                yield from self.finish(i, self.denoise(i, transformer))
+            del transformer
+            if indices.stop == len(self.recipes):
+                self.done_with("transformer")
+            build = partial(self.autoencoder, "decoder")
+            decoder = yield from self.load("decoder", "decode", build)
+            for i in indices:
                 if i in self.latents:
-                    yield from self.finish(i, self.decode(i))
+                    yield from self.finish(i, self.decode(i, decoder))
+            del decoder
+        self.done_with("decoder")
 
     def finish(self, i: int, stage: Iterator[Event]) -> Iterator[Event]:
-        """The events of a stage of one picture, or that it failed."""
+        """Yield the events of a stage of one image, or its failure."""
         try:
             yield from stage
         except (BadImage, NotEnoughMemory) as error:
             self.latents.pop(i, None)
             yield Failure(i, error)
 
+    # --- networks ------------------------------------------------------------------------------
+
+    def key(self, part: str) -> NetworkKey:
+        """What decides the tensors of a part: its files and its precision."""
+        recipe, parts = self.recipes[0], self.files.parts
+        if part == "text_encoder":
+            return self.text_encoder_key(self.plan.device)
+        if part == "transformer":
+            return NetworkKey(part, identity_of(parts[part]), recipe.dit_dtype)
+        return NetworkKey(part, identity_of(parts["vae"]), recipe.vae_dtype)
+
+    def load(
+        self, part: str, stage: str, build: Callable[[], tuple[nn.Module, int]]
+    ) -> Generator[Event, None, Any]:
+        """Find a network among the loaded ones or build it, after making room for its stage."""
+        began = time.perf_counter()
+        key = self.key(part)
+        self.make_room(stage, key)
+        network = self.networks.find(key)
+        if network is None:
+            network, size = build()
+            self.networks.add(key, network, size)
+            yield Progress("load", 1, 1, time.perf_counter() - began, network=part)
+        return network
+
+    def make_room(self, stage: str, key: NetworkKey) -> None:
+        needed, budget = self.plan.bounds.get(stage, self.plan.budget), self.plan.budget
+        self.networks.make_room(needed, budget, key, self.plan.device)
+
+    def done_with(self, part: str) -> None:
+        """Release a network that nothing in this call needs any more, unless networks are kept."""
+        if not self.networks.keep:
+            self.networks.release(part, device=self.plan.device)
+
+    def retry(self, stage: str, what: str, part: str) -> OOMRetry:
+        """The plans of a stage, which first give up every network but the one in use."""
+        release = partial(self.networks.release_idle, self.key(part), self.plan.device)
+        return OOMRetry(self.plan.fallback_plans(stage), what, release)
+
+    def moved(self, network: nn.Module) -> nn.Module:
+        """Move a network to the plan's device if there is room; another plan may move it later."""
+        try:
+            return network.to(self.plan.device)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        return network
+
     # --- text ----------------------------------------------------------------------------------
 
     def encode_texts(self) -> Iterator[Event]:
-        """Fill `texts`: each distinct (instruction, text) once, as states (1, L, width)."""
+        """Fill `text_states`: each distinct (instruction, text) once, as states (1, L, width)."""
         wanted = {(r.instruction, r.prompt): None for r in self.recipes}
         wanted |= {("", r.negative): None for r in self.recipes if is_guided(r, self.files)}
         parts, precision, device = self.files.parts, self.recipes[0].text_dtype, self.plan.device
         cache = TextCache(self.cache, parts, precision, device) if self.cache else None
-        ladder = OOMRetry(self.plan.leaner_encoding(), "the text encoder")
+        retry = self.retry("encode", "the text encoder", "text_encoder")
         found = 0
         for i, (instruction, text) in enumerate(wanted):
             began = time.perf_counter()
-            what = as_read(text), instruction
-            states = cache.states(*what) if cache else None
+            prompt = as_read(text), instruction
+            states = cache.states(*prompt) if cache else None
             if states is not None:
                 found += 1
-            else:
-                if self.text_encoder is None:  # it is not loaded if every text is found
-                    yield from ladder.attempt(partial(self.load_text_encoder, cache))
-                    yield loaded(began)
+            else:  # the text encoder is not loaded if every text is found
+                loaded = yield from retry.attempt(partial(self.load_text_encoder, cache))
+                if loaded:
+                    seconds = time.perf_counter() - began
+                    yield Progress("load", 1, 1, seconds, network="text_encoder")
                     began = time.perf_counter()
-                states = yield from ladder.attempt(partial(self.states_of, what, cache))
+                states = yield from retry.attempt(partial(self.states_of, prompt, cache))
                 if cache:
-                    cache.keep_states(states, *what)
-            self.texts[instruction, text] = states
+                    cache.keep_states(states, *prompt)
+            self.text_states[instruction, text] = states
             yield self.done("encode", i + 1, len(wanted), began)
-        self.text_encoder = None
         if cache:
-            yield Remark(f"text cache: {found} of {len(wanted)} texts found")
+            yield Notice(f"text cache: {found} of {len(wanted)} texts found")
             for fault in cache.faults():
-                yield Remark(f"the cache in {self.cache} cannot be written: {fault}", warning=True)
+                yield Notice(f"the cache in {self.cache} cannot be written: {fault}", warning=True)
 
-    def states_of(self, what: tuple[str, str], cache: TextCache | None, plan: Plan) -> Tensor:
-        return self.load_text_encoder(cache, plan).encode(*what)
+    def states_of(self, prompt: tuple[str, str], cache: TextCache | None, plan: Plan) -> Tensor:
+        self.load_text_encoder(cache, plan)  # on another device if the plan has changed
+        encoder = self.networks.find(self.text_encoder_key(plan.device))
+        return cast("TextEncoder", encoder).encode(*prompt)
 
-    def load_text_encoder(self, cache: TextCache | None, plan: Plan) -> "TextEncoder":
-        if self.text_encoder is None or self.text_encoder.device != plan.device:
-            from sana_cli.pipeline.text_encoder import TextEncoder  # and the tokenizers' library
+    def load_text_encoder(self, cache: TextCache | None, plan: Plan) -> bool:
+        """Load the text encoder on a plan's device unless it is there; whether it was loaded."""
+        from sana_cli.pipeline.text_encoder import TextEncoder  # imports the tokenizers' library
 
-            self.text_encoder = None
-            parts, precision = self.files.parts, self.recipes[0].text_dtype
-            own = cache if plan.device == self.plan.device else None  # it is of one device
-            self.text_encoder = TextEncoder(parts, precision, plan.device, own)
-        return self.text_encoder
+        key = self.text_encoder_key(plan.device)
+        # The cache holds what one device has computed.
+        own_cache = cache if plan.device == self.plan.device else None
+        encoder: TextEncoder | None = self.networks.find(key)
+        if encoder is not None:
+            encoder.cache = own_cache
+            return False
+        if plan.device != self.plan.device:
+            self.networks.release("text_encoder", device=self.plan.device)
+        self.make_room("encode", key)
+        parts, text = self.files.parts, self.files.text
+        encoder = TextEncoder(parts, key.dtype, plan.device, own_cache)
+        size = 1 if key.dtype == "int8" else dtype_of(key.dtype).itemsize
+        self.networks.add(key, encoder, text.linear_weights * size)
+        return True
+
+    def text_encoder_key(self, device: str) -> NetworkKey:
+        weights = identity_of(self.files.parts["text_encoder"])
+        return NetworkKey("text_encoder", weights, self.recipes[0].text_dtype, device)
 
     # --- latents -------------------------------------------------------------------------------
 
     def encode_images(self) -> Iterator[Event]:
-        """Fill `starts`: each picture at each size, as float32 latents (1, 32, h, w) on the CPU."""
-        began = time.perf_counter()
-        encoder = cast(Encoder, self.autoencoder("encoder"))
-        yield loaded(began)
+        """Fill `image_latents`: each input image at each size, float32 (1, 32, h, w) on the CPU."""
+        encoder = yield from self.load("encoder", "image", partial(self.autoencoder, "encoder"))
         sizes = {(r.image, r.native_height, r.native_width): None for r in self.recipes if r.image}
         for i, (image, height, width) in enumerate(sizes):
             began = time.perf_counter()
             # Stretched to the size, whatever its own aspect, as the reference does.
             size = width, height
             fitted = Image.fromarray(self.images[image]).resize(size, Image.Resampling.LANCZOS)
-            pixels = torch.from_numpy(np.array(fitted))
-            attempt = partial(self.latents_of, encoder, pixels)
-            ladder = OOMRetry(self.plan.leaner_decoding(), f"the image at {width}x{height}")
-            self.starts[image, height, width] = yield from ladder.attempt(attempt)
+            attempt = partial(self.latents_of, encoder, torch.from_numpy(np.array(fitted)))
+            retry = self.retry("image", f"the image at {width}x{height}", "encoder")
+            self.image_latents[image, height, width] = yield from retry.attempt(attempt)
             yield self.done("image", i + 1, len(sizes), began)
 
     def latents_of(self, encoder: Encoder, pixels: Tensor, plan: Plan) -> Tensor:
         latents = encode(encoder.to(plan.device), pixels, strip_bytes=plan.strip_bytes)
         return (latents * self.files.vae.scaling_factor).float().cpu()
 
-    def load_transformer(self) -> Iterator[Event]:
-        if not self.plan.resident:
-            self.decoder = None
-            give_back(self.plan.device)
-        if self.transformer is None:
-            began = time.perf_counter()
-            part = self.files.parts["transformer"]
-            dit = on_meta(DiT, self.files.dit, part.config)
-            load_weights(dit, part.weights, dtype_of(self.recipes[0].dit_dtype))
-            self.transformer = self.moved(FusedDiT(dit))
-            yield loaded(began)
+    def transformer(self) -> tuple[FusedDiT, int]:
+        """Build the transformer; its bytes."""
+        part = self.files.parts["transformer"]
+        dit = on_meta(DiT, self.files.dit, part.config)
+        load_weights(dit, part.weights, dtype_of(self.recipes[0].dit_dtype))
+        fused = FusedDiT(dit)
+        return cast(FusedDiT, self.moved(fused)), nbytes(fused)
 
-    def denoise(self, i: int) -> Iterator[Event]:
+    def denoise(self, i: int, transformer: FusedDiT) -> Iterator[Event]:
         """Put a float32 (1, 32, h, w) into `latents`, on the CPU."""
         recipe, files = self.recipes[i], self.files
-        texts = [self.texts[recipe.instruction, recipe.prompt]]
+        states = [self.text_states[recipe.instruction, recipe.prompt]]
         if is_guided(recipe, files):
-            texts.insert(0, self.texts["", recipe.negative])
+            states.insert(0, self.text_states["", recipe.negative])
         solver = SOLVERS[recipe.solver]
         schedule = solver.schedule(recipe.steps, recipe.flow_shift)
         first = first_step(recipe.steps, recipe.strength)
         draws = noise(recipe, files)
         sample, previous = next(draws), None
         if recipe.image:
-            start = self.starts[recipe.image, recipe.native_height, recipe.native_width]
+            start = self.image_latents[recipe.image, recipe.native_height, recipe.native_width]
             sample = torch.lerp(start, sample, schedule.sigmas[first])
-        ladder = OOMRetry(self.plan.leaner_denoising(), f"seed {recipe.seed}")
-        engine = cast(FusedDiT, self.transformer)
-        guided = GuidedVelocity(engine, texts, schedule.timesteps, recipe, files)
+        retry = self.retry("denoise", f"seed {recipe.seed}", "transformer")
+        guided = GuidedVelocity(transformer, states, schedule.timesteps, recipe, files)
         sample = sample.to(self.plan.device)
         began = time.perf_counter()
         launched: list[Callable[[], None]] = []
         for step in range(first, recipe.steps):
             attempt = partial(guided, sample, step)
-            velocity = yield from ladder.attempt(attempt)
+            velocity = yield from retry.attempt(attempt)
             fresh = next(draws).to(sample.device) if solver.stochastic else None
             update = solver.update(schedule, step)
             sample, previous = advance(update, sample, velocity, previous, fresh)
@@ -266,49 +321,38 @@ class Run:
                 yield self.progress("denoise", self.steps_done, self.steps, began)
                 began = time.perf_counter()
         self.latents[i] = sample.cpu()
-        if fault := engine.unrecorded:
-            yield Remark(f"no CUDA graph: {fault}", warning=True)
+        if reason := transformer.unrecorded:
+            yield Notice(f"no CUDA graph: {reason}", warning=True)
 
     # --- pixels --------------------------------------------------------------------------------
 
-    def load_decoder(self) -> Iterator[Event]:
-        if not self.plan.resident:
-            self.transformer = None
-            give_back(self.plan.device)
-        if self.decoder is None:
-            began = time.perf_counter()
-            self.decoder = cast(Decoder, self.autoencoder("decoder"))
-            yield loaded(began)
-
-    def decode(self, i: int) -> Iterator[Event]:
+    def decode(self, i: int, decoder: Decoder) -> Iterator[Event]:
         began = time.perf_counter()
-        recipe, decoder = self.recipes[i], cast(Decoder, self.decoder)
-        attempt = partial(self.pixels_of, self.latents.pop(i), recipe)
-        ladder = OOMRetry(self.plan.leaner_decoding(), f"seed {recipe.seed}")
-        drawn = yield from ladder.attempt(attempt)
-        if fault_of(drawn) and recipe.vae_dtype != "float32":
+        recipe = self.recipes[i]
+        attempt = partial(self.pixels_of, decoder, self.latents.pop(i), recipe)
+        retry = self.retry("decode", f"seed {recipe.seed}", "decoder")
+        decoded = yield from retry.attempt(attempt)
+        if fault_of(decoded) and recipe.vae_dtype != "float32":
             decoder.float()
-            drawn = yield from ladder.attempt(attempt)
+            decoded = yield from retry.attempt(attempt)
             decoder.to(dtype_of(recipe.vae_dtype))
-            yield Remark(
-                f"seed {recipe.seed} was decoded again in float32: {recipe.vae_dtype} gave a bad"
-                " picture",
+            yield Notice(
+                f"seed {recipe.seed} was decoded again in float32, as {recipe.vae_dtype} gave"
+                " NaN or a flat image",
                 warning=True,
             )
-        self.pictures_done += 1
-        if fault := fault_of(drawn):
+        self.images_done += 1
+        if fault := fault_of(decoded):
             raise BadImage(
                 f"seed {recipe.seed} came out as {fault}",
                 "try --dtype float32, another seed, or other weights",
             )
-        yield self.done("decode", self.pictures_done, len(self.recipes), began)
-        yield Picture(i, drawn.pixels.numpy())
+        yield self.done("decode", self.images_done, len(self.recipes), began)
+        yield ImageDone(i, decoded.pixels.numpy())
 
-    def pixels_of(self, latent: Tensor, recipe: Recipe, plan: Plan) -> Decoded:
-        """The picture, resized or cropped to the size of the recipe."""
-        if not plan.resident:
-            self.transformer = None
-        decoder, vae = cast(Decoder, self.decoder).to(plan.device), self.files.vae
+    def pixels_of(self, decoder: Decoder, latent: Tensor, recipe: Recipe, plan: Plan) -> Decoded:
+        """Decode latents, resized or cropped to the size of the recipe."""
+        decoder, vae = decoder.to(plan.device), self.files.vae
         latent = latent.to(plan.device, decoder.norm_out.weight.dtype) / vae.scaling_factor
         size = recipe.height, recipe.width
         resized = None
@@ -317,34 +361,26 @@ class Run:
             resized = covering((height, width), size)
         return decode(decoder, latent, resized=resized, size=size, strip_bytes=plan.strip_bytes)
 
-    def autoencoder(self, half: str) -> nn.Module:
-        """The "encoder" or the "decoder"; the other half stays on disk."""
+    def autoencoder(self, half: str) -> tuple[nn.Module, int]:
+        """Build the "encoder" or the "decoder"; its bytes. The other half stays on disk."""
         part = self.files.parts["vae"]
         network = getattr(on_meta(DCAE, self.files.vae, part.config), half)
         load_weights(network, part.weights, None, only=f"{half}.")
         if half == "decoder":
             fold_upsamples(network)  # before its weights are narrowed
         network.to(dtype_of(self.recipes[0].vae_dtype), memory_format=torch.channels_last)
-        return self.moved(network)
+        return self.moved(network), nbytes(network)
 
-    # --- shared --------------------------------------------------------------------------------
-
-    def moved(self, network: Network) -> Network:
-        """On the device of the plan, if there is room; a leaner plan may put it elsewhere."""
-        try:
-            return network.to(self.plan.device)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-        return network
+    # --- progress ------------------------------------------------------------------------------
 
     def mark(self) -> Callable[[], None]:
-        """Waits for what has been launched until now."""
+        """Return a function that waits for what has been launched until now."""
         if not self.plan.device.startswith("cuda"):
             return lambda: None
         return torch.cuda.current_stream(self.plan.device).record_event().synchronize
 
     def done(self, stage: str, done: int, total: int, began: float) -> Progress:
+        """Report work as done, after waiting for the device to have done it."""
         device = self.plan.device
         if device.startswith("cuda"):
             torch.cuda.synchronize(device)
@@ -355,35 +391,12 @@ class Run:
         return Progress(stage, done, total, time.perf_counter() - began, peak)
 
 
-class OOMRetry:
-    """Plans that need ever less memory, taken one after the other as it runs out."""
-
-    def __init__(self, plans: Iterator[Plan], what: str) -> None:
-        self.plans, self.plan, self.what = plans, next(plans), what
-
-    def attempt(self, work: Callable[[Plan], Result]) -> Generator[Remark, None, Result]:
-        """What `work` makes by the first plan that it does not run out of memory with."""
-        while True:
-            try:
-                return work(self.plan)
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-            give_back(self.plan.device)  # what the failed attempt held is free by now
-            before, leaner = self.plan, next(self.plans, None)
-            if leaner is None:
-                raise NotEnoughMemory(
-                    f"{self.what}: not enough memory, even in the smallest pieces",
-                    "ask for fewer pixels, or use --device cpu",
-                )
-            self.plan = leaner
-            yield Remark(
-                f"{self.what}: out of memory; goes on {leaner.difference(before)}", warning=True
-            )
+def nbytes(network: nn.Module) -> int:
+    return sum(p.nbytes for p in network.parameters()) + sum(b.nbytes for b in network.buffers())
 
 
 def noise(recipe: Recipe, files: ModelFiles) -> Iterator[Tensor]:
-    """The recipe's noise, float32 (1, 32, h, w) again and again.
+    """Yield the recipe's noise, float32 (1, 32, h, w), without end.
 
     Drawn on the CPU, so that it is the same whatever the device.
     """
@@ -395,7 +408,7 @@ def noise(recipe: Recipe, files: ModelFiles) -> Iterator[Tensor]:
 
 
 def covering(whole: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
-    """The smallest (height, width) in the shape of `whole` that covers `size`."""
+    """Return the smallest (height, width) in the shape of `whole` that covers `size`."""
     ratio = max(wanted / side for wanted, side in zip(size, whole, strict=True))
     # Truncated as the reference does, but never below the target by a rounding error, as can
     # happen there.
@@ -405,15 +418,11 @@ def covering(whole: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
     return height, width
 
 
-def fault_of(drawn: Decoded) -> str | None:
-    if drawn.low.isnan():
+def fault_of(decoded: Decoded) -> str | None:
+    if decoded.low.isnan():
         return "NaN"
-    return "one flat colour" if drawn.high - drawn.low < 1 / 255 else None
+    return "one flat colour" if decoded.high - decoded.low < 1 / 255 else None
 
 
 def dtype_of(name: str) -> torch.dtype:
     return getattr(torch, name)
-
-
-def loaded(began: float) -> Progress:
-    return Progress("load", 1, 1, time.perf_counter() - began)

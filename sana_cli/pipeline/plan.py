@@ -6,6 +6,7 @@ by running the pass on the meta device, where tensors have shapes and no memory,
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -40,70 +41,68 @@ ROOMY = 0.5  # of the memory: what surely needs less is not rehearsed, as that t
 @dataclass(frozen=True)
 class Plan:
     device: str
-    together: bool = True  # both halves of guidance in one batch
-    rows: int | None = None  # of the latent grid, that the transformer works on at once; None: all
+    batched_cfg: bool = True  # both halves of guidance in one batch
+    row_chunk: int | None = None  # rows of the latent grid denoised at once; None: all
     strip_bytes: int = STRIP_BYTES  # of the widest tensor in a strip of the autoencoder
-    resident: bool = False  # transformer and decoder stay loaded together
+    keep_loaded: bool = False  # transformer and decoder fit side by side
     budget: int = 0  # bytes that tensors on the device may take
-    peaks: dict[str, int] = field(default_factory=dict)  # predicted, by stage, where rehearsed
+    peaks: dict[str, int] = field(default_factory=dict)  # predicted bytes by stage, if predicted
+    bounds: dict[str, int] = field(default_factory=dict)  # bytes by stage, never exceeded
 
     @property
-    def absorbs(self) -> bool:
-        """Whether short texts may take more memory, to save time."""
-        return self.together and self.rows is None
+    def folds_text(self) -> bool:
+        """Whether the text may be folded into the projections, which takes memory to save time."""
+        return self.batched_cfg and self.row_chunk is None
 
-    def words(self) -> list[str]:
-        """What was chosen to save memory and what is expected of it, if either was done."""
-        plain = _plain(self.device)
+    def choices(self) -> dict[str, Any]:
+        """What was chosen, for JSON documents."""
+        names = ("batched_cfg", "row_chunk", "strip_bytes", "keep_loaded")
+        return {name: getattr(self, name) for name in names}
+
+    def describe(self) -> list[str]:
+        """Describe what was chosen to save memory and the predicted peaks, if either applies."""
+        default = _default_plan(self.device)
         changes = (
-            replace(plain, together=self.together),
-            replace(plain, rows=self.rows),
-            replace(plain, strip_bytes=self.strip_bytes),
+            replace(default, batched_cfg=self.batched_cfg),
+            replace(default, row_chunk=self.row_chunk),
+            replace(default, strip_bytes=self.strip_bytes),
         )
-        said = [plan.difference(plain) for plan in changes if plan != plain]
-        lines = [f"to save memory, {' and '.join(said)}"] if said else []
+        saved = [plan.difference(default) for plan in changes if plan != default]
+        lines = [f"to save memory, {' and '.join(saved)}"] if saved else []
         if self.peaks:
             peaks = ", ".join(f"{stage} {gigabytes(size)}" for stage, size in self.peaks.items())
             lines.append(f"expected memory: {peaks}, of {gigabytes(self.budget)}")
         return lines
 
-    def leaner_encoding(self) -> Iterator["Plan"]:
-        """Plans that need ever less memory to encode texts; the first is this one."""
-        yield self
-        yield from self._on_the_cpu()
+    def fallback_plans(self, stage: str) -> Iterator["Plan"]:
+        """Yield this plan, then plans by which a stage needs ever less memory.
 
-    def leaner_denoising(self) -> Iterator["Plan"]:
-        """Plans that need ever less memory to denoise; the first is this one."""
-        yield self
-        plan = replace(self, resident=False)
-        if self.together:
-            yield (plan := replace(plan, together=False))
-        rows = min(2 * TALLEST_CHUNK, self.rows or 2 * TALLEST_CHUNK)
-        while rows > 1:
-            rows //= 2
-            yield (plan := replace(plan, rows=rows))
-        yield from plan._on_the_cpu()
-
-    def leaner_decoding(self) -> Iterator["Plan"]:
-        """Plans that need ever less memory to decode; the first is this one."""
-        plan = self
-        while plan.strip_bytes >= LEAST_STRIP:
-            yield plan
-            plan = replace(plan, strip_bytes=plan.strip_bytes // 4, resident=False)
-        yield from plan._on_the_cpu()
-
-    def _on_the_cpu(self) -> Iterator["Plan"]:
-        if self.device != "cpu":
-            yield replace(self, device="cpu")
+        `stage` is "encode", "image", "denoise" or "decode". The last resort is the CPU.
+        """
+        yield (plan := self)
+        if stage == "denoise":
+            plan = replace(plan, keep_loaded=False)
+            if plan.batched_cfg:
+                yield (plan := replace(plan, batched_cfg=False))
+            rows = min(2 * TALLEST_CHUNK, plan.row_chunk or 2 * TALLEST_CHUNK)
+            while rows > 1:
+                rows //= 2
+                yield (plan := replace(plan, row_chunk=rows))
+        if stage in ("image", "decode"):
+            while plan.strip_bytes // 4 >= LEAST_STRIP:
+                plan = replace(plan, strip_bytes=plan.strip_bytes // 4, keep_loaded=False)
+                yield plan
+        if plan.device != "cpu":
+            yield replace(plan, device="cpu")
 
     def difference(self, before: "Plan") -> str:
-        """What this plan does to need less memory, for people."""
+        """Describe what this plan does differently to need less memory."""
         if self.device != before.device:
             return "on the CPU"
-        if self.rows != before.rows:
-            return f"with {self.rows} rows of the latent at a time"
+        if self.row_chunk != before.row_chunk:
+            return f"with {self.row_chunk} rows of the latent at a time"
         if self.strip_bytes != before.strip_bytes:
-            return f"in strips of {gigabytes(self.strip_bytes)}"
+            return f"with {gigabytes(self.strip_bytes)} strips"
         return "with the halves of guidance one after the other"
 
 
@@ -112,38 +111,53 @@ def make_plan(
     files: ModelFiles,
     device: str,
     limit: int | None = None,
-    rehearsed: bool = False,
+    *,
+    predict: bool = False,
+    held: int = 0,
+    overhead: int | None = None,
 ) -> Plan:
-    """The fastest plan whose peaks stay under `limit` bytes, or what is free on the device.
+    """Make the fastest plan whose peaks stay under `limit` bytes, or what is free on the device.
 
-    With `rehearsed` the peaks are predicted even if there is plainly room. NotEnoughMemory, with
-    the least that would do, if no plan fits.
+    With `predict` the peaks are predicted even if there is plainly room. `held` are bytes of
+    networks that are loaded already: they may be released, so they count as free. `overhead` is
+    what the process held before any network, if that was measured. NotEnoughMemory, with the
+    least that would do, if no plan fits.
     """
     recipe = max(recipes, key=lambda r: r.native_width * r.native_height)
     # On the CPU what the interpreter and its libraries hold counts against the user's limit.
-    held = 0 if limit is None or device.startswith("cuda") else resident_bytes()
-    budget = (int(free_memory(device) * (1 - KEPT_FREE)) if limit is None else limit) - held
-    plan = _plain(device, budget)
-    several = len(recipes) > 1
-    if limit is None and not rehearsed and _surely(recipe, files) < ROOMY * budget:
-        return replace(plan, resident=several)
+    used = 0
+    if limit is not None and not device.startswith("cuda"):
+        used = resident_bytes() if overhead is None else overhead
+    free = int((free_memory(device) + held) * (1 - KEPT_FREE)) if limit is None else limit
+    budget = free - used
+    plan = _default_plan(device, budget)
+    bounds = _upper_bounds(recipe, files)
+    if limit is None and not predict and max(bounds.values()) < ROOMY * budget:
+        together = bounds["denoise"] + bounds["decode"] < budget
+        return replace(plan, bounds=bounds, keep_loaded=together)
     peaks = {"encode": _text_peak(recipe, files)}
     if recipe.image is not None:
-        plan, peaks["image"] = _fit(plan.leaner_decoding(), budget, recipe, files, _image_peak)
-    lean, peaks["denoise"] = _fit(plan.leaner_denoising(), budget, recipe, files, _denoise_peak)
-    plan, peaks["decode"] = _fit(plan.leaner_decoding(), budget, recipe, files, _decode_peak)
+        plan, peaks["image"] = _fit(plan, "image", recipe, files, _image_peak)
+    denoising, peaks["denoise"] = _fit(plan, "denoise", recipe, files, _denoise_peak)
+    plan, peaks["decode"] = _fit(plan, "decode", recipe, files, _decode_peak)
     worst = max(peaks, key=lambda stage: peaks[stage])
     if peaks[worst] > budget:
-        least = peaks[worst] + held
+        least = peaks[worst] + used
         raise NotEnoughMemory(
             f"to {worst} {recipe.native_width}x{recipe.native_height} takes {gigabytes(least)},"
-            f" more than the {gigabytes(budget + held)} there are",
-            _what_fits(recipe, files, _plain(device, budget), peaks)
+            f" more than the {gigabytes(budget + used)} there are",
+            _what_fits(recipe, files, _default_plan(device, budget), peaks)
             or f"it fits in --memory {least / 1e9 + 0.05:.1f}GB",
         )
-    both = peaks["denoise"] + peaks["decode"]  # more than either with the other's weights
-    resident = several and lean.together and both < budget
-    return replace(lean, strip_bytes=plan.strip_bytes, peaks=peaks, resident=resident)
+    # More than either takes beside the other's weights.
+    together = denoising.batched_cfg and peaks["denoise"] + peaks["decode"] < budget
+    return replace(
+        denoising,
+        strip_bytes=plan.strip_bytes,
+        peaks=peaks,
+        bounds=dict(peaks),
+        keep_loaded=together,
+    )
 
 
 def fits(model: Model, device: str, free: int) -> str:
@@ -179,19 +193,19 @@ def free_memory(device: str) -> int:
 Peak = Callable[[Plan, Recipe, ModelFiles], int]
 
 
-def _plain(device: str, budget: int = 0) -> Plan:
-    """Nothing done to save memory."""
+def _default_plan(device: str, budget: int = 0) -> Plan:
+    """Return the plan that does nothing to save memory."""
     strip_bytes = GPU_STRIP_BYTES if device.startswith("cuda") else STRIP_BYTES
     return Plan(device, strip_bytes=strip_bytes, budget=budget)
 
 
 def _fit(
-    plans: Iterator[Plan], budget: int, recipe: Recipe, files: ModelFiles, peak: Peak
+    first: Plan, stage: str, recipe: Recipe, files: ModelFiles, peak: Peak
 ) -> tuple[Plan, int]:
-    """The first plan whose peak is within the budget, else the leanest; and its peak."""
-    first = next(plans)
+    """Return the first plan whose peak is within the budget, else the smallest; and its peak."""
+    budget = first.budget
     # The last resort, another device, is not for planning.
-    others = [plan for plan in plans if plan.device == first.device]
+    others = [plan for plan in first.fallback_plans(stage) if plan.device == first.device][1:]
     needed = peak(first, recipe, files)
     if needed <= budget or not others:
         return first, needed
@@ -224,7 +238,7 @@ def _denoise_peak(plan: Plan, recipe: Recipe, files: ModelFiles) -> int:
         weights = _bytes(DiT(files.dit), dtype)
         # Each block frees what it held before the next one runs: one stands for all.
         engine = FusedDiT(DiT(replace(files.dit, num_layers=1)).requires_grad_(False).to(dtype))
-        engine.row_chunk = plan.rows
+        engine.row_chunk = plan.row_chunk
         sample = torch.empty((1, files.dit.in_channels, *_grid(recipe, files)))
         # An empty text is one token.
         lengths = [1 if recipe.negative == "" else LONGEST_PROMPT] if guided else []
@@ -233,10 +247,10 @@ def _denoise_peak(plan: Plan, recipe: Recipe, files: ModelFiles) -> int:
     texts = [engine.encode_text(states[:, :length]) for length in (*lengths, LONGEST_PROMPT)]
     moment = TimeModulation(modulation, modulation[0])
     with PeakMemory() as tracker:
-        engine(sample.to(dtype), moment, texts if plan.together else texts[-1:])
+        engine(sample.to(dtype), moment, texts if plan.batched_cfg else texts[-1:])
     heard = [sum(tensor.nbytes for layer in text for tensor in layer) for text in texts]
     if (
-        plan.absorbs and files.dit.qk_norm is None
+        plan.folds_text and files.dit.qk_norm is None
     ):  # a short text may take more than a long one, up to D² numbers a layer
         heard[-1] = max(heard[-1], files.dit.width * modulation[0].nbytes)
     known = files.dit.num_layers * sum(heard) + recipe.steps * 7 * modulation[0].nbytes
@@ -279,8 +293,8 @@ def _bytes(network: nn.Module, dtype: torch.dtype | None = None) -> int:
     return sum(p.numel() * (dtype or p.dtype).itemsize for p in network.parameters())
 
 
-def _surely(recipe: Recipe, files: ModelFiles) -> int:
-    """More than any stage needs, from sizes alone: it must be known in no time."""
+def _upper_bounds(recipe: Recipe, files: ModelFiles) -> dict[str, int]:
+    """Bytes by stage that no plan exceeds, from sizes alone: it must take no time."""
     cells = recipe.native_height * recipe.native_width // files.vae.compression**2
     each = 1 if recipe.text_dtype == "int8" else _dtype(recipe.text_dtype).itemsize
     text = files.text.linear_weights * each + LONGEST_TEXT * files.text.intermediate_size * 8 * 4
@@ -288,7 +302,7 @@ def _surely(recipe: Recipe, files: ModelFiles) -> int:
     denoise = files.dit.num_layers * 18 * width**2 * size + cells * width * 2 * 40 * size
     widest, size = max(files.vae.decoder_block_out_channels), _dtype(recipe.vae_dtype).itemsize
     decode = 160 * widest**2 * size + cells * 24 * widest * size + 40 * STRIP_BYTES
-    return max(text, denoise, decode)
+    return {"encode": text, "image": decode, "denoise": denoise, "decode": decode}
 
 
 def _dtype(name: str) -> torch.dtype:
@@ -320,9 +334,9 @@ def _what_fits(recipe: Recipe, files: ModelFiles, plan: Plan, peaks: dict[str, i
         if side is None:
             drawn = max(peak for stage, peak in peaks.items() if stage != "encode")
         else:
-            _, drawn = _fit(plan.leaner_denoising(), plan.budget, recipe, files, _denoise_peak)
+            _, drawn = _fit(plan, "denoise", recipe, files, _denoise_peak)
             if drawn <= plan.budget:
-                _, drawn = _fit(plan.leaner_decoding(), plan.budget, recipe, files, _decode_peak)
+                _, drawn = _fit(plan, "decode", recipe, files, _decode_peak)
         if drawn <= plan.budget:
             return f"{' '.join(words)}, which fits"
     return None

@@ -44,7 +44,7 @@ class TextEncoder:
         self.tokenizer.no_truncation()
         eight_bit = precision == "int8"
         self.device, self.cache = device, cache
-        self.in_two = eight_bit or cache is not None
+        self.eight_bit = eight_bit
         self.prefixes: dict[str, Prefix] = {}  # by instruction
 
         part = parts["text_encoder"]
@@ -70,7 +70,7 @@ class TextEncoder:
         ids = self.tokens(instruction + as_read(prompt))
         start = max(len(self.tokens(instruction)) - 1, 1)
         ids = ids[: start - 1 + MAX_TOKENS]
-        if self.in_two and start > 1:
+        if (self.eight_bit or self.cache) and start > 1:
             return self._behind(self._prefix(instruction), ids)
         states, _ = self.model(self._batch(ids))
         return torch.cat([states[:, :1], states[:, start:]], dim=1) if start > 1 else states

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sana_cli.errors import SanaError, UsageError
-from sana_cli.shapes import Request, nearest_class, squares_of
+from sana_cli.shapes import SizeRequest, nearest_class, squares_of
 
 PACKAGE = Path(__file__).resolve().parents[1]
 DEFAULT_SIDE = 1024
@@ -89,13 +89,13 @@ def _source(row: dict[str, Any], folders: tuple[str, ...]) -> Source:
     return Source(row["repo"], row["revision"], folders, (row["variant"],), row["bytes"])
 
 
-def choose_model(name: str | None, request: Request | None) -> Model:
+def choose_model(name: str | None, request: SizeRequest | None) -> Model:
     """The model called `name`, on the hub or in that folder; by the resolution when it is None."""
     models = known_models()
     if name is None:
         # The bundled model is a demonstration: it is never chosen for the user.
         hub = [model for model in models.values() if model.sources]
-        wanted = request or Request(side=DEFAULT_SIDE)
+        wanted = request or SizeRequest(side=DEFAULT_SIDE)
         side = nearest_class(wanted, [model.side for model in hub if model.side])
         if wanted.side not in (None, side):
             raise UsageError(

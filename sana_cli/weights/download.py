@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from sana_cli.errors import BrokenModel, DiskFull, MissingModel
+from sana_cli.reporter import TransferReporter
 from sana_cli.units import gigabytes
 from sana_cli.weights.catalogue import Source
 from sana_cli.weights.hub_cache import Digest, pinned_commit, record, repo_folder
@@ -39,6 +40,10 @@ class RemoteFile:
     commit: str
     name: str
     digest: Digest
+
+    @property
+    def id(self) -> str:
+        return f"{self.repo}/{self.name}"
 
     @property
     def blob(self) -> Path:
@@ -70,14 +75,6 @@ class Listing:
     files: list[RemoteFile]
 
 
-class Reporter(Protocol):
-    """Hears of the transfer, from several threads."""
-
-    def begin(self, files: list[RemoteFile], waiting_bytes: int) -> None: ...
-    def advance(self, file: RemoteFile, done: int) -> None: ...
-    def note(self, text: str) -> None: ...
-
-
 def list_source(source: Source, note: Callable[[str], None], newest: bool = False) -> Listing:
     """The files of a source on the hub, at its pinned commit or, for `newest`, at its revision.
 
@@ -106,7 +103,7 @@ def list_source(source: Source, note: Callable[[str], None], newest: bool = Fals
     )
 
 
-def fetch(listings: list[Listing], report: Reporter) -> None:
+def fetch(listings: list[Listing], report: TransferReporter) -> None:
     """Bring every file of the listings into the cache and pin the sources to their commits.
 
     DiskFull before the first byte if they do not fit; MissingModel if the hub fails or sends
@@ -116,7 +113,8 @@ def fetch(listings: list[Listing], report: Reporter) -> None:
     missing = [file for file in files if not file.pointer.is_file()]
     waiting = sum(file.missing_bytes for file in missing)
     _check_disk(waiting)
-    report.begin(missing, waiting)
+    sizes = {file.id: file.digest.size for file in missing}
+    report.begin(sizes, {file.id: file.digest.size - file.missing_bytes for file in missing})
     _fetch_at_once(missing, report)
     for listing in listings:
         record(listing.source, listing.commit, {f.name: f.digest for f in listing.files})
@@ -140,7 +138,7 @@ class _Stopped(Exception):
     """Another file has failed, or the user has left."""
 
 
-def _fetch_at_once(files: list[RemoteFile], report: Reporter) -> None:
+def _fetch_at_once(files: list[RemoteFile], report: TransferReporter) -> None:
     stop = threading.Event()
     # The largest first, so that the last to end is a small one.
     waiting = sorted(files, key=lambda file: file.digest.size)
@@ -170,7 +168,7 @@ def _fetch_at_once(files: list[RemoteFile], report: Reporter) -> None:
         stop.set()
 
 
-def _fetch_file(file: RemoteFile, report: Reporter, stop: threading.Event) -> None:
+def _fetch_file(file: RemoteFile, report: TransferReporter, stop: threading.Event) -> None:
     from filelock import FileLock
     from huggingface_hub import hf_hub_download
 
@@ -187,10 +185,10 @@ def _fetch_file(file: RemoteFile, report: Reporter, stop: threading.Event) -> No
         )
         if not pointer.is_symlink() and not file.blob.samefile(pointer):
             file.blob.unlink()  # where links are not possible the client has made a copy
-    report.advance(file, file.digest.size)
+    report.advance(file.id, file.digest.size)
 
 
-def _complete(file: RemoteFile, report: Reporter, stop: threading.Event) -> None:
+def _complete(file: RemoteFile, report: TransferReporter, stop: threading.Event) -> None:
     """Fetch the rest of a file, check it, and give it its name."""
     for last in (False, True):
         _grow(file, report, stop)
@@ -203,7 +201,7 @@ def _complete(file: RemoteFile, report: Reporter, stop: threading.Event) -> None
     raise BrokenModel(f"{file.name} arrived damaged twice: its hash is not the hub's", "try later")
 
 
-def _grow(file: RemoteFile, report: Reporter, stop: threading.Event) -> None:
+def _grow(file: RemoteFile, report: TransferReporter, stop: threading.Event) -> None:
     """Append to the partial file until it has its size."""
     from huggingface_hub import hf_hub_url
     from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
@@ -230,7 +228,7 @@ def _grow(file: RemoteFile, report: Reporter, stop: threading.Event) -> None:
                         raise _Stopped
                     out.write(chunk)
                     done += len(chunk)
-                    report.advance(file, done)
+                    report.advance(file.id, done)
             if done < file.digest.size:
                 raise ConnectionError(f"the connection ended after {done} bytes")
 

@@ -1,69 +1,76 @@
-"""Weights for a call: on this machine already, or fetched now while the user watches."""
+"""Weights for a call: found on this machine, or fetched while the reporter shows progress."""
 
 from typing import TYPE_CHECKING
 
 from sana_cli.errors import MissingModel
+from sana_cli.system.signals import leaving_in_order
+from sana_cli.weights.hub_cache import find_parts, source_parts
 
 if TYPE_CHECKING:
-    from sana_cli.ui import Talk
+    from sana_cli.reporter import Reporter
     from sana_cli.weights.catalogue import Model, Source
     from sana_cli.weights.download import Listing
     from sana_cli.weights.layout import Parts
     from sana_cli.weights.model_files import ModelFiles
 
 
-def open_chosen(model: "Model", talk: "Talk", offline: bool, dry_run: bool) -> "ModelFiles":
-    """The configs of a model, fetched with its weights if they are not here; a dry run fetches
-    nothing and takes those of the released model."""
-    from sana_cli.weights.hub_cache import find_parts
+def open_or_fetch(
+    model: "Model", reporter: "Reporter", *, offline: bool, dry_run: bool = False
+) -> "ModelFiles":
+    """Read the configs of a model, after fetching the model if it is not on this machine.
 
+    With `dry_run` nothing is fetched: the configs of a missing model are the released ones.
+    MissingModel if it cannot be fetched, BrokenModel if its files are unusable.
+    """
     parts = find_parts(model)
     if parts is None and not dry_run:
-        parts = fetch_parts(model, talk, offline)
+        parts = fetch_parts(model, reporter, offline)
     from sana_cli.weights.model_files import open_model, released_model  # imports torch
 
     files = open_model(parts) if parts else released_model(model)
     for key in files.unknown_keys:
-        talk.warn(f"the model's config sets {key}, which this version does not know")
+        reporter.warn(f"the model's config sets {key}, which this version does not support")
     return files
 
 
-def fetch_parts(model: "Model", talk: "Talk", offline: bool) -> "Parts":
-    """The parts of a model that is not whole on this machine, after fetching what lacks."""
-    from sana_cli.weights.hub_cache import find_parts, source_parts
-
+def fetch_parts(model: "Model", reporter: "Reporter", offline: bool) -> "Parts":
+    """Fetch what is missing of a model and return its parts."""
     if offline or no_network():
         raise MissingModel(
             f"the weights of {model.name} are not on this machine ({model.source})",
             f"fetch them once, with a network: sana models pull {model.name}",
         )
-    talk.say(f"fetching {model.name} from {model.source}, licence {model.licence}")
-    transfer(list_sources([s for s in model.sources if source_parts(s) is None], talk), talk)
+    reporter.info(f"fetching {model.name} from {model.source}, licence {model.licence}")
+    missing = [source for source in model.sources if source_parts(source) is None]
+    transfer(list_sources(missing, reporter), reporter)
     parts = find_parts(model)
     if parts is None:
         raise MissingModel(
-            f"{model.source} was fetched and is still not whole", f"sana models verify {model.name}"
+            f"{model.source} was fetched and is still incomplete",
+            f"sana models verify {model.name}",
         )
     return parts
 
 
-def list_sources(sources: "list[Source]", talk: "Talk", newest: bool = False) -> "list[Listing]":
+def list_sources(
+    sources: "list[Source]", reporter: "Reporter", newest: bool = False
+) -> "list[Listing]":
+    """List the files of each source on the hub, at its pinned commit or the newest one."""
     from sana_cli.weights.download import list_source
 
-    return [list_source(source, talk.warn, newest) for source in sources]
+    return [list_source(source, reporter.warn, newest) for source in sources]
 
 
-def transfer(listings: "list[Listing]", talk: "Talk") -> None:
-    from sana_cli.system.signals import leaving_in_order
-    from sana_cli.ui import Downloads
+def transfer(listings: "list[Listing]", reporter: "Reporter") -> None:
+    """Download the files of some listings."""
     from sana_cli.weights.download import fetch
 
-    with leaving_in_order(), Downloads(talk) as bars:
-        fetch(listings, bars)
+    with leaving_in_order(), reporter.transfer() as progress:
+        fetch(listings, progress)
 
 
 def no_network() -> bool:
-    """Whether the environment forbids it, as the hub's own client reads that."""
+    """Return whether HF_HUB_OFFLINE forbids the network, as the hub's own client reads it."""
     from huggingface_hub.constants import is_offline_mode
 
     return is_offline_mode()

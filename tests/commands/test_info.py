@@ -13,10 +13,10 @@ from PIL import Image, PngImagePlugin
 
 from recipes import RECIPE
 from sana_cli.images import files as images
-from sana_cli.images.metadata import Record
+from sana_cli.images.metadata import Metadata
 from sana_cli.instruction import INSTRUCTION
 from sana_cli.recipe import Recipe
-from sana_cli.shapes import TRAINED_SHAPES, Request, place
+from sana_cli.shapes import TRAINED_SHAPES, SizeRequest, choose_canvas
 
 DEMO = replace(
     RECIPE,
@@ -35,7 +35,7 @@ def save(name: str = "fox.png", **changes) -> str:
     """A picture of the recipe's size with the recipe in it; nobody draws it."""
     recipe = Recipe(**(DEMO.as_dict() | changes))
     pixels = np.zeros((recipe.height, recipe.width, 3), np.uint8)
-    record = Record(recipe, "cpu", "2.13.0")
+    record = Metadata(recipe, "cpu", "2.13.0")
     images.write(Path(name), images.encode(pixels, Path(name).suffix[1:], None, record), True)
     return name
 
@@ -116,7 +116,7 @@ def test_the_line_names_everything_that_it_can_and_says_what_it_cannot(sana):
 def test_an_exact_size_finds_every_trained_shape_again(side):
     """The line gives the size that was drawn, not the --ar that led to it."""
     for _, height, width in TRAINED_SHAPES[side]:
-        canvas = place(Request(None, width, height), None, "trained", side)
+        canvas = choose_canvas(SizeRequest(None, width, height), None, "trained", side)
         assert canvas == (width, height, width, height)
 
 

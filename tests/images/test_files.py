@@ -14,15 +14,15 @@ from recipes import RECIPE
 from sana_cli import __version__
 from sana_cli.errors import SanaError, UsageError
 from sana_cli.images import files as images
-from sana_cli.images.metadata import Record, parameters
+from sana_cli.images.metadata import Metadata, parameters
 from sana_cli.images.names import parse_output, safe_name, slug
 from sana_cli.recipe import Recipe
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (32, 64, 3), np.uint8)
 
 
-def record(**changes) -> Record:
-    return Record(Recipe(**(RECIPE.as_dict() | changes)), "cpu", "2.9")
+def record(**changes) -> Metadata:
+    return Metadata(Recipe(**(RECIPE.as_dict() | changes)), "cpu", "2.9")
 
 
 def test_png_keeps_every_pixel_and_the_recipe():

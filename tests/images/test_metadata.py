@@ -19,7 +19,7 @@ from recipes import RECIPE
 from sana_cli import __version__
 from sana_cli.errors import SanaError, UsageError
 from sana_cli.images import files as images
-from sana_cli.images.metadata import Record, parameters, read, recipe_of
+from sana_cli.images.metadata import Metadata, parameters, read, recipe_of
 from sana_cli.recipe import Recipe
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (32, 64, 3), np.uint8)
@@ -47,8 +47,8 @@ traps = st.sampled_from(
 prompts = st.lists(texts | traps, min_size=1).map("".join).filter(str.strip)
 
 
-def record(**changes) -> Record:
-    return Record(Recipe(**(RECIPE.as_dict() | changes)), "cpu", "2.9")
+def record(**changes) -> Metadata:
+    return Metadata(Recipe(**(RECIPE.as_dict() | changes)), "cpu", "2.9")
 
 
 def save(folder: Path, format: str, **changes) -> str:

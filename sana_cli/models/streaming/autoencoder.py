@@ -32,7 +32,7 @@ def decode(
 
 
 def decoding(decoder: Decoder, latent: Tensor, strip_bytes: int) -> StripPipeline:
-    """Return the strips whose `materialise()` is the float image (1, 3, H, W); `draw` is `decode`."""
+    """Return the pipeline whose `draw` is `decode`; its `materialise()` is float (1, 3, H, W)."""
     dtype = decoder.norm_out.weight.dtype
     pipeline = StripPipeline(
         latent.to(dtype, memory_format=torch.channels_last), dtype, strip_bytes

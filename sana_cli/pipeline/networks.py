@@ -1,0 +1,110 @@
+"""The networks that are loaded: they outlive a call, within a budget of memory.
+
+What fits stays. When a stage needs room, the networks used longest ago are released first.
+"""
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sana_cli.system.devices import give_back
+from sana_cli.weights.layout import Part
+
+
+class NetworkKey(NamedTuple):
+    """What decides the tensors of a loaded network."""
+
+    part: str  # "text_encoder", "transformer", "encoder" or "decoder"
+    weights: tuple[Hashable, ...]  # identity of every source of tensors
+    dtype: str
+    device: str = ""  # only of a network that cannot be moved
+
+
+@dataclass
+class _Loaded:
+    network: Any
+    nbytes: int
+
+
+class Networks:
+    """Loaded networks by their keys. `keep` is whether they stay after the call that loaded them.
+
+    Not thread-safe: the session that owns it serialises its calls.
+    """
+
+    def __init__(self, keep: bool = True) -> None:
+        self.keep = keep
+        self._loaded: dict[NetworkKey, _Loaded] = {}  # the least recently used first
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the tensors of all loaded networks."""
+        return sum(loaded.nbytes for loaded in self._loaded.values())
+
+    @property
+    def loaded(self) -> list[NetworkKey]:
+        """The keys of the loaded networks, the most recently used last."""
+        return list(self._loaded)
+
+    def find(self, key: NetworkKey) -> Any | None:
+        """Return the network of a key and mark it as used now; None if it is not loaded."""
+        loaded = self._loaded.pop(key, None)
+        if loaded is None:
+            return None
+        self._loaded[key] = loaded
+        return loaded.network
+
+    def add(self, key: NetworkKey, network: Any, nbytes: int) -> None:
+        self._loaded[key] = _Loaded(network, nbytes)
+
+    def make_room(self, needed: int, budget: int, using: NetworkKey, device: str) -> None:
+        """Release the least recently used until a stage that holds `needed` bytes fits.
+
+        `needed` includes the weights of the network in use, which stays.
+        """
+        others = [key for key in self._loaded if key != using]
+        held = sum(self._loaded[key].nbytes for key in others)
+        released = False
+        while others and held + needed > budget:
+            held -= self._loaded.pop(others.pop(0)).nbytes
+            released = True
+        if released:
+            give_back(device)
+
+    def release(self, *parts: str, device: str) -> None:
+        """Release every network of these parts."""
+        keys = [key for key in self._loaded if key.part in parts]
+        for key in keys:
+            del self._loaded[key]
+        if keys:
+            give_back(device)
+
+    def release_idle(self, using: NetworkKey, device: str) -> bool:
+        """Release everything but one network; whether there was anything to release."""
+        idle = [key for key in self._loaded if key != using]
+        for key in idle:
+            del self._loaded[key]
+        if idle:
+            give_back(device)
+        return bool(idle)
+
+    def clear(self, device: str) -> None:
+        """Release everything."""
+        self._loaded.clear()
+        give_back(device)
+
+
+def identity_of(part: Part) -> tuple[Hashable, ...]:
+    """Tell apart the weights of parts: files by path, size and time of change, others by object.
+
+    A file that was replaced between two calls is another network.
+    """
+    identities: list[Any] = []
+    for source in part.weights:
+        if isinstance(source, Path):
+            state = source.stat()
+            identities.append((str(source), state.st_size, state.st_mtime_ns))
+        else:
+            identities.append(source)
+    return tuple(identities)

@@ -1,0 +1,55 @@
+"""Running out of memory: release what is idle, then retry by a plan that needs less."""
+
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+from sana_cli.errors import NotEnoughMemory
+from sana_cli.pipeline.plan import Plan
+from sana_cli.system.devices import give_back, is_out_of_memory
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Notice:
+    """Something worth telling that happened while drawing."""
+
+    text: str
+    warning: bool = False
+
+
+class OOMRetry:
+    """The plans of one stage, from the one that was made to those that need ever less memory."""
+
+    def __init__(
+        self, plans: Iterator[Plan], what: str, release_idle: Callable[[], bool] = lambda: False
+    ) -> None:
+        """`what` names the work in messages; `release_idle` frees networks that are not in use."""
+        self.plans, self.plan, self.what = plans, next(plans), what
+        self.release_idle = release_idle
+
+    def attempt(self, work: Callable[[Plan], Result]) -> Generator[Notice, None, Result]:
+        """Return what `work` makes by the first plan that does not run out of memory.
+
+        NotEnoughMemory if no plan is left.
+        """
+        while True:
+            try:
+                return work(self.plan)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+            if self.release_idle():
+                yield Notice(f"{self.what}: out of memory; retrying without the idle networks")
+                continue
+            give_back(self.plan.device)  # the failed attempt's tensors are free by now
+            before, smaller = self.plan, next(self.plans, None)
+            if smaller is None:
+                raise NotEnoughMemory(
+                    f"{self.what}: not enough memory, even in the smallest pieces",
+                    "ask for fewer pixels, or use --device cpu",
+                )
+            self.plan = smaller
+            change = smaller.difference(before)
+            yield Notice(f"{self.what}: out of memory; retrying {change}", warning=True)

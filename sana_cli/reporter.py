@@ -1,0 +1,65 @@
+"""How everything below the command line reports: one protocol, and the implementation for programs.
+
+Nothing below `commands/` prints. A library call reports through `LogReporter`; the command line
+through `ui.Console`.
+"""
+
+import logging
+import sys
+import warnings
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Protocol
+
+PACKAGE = str(Path(__file__).parent)
+logger = logging.getLogger("sana_cli")
+
+
+class TransferReporter(Protocol):
+    """Progress of a download, called from several threads. Sizes are in bytes."""
+
+    def begin(self, sizes: dict[str, int], done: dict[str, int]) -> None:
+        """Start: the size of each file, by OWNER/REPO/FILE, and how much of it is here already."""
+
+    def advance(self, file: str, done: int) -> None:
+        """Report that the first `done` bytes of a file are here."""
+
+    def note(self, text: str) -> None:
+        """Report a retry or another event worth a line."""
+
+
+class Reporter(Protocol):
+    """Receives what a call has to tell: choices that were made, details, warnings, transfers."""
+
+    def info(self, text: str) -> None: ...
+    def detail(self, text: str) -> None: ...
+    def warn(self, text: str) -> None: ...
+    def transfer(self) -> AbstractContextManager[TransferReporter]: ...
+
+
+class LogReporter:
+    """For programs: warnings become Python warnings, the rest goes to the logger "sana_cli"."""
+
+    def info(self, text: str) -> None:
+        logger.info(text)
+
+    def detail(self, text: str) -> None:
+        logger.debug(text)
+
+    def warn(self, text: str) -> None:
+        level, frame = 2, sys._getframe(1)
+        while frame.f_back and frame.f_code.co_filename.startswith(PACKAGE):
+            level, frame = level + 1, frame.f_back
+        warnings.warn(text, stacklevel=level - 1)  # at the line that called the package
+
+    def transfer(self) -> AbstractContextManager[TransferReporter]:
+        return nullcontext(self)
+
+    def begin(self, sizes: dict[str, int], done: dict[str, int]) -> None:
+        logger.info("fetching %d files, %d bytes", len(sizes), sum(sizes.values()))
+
+    def advance(self, file: str, done: int) -> None:
+        logger.debug("%s: %d bytes", file, done)
+
+    def note(self, text: str) -> None:
+        self.warn(text)

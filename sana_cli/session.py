@@ -1,0 +1,212 @@
+"""The one way from settings to images: resolve → plan → draw, over networks that stay loaded.
+
+The command line, `Pipeline` in Python, the batch runner and the benchmarks each hold a `Session`.
+It reports through a `Reporter` and yields events; it never prints. Calls from several threads
+queue.
+"""
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from sana_cli.errors import SanaError
+from sana_cli.reporter import LogReporter, Reporter
+from sana_cli.resolve import InputImages, resolve
+from sana_cli.settings import Settings
+from sana_cli.weights.catalogue import Model
+from sana_cli.weights.fetch import open_or_fetch
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from sana_cli.images.metadata import Metadata
+    from sana_cli.pipeline.draw import Event
+    from sana_cli.pipeline.networks import Networks
+    from sana_cli.pipeline.plan import Plan
+    from sana_cli.recipe import Recipe
+    from sana_cli.weights.model_files import ModelFiles
+
+
+@dataclass(frozen=True)
+class DrawRequest:
+    """What to draw: recipes of one model in one precision, its files, and the input images."""
+
+    model: Model
+    files: "ModelFiles"
+    recipes: "list[Recipe]"
+    images: InputImages = field(default_factory=InputImages)
+    warnings: tuple[str, ...] = ()
+
+
+class Session:
+    """Networks on a device, and everything that it takes to draw with them."""
+
+    def __init__(
+        self,
+        *,
+        device: str = "auto",
+        memory: int | None = None,
+        cache: bool = True,
+        offline: bool = False,
+        keep_loaded: bool = True,
+        reporter: Reporter | None = None,
+    ) -> None:
+        """`memory` is a limit in bytes, None for what is free. `cache` is whether text states are
+        kept on disk. With `keep_loaded` networks stay in memory until `close`; without, each is
+        released as soon as a call needs it no more. Nothing is imported or loaded yet.
+        """
+        self.memory, self.cache, self.offline = memory, cache, offline
+        self.keep_loaded = keep_loaded
+        self.reporter: Reporter = reporter or LogReporter()
+        self._asked_device = device
+        self._device: str | None = None
+        self._networks: Networks | None = None
+        self._overhead: int | None = None  # bytes that the process held before any network
+        self._described: list[str] = []  # of the last plan that was reported
+        self._turn = threading.Lock()
+        self._owner: int | None = None  # the thread whose turn it is
+        self._is_drawing = False
+
+    @property
+    def device(self) -> str:
+        """The device that is used. UsageError if it is not here."""
+        if self._device is None:
+            from sana_cli.kernels.dispatch import chosen_path
+            from sana_cli.system.devices import choose_device
+
+            self._device = choose_device(self._asked_device)
+            self.reporter.detail("kernels: {} path, as {}".format(*chosen_path(self._device)))
+        return self._device
+
+    @property
+    def networks(self) -> "Networks":
+        """The networks that are loaded."""
+        if self._networks is None:
+            from sana_cli.pipeline.networks import Networks
+
+            self._networks = Networks(self.keep_loaded)
+        return self._networks
+
+    def cache_folder(self) -> "Path | None":
+        from sana_cli.system.folders import cache_folder
+
+        return cache_folder() if self.cache else None
+
+    def metadata(self, recipe: "Recipe") -> "Metadata":
+        """What a file of this recipe, drawn here, says of itself."""
+        import torch
+
+        from sana_cli.images.metadata import Metadata
+
+        return Metadata(recipe, self.device, torch.__version__)
+
+    # --- resolve and plan ----------------------------------------------------------------------
+
+    def open(self, model: Model, *, dry_run: bool = False) -> "ModelFiles":
+        """Read the configs of a model, after fetching it if it is not on this machine.
+
+        A dry run fetches nothing: the configs of a missing model are the released ones.
+        """
+        return open_or_fetch(model, self.reporter, offline=self.offline, dry_run=dry_run)
+
+    def request(
+        self, settings: Sequence[Settings], seeds: Sequence[int], *, dry_run: bool = False
+    ) -> DrawRequest:
+        """Resolve a call: every prompt with every seed, in this order.
+
+        The settings may differ in their prompts only. What is wrong with them is found before
+        torch is imported; then the model is opened, and fetched unless this is a dry run.
+        """
+        images = InputImages()
+        resolutions = [resolve(one, images) for one in settings]
+        first = resolutions[0]
+        files = self.open(first.model, dry_run=dry_run)
+        recipes = [r for one in resolutions for r in one.recipes(files, self.device, seeds)]
+        return DrawRequest(first.model, files, recipes, images, first.sampler(files).warnings)
+
+    def plan(self, request: DrawRequest, *, predict: bool = False) -> "Plan":
+        """Plan how this machine draws a request, and report it.
+
+        With `predict` the peaks are predicted even where there is plainly room. NotEnoughMemory
+        if no plan fits.
+        """
+        from sana_cli.pipeline.plan import make_plan
+        from sana_cli.system.devices import resident_bytes
+
+        held = self.networks.held_bytes
+        if not held:
+            self._overhead = resident_bytes()
+        plan = make_plan(
+            request.recipes,
+            request.files,
+            self.device,
+            self.memory,
+            predict=predict,
+            held=held,
+            overhead=self._overhead,
+        )
+        for text in request.warnings:
+            self.reporter.warn(text)
+        if plan.describe() != self._described:  # of a batch, once and not for every round
+            self._described = plan.describe()
+            for text in self._described:
+                self.reporter.info(text)
+        return plan
+
+    # --- draw ----------------------------------------------------------------------------------
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Wait for the turn of this thread, and keep it: what is planned here is drawn like that.
+
+        Nested use in one thread is free.
+        """
+        if self._owner == threading.get_ident():
+            yield
+            return
+        with self._turn:
+            self._owner = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._owner = None
+
+    def draw(self, request: DrawRequest, plan: "Plan | None" = None) -> "Iterator[Event]":
+        """Draw the recipes of a request; the events of `pipeline.draw`, as they happen.
+
+        The plan is made now if there is none.
+
+        The turn of this thread ends with the last event, or when the generator is closed.
+        SanaError if this thread is drawing already, as a callback that draws would be.
+        """
+        from sana_cli.pipeline.draw import draw
+
+        with self.exclusive():
+            if self._is_drawing:
+                raise SanaError("this session is already drawing in this thread")
+            self._is_drawing = True
+            try:
+                yield from draw(
+                    request.recipes,
+                    request.files,
+                    plan or self.plan(request),
+                    networks=self.networks,
+                    images=request.images,
+                    cache=self.cache_folder(),
+                )
+            finally:
+                self._is_drawing = False
+
+    def close(self) -> None:
+        """Release every network; the session can be used again."""
+        with self.exclusive():
+            if self._networks is not None:
+                self._networks.clear(self.device)
+
+    def __enter__(self) -> "Session":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.close()
