@@ -36,7 +36,7 @@ def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 
 def on_demo(count: int) -> dict:
-    from sana_cli.pipeline.draw import Picture, draw
+    from sana_cli.pipeline.draw import ImageDone, draw
     from sana_cli.pipeline.plan import Plan
     from sana_cli.pipeline.text_encoder import TextEncoder
     from sana_cli.weights.layout import folder_parts
@@ -57,7 +57,7 @@ def on_demo(count: int) -> dict:
         recipes = [dataclasses.replace(one, text_dtype=precision) for one in recipes]
         with torch.inference_mode():
             events = list(draw(recipes, files, Plan("cpu")))
-        pictures[precision] = [e.pixels for e in events if isinstance(e, Picture)]
+        pictures[precision] = [e.pixels for e in events if isinstance(e, ImageDone)]
     report: dict = {"prompts": count}
     for precision, drawn in pictures.items():
         right = sum(all(check(s, p).values()) for s, p in zip(scenes, drawn, strict=True))

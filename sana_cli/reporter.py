@@ -50,7 +50,7 @@ class LogReporter:
         level, frame = 2, sys._getframe(1)
         while frame.f_back and frame.f_code.co_filename.startswith(PACKAGE):
             level, frame = level + 1, frame.f_back
-        warnings.warn(text, stacklevel=level - 1)  # at the line that called the package
+        warnings.warn(text, stacklevel=level)  # at the line that called the package
 
     def transfer(self) -> AbstractContextManager[TransferReporter]:
         return nullcontext(self)

@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from hub import Hub
-from sana_cli import Picture, Pipeline, SanaError
+from sana_cli import Pipeline, SanaError, SanaImage
 from sana_cli.errors import BadImage, MissingModel, UsageError
 from sana_cli.images.metadata import recipe_of
 from sana_cli.pipeline.draw import Progress
@@ -29,7 +29,7 @@ PROMPT = "a red circle on a blue background"
 
 
 @pytest.fixture(scope="module")
-def circle() -> Picture:
+def circle() -> SanaImage:
     return Pipeline("demo", cache=False).generate(PROMPT, seed=7, steps=4)[0]
 
 
@@ -108,7 +108,7 @@ def test_the_recipe_can_be_left_out(circle, tmp_path, name, word):
 
 def test_what_is_made_of_a_picture_has_no_recipe(circle, tmp_path):
     for image in (circle.copy(), circle.resize((64, 64)), circle.convert("L")):
-        assert not isinstance(image, Picture)
+        assert not isinstance(image, SanaImage)
 
 
 def test_a_picture_travels_between_processes(circle):

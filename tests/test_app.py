@@ -18,22 +18,23 @@ HEAVY = ("torch", "transformers", "diffusers", "numpy", "PIL", "huggingface_hub"
 # two files each, X and X_triton, which name each other.
 ORDER = """
     __main__ app
-    commands: bench batch generate doctor models _standing info config _bench_tables _options
-              _completion _defaults
-    api ui
+    commands: bench batch generate doctor models info config _bench_tables _options _completion
+              _defaults
+    ui
+    api
     batch:    run runner jobs manifest rows templates shards events
     bench:    run baseline competitor phases roofline random_weights
-    replay resolve sampling
-    pipeline: draw guidance plan text_encoder text_cache solver
+    session
+    replay resolve
+    pipeline: draw guidance oom_retry plan text_encoder text_cache networks solver
     images:   names files metadata terminal_preview
-    weights:  fetch download model_files hub_cache checkpoint catalogue layout
+    weights:  fetch download model_files hub_cache checkpoint catalogue layout tensor_cache
     models:   streaming.autoencoder streaming.strip_pipeline streaming.layers fused_dit
               streaming.subpixel int8 cross_attention architectures streaming.ops cuda_graph dit
               gemma dc_ae
-    weights.tensor_cache
     kernels
     system:   devices memory inventory signals folders
-    shapes recipe settings instruction units errors
+    shapes recipe settings instruction units reporter errors
 """
 
 

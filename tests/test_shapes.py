@@ -11,7 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sana_cli.errors import UsageError
-from sana_cli.shapes import TRAINED_SHAPES, Canvas, SizeRequest, parse_aspect, parse_resolution, choose_canvas
+from sana_cli.shapes import (
+    TRAINED_SHAPES,
+    Canvas,
+    SizeRequest,
+    choose_canvas,
+    parse_aspect,
+    parse_resolution,
+)
 
 TABLES = {
     512: ASPECT_RATIO_512_BIN,
@@ -65,11 +72,15 @@ def test_an_aspect_takes_the_nearest_trained_shape(aspect, canvas):
 
 
 def test_an_exact_size_is_drawn_at_a_trained_shape_and_cropped():
-    assert choose_canvas(SizeRequest(None, 1280, 720), None, "trained", 1024) == Canvas(1280, 720, 1344, 768)
+    assert choose_canvas(SizeRequest(None, 1280, 720), None, "trained", 1024) == Canvas(
+        1280, 720, 1344, 768
+    )
 
 
 def test_fit_exact_draws_the_next_multiple_of_32():
-    assert choose_canvas(SizeRequest(None, 1280, 720), None, "exact", 1024) == Canvas(1280, 720, 1280, 736)
+    assert choose_canvas(SizeRequest(None, 1280, 720), None, "exact", 1024) == Canvas(
+        1280, 720, 1280, 736
+    )
 
 
 @given(
@@ -102,7 +113,11 @@ def test_a_model_of_squares_draws_the_one_nearest_in_area(request_, side):
 
 @pytest.mark.parametrize(
     ("request_", "aspect"),
-    [(SizeRequest(side=1024), None), (SizeRequest(side=512), 16 / 9), (SizeRequest(None, 800, 800), None)],
+    [
+        (SizeRequest(side=1024), None),
+        (SizeRequest(side=512), 16 / 9),
+        (SizeRequest(None, 800, 800), None),
+    ],
     ids=["side", "aspect", "area"],
 )
 def test_a_model_of_squares_draws_nothing_else(request_, aspect):

@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 
 from sana_cli.models.dc_ae import DCAE
-from sana_cli.pipeline.draw import Picture, draw
+from sana_cli.pipeline.draw import ImageDone, draw
 from sana_cli.pipeline.plan import Plan
 from sana_cli.recipe import Recipe
 from sana_cli.weights.catalogue import known_models
@@ -97,7 +97,7 @@ def shape_questions(seed: int = SEED) -> list[Question]:
 
 
 def pictures(recipes: list[Recipe], files: ModelFiles, device: str) -> list[np.ndarray]:
-    return [e.pixels for e in draw(recipes, files, Plan(device)) if isinstance(e, Picture)]
+    return [e.pixels for e in draw(recipes, files, Plan(device)) if isinstance(e, ImageDone)]
 
 
 def copies(scenes: list[Sample], files: ModelFiles, side: int) -> list[np.ndarray]:

@@ -47,7 +47,7 @@ def profiled(
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as Profiler
 
-    from sana_cli.pipeline.draw import Picture, Progress, draw
+    from sana_cli.pipeline.draw import ImageDone, Progress, draw
     from sana_cli.pipeline.plan import Plan
 
     cuda = device.startswith("cuda")
@@ -57,14 +57,14 @@ def profiled(
     began = 0.0
     with launches() as floors:
         recipes = [recipe, replace(recipe, seed=2)]
-        for event in draw(recipes, files, Plan(device, resident=True)):
+        for event in draw(recipes, files, Plan(device, keep_loaded=True)):
             last = isinstance(event, Progress) and event.done == event.total
             if running is not None and last and isinstance(event, Progress):
                 seconds = time.perf_counter() - began
                 running.stop()
                 found[event.stage] = seconds, shares(running, floors, copies, products, cuda)
                 running = None
-            first = isinstance(event, Picture) and event.index == 0
+            first = isinstance(event, ImageDone) and event.index == 0
             if first or (last and isinstance(event, Progress) and event.stage == "denoise"):
                 running = Profiler(activities=activities)
                 running.start()

@@ -24,19 +24,21 @@ def described(
 ) -> tuple[Any, Any]:
     """A recipe and files of a model: the bundled one's own, else with random weights."""
     from sana_cli.bench.random_weights import random_model
-    from sana_cli.resolve import choose
+    from sana_cli.resolve import InputImages, resolve
     from sana_cli.settings import Settings
     from sana_cli.weights.hub_cache import find_parts
     from sana_cli.weights.model_files import open_model
 
     words = {"steps": 2, "dtype": dtype, "text_precision": "auto"} | (settings or {})
-    choice = choose(Settings(PROMPT, model=model, res=size, fit="exact", **words))
-    found = find_parts(choice.model)
+    resolution = resolve(
+        Settings(PROMPT, model=model, res=size, fit="exact", **words), InputImages()
+    )
+    found = find_parts(resolution.model)
     if model == "demo" and found:
         files = open_model(found)
     else:
-        files = random_model(choice.model, found, folder, device)
-    recipe = choice.recipe(files, device, 1)
+        files = random_model(resolution.model, found, folder, device)
+    recipe = resolution.recipe(files, device, 1)
     return replace(recipe, text_dtype=wide(device)), files
 
 

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from sana_cli.errors import SanaError
-from sana_cli.weights.tensor_cache import Store
 
 OUTLIER = 6.0  # the paper's threshold, section 3.2
 
@@ -48,37 +47,39 @@ class Int8Linear(nn.Module):
         return y.unflatten(0, x.shape[:-1])
 
 
-def quantise(model: nn.Module, store: Store | None) -> None:
-    """Replace every linear map of `model` by its 8-bit one, from the store if they are there.
+def quantise(model: nn.Module) -> dict[str, Tensor]:
+    """Quantise every linear map of `model`: int8 weights and float32 scales, by name."""
+    tensors: dict[str, Tensor] = {}
+    for name, linear in _linears(model).items():
+        # On the CPU and from float32 wherever it will run, so that one file serves all.
+        wide = linear.weight.float().contiguous()
+        quantised, scale, _ = bitsandbytes().functional.int8_vectorwise_quant(wide)
+        tensors |= {f"{name}.weight": quantised, f"{name}.SCB": scale}
+    return tensors
 
-    The weights it then does not read may lie in mapped files, and are left there.
+
+def is_quantised_from(model: nn.Module, tensors: dict[str, Tensor]) -> bool:
+    """Whether tensors have the names, dtypes and shapes that `quantise` gives them."""
+    wanted: dict[str, tuple[torch.dtype, torch.Size]] = {}
+    for name, linear in _linears(model).items():
+        wanted[f"{name}.weight"] = torch.int8, linear.weight.shape
+        wanted[f"{name}.SCB"] = torch.float32, linear.weight.shape[:1]
+    return {name: (t.dtype, t.shape) for name, t in tensors.items()} == wanted
+
+
+def install(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Replace every linear map of `model` by the 8-bit one that `quantise` made of it.
+
+    The weights that are then not read may lie in mapped files, and are left there.
     """
-    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    kept = store.read("linear") if store else None
-    if kept is not None and not _fits(kept, linears):
-        kept = None
-    if kept is None:
-        kept = {}
-        for name, linear in linears.items():
-            # On the CPU and from float32 wherever it will run, so that one file serves all.
-            wide = linear.weight.float().contiguous()
-            quantised, scale, _ = bitsandbytes().functional.int8_vectorwise_quant(wide)
-            kept |= {f"{name}.weight": quantised, f"{name}.SCB": scale}
-        if store:
-            store.write(kept, "linear")
-            kept = store.read("linear") or kept  # mapped: as little memory as the next time
-    for name in linears:
+    for name in _linears(model):
         parent, _, child = name.rpartition(".")
-        fast = Int8Linear(kept[f"{name}.weight"], kept[f"{name}.SCB"])
+        fast = Int8Linear(tensors[f"{name}.weight"], tensors[f"{name}.SCB"])
         setattr(model.get_submodule(parent), child, fast)
 
 
-def _fits(kept: dict[str, Tensor], linears: dict[str, nn.Linear]) -> bool:
-    wanted: dict[str, tuple[torch.dtype, torch.Size]] = {}
-    for name, linear in linears.items():
-        wanted[f"{name}.weight"] = torch.int8, linear.weight.shape
-        wanted[f"{name}.SCB"] = torch.float32, linear.weight.shape[:1]
-    return {name: (t.dtype, t.shape) for name, t in kept.items()} == wanted
+def _linears(model: nn.Module) -> dict[str, nn.Linear]:
+    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
 
 
 @functools.cache

@@ -129,14 +129,13 @@ class Drawing:
         turn = 1 if self.plan.keep_loaded else TURN
         for first in range(0, len(self.recipes), turn):
             indices = range(first, min(first + turn, len(self.recipes)))
-            transformer = yield from self.load("transformer", "denoise", self.transformer)
+            transformer = yield from self.load_transformer()
             for i in indices:
                 yield from self.finish(i, self.denoise(i, transformer))
             del transformer
             if indices.stop == len(self.recipes):
                 self.done_with("transformer")
-            build = partial(self.autoencoder, "decoder")
-            decoder = yield from self.load("decoder", "decode", build)
+            decoder = yield from self.load_decoder()
             for i in indices:
                 if i in self.latents:
                     yield from self.finish(i, self.decode(i, decoder))
@@ -179,6 +178,13 @@ class Drawing:
     def make_room(self, stage: str, key: NetworkKey) -> None:
         needed, budget = self.plan.bounds.get(stage, self.plan.budget), self.plan.budget
         self.networks.make_room(needed, budget, key, self.plan.device)
+
+    def load_transformer(self) -> Generator[Event, None, FusedDiT]:
+        return (yield from self.load("transformer", "denoise", self.transformer))
+
+    def load_decoder(self) -> Generator[Event, None, Decoder]:
+        build = partial(self.autoencoder, "decoder")
+        return (yield from self.load("decoder", "decode", build))
 
     def done_with(self, part: str) -> None:
         """Release a network that nothing in this call needs any more, unless networks are kept."""

@@ -54,12 +54,24 @@ class TextEncoder:
         dtype = getattr(torch, wide_dtype(device) if eight_bit else precision)
         self.model.embed_tokens = Table(self.model.embed_tokens.weight, dtype)
         if eight_bit:
-            from sana_cli.models.int8 import quantise
-
-            quantise(self.model, cache.layers if cache else None)
+            self._quantise()
             self.model.to(device)  # the norms compute in float32 whatever they are stored in
         else:
             move(self.model, part.weights, device, dtype)
+
+    def _quantise(self) -> None:
+        """Put 8-bit layers in the place of the model's own: those in the cache, or new ones."""
+        from sana_cli.models.int8 import install, is_quantised_from, quantise
+
+        layers = self.cache.layers if self.cache else None
+        tensors = layers.read("linear") if layers else None
+        if tensors is None or not is_quantised_from(self.model, tensors):
+            tensors = quantise(self.model)
+            if layers:
+                layers.write(tensors, "linear")
+                # Mapped from the file, they take as little memory as they will the next time.
+                tensors = layers.read("linear") or tensors
+        install(self.model, tensors)
 
     def encode(self, prompt: str, instruction: str = "") -> Tensor:
         """States (1, L, width) of the prompt's tokens behind a leading <bos>, 1 <= L <= 300.

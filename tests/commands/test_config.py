@@ -110,11 +110,11 @@ def test_every_option_that_can_stand_is_taken_at_every_level(sana, monkeypatch, 
 def test_what_stands_is_what_the_verbs_options_become(sana, monkeypatch, command, here):
     """Asked of the parameters themselves, through Click, as the verb would get them."""
     keep("project", monkeypatch, **VALUES)
-    from sana_cli.commands._defaults import Standing
+    from sana_cli.commands._defaults import Defaults
 
     root = get_command(app)
     parent = root.make_context("sana", ["generate"], obj={})
-    parent.default_map = Standing(parent).defaults(root)
+    parent.default_map = Defaults(parent).defaults(root)
     _, verb, _ = root.resolve_command(parent, [command])
     words = ["x.txt"]
     context = verb.make_context(command, words, parent=parent)

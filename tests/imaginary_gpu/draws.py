@@ -3,7 +3,7 @@
 import json
 import sys
 from collections import Counter
-from functools import partial
+from collections.abc import Generator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,9 +13,11 @@ from card import card
 from torch import nn
 
 from sana_cli.bench.random_weights import random_model
-from sana_cli.pipeline import draw as stages
+from sana_cli.pipeline import draw
+from sana_cli.pipeline.networks import Networks
+from sana_cli.pipeline.oom_retry import Notice
 from sana_cli.pipeline.plan import Plan
-from sana_cli.resolve import choose
+from sana_cli.resolve import InputImages, resolve
 from sana_cli.settings import Settings
 from sana_cli.weights.hub_cache import find_parts
 from sana_cli.weights.model_files import open_model
@@ -25,9 +27,18 @@ def devices_of(network: nn.Module) -> set[str]:
     return {tensor.device.type for tensor in (*network.parameters(), *network.buffers())}
 
 
+def result(events: Generator[Any, None, Any]) -> Any:
+    """What a generator of events returns."""
+    try:
+        while True:
+            next(events)
+    except StopIteration as stop:
+        return stop.value
+
+
 def main(model: str, res: str, *words: str) -> None:
     options: dict[str, Any] = {k: json.loads(v) for k, v in (word.split("=") for word in words)}
-    planned = {name: options.pop(name) for name in ("together", "rows") if name in options}
+    planned = {name: options.pop(name) for name in ("batched_cfg", "row_chunk") if name in options}
     settings = Settings(
         "a red fox", model=model, res=res, fit="exact", steps=2, text_precision="bf16", **options
     )
@@ -37,22 +48,26 @@ def main(model: str, res: str, *words: str) -> None:
         TemporaryDirectory() as folder,
         card() as launched,
         # Whether a picture is flat is a question of numbers.
-        patch.object(stages, "fault_of", lambda drawn: seen.append(drawn)),
+        patch.object(draw, "fault_of", lambda drawn: seen.append(drawn)),
     ):
-        choice = choose(settings)
-        found = find_parts(choice.model)
+        resolution = resolve(settings, InputImages())
+        found = find_parts(resolution.model)
         files = (
-            open_model(found) if found else random_model(choice.model, None, Path(folder), "cpu")
+            open_model(found)
+            if found
+            else random_model(resolution.model, None, Path(folder), "cpu")
         )
-        recipe = choice.recipe(files, "cuda", 1)
-        run = stages.Run([recipe], files, Plan("cuda", **planned), {}, None)
-        for stage in (run.encode_texts, run.load_transformer, partial(run.denoise, 0)):
-            remarks = [event for event in stage() if isinstance(event, stages.Remark)]
-            assert not remarks, remarks
-        devices |= devices_of(run.transformer)
-        list(run.load_decoder())
-        devices |= devices_of(run.decoder)
-        next(run.decode(0))
+        recipe = resolution.recipe(files, "cuda", 1)
+        plan = Plan("cuda", **planned)
+        drawing = draw.Drawing([recipe], files, plan, Networks(), None, None)
+        assert not [event for event in drawing.encode_texts() if isinstance(event, Notice)]
+        transformer = result(drawing.load_transformer())
+        notices = [e for e in drawing.denoise(0, transformer) if isinstance(e, Notice)]
+        assert not notices, notices
+        devices |= devices_of(transformer)
+        decoder = result(drawing.load_decoder())
+        devices |= devices_of(decoder)
+        next(drawing.decode(0, decoder))
         (drawn,) = set(seen)
         document = {
             "kernels": Counter(case.kernel.__name__ for case in launched),

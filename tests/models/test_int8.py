@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from reference import text_encoder
 from sana_cli.errors import UsageError
 from sana_cli.instruction import INSTRUCTION
-from sana_cli.models.int8 import OUTLIER, Int8Linear, quantise
+from sana_cli.models.int8 import OUTLIER, Int8Linear, install, quantise
 from sana_cli.pipeline.text_cache import TextCache
 from sana_cli.system.devices import choose_text_precision
 from sana_cli.weights.layout import folder_parts
@@ -30,7 +30,7 @@ def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 def eight_bit(weight: torch.Tensor) -> Int8Linear:
     holder = torch.nn.Sequential(torch.nn.Linear(*weight.T.shape, bias=False))
     holder[0].weight.data = weight
-    quantise(holder, None)
+    install(holder, quantise(holder))
     return holder[0]
 
 

@@ -1,7 +1,9 @@
 """The plan: predicted memory is the memory measured, limits hold, and running out is survived."""
 
 import json
+from collections.abc import Generator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,14 +12,16 @@ from PIL import Image
 
 from reference import LIKE_1_6B, SPRINT, random_pipeline
 from sana_cli.errors import NotEnoughMemory
-from sana_cli.pipeline.draw import Failure, Picture, Progress, Remark, Run, draw
+from sana_cli.pipeline.draw import Drawing, Event, Failure, ImageDone, Progress, draw
+from sana_cli.pipeline.networks import Networks
+from sana_cli.pipeline.oom_retry import Notice
 from sana_cli.pipeline.plan import (
     Plan,
     _decode_peak,
+    _default_plan,
     _denoise_peak,
-    _plain,
-    _surely,
     _text_peak,
+    _upper_bounds,
     fits,
     make_plan,
 )
@@ -61,7 +65,20 @@ def recipe(files: ModelFiles, width: int, height: int, **changes) -> Recipe:
 
 
 def pictures(events) -> list[np.ndarray]:
-    return [event.pixels for event in events if isinstance(event, Picture)]
+    return [event.pixels for event in events if isinstance(event, ImageDone)]
+
+
+def drawing(recipes: list[Recipe], files: ModelFiles, plan: Plan, pixels=None) -> Drawing:
+    return Drawing(recipes, files, plan, Networks(), pixels, None)
+
+
+def result(events: Generator[Event, None, Any]) -> Any:
+    """What a generator of events returns."""
+    try:
+        while True:
+            next(events)
+    except StopIteration as stop:
+        return stop.value
 
 
 def weights(network: torch.nn.Module) -> int:
@@ -70,16 +87,16 @@ def weights(network: torch.nn.Module) -> int:
 
 def measured(one: Recipe, files: ModelFiles, plan: Plan) -> dict[str, int]:
     """Peak bytes of the tensors of two stages, weights included."""
-    run = Run([one], files, plan, {}, None)
+    run = drawing([one], files, plan)
     list(run.encode_texts())
-    list(run.load_transformer())
+    transformer = result(run.load_transformer())
     with PeakMemory() as denoise:
-        list(run.denoise(0))
-    sizes = {"denoise": weights(run.transformer) + denoise.peak}
-    list(run.load_decoder())
+        list(run.denoise(0, transformer))
+    sizes = {"denoise": weights(transformer) + denoise.peak}
+    decoder = result(run.load_decoder())
     with PeakMemory() as decode:
-        list(run.decode(0))
-    return sizes | {"decode": weights(run.decoder) + decode.peak}
+        list(run.decode(0, decoder))
+    return sizes | {"decode": weights(decoder) + decode.peak}
 
 
 @pytest.mark.parametrize("guidance", [4.5, 1.0])
@@ -88,21 +105,25 @@ def measured(one: Recipe, files: ModelFiles, plan: Plan) -> dict[str, int]:
 def test_the_prediction_is_what_is_then_measured(folders, kind, width, height, dtype, guidance):
     files = open_model(folder_parts(folders(kind)))
     one = recipe(files, width, height, guidance=guidance, dit_dtype=dtype, vae_dtype=dtype)
-    plan = make_plan([one], files, "cpu", rehearsed=True)
+    plan = make_plan([one], files, "cpu", predict=True)
     for stage, peak in measured(one, files, plan).items():
         assert plan.peaks[stage] == pytest.approx(peak, rel=0.1), stage
 
 
 @pytest.mark.parametrize(
     "lean",
-    [{"together": False}, {"together": False, "rows": 8}, {"together": False, "rows": 1}],
+    [
+        {"batched_cfg": False},
+        {"batched_cfg": False, "row_chunk": 8},
+        {"batched_cfg": False, "row_chunk": 1},
+    ],
     ids=["halves-apart", "8-rows", "1-row"],
 )
 def test_the_prediction_of_a_lean_plan_too(folders, lean):
     files = open_model(folder_parts(folders("1.6B")))
     one = recipe(files, 1024, 1024)
     plan = Plan("cpu", strip_bytes=1 << 18, **lean)
-    plain = make_plan([one], files, "cpu", rehearsed=True).peaks
+    plain = make_plan([one], files, "cpu", predict=True).peaks
     found = measured(one, files, plan)
     assert _denoise_peak(plan, one, files) == pytest.approx(found["denoise"], rel=0.1)
     assert _decode_peak(plan, one, files) == pytest.approx(found["decode"], rel=0.1)
@@ -124,8 +145,12 @@ def test_what_is_not_rehearsed_would_need_less_than_was_taken_for_granted(name, 
     for text_dtype in ("int8", dtype):
         one = recipe(files, model.side, model.side, dit_dtype=dtype, vae_dtype=dtype)
         one = replace(one, text_dtype=text_dtype)
-        peaks = make_plan([one], files, "cpu", 2**62, rehearsed=True).peaks
-        assert max(peaks.values()) < _surely(one, files) < 2.5 * max(peaks.values())
+        peaks = make_plan([one], files, "cpu", 2**62, predict=True).peaks
+        assert (
+            max(peaks.values())
+            < max(_upper_bounds(one, files).values())
+            < 2.5 * max(peaks.values())
+        )
 
 
 def test_on_a_laptop_gpu_of_16_gb_a_usual_picture_waits_for_no_rehearsal(monkeypatch):
@@ -158,21 +183,21 @@ class Capped(PeakMemory):
 def test_a_limit_is_kept_and_the_picture_is_the_same(folders):
     files = open_model(folder_parts(folders("1.6B")))
     one = recipe(files, 1536, 1536)
-    plain = make_plan([one], files, "cpu", rehearsed=True)
+    plain = make_plan([one], files, "cpu", predict=True)
     (roomy,) = pictures(draw([one], files, plain))
     budget = max(plain.peaks["encode"], int(0.5 * plain.peaks["denoise"]))
     plan = make_plan([one], files, "cpu", limit=budget + resident_bytes())
-    assert not plan.together
+    assert not plan.batched_cfg
     assert max(plan.peaks.values()) <= budget < 0.7 * plain.peaks["denoise"]
-    run = Run([one], files, plan, {}, None)
+    run = drawing([one], files, plan)
     list(run.encode_texts())
-    list(run.load_transformer())
-    with Capped(budget - weights(run.transformer)):
-        assert not [event for event in run.denoise(0) if isinstance(event, Remark)]
-    list(run.load_decoder())
-    with Capped(budget - weights(run.decoder)):
-        events = list(run.decode(0))
-    assert not [event for event in events if isinstance(event, Remark)]
+    transformer = result(run.load_transformer())
+    with Capped(budget - weights(transformer)):
+        assert not [event for event in run.denoise(0, transformer) if isinstance(event, Notice)]
+    decoder = result(run.load_decoder())
+    with Capped(budget - weights(decoder)):
+        events = list(run.decode(0, decoder))
+    assert not [event for event in events if isinstance(event, Notice)]
     (picture,) = pictures(events)
     assert np.abs(picture.astype(int) - roomy).max() <= 1
 
@@ -214,9 +239,9 @@ def test_the_memory_that_the_list_of_models_states_is_what_the_plan_predicts(mod
     halves = dict.fromkeys(("dit_dtype", "vae_dtype"), "bfloat16")
     method = {"solver": model.solver, "guidance": model.guidance}
     one = recipe(files, model.side, model.side, text_dtype="int8", **halves, **method)
-    fast = _plain("cuda")
-    *_, lean_denoising, _ = fast.leaner_denoising()  # the last is the CPU
-    *_, lean_decoding, _ = fast.leaner_decoding()
+    fast = _default_plan("cuda")
+    *_, lean_denoising, _ = fast.fallback_plans("denoise")  # the last is the CPU
+    *_, lean_decoding, _ = fast.fallback_plans("decode")
     for stated, denoising, decoding in (
         (model.memory, fast, fast),
         (model.least_memory, lean_denoising, lean_decoding),
@@ -243,14 +268,14 @@ def test_what_fits_is_told_by_those_figures():
 
 def needed(one, files, stage) -> int:
     """What the plain plan holds in a stage beside the weights."""
-    run = Run([one], files, Plan("cpu"), {}, None)
+    run = drawing([one], files, Plan("cpu"))
     list(run.encode_texts())
-    list(run.load_transformer())
+    transformer = result(run.load_transformer())
     with PeakMemory() as denoise:
-        list(run.denoise(0))
-    list(run.load_decoder())
+        list(run.denoise(0, transformer))
+    decoder = result(run.load_decoder())
     with PeakMemory() as decode:
-        list(run.decode(0))
+        list(run.decode(0, decoder))
     return {"denoise": denoise.peak, "decode": decode.peak}[stage]
 
 
@@ -259,22 +284,22 @@ def needed(one, files, stage) -> int:
     [
         ("denoise", 0.8, "the halves of guidance one after the other"),
         ("denoise", 0.3, "rows of the latent at a time"),
-        ("decode", 0.5, "in strips of"),
+        ("decode", 0.5, " strips"),
     ],
 )
 def test_running_out_is_survived_and_said(folders, stage, share, said):
     files = open_model(folder_parts(folders("1.6B")))
     one = recipe(files, 1024, 1024)
-    run = Run([one], files, Plan("cpu"), {}, None)
+    run = drawing([one], files, Plan("cpu"))
     list(run.encode_texts())
-    list(run.load_transformer())
+    transformer = result(run.load_transformer())
     cap = int(needed(one, files, stage) * share)
     with Capped(cap if stage == "denoise" else 2**62):
-        events = list(run.denoise(0))
-    list(run.load_decoder())
+        events = list(run.denoise(0, transformer))
+    decoder = result(run.load_decoder())
     with Capped(cap if stage == "decode" else 2**62):
-        events += list(run.decode(0))
-    remarks = [event.text for event in events if isinstance(event, Remark) and event.warning]
+        events += list(run.decode(0, decoder))
+    remarks = [event.text for event in events if isinstance(event, Notice) and event.warning]
     assert remarks
     assert said in remarks[-1]
     (picture,) = pictures(events)
@@ -286,16 +311,16 @@ def test_the_next_picture_of_the_run_is_not_affected(folders):
     files = open_model(folder_parts(folders("1.6B")))
     both = [recipe(files, 512, 512, seed=seed) for seed in (1, 2)]
     plain = pictures(draw(both, files, Plan("cpu")))
-    run = Run(both, files, Plan("cpu"), {}, None)
+    run = drawing(both, files, Plan("cpu"))
     list(run.encode_texts())
-    list(run.load_transformer())
+    transformer = result(run.load_transformer())
     with Capped(int(needed(both[0], files, "denoise") * 0.7), failures=1):
-        first = list(run.denoise(0))
-        second = list(run.denoise(1))
-    assert [e for e in first if isinstance(e, Remark)]
-    assert not [e for e in second if isinstance(e, Remark)]
-    list(run.load_decoder())
-    (picture,) = pictures(run.decode(1))
+        first = list(run.denoise(0, transformer))
+        second = list(run.denoise(1, transformer))
+    assert [e for e in first if isinstance(e, Notice)]
+    assert not [e for e in second if isinstance(e, Notice)]
+    decoder = result(run.load_decoder())
+    (picture,) = pictures(run.decode(1, decoder))
     assert np.array_equal(picture, plain[1])
 
 
@@ -304,11 +329,14 @@ def test_where_nothing_helps_the_others_are_drawn(folders):
     files = open_model(folder_parts(folders("1.6B")))
     small, large = recipe(files, 512, 512), recipe(files, 2048, 2048)
     least = needed(small, files, "denoise")
-    run = Run([large, small], files, Plan("cpu"), {}, None)
+    run = drawing([large, small], files, Plan("cpu"))
     list(run.encode_texts())
-    list(run.load_transformer())
+    transformer = result(run.load_transformer())
     with Capped(int(least * 1.1)):
-        run_events = [*run.finish(0, run.denoise(0)), *run.finish(1, run.denoise(1))]
+        run_events = [
+            *run.finish(0, run.denoise(0, transformer)),
+            *run.finish(1, run.denoise(1, transformer)),
+        ]
     (failure,) = (event for event in run_events if isinstance(event, Failure))
     assert failure.index == 0
     assert isinstance(failure.error, NotEnoughMemory)
@@ -319,7 +347,7 @@ def test_where_nothing_helps_the_others_are_drawn(folders):
 def test_running_out_while_encoding_text_is_exit_code_4(tiny_model):
     """There is no smaller way to read a text: the error says so, with the documented code."""
     files = open_model(folder_parts(tiny_model))
-    run = Run([recipe(files, 512, 512)], files, Plan("cpu"), {}, None)
+    run = drawing([recipe(files, 512, 512)], files, Plan("cpu"))
     run.load_text_encoder(None, run.plan)
     with Capped(1000), pytest.raises(NotEnoughMemory) as error:
         list(run.encode_texts())
@@ -337,16 +365,16 @@ def test_running_out_while_encoding_an_image_is_survived(tmp_path):
     digest = "x"
     pixels = {digest: np.asarray(Image.open(tmp_path / "in.png"))}
     one = recipe(files, 1024, 1024, solver="scm", image=digest, strength=0.5, flow_shift=None)
-    run = Run([one], files, Plan("cpu"), pixels, None)
+    run = drawing([one], files, Plan("cpu"), pixels)
     with PeakMemory() as plain:
         list(run.encode_images())
-    expected = run.starts.popitem()[1]
-    run = Run([one], files, Plan("cpu"), pixels, None)
+    expected = run.image_latents.popitem()[1]
+    run = drawing([one], files, Plan("cpu"), pixels)
     with Capped(int(plain.peak * 0.7)):
         events = list(run.encode_images())
-    assert "in strips of" in next(e.text for e in events if isinstance(e, Remark))
+    assert " strips" in next(e.text for e in events if isinstance(e, Notice))
     assert any(isinstance(event, Progress) for event in events)
-    torch.testing.assert_close(run.starts.popitem()[1], expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(run.image_latents.popitem()[1], expected, rtol=1e-4, atol=1e-5)
 
 
 # --- what the command says ---------------------------------------------------------------------
