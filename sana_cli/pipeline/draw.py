@@ -327,7 +327,7 @@ class Drawing:
                 yield self.progress("denoise", self.steps_done, self.steps, began)
                 began = time.perf_counter()
         self.latents[i] = sample.cpu()
-        if reason := transformer.unrecorded:
+        if reason := transformer.graph_error:
             yield Notice(f"no CUDA graph: {reason}", warning=True)
 
     # --- pixels --------------------------------------------------------------------------------

@@ -38,10 +38,10 @@ class GuidedVelocity:
         """float32, like `sample` (1, 32, h, w)."""
         if plan != self.plan:
             self.prepare(plan)
-        moment = self.moments[step]
+        time = self.times[step]
         latents = sample.to(plan.device, self.engine.proj_out.weight.dtype)
-        turns = [self.heard] if plan.batched_cfg else [[heard] for heard in self.heard]
-        halves = [self.engine.velocity(latents, moment, turn).float() for turn in turns]
+        turns = [self.contexts] if plan.batched_cfg else [[context] for context in self.contexts]
+        halves = [self.engine.velocity(latents, time, turn).float() for turn in turns]
         velocity = torch.cat(halves)
         if len(velocity) == 2:
             without, given = velocity.chunk(2)
@@ -51,17 +51,17 @@ class GuidedVelocity:
     def prepare(self, plan: Plan) -> None:
         self.plan = None  # until all of it has succeeded
         engine = self.engine
-        engine.place(plan.device, plan.row_chunk)
+        engine.to_device(plan.device, plan.row_chunk)
         dtype = engine.proj_out.weight.dtype
         texts = [text.to(plan.device) for text in self.texts]
         told = self.told(texts[0]) if self.files.is_sprint else None
         # A CUDA graph is of one length of text: few lengths make for few graphs.
         unit = BUCKET if plan.device.startswith("cuda") and not plan.row_chunk else 1
-        self.heard = [
+        self.contexts = [
             engine.encode_text(text.to(dtype), bucket(text.shape[1], unit), plan.folds_text)
             for text in texts
         ]
-        self.moments = engine.moments(self.timesteps, told)
+        self.times = engine.time_modulations(self.timesteps, told)
         self.plan = plan
 
     def told(self, text: Tensor) -> Tensor:

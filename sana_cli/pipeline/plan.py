@@ -6,23 +6,18 @@ by running the pass on the meta device, where tensors have shapes and no memory,
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import nn
 
 from sana_cli.errors import NotEnoughMemory
+from sana_cli.models import fused_dit, gemma
 from sana_cli.models.architectures import GEMMA_2_2B
-from sana_cli.models.dc_ae import DCAE, Decoder, Encoder
-from sana_cli.models.dit import DiT
-from sana_cli.models.fused_dit import FusedDiT, TimeModulation
-from sana_cli.models.gemma import Gemma
-from sana_cli.models.streaming.autoencoder import STRIP_BYTES, rehearse
-from sana_cli.models.streaming.subpixel import fold_upsamples
+from sana_cli.models.streaming import autoencoder
+from sana_cli.models.streaming.autoencoder import STRIP_BYTES
 from sana_cli.recipe import Recipe
 from sana_cli.system.devices import resident_bytes
 from sana_cli.system.inventory import memory
-from sana_cli.system.memory import PeakMemory
 from sana_cli.units import gigabytes
 from sana_cli.weights.catalogue import Model, known_models
 from sana_cli.weights.model_files import ModelFiles, released_model
@@ -34,7 +29,6 @@ GPU_STRIP_BYTES = 4 * STRIP_BYTES
 LEAST_STRIP = STRIP_BYTES >> 10
 TALLEST_CHUNK = 32  # rows of the latent grid
 KEPT_FREE = 0.1  # of a device's memory, for what its libraries take beside the tensors
-SLACK = 1.05  # strips that were not rehearsed may hold a little more
 ROOMY = 0.5  # of the memory: what surely needs less is not rehearsed, as that takes a second
 
 
@@ -220,64 +214,44 @@ def _fit(
 
 
 def _text_peak(recipe: Recipe, files: ModelFiles) -> int:
-    """The layers' linear maps, and a pass of one layer. The embedding table stays in its file."""
-    each = 1 if recipe.text_dtype == "int8" else _dtype(recipe.text_dtype).itemsize
-    width = torch.float32 if recipe.text_dtype == "int8" else _dtype(recipe.text_dtype)
-    with torch.device("meta"):
-        gemma = Gemma(replace(files.text, num_hidden_layers=1)).requires_grad_(False).to(width)
-        ids = torch.empty((1, LONGEST_TEXT), dtype=torch.long)
-    with PeakMemory() as tracker:
-        gemma(ids)
-    return files.text.linear_weights * each + tracker.peak
+    return gemma.peak_bytes(files.text, recipe.text_dtype, LONGEST_TEXT)
 
 
 def _denoise_peak(plan: Plan, recipe: Recipe, files: ModelFiles) -> int:
-    dtype = _dtype(recipe.dit_dtype)
     guided = recipe.guidance > 1 and not files.is_sprint
-    with torch.device("meta"):
-        weights = _bytes(DiT(files.dit), dtype)
-        # Each block frees what it held before the next one runs: one stands for all.
-        engine = FusedDiT(DiT(replace(files.dit, num_layers=1)).requires_grad_(False).to(dtype))
-        engine.row_chunk = plan.row_chunk
-        sample = torch.empty((1, files.dit.in_channels, *_grid(recipe, files)))
-        # An empty text is one token.
-        lengths = [1 if recipe.negative == "" else LONGEST_PROMPT] if guided else []
-        states = torch.empty((1, LONGEST_PROMPT, files.dit.caption_channels), dtype=dtype)
-        modulation = torch.empty((6, files.dit.width), dtype=dtype)
-    texts = [engine.encode_text(states[:, :length]) for length in (*lengths, LONGEST_PROMPT)]
-    moment = TimeModulation(modulation, modulation[0])
-    with PeakMemory() as tracker:
-        engine(sample.to(dtype), moment, texts if plan.batched_cfg else texts[-1:])
-    heard = [sum(tensor.nbytes for layer in text for tensor in layer) for text in texts]
-    if (
-        plan.folds_text and files.dit.qk_norm is None
-    ):  # a short text may take more than a long one, up to D² numbers a layer
-        heard[-1] = max(heard[-1], files.dit.width * modulation[0].nbytes)
-    known = files.dit.num_layers * sum(heard) + recipe.steps * 7 * modulation[0].nbytes
-    # Beside the pass: the sample, two estimates of x0, the noise; and the halves' velocities.
-    return weights + known + tracker.peak + 6 * sample.nbytes
+    # An empty text is one token.
+    lengths = [1 if recipe.negative == "" else LONGEST_PROMPT] if guided else []
+    return fused_dit.peak_bytes(
+        files.dit,
+        _dtype(recipe.dit_dtype),
+        _grid(recipe, files),
+        [*lengths, LONGEST_PROMPT],
+        recipe.steps,
+        row_chunk=plan.row_chunk,
+        batched_cfg=plan.batched_cfg,
+        fold=plan.folds_text,
+    )
 
 
 def _decode_peak(plan: Plan, recipe: Recipe, files: ModelFiles) -> int:
-    with torch.device("meta"):
-        decoder = DCAE(files.vae).decoder.requires_grad_(False)
-        fold_upsamples(decoder)
-    return _autoencoder_peak(decoder, plan, recipe, files)
+    return _autoencoder_peak("decoder", plan, recipe, files)
 
 
 def _image_peak(plan: Plan, recipe: Recipe, files: ModelFiles) -> int:
-    with torch.device("meta"):
-        encoder = DCAE(files.vae).encoder.requires_grad_(False)
-    return _autoencoder_peak(encoder, plan, recipe, files)
+    return _autoencoder_peak("encoder", plan, recipe, files)
 
 
 def _autoencoder_peak(
-    network: Decoder | Encoder, plan: Plan, recipe: Recipe, files: ModelFiles
+    half: Literal["encoder", "decoder"], plan: Plan, recipe: Recipe, files: ModelFiles
 ) -> int:
-    network.to(_dtype(recipe.vae_dtype))
-    picture = 3 * recipe.native_height * recipe.native_width  # uint8, on the CPU
-    peak = int(rehearse(network, _grid(recipe, files), strip_bytes=plan.strip_bytes) * SLACK)
-    return _bytes(network) + peak - (picture if plan.device != "cpu" else 0)
+    return autoencoder.peak_bytes(
+        files.vae,
+        half,
+        _dtype(recipe.vae_dtype),
+        _grid(recipe, files),
+        strip_bytes=plan.strip_bytes,
+        image_on_device=plan.device == "cpu",
+    )
 
 
 def _grid(recipe: Recipe, files: ModelFiles) -> tuple[int, int]:
@@ -286,11 +260,6 @@ def _grid(recipe: Recipe, files: ModelFiles) -> tuple[int, int]:
         recipe.native_height // files.vae.compression,
         recipe.native_width // files.vae.compression,
     )
-
-
-def _bytes(network: nn.Module, dtype: torch.dtype | None = None) -> int:
-    """Of the parameters, in their own dtype or another."""
-    return sum(p.numel() * (dtype or p.dtype).itemsize for p in network.parameters())
 
 
 def _upper_bounds(recipe: Recipe, files: ModelFiles) -> dict[str, int]:

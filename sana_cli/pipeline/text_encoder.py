@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sana_cli.errors import BrokenModel
 from sana_cli.instruction import as_read
-from sana_cli.models.gemma import Gemma, GemmaConfig, Table
+from sana_cli.models.gemma import Gemma, GemmaConfig, MappedEmbedding
 from sana_cli.pipeline.text_cache import Prefix, TextCache, tokenizer_file
 from sana_cli.system.devices import wide_dtype
 from sana_cli.weights.checkpoint import load_weights, move, on_meta, read_config
@@ -52,7 +52,7 @@ class TextEncoder:
         self.model = on_meta(Gemma, config, part.config)
         load_weights(self.model, part.weights, None, prefix="model.")
         dtype = getattr(torch, wide_dtype(device) if eight_bit else precision)
-        self.model.embed_tokens = Table(self.model.embed_tokens.weight, dtype)
+        self.model.embed_tokens = MappedEmbedding(self.model.embed_tokens.weight, dtype)
         if eight_bit:
             self._quantise()
             self.model.to(device)  # the norms compute in float32 whatever they are stored in
