@@ -65,17 +65,15 @@ def ours(work: Path, side: int, steps: int) -> dict:
     load_weights(dit, find_part(work / "transformer").weights, torch.float32)
     engine = FusedDiT(dit)
     began = time.perf_counter()
-    moments, heard = (
-        engine.moments(schedule.timesteps),
-        [engine.encode_text(t) for t in (empty, text)],
-    )
+    times = engine.time_modulations(schedule.timesteps)
+    texts = [engine.encode_text(t) for t in (empty, text)]
     previous = None
     for step in range(steps):
-        without, given = engine.velocity(sample, moments[step], heard).chunk(2)
+        without, given = engine.velocity(sample, times[step], texts).chunk(2)
         velocity = torch.lerp(without, given, 4.5)
         sample, previous = advance(solver.update(schedule, step), sample, velocity, previous, None)
     denoise = time.perf_counter() - began
-    del engine, dit, heard, moments
+    del engine, dit, texts, times
     give_back("cpu")
     decoder = on_meta(Decoder, DCAEConfig(**RELEASED), work)
     load_weights(decoder, find_part(work / "vae").weights, None, only="decoder.")

@@ -1,1 +1,1 @@
-"""The networks, as the papers write them down and as they run."""
+"""The networks: a plain module for each paper, and the fused form that runs."""

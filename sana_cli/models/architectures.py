@@ -1,7 +1,7 @@
-"""The sizes of the released networks, as their configs state them (model cards and converter).
+"""The sizes of the released networks, from their published configs and the converter.
 
-A model that is on this machine is built from its own config files. These are for what must be
-known before: plans, and measurements on random weights.
+An installed model is built from its own config files. These constants serve what runs without
+one: memory plans, and benchmarks on random weights.
 """
 
 from dataclasses import dataclass, replace
@@ -27,7 +27,7 @@ TRANSFORMERS = {
     "sana-sprint-0.6b": replace(NARROW, qk_norm=QK_NORM, guidance_embeds=True),
     "sana-sprint-1.6b": replace(WIDE, qk_norm=QK_NORM, guidance_embeds=True),
 }
-# The models of the large grids add sine-cosine positions, spanning 64 units at either size.
+# The 2K and 4K models add sine-cosine positions, which span 64 units at either size.
 INTERPOLATION = {2048: 1.0, 4096: 2.0}
 
 GEMMA_2_2B = GemmaConfig()
@@ -46,11 +46,11 @@ class Architecture:
     dit: DiTConfig
     text: GemmaConfig
     vae: DCAEConfig
-    flow_shift: float | None  # None of Sana-Sprint
+    flow_shift: float | None  # None for Sana-Sprint
 
 
 def architecture(name: str, side: int) -> Architecture:
-    """The networks of a released model that draws `side` x `side`."""
+    """Return the configs of a released model whose native size is `side` x `side` pixels."""
     dit = replace(
         TRANSFORMERS[name],
         sample_size=side // DC_AE_F32C32.compression,

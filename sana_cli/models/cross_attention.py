@@ -1,12 +1,12 @@
-"""Cross-attention to a text that stays the same: what it determines is computed once a picture.
+"""Cross-attention to a fixed text: whatever depends on the text alone is computed once an image.
 
-The attention of head h to token s has the score q·k = (x·W_q + b_q)·k_s, and adds p_s·v_s·W_o.
-Three ways to keep a text follow from how long it is:
+Head h gives text token s the score q·k = (x·W_q + b_q)·k_s, and adds p_s·v_s·W_o to the result.
+The length of the text decides which of three forms is kept:
 
-- one token has all the weight, whatever the query: the result is constant;
-- for few tokens W_q·k_s and v_s·W_o are kept, D numbers for every head and token, and the two
-  projections of x become products with those: less work while heads·L is below D;
-- for many tokens the keys and values themselves are.
+- `ConstantText`: a single token gets all the weight whatever the query, so the result is constant.
+- `FoldedText`: for a few tokens the products W_q·k_s and v_s·W_o are kept, D numbers per head and
+  token, and replace both projections of x. This saves work while heads·L is below D.
+- `KeyValueText`: for many tokens the keys and values are kept.
 """
 
 import math
@@ -37,11 +37,11 @@ class KeyValueText(NamedTuple):
     bias: Tensor  # (1, L): 0, or -inf where padded; empty without padding
 
 
-TextContext = ConstantText | FoldedText | KeyValueText  # what one layer needs of a text
+TextContext = ConstantText | FoldedText | KeyValueText  # of one text in one layer
 
 
 class TextAttention(nn.Module):
-    """The weights of a `CrossAttention`; adds its result to the tokens that it is given."""
+    """A `CrossAttention` that adds its result to the image tokens in place."""
 
     def __init__(self, plain: CrossAttention) -> None:
         super().__init__()
@@ -52,9 +52,10 @@ class TextAttention(nn.Module):
             self.norm_q, self.norm_k = plain.norm_q, plain.norm_k
 
     def encode_text(self, caption: Tensor, padded: int = 1, fold: bool = True) -> TextContext:
-        """Projected text (1, L, D), padded to `padded` tokens if they are fewer.
+        """Precompute the context of a projected text (1, L, D).
 
-        `fold` is whether more may be kept than keys and values, up to D² numbers, to save time.
+        Shorter texts are padded to `padded` tokens, so that fewer shapes occur. With `fold` the
+        context may take up to D² numbers, more than keys and values do, to save time.
         """
         k, v = self.to_k(caption), self.to_v(caption)
         if self.qk_norm:
@@ -79,26 +80,26 @@ class TextAttention(nn.Module):
             results.flatten(0, 1).t().contiguous().to(caption.dtype),
         )
 
-    def forward(self, x: Tensor, heard: TextContext) -> None:
-        """Add to tokens (1, N, D), in place, what they hear."""
-        if isinstance(heard, ConstantText):
-            x += heard.result
+    def forward(self, x: Tensor, text: TextContext) -> None:
+        """Attend from image tokens (1, N, D) to the text and add the result to them in place."""
+        if isinstance(text, ConstantText):
+            x += text.result
             return
-        if isinstance(heard, FoldedText):
-            scores = linear(x, heard.queries, heard.bias).unflatten(-1, (self.heads, -1))
+        if isinstance(text, FoldedText):
+            scores = linear(x, text.queries, text.bias).unflatten(-1, (self.heads, -1))
             weights = scores.softmax(-1).flatten(-2)
-            gated_residual_linear_(x, weights, heard.results, self.to_out.bias, None)
+            gated_residual_linear_(x, weights, text.results, self.to_out.bias, None)
             return
         q = linear(x, self.to_q.weight, self.to_q.bias)
         if self.qk_norm:
             q = self.norm_q(q)
         q = q.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        bias = heard.bias if heard.bias.numel() else None
-        if q.is_meta:  # a rehearsal: only there torch would make all the scores at once
+        bias = text.bias if text.bias.numel() else None
+        if q.is_meta:  # on meta, torch would count a score matrix that no device materialises
             y = torch.empty_like(q)
         else:
             y = F.scaled_dot_product_attention(
-                q, heard.keys[None], heard.values[None], attn_mask=bias
+                q, text.keys[None], text.values[None], attn_mask=bias
             )
         gated_residual_linear_(
             x, y.transpose(1, 2).flatten(2), self.to_out.weight, self.to_out.bias, None

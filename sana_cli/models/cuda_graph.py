@@ -1,7 +1,7 @@
-"""CUDA graphs: hundreds of launches recorded once, then started by one.
+"""CUDA graphs: hundreds of kernel launches captured once and replayed by a single launch.
 
-A step of a small picture is over before Python has launched the next operation, so without a
-graph the GPU waits for it most of the time.
+At small image sizes the GPU finishes an operation before Python has launched the next one, so
+without a graph it idles most of the time.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,25 +10,28 @@ import torch
 from torch import Tensor
 
 
-class Graph:
-    """What `work` does with tensors of the given shapes, recorded.
+class GraphedCall:
+    """A captured call of `function` with inputs of fixed shapes.
 
-    `work` must have run before, so that libraries have chosen and allocated what they need, must
-    not wait for the device, and must read nothing that is freed or moved while this lives.
+    `function` must have run once before, so that libraries have chosen their algorithms and
+    allocated their workspaces. It must not synchronise with the device, and whatever it reads
+    besides `inputs` must be neither freed nor moved while this object lives.
     """
 
-    def __init__(self, work: Callable[[Sequence[Tensor]], Tensor], given: Sequence[Tensor]) -> None:
-        self._given = [tensor.clone() for tensor in given]
-        self._latest = list(given)
+    def __init__(
+        self, function: Callable[[Sequence[Tensor]], Tensor], inputs: Sequence[Tensor]
+    ) -> None:
+        self._static_inputs = [tensor.clone() for tensor in inputs]
+        self._latest = list(inputs)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
-            self._made = work(self._given)
+            self._output = function(self._static_inputs)
 
-    def __call__(self, given: Sequence[Tensor]) -> Tensor:
-        """The result is written over by the next call."""
-        for i, (own, tensor) in enumerate(zip(self._given, given, strict=True)):
-            if tensor is not self._latest[i]:
-                own.copy_(tensor)
+    def __call__(self, inputs: Sequence[Tensor]) -> Tensor:
+        """Replay with other inputs of the same shapes. The next call overwrites the result."""
+        for i, (static, tensor) in enumerate(zip(self._static_inputs, inputs, strict=True)):
+            if tensor is not self._latest[i]:  # text and control stay the same for a whole run
+                static.copy_(tensor)
                 self._latest[i] = tensor
         self._graph.replay()
-        return self._made
+        return self._output

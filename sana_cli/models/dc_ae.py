@@ -1,7 +1,7 @@
 """DC-AE: the deep-compression autoencoder, 32x smaller on each side (arXiv 2410.10733).
 
 Shapes: B batch, C channels, H W pixels, h = H/32 and w = W/32 latent cells, N = h·w positions.
-Images are RGB in [-1, 1]; latents are what the encoder gives, *before* `scaling_factor`.
+Images are RGB in [-1, 1]; latents are the output of the encoder, *before* `scaling_factor`.
 Attribute names are the published tensor names, so a checkpoint loads without a name map.
 """
 
@@ -20,7 +20,7 @@ MOST_BLOCKS = 100
 
 @dataclass(frozen=True)
 class DCAEConfig:
-    """The published `vae/config.json`; keys that old files lack have the library's defaults."""
+    """The fields of the published `vae/config.json`; older files rely on diffusers' defaults."""
 
     in_channels: int = 3
     latent_channels: int = 32
@@ -49,16 +49,16 @@ class DCAEConfig:
                 value = getattr(self, f"{side}_{name}")
                 if not isinstance(value, str) and len(value) != stages:
                     raise ValueError(f"{side}_{name} has {len(value)} entries for {stages} stages")
-            unknown = set(each(getattr(self, f"{side}_block_types"), stages)) - set(BLOCKS)
+            unknown = set(per_stage(getattr(self, f"{side}_block_types"), stages)) - set(BLOCKS)
             if unknown:
                 raise ValueError(f"{side}_block_types has {sorted(unknown)}, not {sorted(BLOCKS)}")
             if max(getattr(self, f"{side}_layers_per_block")) > MOST_BLOCKS:
                 raise ValueError(f"{side}_layers_per_block has more than {MOST_BLOCKS} in a stage")
         if not self.scaling_factor > 0:
             raise ValueError(f"scaling_factor is {self.scaling_factor}")
-        if set(each(self.decoder_norm_types, 1)) != {"rms_norm"}:
+        if set(per_stage(self.decoder_norm_types, 1)) != {"rms_norm"}:
             raise ValueError(f"decoder_norm_types is {self.decoder_norm_types!r}, not 'rms_norm'")
-        if set(each(self.decoder_act_fns, 1)) != {"silu"}:
+        if set(per_stage(self.decoder_act_fns, 1)) != {"silu"}:
             raise ValueError(f"decoder_act_fns is {self.decoder_act_fns!r}, not 'silu'")
         if self.decoder_conv_act_fn not in ACTIVATIONS:
             raise ValueError(f"decoder_conv_act_fn is {self.decoder_conv_act_fn!r}")
@@ -91,7 +91,7 @@ class Encoder(nn.Module):
     def __init__(self, config: DCAEConfig) -> None:
         super().__init__()
         widths, layers = config.encoder_block_out_channels, config.encoder_layers_per_block
-        types = each(config.encoder_block_types, len(widths))
+        types = per_stage(config.encoder_block_types, len(widths))
         unshuffle = config.downsample_block_type == "pixel_unshuffle"
         self.conv_in: nn.Module
         if layers[0] > 0:
@@ -120,12 +120,12 @@ class Decoder(nn.Module):
     def __init__(self, config: DCAEConfig) -> None:
         super().__init__()
         widths, layers = config.decoder_block_out_channels, config.decoder_layers_per_block
-        types = each(config.decoder_block_types, len(widths))
+        types = per_stage(config.decoder_block_types, len(widths))
         interpolate = config.upsample_block_type == "interpolate"
         self.conv_in = nn.Conv2d(config.latent_channels, widths[-1], 3, padding=1)
         self.repeats = widths[-1] // config.latent_channels
         self.shortcut = config.decoder_in_shortcut
-        # Numbered by resolution as published: up_blocks.0 is the full one and runs last.
+        # Numbered by resolution, as published: up_blocks.0 has the full resolution and runs last.
         self.up_blocks = nn.ModuleList()
         for i, (width, depth) in enumerate(zip(widths, layers, strict=True)):
             stage: list[nn.Module] = []
@@ -140,7 +140,7 @@ class Decoder(nn.Module):
         self.conv_out: nn.Module
         if layers[0] > 0:
             self.conv_out = nn.Conv2d(width, config.in_channels, 3, padding=1)
-        else:  # DC-AE-Lite: the last doubling is the output convolution itself
+        else:  # DC-AE-Lite: the output convolution is also the last upsampling
             self.conv_out = Upsample(width, config.in_channels, interpolate, shortcut=False)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -153,7 +153,7 @@ class Decoder(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """x + norm(conv(silu(conv(x)))), the block of the three high-resolution stages."""
+    """x + norm(conv(silu(conv(x)))), used in the three high-resolution stages."""
 
     def __init__(self, width: int, head_dim: int, scales: Stages) -> None:
         super().__init__()
@@ -166,7 +166,7 @@ class ResBlock(nn.Module):
 
 
 class EfficientViTBlock(nn.Module):
-    """Multi-scale linear attention, then a gated convolution; each adds to its input."""
+    """Multi-scale linear attention, then a gated convolution, each with a residual."""
 
     def __init__(self, width: int, head_dim: int, scales: Stages) -> None:
         super().__init__()
@@ -180,9 +180,9 @@ class EfficientViTBlock(nn.Module):
 class MultiscaleLinearAttention(nn.Module):
     """ReLU linear attention over q, k, v and over their depthwise-aggregated copies (EfficientViT).
 
-    The published layout cuts the concatenated channels [q | k | v] into consecutive groups of
-    3·head_dim, each a head with its own (q, k, v): the names of the three linears do not say
-    which role a channel plays.
+    The published layout splits the concatenated channels [q | k | v] into consecutive groups of
+    3·head_dim, each a head with its own (q, k, v). The names of the three linears therefore do not
+    tell which of the three a channel belongs to.
     """
 
     def __init__(self, width: int, head_dim: int, scales: Stages) -> None:
@@ -209,7 +209,7 @@ class MultiscaleLinearAttention(nn.Module):
         qkv = torch.cat(projected, dim=-1).movedim(-1, 1)
         qkv = torch.cat([qkv, *(scale(qkv) for scale in self.to_qkv_multiscale)], dim=1)
         heads = qkv.unflatten(1, (-1, 3, self.head_dim)).flatten(-2)  # (B, heads, 3, d, N)
-        # The reference turns to a quadratic form at N <= d; the two are equal but for rounding.
+        # The reference uses a quadratic form where N <= d; the two are equal up to rounding.
         out = relu_linear_attention(*heads.unbind(2))
         out = out.flatten(1, 2).unflatten(-1, (height, width))
         out = self.to_out(out.movedim(1, -1)).movedim(-1, 1)
@@ -282,7 +282,7 @@ class Upsample(nn.Module):
 
 
 class ChannelRMSNorm(nn.Module):
-    """RMSNorm over the channels of each pixel, with weight and bias; the statistic in float32."""
+    """RMSNorm over the channels of each pixel, with weight and bias; statistics in float32."""
 
     def __init__(self, width: int, eps: float = 1e-5) -> None:
         super().__init__()
@@ -302,8 +302,8 @@ def group_mean(x: Tensor, groups: int) -> Tensor:
     return x.unflatten(1, (groups, -1)).mean(dim=2)
 
 
-def each(value: str | tuple[str, ...], stages: int) -> tuple[str, ...]:
-    """A setting given once stands for every stage."""
+def per_stage(value: str | tuple[str, ...], stages: int) -> tuple[str, ...]:
+    """Repeat a setting that the config gives once for all stages."""
     return (value,) * stages if isinstance(value, str) else value
 
 

@@ -16,7 +16,7 @@ from sana_cli.kernels.linear_attention import attend, attention_state
 
 @dataclass(frozen=True)
 class DiTConfig:
-    """The published `transformer/config.json`; keys that old files lack have the defaults."""
+    """The fields of the published `transformer/config.json`; older files rely on the defaults."""
 
     in_channels: int = 32
     out_channels: int = 32
@@ -91,7 +91,7 @@ class DiT(nn.Module):
         self.proj_out = nn.Linear(width, config.out_channels)
 
     def project_text(self, text: Tensor) -> Tensor:
-        """Text states (B, L, caption_channels) -> (B, L, D). The same for every step of a run."""
+        """Text states (B, L, caption_channels) -> (B, L, D), the same for every step of a run."""
         return self.caption_norm(self.caption_projection(text))
 
     def forward(
@@ -110,8 +110,8 @@ class DiT(nn.Module):
         """
         height, width = latents.shape[-2:]
         x = self.patch_embed(latents)
-        told = (timestep,) if guidance is None else (timestep, guidance)
-        modulation, time = self.time_embed(*told)
+        times = (timestep,) if guidance is None else (timestep, guidance)
+        modulation, time = self.time_embed(*times)
         bias = None if mask is None else attention_bias(mask, x.dtype)
         for block in self.transformer_blocks:
             x = block(x, caption, modulation, bias, (height, width))
@@ -165,12 +165,12 @@ class LinearAttention(nn.Module):
         return self.attend(x, self.state(x))
 
     def state(self, x: Tensor) -> Tensor:
-        """What queries need to know of tokens (B, N, D): sums, (B, heads, d+1, d) in float32."""
+        """Sum keys and values over tokens (B, N, D) -> float32 (B, heads, d+1, d)."""
         k, v = self.to_k(x), self.to_v(x)
         return attention_state(self._heads(self.norm_k(k) if self.qk_norm else k), self._heads(v))
 
     def attend(self, x: Tensor, state: Tensor) -> Tensor:
-        """Tokens (B, N, D) and the state of all that they attend to -> (B, N, D)."""
+        """Attend from tokens (B, N, D) to those summed up in `state` -> (B, N, D)."""
         q = self.to_q(x)
         out = attend(self._heads(self.norm_q(q) if self.qk_norm else q), state).to(x.dtype)
         out = self.to_out[0](out.flatten(1, 2).transpose(1, 2))
@@ -182,7 +182,7 @@ class LinearAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Softmax attention to the text; neither its query nor its result is modulated."""
+    """Softmax attention to the text; the timestep modulates neither its query nor its result."""
 
     def __init__(self, width: int, heads: int, qk_norm: bool) -> None:
         super().__init__()
@@ -200,7 +200,7 @@ class CrossAttention(nn.Module):
         if self.qk_norm:
             q, k = self.norm_q(q), self.norm_k(k)
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
-        if q.is_meta:  # a rehearsal: only there torch would make all the scores at once
+        if q.is_meta:  # on meta, torch would count a score matrix that no device materialises
             out = torch.empty_like(q)
         else:
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
@@ -208,7 +208,11 @@ class CrossAttention(nn.Module):
 
 
 class MixFFN(nn.Module):
-    """Gated feed-forward with a depthwise 3x3, the only sense of place where there is no table."""
+    """Gated feed-forward with a depthwise 3x3 convolution.
+
+    In models without a position table, the zero padding of that convolution is the only source
+    of positions.
+    """
 
     def __init__(self, width: int, ratio: float) -> None:
         super().__init__()
@@ -256,9 +260,9 @@ class TimestepModulation(nn.Module):
 
 
 class GuidedModulation(nn.Module):
-    """The same for Sana-Sprint, which had guidance distilled into it (arXiv 2503.09641).
+    """`TimestepModulation` for Sana-Sprint, into which guidance was distilled (arXiv 2503.09641).
 
-    It is told the strength of guidance as it is told the time, and so runs once a step.
+    The guidance scale is embedded like the timestep, so a step takes one pass instead of two.
     """
 
     def __init__(self, width: int) -> None:
@@ -269,12 +273,12 @@ class GuidedModulation(nn.Module):
 
     def forward(self, timestep: Tensor, guidance: Tensor) -> tuple[Tensor, Tensor]:
         """(B,) and (B,) -> (B, 6, D) and (B, D)."""
-        given = self.timestep_embedder(timestep) + self.guidance_embedder(guidance)
-        return self.linear(F.silu(given)).unflatten(-1, (6, -1)), given
+        time = self.timestep_embedder(timestep) + self.guidance_embedder(guidance)
+        return self.linear(F.silu(time)).unflatten(-1, (6, -1)), time
 
 
 class TimestepEmbedder(nn.Module):
-    """A number as sines and cosines, then two layers."""
+    """Sines and cosines of a number, then a two-layer MLP."""
 
     def __init__(self, width: int, features: int = 256) -> None:
         super().__init__()
@@ -301,7 +305,7 @@ class CaptionProjection(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Over the whole width, before any split into heads; the statistic in float32."""
+    """RMSNorm over the whole width, before any split into heads; statistics in float32."""
 
     def __init__(self, width: int, eps: float = 1e-5) -> None:
         super().__init__()
@@ -334,9 +338,9 @@ def position_table(grid: tuple[int, int], width: int, base: int, interpolation: 
 def position_axes(
     grid: tuple[int, int], width: int, base: int, interpolation: float
 ) -> tuple[Tensor, Tensor]:
-    """The two halves of the table: of each row (h, D/2) and of each column (w, D/2), float32.
+    """The two halves of the table, float32: one per row (h, D/2) and one per column (w, D/2).
 
-    The native grid of `base` cells spans base/interpolation units; any other is stretched to it.
+    The native grid of `base` cells spans base/interpolation units, and so does any other grid.
     """
     frequencies = 10_000 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     axes = []

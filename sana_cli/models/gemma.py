@@ -1,23 +1,25 @@
 """The Gemma-2 decoder stack without its language-model head (arXiv 2408.00118).
 
-Shapes: B batch, L tokens, D hidden size. Written out here rather than imported from
-transformers, because that import alone (2.4 s, 150 MB) costs more than the rest of a cold start;
-transformers' model is what the tests compare it with. Attribute names are the published ones.
+Shapes: B batch, L tokens, D hidden size. The model is written out here because importing it from
+transformers takes longer (2.4 s, 150 MB) than the rest of a cold start; the tests compare the two.
+Attribute names are the published ones.
 
-The decoder is causal, so what a token leaves behind (its keys and values in every layer) does not
-depend on what follows: `past` takes that of the tokens before, and only the new ones are run.
+The decoder is causal, so the keys and values of a token do not depend on the tokens after it:
+`past` takes those of the tokens before, and only the new tokens are run.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sana_cli.system.memory import PeakMemory
+
 
 @dataclass(frozen=True)
 class GemmaConfig:
-    """What matters of the published `text_encoder/config.json`, with its defaults."""
+    """The fields of the published `text_encoder/config.json` that matter, with its defaults."""
 
     vocab_size: int = 256_000
     hidden_size: int = 2304
@@ -29,7 +31,7 @@ class GemmaConfig:
     hidden_activation: str = "gelu_pytorch_tanh"
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10_000.0
-    rope_parameters: dict | None = None  # where newer files keep rope_theta
+    rope_parameters: dict | None = None  # holds rope_theta in newer files
     query_pre_attn_scalar: float = 256
     attn_logit_softcapping: float | None = 50.0
     sliding_window: int = 4096
@@ -71,23 +73,23 @@ class GemmaConfig:
 
     @property
     def linear_weights(self) -> int:
-        """How many numbers the linear maps of all layers hold: 2.02e9 in Gemma-2-2B."""
+        """Number of weights in the linear maps of all layers: 2.02e9 for Gemma-2-2B."""
         heads = 2 * self.num_attention_heads + 2 * self.num_key_value_heads
         rows = heads * self.head_dim + 3 * self.intermediate_size
         return self.num_hidden_layers * self.hidden_size * rows
 
 
-# Every other layer of Gemma-2 attends to a window only; texts here are always shorter than it.
+# Every other layer of Gemma-2 attends to a sliding window; texts here are always shorter.
 LONGEST_TEXT = 2048
 
-KeysValues = tuple[Tensor, Tensor]  # of one layer, each (B, kv heads, L, d); the keys are rotated
+KeysValues = tuple[Tensor, Tensor]  # of one layer, each (B, kv heads, L, d); keys after RoPE
 
 
 class Gemma(nn.Module):
     def __init__(self, config: GemmaConfig) -> None:
         super().__init__()
         self.config = config
-        # Not drawn at random first: on the meta device that alone would import torch's compiler.
+        # Without random initialisation, which on the meta device would import torch's compiler.
         table = torch.empty(config.vocab_size, config.hidden_size)
         self.embed_tokens = nn.Embedding.from_pretrained(table)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
@@ -96,38 +98,59 @@ class Gemma(nn.Module):
     def forward(
         self, ids: Tensor, past: list[KeysValues] | None = None
     ) -> tuple[Tensor, list[KeysValues]]:
-        """Token ids (B, L) -> states after the final norm (B, L, D), and their keys and values.
+        """Token ids (B, L) -> states after the final norm (B, L, D), and keys and values by layer.
 
-        `past` holds the keys and values of the P tokens before them, by layer; P + L <= 2048.
+        `past` holds the keys and values of the P tokens before these, by layer; P + L <= 2048.
         """
-        before = past[0][0].shape[2] if past else 0
+        start = past[0][0].shape[2] if past else 0
         x = self.embed_tokens(ids)
         x = x * torch.tensor(self.config.hidden_size**0.5, dtype=x.dtype)
         length = ids.shape[1]
-        rotation = rotary(before, length, self.config, x)
-        later = torch.ones(length, before + length, dtype=torch.bool, device=x.device)
-        later = later.triu(1 + before)
-        kept = []
+        rotation = rotary(start, length, self.config, x)
+        masked = torch.ones(length, start + length, dtype=torch.bool, device=x.device)
+        masked = masked.triu(1 + start)
+        present = []
         for i, layer in enumerate(self.layers):
-            x, own = layer(x, rotation, later, past[i] if past else None)
-            kept.append(own)
-        return self.norm(x), kept
+            x, keys_values = layer(x, rotation, masked, past[i] if past else None)
+            present.append(keys_values)
+        return self.norm(x), present
 
 
-class Table(nn.Module):
-    """An embedding table left where it was loaded, which may be a mapped file: only the rows asked
-    for are read, converted to `dtype`, and moved. Gemma-2's table has a fifth of its weights."""
+def peak_bytes(config: GemmaConfig, precision: str, tokens: int) -> int:
+    """Predict the most bytes that encoding a text of `tokens` tokens takes, weights included.
+
+    `precision`: "int8" for 8-bit linear maps, else the name of a torch dtype. The embedding table
+    does not count, as it stays in its file.
+    """
+    # With 8-bit weights, activations are in the device's widest dtype.
+    dtype = torch.float32 if precision == "int8" else getattr(torch, precision)
+    with torch.device("meta"):
+        # A layer frees its activations before the next one runs, so one layer stands for all.
+        gemma = Gemma(replace(config, num_hidden_layers=1)).requires_grad_(False).to(dtype)
+        ids = torch.empty((1, tokens), dtype=torch.long)
+    with PeakMemory() as memory:
+        gemma(ids)
+    return config.linear_weights * (1 if precision == "int8" else dtype.itemsize) + memory.peak
+
+
+class MappedEmbedding(nn.Module):
+    """An embedding whose table stays where it was loaded, which may be a memory-mapped file.
+
+    Only the rows of the given ids are read, converted to `dtype` and moved to the device of the
+    ids. The table holds a fifth of Gemma-2's weights.
+    """
 
     def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
         super().__init__()
-        self.stored, self.dtype = weight, dtype  # no parameter: it stays when the model moves
+        # A plain attribute, not a parameter, so that moving the model leaves it in place.
+        self.table, self.dtype = weight, dtype
 
     def forward(self, ids: Tensor) -> Tensor:
-        return F.embedding(ids.to(self.stored.device), self.stored).to(ids.device, self.dtype)
+        return F.embedding(ids.to(self.table.device), self.table).to(ids.device, self.dtype)
 
 
 class Layer(nn.Module):
-    """Attention, then a gated feed-forward, each between two norms and added to its input."""
+    """Attention, then a gated feed-forward, each between two norms and with a residual."""
 
     def __init__(self, config: GemmaConfig) -> None:
         super().__init__()
@@ -140,16 +163,16 @@ class Layer(nn.Module):
         self.post_feedforward_layernorm = GemmaRMSNorm(width, eps)
 
     def forward(
-        self, x: Tensor, rotation: tuple[Tensor, Tensor], later: Tensor, past: KeysValues | None
+        self, x: Tensor, rotation: tuple[Tensor, Tensor], masked: Tensor, past: KeysValues | None
     ) -> tuple[Tensor, KeysValues]:
-        attended, own = self.self_attn(self.input_layernorm(x), rotation, later, past)
-        x = x + self.post_attention_layernorm(attended)
-        fed = self.mlp(self.pre_feedforward_layernorm(x))
-        return x + self.post_feedforward_layernorm(fed), own
+        y, keys_values = self.self_attn(self.input_layernorm(x), rotation, masked, past)
+        x = x + self.post_attention_layernorm(y)
+        y = self.mlp(self.pre_feedforward_layernorm(x))
+        return x + self.post_feedforward_layernorm(y), keys_values
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention whose scores are capped by a tanh before the softmax."""
+    """Causal grouped-query attention with soft-capped (tanh) scores."""
 
     def __init__(self, config: GemmaConfig) -> None:
         super().__init__()
@@ -161,7 +184,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(config.num_attention_heads * head, width, bias=False)
 
     def forward(
-        self, x: Tensor, rotation: tuple[Tensor, Tensor], later: Tensor, past: KeysValues | None
+        self, x: Tensor, rotation: tuple[Tensor, Tensor], masked: Tensor, past: KeysValues | None
     ) -> tuple[Tensor, KeysValues]:
         head = self.config.head_dim
         q, k, v = (
@@ -169,7 +192,7 @@ class Attention(nn.Module):
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = rotate(q, rotation), rotate(k, rotation)
-        own = (k, v)
+        keys_values = (k, v)
         if past is not None:
             k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
         groups = self.config.num_attention_heads // self.config.num_key_value_heads
@@ -178,9 +201,9 @@ class Attention(nn.Module):
         cap = self.config.attn_logit_softcapping
         if cap is not None:
             scores = torch.tanh(scores / cap) * cap
-        scores = scores.masked_fill(later, float("-inf"))
+        scores = scores.masked_fill(masked, float("-inf"))
         out = scores.softmax(dim=-1, dtype=torch.float32).to(x.dtype) @ v
-        return self.o_proj(out.transpose(1, 2).flatten(2)), own
+        return self.o_proj(out.transpose(1, 2).flatten(2)), keys_values
 
 
 class FeedForward(nn.Module):
@@ -195,7 +218,7 @@ class FeedForward(nn.Module):
 
 
 class GemmaRMSNorm(nn.Module):
-    """In float32 throughout; the weight is stored as its difference from one."""
+    """RMSNorm computed in float32; the stored weight is its difference from one."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -209,12 +232,12 @@ class GemmaRMSNorm(nn.Module):
 
 
 def rotary(first: int, length: int, config: GemmaConfig, like: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin (L, d) of the positions first … first+L-1 (RoFormer), computed in float32."""
+    """Return cos and sin (L, d) for positions first … first+L-1 (RoFormer), computed in float32."""
     steps = torch.arange(0, config.head_dim, 2, device=like.device).float()
     frequencies = 1.0 / config.theta ** (steps / config.head_dim)
     position = torch.arange(first, first + length, device=like.device).float()
     angle = position[:, None] * frequencies
-    angle = torch.cat([angle, angle], dim=-1)  # the halves of a head rotate in pairs
+    angle = torch.cat([angle, angle], dim=-1)  # channel i of a head pairs with channel i + d/2
     return angle.cos().to(like.dtype), angle.sin().to(like.dtype)
 
 

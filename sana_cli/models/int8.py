@@ -1,6 +1,6 @@
-"""Gemma's layers in 8 bits: LLM.int8 (arXiv 2208.07339) with the operators of bitsandbytes.
+"""Gemma's linear maps in 8 bits: LLM.int8 (arXiv 2208.07339) with the operators of bitsandbytes.
 
-bitsandbytes is imported when a layer first runs or is quantised: that import takes two seconds.
+bitsandbytes takes two seconds to import, so it is imported when a layer first runs or is quantised.
 """
 
 import contextlib
@@ -19,10 +19,10 @@ OUTLIER = 6.0  # the paper's threshold, section 3.2
 
 
 class Int8Linear(nn.Module):
-    """y = x Wᵀ, both in int8 with a scale a row; input columns with an outlier in x's own dtype.
+    """y = x Wᵀ with both in int8, one scale per row; columns of x with outliers in the dtype of x.
 
-    weight: int8 (out, in). SCB, as bitsandbytes calls it: float32 (out,), the largest magnitude
-    of each row, which 127 stands for.
+    weight: int8 (out, in). SCB (the name bitsandbytes uses): float32 (out,), the largest magnitude
+    of each row, which is quantised to 127.
     """
 
     def __init__(self, weight: Tensor, scale: Tensor) -> None:
@@ -33,9 +33,9 @@ class Int8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(…, in) -> (…, out) of the same dtype, bfloat16 or float32.
 
-        The operator reads float16. That is safe for values of any size: those beyond its range
-        become infinite there, count as outliers, and are then taken from `x` itself; and what
-        remains is below 6, so its products stay far inside the range.
+        The operator reads float16, which is safe for values of any size: those beyond its range
+        become infinite, count as outliers, and are then taken from `x` itself. All other values
+        are below 6, so their products stay well within the range.
         """
         rows = x.flatten(0, -2).contiguous()
         quantised, scale, outliers = bitsandbytes().functional.int8_vectorwise_quant(
@@ -48,10 +48,10 @@ class Int8Linear(nn.Module):
 
 
 def quantise(model: nn.Module) -> dict[str, Tensor]:
-    """Quantise every linear map of `model`: int8 weights and float32 scales, by name."""
+    """Quantise every linear map of `model`; return int8 weights and float32 scales by name."""
     tensors: dict[str, Tensor] = {}
     for name, linear in _linears(model).items():
-        # On the CPU and from float32 wherever it will run, so that one file serves all.
+        # Quantised on the CPU from float32, so that one file serves every device.
         wide = linear.weight.float().contiguous()
         quantised, scale, _ = bitsandbytes().functional.int8_vectorwise_quant(wide)
         tensors |= {f"{name}.weight": quantised, f"{name}.SCB": scale}
@@ -60,22 +60,22 @@ def quantise(model: nn.Module) -> dict[str, Tensor]:
 
 def is_quantised_from(model: nn.Module, tensors: dict[str, Tensor]) -> bool:
     """Whether tensors have the names, dtypes and shapes that `quantise` gives them."""
-    wanted: dict[str, tuple[torch.dtype, torch.Size]] = {}
+    expected: dict[str, tuple[torch.dtype, torch.Size]] = {}
     for name, linear in _linears(model).items():
-        wanted[f"{name}.weight"] = torch.int8, linear.weight.shape
-        wanted[f"{name}.SCB"] = torch.float32, linear.weight.shape[:1]
-    return {name: (t.dtype, t.shape) for name, t in tensors.items()} == wanted
+        expected[f"{name}.weight"] = torch.int8, linear.weight.shape
+        expected[f"{name}.SCB"] = torch.float32, linear.weight.shape[:1]
+    return {name: (t.dtype, t.shape) for name, t in tensors.items()} == expected
 
 
 def install(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Replace every linear map of `model` by the 8-bit one that `quantise` made of it.
+    """Replace every linear map of `model` by an `Int8Linear` with the tensors of `quantise`.
 
-    The weights that are then not read may lie in mapped files, and are left there.
+    The original weights are not read, so memory-mapped ones stay on disk.
     """
     for name in _linears(model):
         parent, _, child = name.rpartition(".")
-        fast = Int8Linear(tensors[f"{name}.weight"], tensors[f"{name}.SCB"])
-        setattr(model.get_submodule(parent), child, fast)
+        quantised = Int8Linear(tensors[f"{name}.weight"], tensors[f"{name}.SCB"])
+        setattr(model.get_submodule(parent), child, quantised)
 
 
 def _linears(model: nn.Module) -> dict[str, nn.Linear]:
@@ -84,18 +84,18 @@ def _linears(model: nn.Module) -> dict[str, nn.Linear]:
 
 @functools.cache
 def bitsandbytes() -> ModuleType:
-    """The library; SanaError where it cannot be loaded, or not for this version of CUDA."""
+    """Import the library; SanaError if that fails or it lacks this version of CUDA."""
     try:
         with _no_download():
             import bitsandbytes
             import bitsandbytes.cextension
             import bitsandbytes.functional
-        stand_in = isinstance(
+        is_stub = isinstance(
             bitsandbytes.cextension.lib, bitsandbytes.cextension.ErrorHandlerMockBNBNativeLibrary
         )
-        if stand_in and torch.cuda.is_available():
+        if is_stub and torch.cuda.is_available():
             raise ImportError(f"it has no library for CUDA {torch.version.cuda}")
-    except Exception as error:  # anything: it loads whatever CUDA is installed
+    except Exception as error:  # loading the installed CUDA can raise anything
         reason = str(error).partition("\n")[0]
         raise SanaError(
             f"bitsandbytes, which int8 needs, cannot be loaded: {reason}",
@@ -106,8 +106,11 @@ def bitsandbytes() -> ModuleType:
 
 @contextlib.contextmanager
 def _no_download() -> Iterator[None]:
-    """On some CPUs its import fetches and runs a 4-bit kernel from the hub, where the package
-    `kernels` is installed, and complains where it is not. Neither is wanted here."""
+    """Hide the package `kernels` from bitsandbytes while it is imported, and silence its log.
+
+    On some CPUs it would use that package to download a 4-bit kernel from the hub and run it, or
+    log a complaint that the package is missing.
+    """
     before = sys.modules.get("kernels")
     sys.modules["kernels"] = None  # type: ignore[assignment]  # importing it fails
     logger = logging.getLogger("bitsandbytes")

@@ -19,7 +19,7 @@ from sana_cli.kernels.linear_attention import attention_state
 from sana_cli.kernels.multiscale import aggregate
 from sana_cli.kernels.rgb import conv_to_rgb
 from sana_cli.kernels.rms_norm import rms_norm
-from sana_cli.models.streaming.autoencoder import decode, decoding, encode
+from sana_cli.models.streaming.autoencoder import decode, decode_pipeline, encode
 from sana_cli.models.streaming.subpixel import fold_upsamples
 
 
@@ -185,7 +185,7 @@ def test_a_decode_in_triton_is_that_of_torch(triton, kind, strip_bytes):
     for way in (True, False):
         triton(way)
         with torch.inference_mode():
-            image = decoding(decoder, latent, strip_bytes).materialise()
+            image = decode_pipeline(decoder, latent, strip_bytes).materialise()
         drawn = decode(decoder, latent, size=(60, 27), strip_bytes=strip_bytes)
         found[way] = image, drawn
     assert decibels(found[True][0], found[False][0].double()) > 90

@@ -51,7 +51,7 @@ def compare(dit: DiT, height: int, width: int, rows=None, lengths=(2, 5), padded
     engine = FusedDiT(dit)
     engine.row_chunk = rows
     heard = [engine.encode_text(text, padded) for text in texts]
-    got = engine(latents, engine.moments([900.0, 700.0])[1], heard).double()
+    got = engine(latents, engine.time_modulations([900.0, 700.0])[1], heard).double()
     return ((got - plain).norm() / plain.norm()).item()
 
 
@@ -82,7 +82,7 @@ def test_half_precision_differs_by_its_own_rounding(dtype, bound, rows):
 
 def test_chunks_can_be_made_smaller_later():
     engine = FusedDiT(random_dit())
-    latents, moment = torch.randn(1, 32, 9, 4), engine.moments([500.0])[0]
+    latents, moment = torch.randn(1, 32, 9, 4), engine.time_modulations([500.0])[0]
     heard = [engine.encode_text(torch.randn(1, 5, 16))]
     whole = engine(latents, moment, heard)
     for engine.row_chunk in (8, 2):
@@ -134,7 +134,7 @@ def engine() -> FusedDiT:
 @pytest.fixture(scope="module")
 def call(engine):
     """latents, moment, and the states of an empty text and of one of 25 tokens."""
-    latents, moment = torch.randn(1, 32, 16, 16), engine.moments([500.0])[0]
+    latents, moment = torch.randn(1, 32, 16, 16), engine.time_modulations([500.0])[0]
     return latents, moment, torch.randn(1, 1, 16), torch.randn(1, 25, 16)
 
 
@@ -146,7 +146,7 @@ def test_a_step_leaves_out_what_text_and_time_alone_determine(call):
     times = flops(lambda: dit.time_embed(at))
     keys_and_values = 2 * 2 * 2 * 25 * dit.config.width**2  # of two layers
     engine = FusedDiT(dit)
-    moment, heard = engine.moments([500.0])[0], engine.encode_text(text)
+    moment, heard = engine.time_modulations([500.0])[0], engine.encode_text(text)
     saved = plain - flops(lambda: engine(latents, moment, [heard]))
     assert saved >= keys_and_values + times
 
@@ -203,8 +203,10 @@ def test_before_any_text_is_heard_the_halves_are_computed_once(engine, call):
 
 def test_all_timesteps_are_embedded_in_one_pass(engine):
     steps = [900.0, 500.0, 100.0]
-    at_once = engine.moments(steps)
+    at_once = engine.time_modulations(steps)
     for step, moment in zip(steps, at_once, strict=True):
-        (alone,) = engine.moments([step])
+        (alone,) = engine.time_modulations([step])
         torch.testing.assert_close(moment, alone)
-    assert operations(lambda: engine.moments(steps)) == operations(lambda: engine.moments([1.0]))
+    assert operations(lambda: engine.time_modulations(steps)) == operations(
+        lambda: engine.time_modulations([1.0])
+    )

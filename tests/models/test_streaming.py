@@ -12,7 +12,7 @@ from test_networks import LITE_DC_AE, RELEASED_DC_AE, relative_error
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sana_cli.models.dc_ae import DCAE, DCAEConfig, Decoder
-from sana_cli.models.streaming.autoencoder import decode, decoding, encode
+from sana_cli.models.streaming.autoencoder import decode, decode_pipeline, encode
 from sana_cli.models.streaming.subpixel import fold_upsamples
 
 DEMO = Path(__file__).resolve().parents[2] / "sana_cli" / "demo"
@@ -110,7 +110,7 @@ def test_strips_decode_the_untiled_picture(kind):
         untiled = plain(latent)
         for decoder in (plain, folded):
             with torch.inference_mode():
-                image = decoding(decoder, latent, strip_bytes).materialise()
+                image = decode_pipeline(decoder, latent, strip_bytes).materialise()
             assert relative_error(image, untiled) < 1e-5
         drawn = decode(folded, latent, strip_bytes=strip_bytes)
         off = (drawn.pixels.int() - levels(untiled).int()).abs()
@@ -141,7 +141,7 @@ def test_convolutions_by_strips_are_equal_bit_for_bit(upsample, cheaper):
         latent = noise(height, width)
         untiled = model.decoder(latent)
         with torch.inference_mode():
-            image = decoding(model.decoder, latent, strip_bytes).materialise()
+            image = decode_pipeline(model.decoder, latent, strip_bytes).materialise()
         assert torch.equal(image, untiled)
         drawn = decode(model.decoder, latent, strip_bytes=strip_bytes)
         assert torch.equal(drawn.pixels, levels(untiled))
@@ -185,7 +185,7 @@ def test_the_released_configuration_at_full_width(strip_bytes):
     untiled = decoder(latent)
     fold_upsamples(decoder)
     with torch.inference_mode():
-        image = decoding(decoder, latent, strip_bytes).materialise()
+        image = decode_pipeline(decoder, latent, strip_bytes).materialise()
     assert relative_error(image, untiled) < 1e-5
 
 
@@ -207,7 +207,7 @@ def test_in_bfloat16_strips_are_as_near_to_float32_as_the_untiled_decode(device)
     fold_upsamples(model.decoder)
     model.to(torch.bfloat16)
     with torch.inference_mode():
-        image = decoding(model.decoder, latent, 20_000).materialise().float()
+        image = decode_pipeline(model.decoder, latent, 20_000).materialise().float()
     assert relative_error(image, truth) <= 1.05 * relative_error(untiled, truth)
 
 

@@ -8,7 +8,7 @@ from test_networks import LITE_DC_AE, RELEASED_DC_AE, SMALL
 from test_streaming import drawing, network, noise, some
 
 from sana_cli.models.dc_ae import DCAEConfig, Decoder, Encoder
-from sana_cli.models.streaming.autoencoder import decode, encode, rehearse
+from sana_cli.models.streaming.autoencoder import activation_bytes, decode, encode
 from sana_cli.models.streaming.subpixel import fold_upsamples
 from sana_cli.pipeline.plan import GPU_STRIP_BYTES
 from sana_cli.system.memory import PeakMemory
@@ -67,7 +67,9 @@ def test_the_rehearsal_foretells_the_peak_within_a_tenth(kind, dtype):
             decode(model.decoder, latent, **call)
         rehearsed = Decoder(model.config).eval().requires_grad_(False).to("meta")
         fold_upsamples(rehearsed)
-        assert rehearse(rehearsed.to(dtype), size, **call) == pytest.approx(memory.peak, rel=0.1)
+        assert activation_bytes(rehearsed.to(dtype), size, **call) == pytest.approx(
+            memory.peak, rel=0.1
+        )
 
     check()
 
@@ -78,18 +80,23 @@ def test_the_rehearsal_of_the_encoder_too(strip_bytes):
     with PeakMemory() as memory:
         encode(model.encoder, drawing(640, 384), strip_bytes=strip_bytes)
     rehearsed = Encoder(model.config).eval().requires_grad_(False).to("meta")
-    foretold = rehearse(rehearsed, (20, 12), strip_bytes=strip_bytes)
+    foretold = activation_bytes(rehearsed, (20, 12), strip_bytes=strip_bytes)
     assert foretold == pytest.approx(memory.peak, rel=0.1)
 
 
 def test_4096_square_is_decoded_in_1_3_gigabytes_with_the_weights():
     decoder = on_meta(RELEASED_DC_AE)
-    assert weights(decoder) + rehearse(decoder, (128, 128), strip_bytes=GPU_STRIP_BYTES) <= 1.3e9
+    assert (
+        weights(decoder) + activation_bytes(decoder, (128, 128), strip_bytes=GPU_STRIP_BYTES)
+        <= 1.3e9
+    )
 
 
 def test_from_2048_to_4096_only_small_maps_and_the_picture_grow():
     decoder = on_meta(RELEASED_DC_AE)
-    small, large = (rehearse(decoder, (side, side), strip_bytes=8 * MB) for side in (64, 128))
+    small, large = (
+        activation_bytes(decoder, (side, side), strip_bytes=8 * MB) for side in (64, 128)
+    )
 
     def maps_and_picture(side: int) -> int:
         """bfloat16: the map at 1/8 (512 channels) and at 1/16 (1024), both held at a doubling."""

@@ -1,12 +1,12 @@
-"""DC-AE in bounded memory: the picture of the plain network, strip after strip, without seams.
+"""DC-AE in bounded memory: the image of the plain network, computed strip by strip without seams.
 
-A map goes through the convolutions as horizontal strips. Each convolution keeps the last rows it
-was given (a line buffer), so the next strip goes on where the last one ended: nothing is computed
-twice, nothing is blended, and zeros stand beyond the true borders only. Attention needs sums over
-the whole map; they are additive, so one sweep gathers them and the next applies them, writing over
-the map it reads. Held at once are one map at the resolution of the attention stages, a few strips,
-and the uint8 picture.
+A feature map passes through the convolutions as horizontal strips. Each convolution keeps the last
+rows of its input in a line buffer and continues from them with the next strip, so nothing is
+computed twice, nothing is blended, and zero padding occurs only at the true borders. Attention
+needs sums over the whole map. They are additive: one sweep accumulates them and the next applies
+them, overwriting the map it reads. The memory held at once is one map at the resolution of the
+attention stages, a few strips, and the uint8 image.
 
-Strips are (1, C, rows, W), channels-last, top to bottom. A *part* is a function from a strip to
-the rows that can be finished with it, or None; it keeps what it needs of earlier strips.
+Strips are (1, C, rows, W), channels-last, top to bottom. A strip op (`StripOp`) maps a strip to
+the output rows that it completes, or to None, and keeps what it still needs of earlier strips.
 """

@@ -1,17 +1,19 @@
-"""DC-AE strip by strip: latents to a picture, a picture to latents, and what either would take."""
+"""DC-AE strip by strip: latents to an image, an image to latents, and the memory either takes."""
 
 from functools import partial
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from sana_cli.models.dc_ae import Decoder, Encoder, group_mean
+from sana_cli.models.dc_ae import DCAE, DCAEConfig, Decoder, Encoder, group_mean
 from sana_cli.models.streaming.ops import Size, normalise, repeat
 from sana_cli.models.streaming.strip_pipeline import Decoded, StripPipeline
+from sana_cli.models.streaming.subpixel import fold_upsamples
 from sana_cli.system.memory import PeakMemory
 
 STRIP_BYTES = 16 << 20
+SLACK = 1.05  # later strips, which are not run on the meta device, may hold a little more
 
 
 @torch.inference_mode()
@@ -23,16 +25,16 @@ def decode(
     size: Size | None = None,
     strip_bytes: int = STRIP_BYTES,
 ) -> Decoded:
-    """(1, 32, h, w), unscaled -> the picture `decoder(latent)`, from [-1, 1] to 0..255.
+    """Decode latents (1, 32, h, w), unscaled, to 8 bits: `decoder(latent)` from [-1, 1] to 0..255.
 
-    It is resized to `resized` first, bilinearly and without antialiasing, then cropped about its
-    centre to `size`. `strip_bytes` is roughly the size of the widest tensor of a strip.
+    The image is resized to `resized` first, bilinearly and without antialiasing, then cropped about
+    its centre to `size`. `strip_bytes` is roughly the size of the widest tensor of a strip.
     """
-    return decoding(decoder, latent, strip_bytes).draw(resized, size)
+    return decode_pipeline(decoder, latent, strip_bytes).to_image(resized, size)
 
 
-def decoding(decoder: Decoder, latent: Tensor, strip_bytes: int) -> StripPipeline:
-    """Return the pipeline whose `draw` is `decode`; its `materialise()` is float (1, 3, H, W)."""
+def decode_pipeline(decoder: Decoder, latent: Tensor, strip_bytes: int) -> StripPipeline:
+    """Return the pipeline of a decode; its `materialise()` is the float image (1, 3, H, W)."""
     dtype = decoder.norm_out.weight.dtype
     pipeline = StripPipeline(
         latent.to(dtype, memory_format=torch.channels_last), dtype, strip_bytes
@@ -49,10 +51,10 @@ def decoding(decoder: Decoder, latent: Tensor, strip_bytes: int) -> StripPipelin
 
 @torch.inference_mode()
 def encode(encoder: Encoder, pixels: Tensor, *, strip_bytes: int = STRIP_BYTES) -> Tensor:
-    """uint8 (H, W, 3), sides multiples of 32 -> (1, 32, h, w), unscaled.
+    """Encode an image, uint8 (H, W, 3) with sides that are multiples of 32, to (1, 32, h, w).
 
-    The latent `encoder(image)` of the image in [-1, 1], in the dtype and on the device of the
-    encoder. The pixels may stay on the CPU: they are moved and made real numbers by the strip.
+    The result is `encoder(image)` of the image in [-1, 1], unscaled, in the dtype and on the device
+    of the encoder. The pixels may be on the CPU: each strip is moved and converted by itself.
     """
     weight = encoder.conv_out.weight
     pipeline = StripPipeline(pixels.permute(2, 0, 1)[None], weight.dtype, strip_bytes)
@@ -66,21 +68,46 @@ def encode(encoder: Encoder, pixels: Tensor, *, strip_bytes: int = STRIP_BYTES) 
     return pipeline.materialise()
 
 
-def rehearse(
+def peak_bytes(
+    config: DCAEConfig,
+    half: Literal["encoder", "decoder"],
+    dtype: torch.dtype,
+    grid: Size,
+    *,
+    strip_bytes: int = STRIP_BYTES,
+    image_on_device: bool = False,
+) -> int:
+    """Predict the most bytes that `decode` or `encode` holds on the device, weights included.
+
+    grid: (h, w) of the latents. `image_on_device` counts the uint8 image too, which is always in
+    the memory of the CPU.
+    """
+    with torch.device("meta"):
+        network: Encoder | Decoder = getattr(DCAE(config).requires_grad_(False), half)
+        if isinstance(network, Decoder):
+            fold_upsamples(network)
+    network.to(dtype)
+    weights = sum(parameter.nbytes for parameter in network.parameters())
+    activations = int(activation_bytes(network, grid, strip_bytes=strip_bytes) * SLACK)
+    image = 3 * grid[0] * grid[1] * config.compression**2
+    return weights + activations - (0 if image_on_device else image)
+
+
+def activation_bytes(
     network: Decoder | Encoder,
-    latent_size: Size,
+    grid: Size,
     *,
     resized: Size | None = None,
     size: Size | None = None,
     strip_bytes: int = STRIP_BYTES,
 ) -> int:
-    """The peak bytes above the weights of `decode` or `encode`, without computing anything.
+    """Predict the most bytes that `decode` or `encode` holds besides the weights.
 
-    The network is on the meta device, of the dtype and in the state (folded or not) that will
-    run; its sweeps are run there for a few strips each. Included are the picture, 3·H·W bytes,
-    which is always on the CPU, and not what libraries allocate inside one operation.
+    The network is on the meta device, in the dtype and state (folded or not) that will run; the
+    first strips of each sweep are run there. The uint8 image counts, 3·H·W bytes; memory that
+    libraries allocate within one operation does not.
     """
-    height, width = latent_size
+    height, width = grid
     with PeakMemory() as memory:
         if isinstance(network, Decoder):
             channels = network.conv_in.in_channels

@@ -1,4 +1,4 @@
-"""What strips go through, whatever the network: line buffers, delays, sums, resizing."""
+"""Strip ops that serve any network: line buffers, residuals, row queues, resizing."""
 
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -16,23 +16,27 @@ Size = tuple[int, int]  # (height, width)
 
 
 class Chain:
-    """Parts one after the other."""
+    """Several ops in sequence."""
 
-    def __init__(self, *parts: StripOp) -> None:
-        self.ops = parts
+    def __init__(self, *ops: StripOp) -> None:
+        self.ops = ops
 
     def __call__(self, x: Tensor) -> Tensor | None:
         strip: Tensor | None = x
         del x
-        for part in self.ops:
+        for op in self.ops:
             if strip is None:
                 break
-            strip = part(strip)
+            strip = op(strip)
         return strip
 
 
 class Residual:
-    """norm(body(x)) + shortcut(x), where the body lags behind and makes `scale` rows of each."""
+    """norm(body(x)) + shortcut(x).
+
+    The body finishes rows later than it receives them, so the input waits in a queue. It makes
+    `scale` output rows of each input row.
+    """
 
     def __init__(
         self,
@@ -43,31 +47,31 @@ class Residual:
         norm: ChannelRMSNorm | None = None,
     ) -> None:
         self.body, self.shortcut, self.scale, self.norm = body, shortcut, scale, norm
-        self.waiting = Delay()
+        self.queue = RowQueue()
 
     def __call__(self, x: Tensor) -> Tensor | None:
-        self.waiting.put(x)
+        self.queue.put(x)
         y = self.body(x)
         if y is None:
             return None
-        at = 0
-        for piece in self.waiting.take(int(y.shape[2] / self.scale)):
-            more = self.shortcut(piece) if self.shortcut else piece
-            assert more is not None
-            rows = y[:, :, at : at + more.shape[2]]
+        start = 0
+        for piece in self.queue.take(int(y.shape[2] / self.scale)):
+            residual = self.shortcut(piece) if self.shortcut else piece
+            assert residual is not None
+            rows = y[:, :, start : start + residual.shape[2]]
             if self.norm:
-                normalise(self.norm, rows, more)
+                normalise(self.norm, rows, residual)
             else:
-                rows += more
-            at += more.shape[2]
+                rows += residual
+            start += residual.shape[2]
         return y
 
 
-class Window:
-    """A line buffer: strips -> the rows that a kernel of 2·reach + 1 rows needs for the next ones.
+class LineBuffer:
+    """Strips -> the rows that a kernel of 2·reach + 1 rows needs for its next output rows.
 
-    Zeros stand above the first and below the last of `height` rows, and in `sides` columns left
-    and right. With `silu` the rows go through SiLU as they enter.
+    The map of `height` rows is padded with zeros: `reach` rows above and below, and `sides`
+    columns left and right. With `silu` the rows pass through SiLU on their way in.
     """
 
     def __init__(
@@ -101,8 +105,8 @@ class Window:
         return window if done else None
 
 
-class Delay:
-    """Rows that wait until they are asked for."""
+class RowQueue:
+    """A first-in, first-out queue of rows."""
 
     def __init__(self) -> None:
         self.pieces: deque[Tensor] = deque()
@@ -111,7 +115,7 @@ class Delay:
         self.pieces.append(x)
 
     def take(self, rows: int) -> Iterator[Tensor]:
-        """The next `rows` rows, in pieces. What then is left of a strip is copied, to free it."""
+        """Yield the next `rows` rows, in pieces. The rest of a strip is copied, to free it."""
         while rows:
             piece = self.pieces.popleft()
             if piece.shape[2] > rows:
@@ -121,8 +125,8 @@ class Delay:
             yield piece
 
 
-class Pairs:
-    """The same rows in strips of even height."""
+class EvenRows:
+    """Regroup the rows into strips of even height."""
 
     def __init__(self) -> None:
         self.odd: Tensor | None = None
@@ -136,7 +140,7 @@ class Pairs:
 
 
 class Bilinear:
-    """Rows of the map resized to `size`, as F.interpolate does without antialiasing, in float32."""
+    """Resize the map to `size` as F.interpolate does without antialiasing, in float32."""
 
     def __init__(self, whole: Size, size: Size) -> None:
         self.width = size[1]
@@ -145,7 +149,7 @@ class Bilinear:
         self.upper = position.floor().long()
         self.lower = (self.upper + 1).clamp(max=whole[0] - 1)
         self.weight = (position - self.upper).float()
-        self.done = self.first = 0  # rows made; the first row that is kept
+        self.done = self.first = 0  # output rows finished; index of the first input row in `kept`
         self.kept: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor | None:
@@ -177,14 +181,14 @@ def normalise(
     residual: Tensor | None = None,
     activation: str | None = None,
 ) -> Tensor:
-    """act(norm(x)) + residual in the memory of x, with the roundings of the module."""
-    beside = None if residual is None else tokens(residual)
-    rms_norm(tokens(x), norm.weight, norm.bias, norm.eps, beside, activation)
+    """act(norm(x)) + residual, in place, rounded where the module rounds."""
+    added = None if residual is None else tokens(residual)
+    rms_norm(tokens(x), norm.weight, norm.bias, norm.eps, added, activation)
     return x
 
 
 def tokens(x: Tensor) -> Tensor:
-    """(B, C, h, w) -> (B, h, w, C)."""
+    """View (B, C, h, w) as (B, h, w, C)."""
     return x.movedim(1, -1)
 
 

@@ -1,4 +1,4 @@
-"""The decoder's doubling without the doubled map: the same pixels from fewer products."""
+"""The decoder's upsampling without the upsampled input: the same pixels in fewer products."""
 
 from typing import cast
 
@@ -11,12 +11,12 @@ from sana_cli.models.streaming.ops import empty
 
 
 class SubpixelUpsample(nn.Module):
-    """An `Upsample` that never makes the doubled map: four 2x2 convolutions of the small one.
+    """An interpolating `Upsample` as four 2x2 convolutions of its input.
 
-    Doubled by repetition, a row is its own neighbour: of the three rows under a 3x3 kernel two
-    are the same, the lower two above an even row and the upper two above an odd one. The taps
-    that meet the same row, and likewise column, are added up once, in float32. 16 products a
-    pixel of the small map take the place of 36.
+    Nearest-neighbour upsampling repeats every row, so two of the three rows under a 3x3 kernel are
+    equal: the lower two for an even output row, the upper two for an odd one. Taps that fall on
+    the same row, and likewise on the same column, are added up once, in float32. That takes 16
+    products per input pixel instead of 36.
     """
 
     def __init__(self, plain: Upsample) -> None:
@@ -34,7 +34,7 @@ class SubpixelUpsample(nn.Module):
         return self.rows(F.pad(x, (1, 1, 1, 1)))
 
     def rows(self, window: Tensor) -> Tensor:
-        """(1, in, rows + 2, W + 2), its halo for context -> (1, out, 2·rows, 2·W)."""
+        """(1, in, rows + 2, W + 2), with a halo of one pixel -> (1, out, 2·rows, 2·W)."""
         x, out = window[:, :, 1:-1, 1:-1], self.out
         height, width = x.shape[2:]
         y = empty(x, (1, out, 2 * height, 2 * width))
@@ -44,23 +44,26 @@ class SubpixelUpsample(nn.Module):
                 pixels = z[:, j * out : (j + 1) * out, :, j : j + width]
                 target = y[:, :, i::2, j::2]
                 if self.shortcut:
-                    torch.add(pixels, self._landing(x, 2 * i + j), out=target)
+                    torch.add(pixels, self._shortcut_at(x, 2 * i + j), out=target)
                 else:
                     target.copy_(pixels)
         return y
 
-    def _landing(self, x: Tensor, place: int) -> Tensor:
-        """Of the repeated channels of x unfolded to 2x2 pixels, those that land on one of them."""
+    def _shortcut_at(self, x: Tensor, offset: int) -> Tensor:
+        """The shortcut's value at one pixel of every 2x2 block: `offset` is 2·row + column.
+
+        The shortcut repeats channels and unfolds them with a pixel shuffle.
+        """
         if 4 % self.repeats == 0:
-            return x[:, place // self.repeats :: 4 // self.repeats]
-        channels = (torch.arange(self.out, device=x.device) * 4 + place) // self.repeats
+            return x[:, offset // self.repeats :: 4 // self.repeats]
+        channels = (torch.arange(self.out, device=x.device) * 4 + offset) // self.repeats
         return x.index_select(1, channels)
 
 
 def fold_upsamples(decoder: Decoder) -> None:
-    """Put a SubpixelUpsample in the place of each interpolating Upsample: the same, but cheaper.
+    """Replace each interpolating Upsample by the equivalent, cheaper SubpixelUpsample.
 
-    Do it before the weights are narrowed: sums of rounded taps, rounded again, are less exact.
+    Call this before the weights are cast to 16 bits: sums of rounded taps would be rounded twice.
     """
     for parent in [decoder, *cast(list[nn.Module], list(decoder.up_blocks))]:
         for name, child in parent.named_children():
@@ -69,6 +72,6 @@ def fold_upsamples(decoder: Decoder) -> None:
 
 
 def _merged(taps: Tensor, dim: int) -> list[Tensor]:
-    """Three taps along `dim` -> the two of an even row and the two of an odd one."""
+    """Merge three taps along `dim` into two for even output rows and two for odd ones."""
     a, b, c = taps.unbind(dim)
     return [torch.stack([a, b + c], dim), torch.stack([a + b, c], dim)]
