@@ -1,1 +1,1 @@
-"""Tensor operations that know nothing of Sana, each defined by a few lines of torch."""
+"""Tensor operations independent of Sana, each defined by a few lines of torch."""

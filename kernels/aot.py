@@ -1,10 +1,10 @@
-"""Compile every Triton kernel for every GPU generation, with no GPU: what would each cost there?
+"""Compile every Triton kernel for every GPU generation, without a GPU, and report its resources.
 
     python -m sana_cli.kernels.aot [--arch 89 90] [--json] [--jobs 2]
 
-Exit code 1, and one line for each fault, where a kernel spills registers, needs more shared memory
-than the card has, or multiplies matrices without its tensor cores. NVIDIA's own tools, which come
-with Triton, read the machine code.
+The exit code is 1, with one line per fault, if a kernel spills registers, needs more shared memory
+than the GPU has, or multiplies matrices without tensor cores. The machine code is read with the
+NVIDIA tools that come with Triton.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from pathlib import Path
 from sana_cli import kernels
 from sana_cli.kernels.cases import Case
 
-# Bytes of shared memory that one program may have (CUDA C++ Programming Guide, table of
+# Bytes of shared memory available to one program (CUDA C++ Programming Guide, table of
 # capabilities): A100; GeForce Ampere and Ada; Hopper; Blackwell, data centre and GeForce.
 SHARED = {
     (8, 0): 163 << 10,
@@ -43,19 +43,19 @@ TENSOR_CORES = re.compile(r"\b(?:[HIQO]G?MMA|UTC[A-Z]*MMA)[.\w]*")
 class Cost:
     case: str
     arch: int
-    registers: int  # of one thread; 255 is the most there is
-    stack: int  # bytes of one thread: what did not fit into registers
-    shared: int  # bytes of one program
+    registers: int  # per thread, at most 255
+    stack: int  # bytes per thread: spilled registers
+    shared: int  # bytes per program
     warps: int
-    tensor_cores: str | None  # the instruction used most
-    count: int  # of all such
-    matrices: bool  # it multiplies any
+    tensor_cores: str | None  # the most frequent tensor-core instruction
+    count: int  # of tensor-core instructions
+    matrices: bool  # whether the kernel multiplies matrices
 
     @property
     def fault(self) -> str | None:
         limit = SHARED[divmod(self.arch, 10)]
         if self.stack:
-            return f"spills {self.stack} bytes of registers a thread"
+            return f"spills {self.stack} bytes of registers per thread"
         if self.shared > limit:
             return f"needs {self.shared} bytes of shared memory, and a program has {limit}"
         if self.matrices and not self.count:
@@ -64,8 +64,8 @@ class Cost:
 
 
 @functools.cache
-def gather(target: tuple[int, int]) -> tuple[Case, ...]:
-    """What all modules launch on a GPU; of those that compile alike only the first."""
+def all_cases(target: tuple[int, int]) -> tuple[Case, ...]:
+    """Collect the cases of all modules on a GPU, without those that compile alike."""
     found: list[Case] = []
     for module in pkgutil.iter_modules(kernels.__path__, f"{kernels.__name__}."):
         if module.name.endswith("_triton"):
@@ -80,7 +80,7 @@ def measure(target: tuple[int, int], index: int) -> Cost:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    case, arch = gather(target)[index], target[0] * 10 + target[1]
+    case, arch = all_cases(target)[index], target[0] * 10 + target[1]
     names = case.kernel.arg_names
     even = {
         (place,): [["tt.divisibility", 16]]
@@ -127,7 +127,7 @@ def measure_all(archs: list[int], jobs: int) -> list[Cost]:
     work = [
         (target, index)
         for target in (divmod(arch, 10) for arch in archs)
-        for index in range(len(gather(target)))
+        for index in range(len(all_cases(target)))
     ]
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
         return list(pool.map(measure, *zip(*work, strict=True)))
@@ -148,7 +148,7 @@ def show(costs: list[Cost]) -> None:
         table.add_row(cost.case, f"sm_{cost.arch}", *map(str, numbers), cores, style=style)
     console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(table)
-    console.print("sm_75 and older: torch's own kernels, as Triton has no tensor cores there")
+    console.print("sm_75 and older: torch's own kernels, as Triton has no tensor-core code there")
 
 
 def main() -> int:
@@ -158,7 +158,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    os.environ.pop("TRITON_INTERPRET", None)  # nothing is compiled with it
+    os.environ.pop("TRITON_INTERPRET", None)  # the interpreter compiles nothing
     costs = measure_all(options.arch, options.jobs)
     if options.json:
         rows = [asdict(cost) | {"fault": cost.fault} for cost in costs]

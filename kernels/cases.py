@@ -1,4 +1,4 @@
-"""What a Triton kernel is compiled for: the shape of a case that `aot.py` goes through."""
+"""The specialisations of Triton kernels that `aot.py` compiles."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -7,25 +7,25 @@ import torch
 from torch import Tensor
 
 WIDTHS = {"demo": 224, "0.6B": 1152, "1.6B": 2240}  # of the transformers
-# Of images: what is launched changes with the number of tokens.
+# Of images, in pixels: block shapes depend on the number of tokens.
 SIDES = {"demo": (256, 512), "0.6B": (512, 1024, 4096), "1.6B": (512, 1024, 4096)}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One specialisation of one kernel, as a model launches it.
+    """One specialisation of a kernel, as a model launches it.
 
-    Every `*_triton.py` has `cases(capability)`, which lists its own on such a GPU. They come from
-    `launch.trace_launches`, which runs the launcher itself, so that they cannot differ from it.
+    Every `*_triton.py` has a function `cases(capability)` that yields its own on such a GPU. They
+    come from `launch.trace_launches`, which runs the launcher itself, so the two cannot disagree.
     """
 
-    name: str  # for people: "linear_silu_kernel 0.6B 1024"
-    kernel: Any  # the function that triton.jit made
+    name: str  # for display: "linear_silu_kernel 0.6B 1024"
+    kernel: Any  # a function decorated with triton.jit
     signature: dict[str, str]  # of every argument: "*bf16", "i32", "fp32" or "constexpr"
-    constants: dict[str, Any]  # the values of the constexpr ones
+    constants: dict[str, Any]  # values of the constexpr arguments
     num_warps: int
     num_stages: int
-    aligned: tuple[str, ...]  # integers that are multiples of 16; pointers always are
+    aligned: tuple[str, ...]  # integer arguments that are multiples of 16; pointers always are
 
     def labelled(self, label: str) -> "Case":
         return replace(self, name=f"{self.name} {label}")
@@ -35,5 +35,5 @@ class Case:
 
 
 def like(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """A tensor that has everything but values."""
+    """Return a tensor without data, on the meta device."""
     return torch.empty(shape, dtype=dtype, device="meta")

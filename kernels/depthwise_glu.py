@@ -1,4 +1,4 @@
-"""The middle of the Mix-FFN (arXiv 2410.10629, section 2.2): a depthwise 3x3, then a gate."""
+"""The depthwise 3x3 convolution and gate of the Mix-FFN (arXiv 2410.10629, section 2.2)."""
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -7,19 +7,19 @@ from sana_cli.kernels import dispatch
 
 
 def depthwise_glu(x: Tensor, weight: Tensor, bias: Tensor, halo: bool = False) -> Tensor:
-    """value·silu(gate), the two halves of the channels of a depthwise 3x3 convolution of x.
+    """value·silu(gate), where both are halves of the channels of a depthwise 3x3 convolution of x.
 
-    x (B, h, w, 2E), token-major and already activated; weight (2E, 1, 3, 3); bias (2E,).
-    -> (B, h, w, E). Zeros stand beyond the borders; with `halo` the first and last rows of x are
-    themselves what stands beyond, and the result is (B, h-2, w, E).
+    x (B, h, w, 2E), token-major, after its activation; weight (2E, 1, 3, 3); bias (2E,)
+    -> (B, h, w, E). The borders are padded with zeros. With `halo` the first and last rows of x
+    serve as padding above and below, and the result is (B, h-2, w, E).
     """
     if dispatch.uses_triton(x):
         from sana_cli.kernels import depthwise_glu_triton
 
         return depthwise_glu_triton.depthwise_glu(x, weight, bias, halo)
     padding = (0 if halo else 1, 1)
-    image = x.movedim(-1, 1)  # channels-last already
-    del x  # whoever called may have no more use for it
+    image = x.movedim(-1, 1)  # a channels-last view
+    del x  # frees memory if the caller holds no other reference
     y = F.conv2d(image, weight, bias, padding=padding, groups=len(weight))
     del image
     value, gate = y.movedim(1, -1).chunk(2, dim=-1)

@@ -1,7 +1,7 @@
 """`depthwise_glu.py` in one pass over token-major pixels.
 
-A program walks down a strip of columns. Each row it reads adds to three rows of the result, so a
-pixel is loaded once for its left, middle and right neighbour and never again for those above.
+A program moves down a strip of columns. Each row it reads contributes to three output rows, so a
+pixel is loaded for its left, middle and right neighbour once and not again for the rows above.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -15,18 +15,18 @@ from torch import Tensor
 from sana_cli.kernels.cases import WIDTHS, Case, like
 from sana_cli.kernels.launch import launch, trace_launches
 
-# Of a program. A thread has two channels, whose 36 weights it keeps: with four it needs 150
-# registers instead of 80, and half as many fit on a GPU.
+# Per program. A thread has two channels and keeps their 36 weights in registers. With four
+# channels it would need 150 registers instead of 80, and half as many threads would fit.
 COLUMNS, ROWS, CHANNELS, WARPS = 8, 8, 32, 4
 
 
 def depthwise_glu(
     x: Tensor, weight: Tensor, bias: Tensor, halo: bool, gradient: Tensor | None = None
 ) -> Tensor:
-    """With the gradient of the result (B, h, w, E): that of the convolution (B, h, w, 2E)."""
+    """With `gradient` (B, h, w, E) of the result, return that of the convolution, (B, h, w, 2E)."""
     x = x.contiguous()
     batch, height, width, channels = x.shape
-    above = 0 if halo else 1  # rows of zeros beyond the border
+    above = 0 if halo else 1  # rows of zero padding
     made = channels // 2 if gradient is None else channels
     out = x.new_empty(batch, height - 2 + 2 * above, width, made)
     blocks = triton.cdiv(channels // 2, CHANNELS)
@@ -54,13 +54,13 @@ def depthwise_glu_kernel(
     column = (tl.program_id(0) // blocks * COLUMNS + tl.arange(0, COLUMNS))[:, None]
     channel = (tl.program_id(0) % blocks * CHANNELS + tl.arange(0, CHANNELS))[None]
     real = channel < half
-    # Named by the row they stand in and the column they reach for.
+    # Named by kernel row and column.
     v00, v01, v02, v10, v11, v12, v20, v21, v22 = taps(weight, channel, real)
     g00, g01, g02, g10, g11, g12, g20, g21, g22 = taps(weight + half * 9, channel, real)
     none = tl.zeros((COLUMNS, CHANNELS), tl.float32)
     v_bias = none + tl.load(bias + channel, mask=real, other=0.0).to(tl.float32)
     g_bias = none + tl.load(bias + half + channel, mask=real, other=0.0).to(tl.float32)
-    # Sums of the row of the result above the one being read, at it, and below it.
+    # Sums of the output rows above, at and below the row being read.
     v_above, v_here, v_below = v_bias, v_bias, v_bias
     g_above, g_here, g_below = g_bias, g_bias, g_bias
     rows_out = height - 2 + 2 * ABOVE

@@ -1,4 +1,4 @@
-"""The state of linear attention from keys and values that lie side by side, head by head."""
+"""The state of linear attention from keys and values that are interleaved by head."""
 
 import torch
 import torch.nn.functional as F
@@ -8,9 +8,9 @@ from sana_cli.kernels import dispatch
 
 
 def kv_state(kv: Tensor, d: int) -> Tensor:
-    """kv (B, N, heads·2·d), of each head its k and then its v -> (B, heads, d+1, d) float32.
+    """kv (B, N, heads·2·d), for each head k and then v -> (B, heads, d+1, d) float32.
 
-    It is `linear_attention.attention_state` of them: Σ v φ(k)ᵀ, and Σ φ(k)ᵀ in the last row.
+    The result is `linear_attention.attention_state`: Σ v φ(k)ᵀ, with Σ φ(k)ᵀ as the last row.
     """
     if dispatch.uses_triton(kv):
         from sana_cli.kernels import kv_state_triton

@@ -1,4 +1,4 @@
-"""`kv_state.py`: a program has some tokens of a head; torch adds up, in a fixed order."""
+"""`kv_state.py`: each program sums some tokens of a head; torch adds the sums in a fixed order."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
@@ -12,8 +12,8 @@ from torch import Tensor
 from sana_cli.kernels.cases import Case, like
 from sana_cli.kernels.launch import launch, precision, trace_launches
 
-TOKENS, STEP = 1024, 64  # of a program, and of a step of it
-LEAST = 16  # a side of the smallest matrix product
+TOKENS, STEP = 1024, 64  # tokens per program and per step
+LEAST = 16  # sides of the smallest matrix product
 
 
 def kv_state(kv: Tensor, d: int) -> Tensor:
@@ -22,7 +22,7 @@ def kv_state(kv: Tensor, d: int) -> Tensor:
 
 
 def tile_sums(key: Tensor, value: Tensor) -> Tensor:
-    """key and value (B, N, heads, d), strided alike -> (B, tiles, heads, d+1, d) float32."""
+    """key and value (B, N, heads, d) with equal strides -> (B, tiles, heads, d+1, d) float32."""
     batch, n, heads, d = key.shape
     tiles = triton.cdiv(n, TOKENS)
     sums = key.new_empty(batch, tiles, heads, d + 1, d, dtype=torch.float32)
@@ -73,5 +73,5 @@ def kv_state_kernel(
 
 
 def cases(target: tuple[int, int]) -> Iterator[Case]:
-    for heads in (32, 64):  # of DC-AE's stages of 512 and 1024 channels, at two scales each
+    for heads in (32, 64):  # DC-AE's stages of 512 and 1024 channels, at two scales each
         yield from trace_launches(f"{heads} heads", target, kv_state, like(1, 8192, heads * 64), 32)

@@ -1,4 +1,4 @@
-"""Starting Triton kernels; or finding out, with no GPU at hand, what would be started."""
+"""Launches Triton kernels, or records without a GPU what would be launched."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from sana_cli.kernels.cases import Case
 from sana_cli.kernels.dispatch import LEAST_CAPABILITY
 
 _DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.uint8: "u8"}
-_traced: tuple[tuple[int, int], list[Case]] | None = None  # a capability, and what it would run
+_traced: tuple[tuple[int, int], list[Case]] | None = None  # a capability and its launches
 
 
 def launch(
@@ -22,9 +22,9 @@ def launch(
     num_stages: int = 1,
     **constants: Any,
 ) -> None:
-    """Start a kernel on the GPU of the first argument: first its arguments, then its constexprs.
+    """Launch a kernel on the GPU of its first argument; keywords are its constexpr arguments.
 
-    Triton's default for fused multiply-adds changes with version 3.10, so it is stated.
+    Triton 3.10 changes the default for fused multiply-adds, so it is set explicitly.
     """
     if _traced is not None:
         _traced[1].append(_case(kernel, arguments, constants, num_warps, num_stages))
@@ -40,21 +40,21 @@ def launch(
 
 
 def capability(device: torch.device) -> tuple[int, int]:
-    """That of the GPU to choose block shapes for. Triton's interpreter poses as the least one."""
+    """Compute capability to choose block shapes for; the interpreter reports the least one."""
     if _traced is not None:
         return _traced[0]
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else LEAST_CAPABILITY
 
 
 def precision() -> str:
-    """How products of float32 are taken, which torch decides; no other dtype heeds it."""
+    """Precision of float32 matrix products, as set in torch; other dtypes ignore it."""
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
 def trace_launches(
     label: str, target: tuple[int, int], function: Callable[..., Any], *arguments: Any
 ) -> list[Case]:
-    """What a launcher starts for tensors on the meta device, on a GPU of that capability."""
+    """Record what a launcher would launch for meta tensors on a GPU of capability `target`."""
     with _tracing(target) as cases:
         function(*arguments)
     return [case.labelled(label) for case in cases]
@@ -74,7 +74,7 @@ def _tracing(target: tuple[int, int]) -> Iterator[list[Case]]:
 def _case(
     kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any], warps: int, stages: int
 ) -> Case:
-    """The specialisation that Triton makes of a call: 1 and None are compiled in."""
+    """Return the specialisation that Triton compiles for a call: 1 and None become constants."""
     signature = dict.fromkeys(kernel.arg_names, "constexpr")
     fixed, aligned = dict(constants), []
     for name, value in zip(kernel.arg_names, arguments, strict=False):

@@ -1,7 +1,7 @@
-"""Linear maps on the CPU at its full speed.
+"""Linear maps through oneDNN on the CPU.
 
-PyTorch takes them through MKL, which runs at about half the speed on CPUs that are not
-Intel's; and it takes 1x1 convolutions through oneDNN only where there is more than one thread.
+PyTorch computes them with MKL, which reaches about half of oneDNN's speed on some CPUs that are
+not Intel's, and it computes 1x1 convolutions with oneDNN only on more than one thread.
 """
 
 import torch
@@ -10,15 +10,15 @@ from torch import Tensor
 
 
 def uses_onednn(x: Tensor) -> bool:
-    """Whether products with x are better asked of oneDNN by name."""
+    """Whether to compute products with x by oneDNN explicitly."""
     both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
     return both and x.is_cpu and x.dtype == torch.float32
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, silu: bool = False) -> Tensor:
-    """x (..., D), weight (E, D), bias (E,) -> x·weightᵀ + bias (..., E), through SiLU if asked.
+    """x (..., D), weight (E, D), bias (E,) -> x·weightᵀ + bias (..., E), then SiLU if `silu`.
 
-    For inference: it has no gradient.
+    For inference only: it has no gradient.
     """
     if uses_onednn(x):
         act = "swish" if silu else "none"

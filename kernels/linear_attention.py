@@ -4,8 +4,8 @@ For one head with features φ = ReLU (Sana, arXiv 2410.10629, section 2.2):
 
     out_i = Σ_j v_j (φ(k_j)·φ(q_i)) / Σ_j φ(k_j)·φ(q_i)
 
-The sums over j do not depend on i, so they are taken once: a (d+1) x d state per head. States of
-disjoint sets of tokens add up to the state of all of them.
+The sums over j do not depend on i, so they are computed once: a (d+1) x d state per head. The
+states of disjoint sets of tokens add up to the state of their union.
 """
 
 import torch
@@ -15,8 +15,8 @@ from torch import Tensor
 from sana_cli.kernels import dispatch
 from sana_cli.kernels.linear import linear
 
-EPS = 1e-15  # as diffusers; only reached where every feature of a query is zero
-TRITON_HEADS = (16, 32, 64)  # widths of a head that its Triton kernels know; Sana's is 32
+EPS = 1e-15  # as in diffusers; matters only where every feature of a query is zero
+TRITON_HEADS = (16, 32, 64)  # head widths that the Triton kernels support; Sana has 32
 
 
 def relu_linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -25,9 +25,9 @@ def relu_linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def attention_state(k: Tensor, v: Tensor) -> Tensor:
-    """k, v (B, heads, d, N) -> (B, heads, d+1, d) float32: Σ v φ(k)ᵀ, and Σ φ(k)ᵀ in the last row.
+    """k, v (B, heads, d, N) -> (B, heads, d+1, d) float32: Σ v φ(k)ᵀ, with Σ φ(k)ᵀ as last row.
 
-    The sums run over thousands of positions, so they are taken in float32.
+    The sums run over thousands of positions, so they are accumulated in float32.
     """
     key, value = F.relu(k).float(), v.float()
     ones = torch.ones_like(value[:, :, :1])
@@ -40,18 +40,18 @@ def attend(q: Tensor, state: Tensor) -> Tensor:
     return weighted[:, :, :-1] / (weighted[:, :, -1:] + EPS)
 
 
-# --- token-major, as the transformer runs it -------------------------------------------------
+# --- token-major, as the fused transformer runs it -------------------------------------------
 
 
 def project_qkv(
     x: Tensor, weight: Tensor, heads: int, norm_k: Tensor | None = None, eps: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """Tokens x (B, N, D) and weight (3D, D), of q, k and v in this order.
+    """Project tokens x (B, N, D) by weight (3D, D), the rows of q, k and v in this order.
 
     -> q (B, N, D) in the dtype of x, and the state of k and v, (B, heads, d+1, d) float32.
-    With `norm_k` (D,), k first goes through an RMSNorm over all of D. The one of q that goes
-    with it changes nothing but its weight, which belongs into the projection: its scale of a
-    token cancels in the quotient of `attend`.
+    With `norm_k` (D,), k passes through an RMSNorm over all of D. Of the matching norm of q only
+    the weight matters, and the caller folds it into the projection: the scale that the norm gives
+    a token cancels in the quotient of `attend`.
     """
     if dispatch.uses_triton(x) and len(weight) // 3 // heads in TRITON_HEADS:
         from sana_cli.kernels import linear_attention_triton
@@ -64,7 +64,7 @@ def project_qkv(
         scale = torch.rsqrt(k.float().pow(2).mean(-1, keepdim=True) + eps)
         k = (k * scale).to(k.dtype) * norm_k
     states = []
-    for keys, values in zip(k, v, strict=True):  # one after the other, for views and not copies
+    for keys, values in zip(k, v, strict=True):  # one by one, as views instead of copies
         keys = F.relu(keys).float()
         products = _heads(values.float(), heads).transpose(1, 2) @ _heads(keys, heads)
         sums = keys.sum(0).unflatten(0, (heads, 1, -1))
@@ -73,7 +73,7 @@ def project_qkv(
 
 
 def attend_tokens(q: Tensor, state: Tensor) -> Tensor:
-    """q (B, N, D) before its ReLU, and the state of all tokens -> (B, N, D), in the dtype of q."""
+    """q (B, N, D) before its ReLU and the state of all tokens -> (B, N, D) in the dtype of q."""
     if dispatch.uses_triton(q) and state.shape[-1] in TRITON_HEADS:
         from sana_cli.kernels import linear_attention_triton
 
@@ -87,5 +87,5 @@ def attend_tokens(q: Tensor, state: Tensor) -> Tensor:
 
 
 def _heads(x: Tensor, heads: int) -> Tensor:
-    """(N, D) -> (heads, N, d), a view."""
+    """View (N, D) as (heads, N, d)."""
     return x.unflatten(-1, (heads, -1)).transpose(0, 1)

@@ -1,9 +1,9 @@
 """Token-major linear attention of `linear_attention.py`: three projections and the sums in one.
 
-Σ v φ(k)ᵀ is taken by the programs that make k and v, before either reaches memory. A program has
-CHANNELS of them, which are a few whole heads: it multiplies all by all, and keeps of the product
-the blocks on the diagonal, where both are of one head. What it keeps it writes to a place of its
-own, and a second kernel adds those up in a fixed order: the same input gives the same bits.
+The programs that compute k and v also compute Σ v φ(k)ᵀ, before either reaches memory. A program
+has CHANNELS channels of both, which are a few whole heads. It multiplies all by all and keeps the
+diagonal blocks of the product, where both channels belong to one head. Every program writes to its
+own location and a second kernel adds them up in a fixed order, so equal inputs give equal bits.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -25,8 +25,8 @@ from sana_cli.kernels.projection_triton import ENOUGH, GROUP, tile_origin
 CHANNELS = 64
 
 
-class Blocks(NamedTuple):
-    """Rows of a tile, channels of each of q, k and v in a step, warps and stages."""
+class QKVBlocks(NamedTuple):
+    """Rows of a tile, channels of x per step, warps and stages."""
 
     m: int
     k: int
@@ -34,15 +34,15 @@ class Blocks(NamedTuple):
     stages: int
 
 
-# The first that makes enough programs to occupy a large GPU is taken, else the last.
-CONSUMER = (Blocks(128, 32, 8, 3), Blocks(64, 64, 4, 3))
-LARGE = (Blocks(128, 64, 8, 3), Blocks(64, 64, 4, 3))
+# The first that gives enough programs to occupy a large GPU is used, else the last.
+CONSUMER = (QKVBlocks(128, 32, 8, 3), QKVBlocks(64, 64, 4, 3))
+LARGE = (QKVBlocks(128, 64, 8, 3), QKVBlocks(64, 64, 4, 3))
 BY_CAPABILITY = {(8, 0): LARGE, (9, 0): LARGE, (10, 0): LARGE}
-FLOAT32 = Blocks(32, 32, 4, 2)
+FLOAT32 = QKVBlocks(32, 32, 4, 2)
 
 
-def choose_blocks(x: Tensor, blocks: int) -> Blocks:
-    """For tokens x (B, N, D) and that many blocks of channels."""
+def choose_qkv_blocks(x: Tensor, blocks: int) -> QKVBlocks:
+    """Choose block shapes for tokens x (B, N, D) and a number of channel blocks."""
     if x.dtype == torch.float32:
         return FLOAT32
     shapes = BY_CAPABILITY.get(capability(x.device), CONSUMER)
@@ -60,10 +60,10 @@ def project_qkv(
     features = len(weight) // 3
     d = features // heads
     blocks = triton.cdiv(features, CHANNELS)
-    m, step, warps, stages = choose_blocks(x, blocks)
+    m, step, warps, stages = choose_qkv_blocks(x, blocks)
     tiles = triton.cdiv(n, m)
     q = x.new_empty(batch, n, features)
-    sums = _no_sums(x, tiles, heads, d)
+    sums = x.new_empty(batch, tiles, heads, d + 1, d, dtype=torch.float32)
     k = v = squares = None
     if norm_k is not None:
         k, v = torch.empty_like(q), torch.empty_like(q)
@@ -91,15 +91,11 @@ def project_qkv(
             BLOCK_M=32,
             CHANNELS=CHANNELS,
             BLOCKS=triton.next_power_of_2(blocks),
-            PARTS=m // 32,
+            STEPS=m // 32,
             PRECISION=precision(),
             num_warps=4,
         )
     return q, sum_tiles(sums)
-
-
-def _no_sums(x: Tensor, tiles: int, heads: int, d: int) -> Tensor:
-    return x.new_empty(len(x), tiles, heads, d + 1, d, dtype=torch.float32)
 
 
 def sum_tiles(sums: Tensor) -> Tensor:
@@ -131,7 +127,7 @@ def attend_tokens(q: Tensor, state: Tensor) -> Tensor:
         HEAD=state.shape[-1],
         BLOCK_M=m,
         CHANNELS=CHANNELS,
-        # Values of 16 bits fit into tf32 whole. The state, rounded to it, is 80 dB true.
+        # tf32 holds 16-bit values exactly; rounding the state to it leaves 80 dB.
         PRECISION=precision() if q.dtype == torch.float32 else "tf32",
         num_warps=4,
     )
@@ -144,12 +140,15 @@ def project_qkv_kernel(
     HEAD: tl.constexpr, BLOCK_M: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_K: tl.constexpr,
     EVEN: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """q, k and v of BLOCK_M tokens and CHANNELS. k and v are stored only where `squares` is given,
-    which gets Σ k² over these channels; else their sums are."""
+    """Compute q, k and v of BLOCK_M tokens and CHANNELS channels.
+
+    With `squares`, k and v are stored, and `squares` receives Σ k² over these channels. Without,
+    only the sums over k and v are.
+    """
     row, column = tile_origin(n, features, BLOCK_M, CHANNELS, GROUP)
     image = tl.program_id(1).to(tl.int64)
     rows, channels, steps = tl.arange(0, BLOCK_M), tl.arange(0, CHANNELS), tl.arange(0, BLOCK_K)
-    # Beyond the end the last row and channel are taken again: see `projection_triton.matmul_tile`.
+    # Indices beyond the end are clamped: see `projection_triton.matmul_tile`.
     x_at = x + (image * n + row) * width + tl.minimum(rows, n - 1 - row)[:, None] * width
     x_at += steps[None]
     near = tl.minimum(channels, features - 1 - column)
@@ -202,9 +201,9 @@ def project_qkv_kernel(
 def sum_normed_kernel(
     k, v, squares, norm, sums, n, features, eps,
     HEAD: tl.constexpr, BLOCK_M: tl.constexpr, CHANNELS: tl.constexpr, BLOCKS: tl.constexpr,
-    PARTS: tl.constexpr, PRECISION: tl.constexpr,
+    STEPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The sums of k and v in PARTS tiles, k through its RMSNorm first, rounded as torch rounds."""
+    """Sum k and v over STEPS tiles, with k after its RMSNorm, rounded as torch rounds."""
     column = tl.program_id(0) * CHANNELS
     image = tl.program_id(2).to(tl.int64)
     channels, block = tl.arange(0, CHANNELS), tl.arange(0, BLOCKS)
@@ -214,8 +213,8 @@ def sum_normed_kernel(
     weight = tl.load(norm + column + channels, mask=real, other=0.0).to(tl.float32)
     products = tl.zeros((CHANNELS, CHANNELS), tl.float32)
     total = tl.zeros((CHANNELS,), tl.float32)
-    for part in range(PARTS):
-        row = (tl.program_id(1) * PARTS + part) * BLOCK_M
+    for step in range(STEPS):
+        row = (tl.program_id(1) * STEPS + step) * BLOCK_M
         rows = tl.arange(0, BLOCK_M)
         square = tl.load(
             squares + image * blocks * n + row + block[:, None] * n + rows[None],
@@ -241,9 +240,9 @@ def sum_normed_kernel(
 def store_heads(
     products, total, sums, column, features, HEAD: tl.constexpr, CHANNELS: tl.constexpr
 ):
-    """The blocks of v·kᵀ (CHANNELS, CHANNELS) where both are of one head, and Σ kᵀ below each.
+    """Store the diagonal blocks of v·kᵀ (CHANNELS, CHANNELS), one per head, and Σ kᵀ below each.
 
-    sums: (heads, HEAD+1, HEAD), as `attention_state`.
+    sums: (heads, HEAD+1, HEAD), as in `attention_state`.
     """
     channel = tl.arange(0, CHANNELS)
     head, place = channel // HEAD, channel % HEAD
@@ -272,7 +271,7 @@ def attend_tokens_kernel(
     q, state, out, n, features, eps,
     HEAD: tl.constexpr, BLOCK_M: tl.constexpr, CHANNELS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Numerators and denominators of several heads as two products with block-diagonal matrices."""
+    """Compute numerators and denominators of several heads by two block-diagonal products."""
     column, row = tl.program_id(0) * CHANNELS, tl.program_id(1) * BLOCK_M
     image = tl.program_id(2).to(tl.int64)
     rows, channel = tl.arange(0, BLOCK_M), tl.arange(0, CHANNELS)
@@ -280,7 +279,7 @@ def attend_tokens_kernel(
     real = channel < features - column
     same = (head[:, None] == head[None]) & real[:, None] & real[None]
     state += image * (features * (HEAD + 1)) + column * (HEAD + 1)
-    at = state + head * (HEAD * (HEAD + 1)) + place  # by the channel of k, which goes down
+    at = state + head * (HEAD * (HEAD + 1)) + place  # rows are channels of k
     values = tl.load(at[:, None] + place[None] * HEAD, mask=same, other=0.0)
     totals = tl.load(at[:, None] + place[None] * 0 + HEAD * HEAD, mask=same, other=0.0)
     inside = (rows < n - row)[:, None] & real[None]

@@ -1,4 +1,4 @@
-"""`modulation.py` in one pass: a program keeps a whole row in registers."""
+"""`modulation.py` in one pass: each program keeps a whole row in registers."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 

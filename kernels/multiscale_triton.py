@@ -1,7 +1,7 @@
-"""`multiscale.py` in one pass: what the depthwise convolution makes never reaches memory.
+"""`multiscale.py` in one pass: the result of the depthwise convolution never reaches memory.
 
-A program has one group of channels of a tile of pixels. Neighbouring taps read mostly the same
-pixels, which the L1 cache holds; the product within the group is one matrix product.
+A program computes one group of channels of a tile of pixels. Neighbouring taps read mostly the same
+pixels, from the L1 cache; the 1x1 convolution within the group is one matrix product.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -16,12 +16,12 @@ from sana_cli.kernels.cases import Case, like
 from sana_cli.kernels.launch import launch, precision, trace_launches
 
 ROWS, COLUMNS = 8, 16  # of a tile
-LEAST_GROUP = 16  # a side of the smallest matrix product
+LEAST_GROUP = 16  # sides of the smallest matrix product
 
 
 def aggregate(window: Tensor, depth: Tensor, point: Tensor, out: Tensor) -> Tensor:
     if window.stride(3) != 1 or out.stride(3) != 1:
-        raise ValueError("the channels of a pixel must lie side by side")
+        raise ValueError("the channels of a pixel must be contiguous")
     batch, height, width, channels = out.shape
     kernel, group = depth.shape[-1], point.shape[1]
     above = (window.shape[1] - height) // 2 - kernel // 2
@@ -29,7 +29,7 @@ def aggregate(window: Tensor, depth: Tensor, point: Tensor, out: Tensor) -> Tens
     launch(
         aggregate_kernel,
         (channels // group, tiles, batch),
-        # The taps of a channel apart, so that those of neighbouring channels are side by side.
+        # Transposed, so that the same tap of neighbouring channels is contiguous.
         *(window, depth.flatten(1).t().contiguous(), point.contiguous(), out),
         *(above, height, width, channels),
         *(*window.stride()[:3], *out.stride()[:3]),
@@ -60,7 +60,7 @@ def aggregate_kernel(
     row, column = pixel // COLUMNS, pixel % COLUMNS
     real = channel < GROUP
     inside = (row < height - top) & (column < width - left)
-    # A tile's origin is 64 bits, as maps may have more than 2^31 elements, and the rest 32.
+    # The origin of a tile has 64 bits, as maps may exceed 2^31 elements; offsets have 32.
     window += image * window_image + (top + above).to(tl.int64) * window_row + first
     window += (left - KERNEL // 2) * window_pixel
     at = (row * window_row + column * window_pixel)[:, None] + channel[None]
@@ -77,7 +77,7 @@ def aggregate_kernel(
             total += x.to(tl.float32) * tap.to(tl.float32)[None]
             taps += channels
         window += window_row
-    # The matrix of the group, its input channels downwards.
+    # The weights of the group, with input channels as rows.
     weight = tl.load(
         point + (first + channel)[None] * GROUP + channel[:, None],
         mask=real[:, None] & real[None],

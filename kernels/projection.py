@@ -1,4 +1,4 @@
-"""Linear maps with what always follows them."""
+"""Linear maps fused with the elementwise operations after them."""
 
 import torch
 from torch import Tensor
@@ -21,10 +21,10 @@ def linear_silu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def gated_residual_linear_(
     x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor | None
 ) -> Tensor:
-    """x += gate·(y·weightᵀ + bias), in place; the same tensor is returned.
+    """x += gate·(y·weightᵀ + bias), in place; x is returned.
 
     x (B, N, D), y (B, N, E), weight (D, E), bias (D,) or None, gate (D,) or None for 1. In
-    float16 what is gated is first brought into its range, as the reference does.
+    float16 the projection is clamped to the range of the dtype, as in diffusers.
     """
     if dispatch.uses_triton(x):
         from sana_cli.kernels import projection_triton

@@ -1,7 +1,7 @@
-"""Matrix products that do on the way out what `projection.py` does afterwards.
+"""Matrix products with the elementwise operations of `projection.py` in their epilogue.
 
-Every program makes one tile of the result, float32 until it is stored. Programs are numbered so
-that those that run together share rows and columns: what one has read, the next finds in the L2.
+Every program computes one tile of the result, in float32 until it is stored. Programs are numbered
+so that those that run at the same time share rows and columns, which they then find in the L2.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -20,7 +20,7 @@ from sana_cli.kernels.launch import capability, launch, precision, trace_launche
 
 
 class Blocks(NamedTuple):
-    """A tile is m x n, made in steps of k."""
+    """A tile of m x n, computed in steps of k."""
 
     m: int
     n: int
@@ -29,10 +29,10 @@ class Blocks(NamedTuple):
     stages: int
 
 
-# The first that makes enough tiles to occupy a large GPU is taken, else the last. Chosen by what
-# fits, until someone measures: registers without spills, and the operands of as many steps as
-# there are stages (before Hopper one fewer) in shared memory, which has 99 KB on consumer GPUs,
-# 163 KB on A100, and 227 KB on Hopper and data-centre Blackwell.
+# The first that gives enough tiles to occupy a large GPU is used, else the last. The shapes are not
+# tuned by measurement. They are chosen to fit: no register spills, and the operands of as many
+# steps as there are stages (before Hopper one fewer) in shared memory, which has 99 KB on consumer
+# GPUs, 163 KB on A100, and 227 KB on Hopper and data-centre Blackwell.
 ENOUGH = 120
 SMALL = (Blocks(128, 64, 64, 4, 3), Blocks(64, 64, 64, 4, 4))
 CONSUMER = (Blocks(128, 128, 64, 8, 4), *SMALL)
@@ -40,11 +40,11 @@ LARGE = (Blocks(128, 256, 64, 8, 3), Blocks(128, 128, 64, 8, 4), *SMALL)
 BY_CAPABILITY = {(8, 0): LARGE, (9, 0): LARGE, (10, 0): LARGE}
 FLOAT32 = Blocks(64, 64, 32, 4, 3)
 HALF_MAX: tl.constexpr = tl.constexpr(65504.0)
-GROUP = 8  # tiles of rows that go together
+GROUP = 8  # rows of tiles that are traversed together
 
 
 def choose_blocks(x: Tensor, m: int, n: int, widest: int) -> Blocks:
-    """For a result m x n, on the device and in the dtype of x, of `widest` columns at most."""
+    """Choose block shapes for an m x n result like x, with tiles of at most `widest` columns."""
     if x.dtype == torch.float32:
         return FLOAT32
     shapes = BY_CAPABILITY.get(capability(x.device), CONSUMER)
@@ -58,7 +58,7 @@ def choose_blocks(x: Tensor, m: int, n: int, widest: int) -> Blocks:
 def linear_silu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     x = x.contiguous()
     out = x.new_empty(*x.shape[:-1], len(weight))
-    _start(linear_silu_kernel, x, weight, (bias, out), 256)
+    _launch(linear_silu_kernel, x, weight, (bias, out), 256)
     return out
 
 
@@ -67,12 +67,14 @@ def gated_residual_linear_(
 ) -> Tensor:
     if not x.is_contiguous():
         raise ValueError("x is updated in place and must be contiguous")
-    # With a tile of x there are no registers for more than 128 columns.
-    _start(gated_residual_linear_kernel, y.contiguous(), weight, (bias, gate, x), 128)
+    # The tile of x leaves no registers for more than 128 columns.
+    _launch(gated_residual_linear_kernel, y.contiguous(), weight, (bias, gate, x), 128)
     return x
 
 
-def _start(kernel: triton.JITFunction, x: Tensor, weight: Tensor, rest: tuple, widest: int) -> None:
+def _launch(
+    kernel: triton.JITFunction, x: Tensor, weight: Tensor, rest: tuple, widest: int
+) -> None:
     n, k = weight.shape
     m = x.numel() // k
     blocks = choose_blocks(x, m, n, widest)
@@ -121,7 +123,7 @@ def gated_residual_linear_kernel(
     right = columns < n - column
     if bias is not None:
         z += tl.load(bias + column + columns, mask=right, other=0.0).to(tl.float32)[None]
-    if x.dtype.element_ty == tl.float16:  # brought into its range; NaN stays what it is
+    if x.dtype.element_ty == tl.float16:  # clamp; NaN stays NaN
         z = tl.where(z > HALF_MAX, HALF_MAX, tl.where(z < -HALF_MAX, -HALF_MAX, z))
     if gate is not None:
         z *= tl.load(gate + column + columns, mask=right, other=0.0).to(tl.float32)[None]
@@ -133,7 +135,7 @@ def gated_residual_linear_kernel(
 
 @triton.jit
 def tile_origin(m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
-    """The first row and column of this program's tile: down GROUP tiles, then to the right."""
+    """Return the first row and column of this program's tile: down GROUP tiles, then right."""
     down, right = tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N)
     group, index = tl.program_id(0) // (GROUP * right), tl.program_id(0) % (GROUP * right)
     height = tl.minimum(down - group * GROUP, GROUP)
@@ -146,10 +148,10 @@ def matmul_tile(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Rows of x (m, k) times rows of weight (n, k): a tile of x·weightᵀ in float32.
+    """Compute a tile of x·weightᵀ in float32, with x (m, k) and weight (n, k).
 
-    Beyond the end the last row is taken again, which costs no mask; those results are not used.
-    Tensors may have more than 2^31 elements, so a tile's origin is 64 bits and the rest 32.
+    Row indices beyond the end are clamped, which saves a mask; the caller discards those results.
+    Tensors may exceed 2^31 elements, so the origin of a tile has 64 bits; offsets have 32.
     """
     steps = tl.arange(0, BLOCK_K)
     rows = tl.minimum(tl.arange(0, BLOCK_M), m - 1 - row)
@@ -175,8 +177,7 @@ def cases(target: tuple[int, int]) -> Iterator[Case]:
         for side, batch in itertools.product(SIDES[model], (1, 2)):
             label = f"{model} {batch}x{side}²"
             x = like(batch, (side // 32) ** 2, d)
-            # The hidden width of the feed-forward network; it makes two, for the gate.
-            e = 5 * d // 2
+            e = 5 * d // 2  # hidden width of the feed-forward; with the gate it has twice that
             wide = like(*x.shape[:2], e)
             yield from trace_launches(label, target, linear_silu, x, like(2 * e, d), like(2 * e))
             for name, y, bias, gate in (

@@ -1,4 +1,4 @@
-"""The last convolution of a decoder, and the levels of a picture."""
+"""The last convolution of a decoder, and the conversion to 8-bit RGB."""
 
 import torch
 import torch.nn.functional as F
@@ -10,11 +10,10 @@ from sana_cli.kernels import dispatch
 def conv_to_rgb(
     window: Tensor, weight: Tensor, bias: Tensor, left: int, width: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A 3x3 convolution to red, green and blue in [-1, 1], and `to_rgb8` of some of its columns.
+    """A 3x3 convolution to RGB in [-1, 1], then `to_rgb8` of the columns left … left + width - 1.
 
-    window (1, h + 2, W, C), token-major, its first and last row what stands beyond: zeros at the
-    border of the picture, as beyond its sides; weight (3, C, 3, 3), bias (3,). Of the W columns
-    `width` from `left` on are made.
+    window (1, h + 2, W, C), token-major, with a halo of one row above and below, zeros at the
+    borders of the image; weight (3, C, 3, 3), bias (3,). Left and right are padded with zeros here.
     """
     if dispatch.uses_triton(window):
         from sana_cli.kernels import rgb_triton
@@ -25,9 +24,9 @@ def conv_to_rgb(
 
 
 def to_rgb8(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """x (1, 3, h, w) in [-1, 1] -> uint8 (h, w, 3), and the extremes that it has in [0, 1].
+    """x (1, 3, h, w) in [-1, 1] -> uint8 (h, w, 3), and its extremes in [0, 1].
 
-    The extremes are float32 scalars from before rounding, both NaN if any value is.
+    The extremes are float32 scalars taken before rounding, both NaN if any value is.
     """
     unit = x[0].permute(1, 2, 0).float().mul(0.5).add_(0.5).clamp_(0, 1)
     low, high = unit.amin(), unit.amax()

@@ -1,8 +1,8 @@
-"""`rgb.py` in one pass: a float image never exists.
+"""`rgb.py` in one pass, without a float image in memory.
 
-A program makes some pixels of one row. Three colours take a sixteenth of what a product on tensor
-cores makes, but the kernel is bound by reading the channels. Extremes of programs are joined by
-torch, which lets NaN through.
+A program computes some pixels of one row. The three colours use 3 of 16 columns of a tensor-core
+product, but the kernel is bound by reading the channels. torch reduces the extremes of the
+programs, and propagates NaN.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -18,9 +18,9 @@ from sana_cli.kernels.cases import Case, like
 from sana_cli.kernels.launch import launch, precision, trace_launches
 
 PIXELS = 128
-BYTES = 128  # of channels of a pixel in one step
-COLOURS = 16  # three, as wide as the narrowest product
-ROUNDS = tl.constexpr(1.5 * 2**23)  # float32 has no fraction here: adding it rounds, ties to even
+BYTES = 128  # of a pixel's channels, per step
+COLOURS = 16  # three, padded to the narrowest matrix product
+ROUNDS = tl.constexpr(1.5 * 2**23)  # adding it to a small float32 rounds to integer, ties to even
 
 
 def conv_to_rgb(
@@ -34,7 +34,7 @@ def conv_to_rgb(
     launch(
         conv_to_rgb_kernel,
         (tiles, rows - 2),
-        # In the order in which channels are summed up.
+        # In the order in which the kernel reads them.
         *(window, weight.permute(2, 3, 1, 0).contiguous(), bias, pixels, extremes),
         *(whole, channels, left, width),
         EVEN=channels % step == 0,
@@ -62,10 +62,10 @@ def conv_to_rgb_kernel(
     steps = tl.cdiv(channels, CHANNELS)
     for step in range(9 * steps):
         tap, start = step // steps, step % steps * CHANNELS
-        near = left + column + tap % 3 - 1
-        seen = (column < width) & (near >= 0) & (near < whole)
+        source = left + column + tap % 3 - 1
+        seen = (column < width) & (source >= 0) & (source < whole)
         at = window + (row + tap // 3) * whole * channels + start
-        at += (near * channels)[:, None] + channel[None]
+        at += (source * channels)[:, None] + channel[None]
         taps = weight + (tap * channels + start + channel)[:, None] * 3 + colour[None]
         if EVEN:
             x = tl.load(at, mask=seen[:, None], other=0.0)
@@ -84,13 +84,12 @@ def conv_to_rgb_kernel(
     tl.store(pixels + at, level.to(tl.uint8), mask=inside)
     low = tl.min(tl.where(inside, unit, 1.0))
     high = tl.max(tl.where(inside, unit, 0.0))
-    spoilt = tl.max((nan & inside).to(tl.int32))
+    any_nan = tl.max((nan & inside).to(tl.int32))
     place = row * tl.num_programs(0) + tl.program_id(0)
     programs = tl.num_programs(0) * tl.num_programs(1)
-    # A NaN made by arithmetic, as there is none to load.
-    broken = tl.where(spoilt > 0, float("nan"), 0.0)
-    tl.store(extremes + place, low + broken)
-    tl.store(extremes + programs + place, high + broken)
+    poison = tl.where(any_nan > 0, float("nan"), 0.0)
+    tl.store(extremes + place, low + poison)
+    tl.store(extremes + programs + place, high + poison)
 
 
 def cases(target: tuple[int, int]) -> Iterator[Case]:

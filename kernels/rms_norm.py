@@ -1,4 +1,4 @@
-"""RMSNorm over channels (arXiv 1910.07467) with what stands around it in DC-AE."""
+"""RMSNorm over channels (arXiv 1910.07467) with the activation or residual that follows it."""
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +17,10 @@ def rms_norm(
     residual: Tensor | None = None,
     activation: str | None = None,
 ) -> Tensor:
-    """act(x / rms(x) · weight + bias) + residual, written over x, which is returned.
+    """act(x / rms(x) · weight + bias) + residual, in place; x is returned.
 
-    x and residual (..., C), contiguous, of any float dtype; weight and bias (C,). The mean of the
-    squares is taken in float32 (float64 of float64). `activation` is one of ACTIVATIONS.
+    x and residual (..., C), contiguous, of any float dtype; weight and bias (C,). The mean square
+    is computed in float32 (float64 for float64). `activation` is one of ACTIVATIONS.
     """
     if dispatch.uses_triton(x):
         from sana_cli.kernels import rms_norm_triton

@@ -1,4 +1,4 @@
-"""`rms_norm.py` in one pass: a program keeps a few whole rows in registers."""
+"""`rms_norm.py` in one pass: each program keeps a few whole rows in registers."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from sana_cli.kernels.cases import Case, like
 from sana_cli.kernels.launch import launch, trace_launches
 
-VALUES = 4096  # of a program
+VALUES = 4096  # per program
 
 
 def rms_norm(
@@ -23,17 +23,17 @@ def rms_norm(
     activation: str | None,
 ) -> Tensor:
     if not x.is_contiguous():
-        raise ValueError("x is written over and must be contiguous")
+        raise ValueError("x is updated in place and must be contiguous")
     channels = x.shape[-1]
     rows, block = x.numel() // channels, triton.next_power_of_2(channels)
-    together = max(1, VALUES // block)
+    rows_per_program = max(1, VALUES // block)
     launch(
         rms_norm_kernel,
-        (triton.cdiv(rows, together),),
+        (triton.cdiv(rows, rows_per_program),),
         *(x, weight, bias, None if residual is None else residual.contiguous()),
         *(rows, channels, eps),
         ACTIVATION=activation,
-        ROWS=together,
+        ROWS=rows_per_program,
         BLOCK=block,
         num_warps=4,
     )
@@ -64,7 +64,7 @@ def rms_norm_kernel(
 
 
 def cases(target: tuple[int, int]) -> Iterator[Case]:
-    for channels in (128, 256, 512, 1024):  # of DC-AE's stages
+    for channels in (128, 256, 512, 1024):  # DC-AE's stages
         x, weight = like(1, 16, 512, channels), like(channels)
         yield from trace_launches(str(channels), target, rms_norm, x, weight, weight, 1e-5, x, None)
     x, weight = like(1, 16, 4096, 128), like(128)
