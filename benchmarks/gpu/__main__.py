@@ -1,21 +1,21 @@
-"""Everything to be known of a GPU, in one go of less than nine minutes; the table comes last.
+"""Check and measure everything on a GPU in less than nine minutes, and print a table at the end.
 
-    python -m benchmarks.gpu --out runs/gpu                         on a CUDA card
-    python -m benchmarks.gpu --out runs/gpu --device cpu --quick    that it works, in a minute
+    python -m benchmarks.gpu --out runs/gpu                         on a CUDA GPU
+    python -m benchmarks.gpu --out runs/gpu --device cpu --quick    try the script, in a minute
 
-From a checkout with `pip install -e .`; pytest, diffusers and bitsandbytes are used where they are.
-No weights are needed: they are drawn at random in the released sizes. Every section is a process
-of its own with a limit of its own, the ones that tell right from wrong first; what fails is told
-and the rest goes on. Rows are added to OUT/gpu.jsonl as they are measured, so that a limit from
-outside loses nothing; OUT/gpu.log holds what the sections say.
+Runs from a checkout with `pip install -e .`; pytest, diffusers and bitsandbytes are used if
+installed. No model has to be downloaded: the weights are random, in the released sizes. Every
+section is a process with its own time limit. Correctness comes first; a section that fails is
+reported and the others still run. Rows are appended to OUT/gpu.jsonl as they are measured, so that
+an interrupted run loses nothing; OUT/gpu.log holds the output of the sections.
 
-kernels   the tests of the kernels, compiled by Triton for this card, in its precisions
-engine    latents of the pipeline against the plain transformer in float32: signal to noise in dB
-strips    pictures of the decoder in strips against the whole map at once in float32
-bench     `sana bench` at 512² to 4096², with peak memory beside what the plan foretold; and a run
-          that may not take more than 6 GB of the card
-against   diffusers on the same weights, eager and compiled, turn and turn about
-profile   the kernels of a picture: their shares, and their distance from their own floors
+kernels     the tests of the kernels, compiled by Triton for this GPU, in its precisions
+fused_dit   latents of the pipeline against the plain transformer in float32: signal to noise in dB
+strips      images decoded in strips against an untiled decode in float32
+bench       `sana bench` at 512² to 4096², with the predicted beside the measured peak memory; and a
+            run limited to 6 GB
+competitor  diffusers on the same weights, eager and compiled, alternating with sana
+profile     the kernels of an image: their shares of the time, and of their lower bounds
 """
 
 import argparse
@@ -28,24 +28,31 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.gpu.engine import engine
+from benchmarks.gpu.fused_dit import fused_dit
 from benchmarks.gpu.kernels import kernels
 from benchmarks.gpu.profile import profile
 from benchmarks.gpu.report import Report, Row, table
-from benchmarks.gpu.speed import against, bench
+from benchmarks.gpu.speed import bench, competitor
 from benchmarks.gpu.strips import strips
 from benchmarks.gpu.subjects import ROOT
 
 CHECKS = {
     "kernels": kernels,
-    "engine": engine,
+    "fused_dit": fused_dit,
     "strips": strips,
     "bench": bench,
-    "against": against,
+    "competitor": competitor,
     "profile": profile,
 }
-# Seconds; what a section leaves over, the later ones may use.
-SECTIONS = {"kernels": 100, "engine": 70, "strips": 40, "bench": 130, "against": 130, "profile": 50}
+# Seconds. Later sections may use what an earlier one leaves.
+SECTIONS = {
+    "kernels": 100,
+    "fused_dit": 70,
+    "strips": 40,
+    "bench": 130,
+    "competitor": 130,
+    "profile": 50,
+}
 
 
 def run_section(name: str, options: argparse.Namespace, report: Report, seconds: float) -> Row:
@@ -84,12 +91,12 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     report = Report(options.out)
     if options.section:
-        # float32 is the truth here: not rounded to 19 bits on the way.
+        # float32 is the reference here, so its products must not be rounded to tf32.
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         CHECKS[options.section](options, report)
         return
     if options.device.startswith("cuda") and not torch.cuda.is_available():
-        sys.exit("needs CUDA, which this torch has not; --device cpu --quick tries the script")
+        sys.exit("CUDA is not available; --device cpu --quick tries the script")
     began, allowed = time.perf_counter(), 0
     report.path.unlink(missing_ok=True)
     from sana_cli.bench.phases import surroundings

@@ -1,4 +1,4 @@
-"""The tests of the kernels, compiled by Triton for this card, in its precisions."""
+"""The tests of the kernels, compiled by Triton for this GPU, in its precisions."""
 
 import argparse
 import importlib.util
@@ -9,22 +9,22 @@ import time
 from benchmarks.gpu.report import Report
 from benchmarks.gpu.subjects import ROOT
 
-TESTS = ("tests/test_kernels.py", "tests/test_decoder_kernels.py")
+TESTS = ("tests/kernels/test_kernels.py", "tests/kernels/test_decoder_kernels.py")
 
 
 def kernels(options: argparse.Namespace, report: Report) -> None:
     for test in TESTS:
         if not (ROOT / test).exists():
-            report.add("kernels", tests=test, failed="there are no such tests")
+            report.add("kernels", tests=test, failed="the file is missing")
             continue
-        # What other versions of a library warn of is no fault of a kernel.
+        # Warnings of other versions of a library do not concern the kernels.
         words = ["-q", "--maxfail=20", "-o", "filterwarnings=default"]
-        if importlib.util.find_spec("xdist"):  # compiling is what takes the time
+        if importlib.util.find_spec("xdist"):  # most of the time is compilation
             words += ["-n", "8"]
         command = [sys.executable, "-m", "pytest", *words, test]
         began = time.perf_counter()
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         sys.stderr.write(done.stdout + done.stderr)
-        last = (done.stdout.splitlines() or done.stderr.splitlines() or ["nothing was said"])[-1]
-        facts = {"tests": test, "said": last.strip("= "), "seconds": time.perf_counter() - began}
+        last = (done.stdout.splitlines() or done.stderr.splitlines() or ["no output"])[-1]
+        facts = {"tests": test, "result": last.strip("= "), "seconds": time.perf_counter() - began}
         report.add("kernels", ok=done.returncode == 0, **facts)

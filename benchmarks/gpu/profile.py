@@ -1,4 +1,4 @@
-"""The kernels of a picture: their shares, and their distance from their own floors."""
+"""The kernels of an image: their shares of the time, and of their lower bounds."""
 
 import argparse
 import importlib
@@ -42,8 +42,10 @@ def profile(options: argparse.Namespace, report: Report) -> None:
 def profiled(
     recipe: Any, files: Any, device: str, copies: float, products: float
 ) -> dict[str, tuple[float, list[Row]]]:
-    """By stage the seconds and the kernels of the second of two pictures: what is made once, as
-    graphs, was made for the first."""
+    """Return the seconds and kernels of each stage of the second of two images.
+
+    The first image pays for what is done once, such as capturing graphs.
+    """
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as Profiler
 
@@ -75,8 +77,10 @@ def profiled(
 def shares(
     done: Any, floors: dict[str, list[tuple[int, int]]], copies: float, products: float, cuda: bool
 ) -> list[Row]:
-    """By kernel, the longest first: calls, seconds, share of the time; of our own the floor of an
-    average call, too, and how much of it is reached."""
+    """Return calls, seconds and share of the time by kernel, the longest first.
+
+    For the project's own kernels also the lower bound, and how close the time comes to it.
+    """
     kind = torch.autograd.DeviceType.CUDA if cuda else torch.autograd.DeviceType.CPU
     rows: list[Row] = []
     for event in done.key_averages():
@@ -97,8 +101,10 @@ def shares(
 
 @contextmanager
 def launches() -> Iterator[dict[str, list[tuple[int, int]]]]:
-    """By Triton kernel, the (operations, bytes) of every start: its tensors once each, and the
-    products of those that say m, n and k."""
+    """Record (operations, bytes) of every launch by Triton kernel.
+
+    Bytes count each tensor once; operations are those of matrix products with arguments m, n, k.
+    """
     import pkgutil
 
     import sana_cli.kernels

@@ -1,4 +1,4 @@
-"""Rows as they are measured, and the table of them."""
+"""A file of measured rows, and the table that is printed of them."""
 
 import json
 from collections.abc import Callable
@@ -9,7 +9,7 @@ Row = dict[str, Any]
 
 
 class Report:
-    """Rows, as they come, in a file."""
+    """A JSON-lines file of measured rows."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "gpu.jsonl"
@@ -25,7 +25,7 @@ class Report:
 
 
 def table(report: Report) -> None:
-    """What was found, for people, on stdout."""
+    """Print the results as tables on stdout."""
     from rich.console import Console
     from rich.table import Table
 
@@ -52,21 +52,21 @@ def table(report: Report) -> None:
         "kernels",
         ["tests", "result", "s"],
         [
-            [row["tests"], str(row.get("said", row.get("failed"))), number(row.get("seconds"))]
+            [row["tests"], str(row.get("result", row.get("failed"))), number(row.get("seconds"))]
             for row in report.rows("kernels")
         ],
     )
     show(
-        "engine: dB to the plain network in float32",
-        ["model", "size", "dtype", "engine", "plain", ""],
+        "fused DiT: dB to the plain network in float32",
+        ["model", "size", "dtype", "fused", "plain", ""],
         [
             [row["model"], row["size"], row["dtype"], number(row.get("snr")),
              number(row.get("plain_snr")), "ok" if row.get("ok") else row.get("failed", "WORSE")]
-            for row in report.rows("engine")
+            for row in report.rows("fused_dit")
         ],
     )  # fmt: skip
     show(
-        "strips: dB to the whole map in float32",
+        "strips: dB to an untiled decode in float32",
         ["side", "dtype", "strips", "untiled", "s", "peak GB", ""],
         [
             [str(row["side"]), row["dtype"], number(row.get("psnr")),
@@ -76,29 +76,29 @@ def table(report: Report) -> None:
             for row in report.rows("strips")
         ],
     )  # fmt: skip
-    speed, beside = [], []
-    for row in [*report.rows("bench"), *report.rows("against")]:
+    speed, comparisons = [], []
+    for row in [*report.rows("bench"), *report.rows("competitor")]:
         if "result" not in row:
             speed.append([" ".join(row["words"]), "; ".join(row["failed"])])
             continue
         for size in row["result"]["sizes"]:
             speed.append(_speed(size, row, number))
             if size["against"]:
-                beside.append(_beside(size, number))
+                comparisons.append(_comparison(size, number))
     show(
-        "sana bench: seconds, share of the floor, peak memory (foretold) in GB",
+        "sana bench: seconds, share of the floor, peak memory (predicted) in GB",
         ["model", "size", "n", "encode", "step ms", "denoise", "decode", "total", "peak", "cap"],
         speed,
     )
     show(
-        "times faster than diffusers: medians of pairs",
+        "speed relative to diffusers: medians of pairs",
         ["model", "size", "with", "encode", "denoise", "decode", "total", "dB alike", "its GB"],
-        beside,
+        comparisons,
     )
     for row in report.rows("profile"):
         if "kernels" in row:
             show(
-                f"{row['model']}, {row['stage']} of a picture: {1e3 * row['seconds']:.1f} ms, the"
+                f"{row['model']}, {row['stage']} of an image: {1e3 * row['seconds']:.1f} ms, the"
                 f" device busy for {1e3 * row['busy_seconds']:.1f}, floor"
                 f" {1e3 * row['floor_seconds']:.1f}",
                 ["kernel", "calls", "ms", "share", "of its floor"],
@@ -116,14 +116,14 @@ def table(report: Report) -> None:
 
 
 def _speed(size: Row, row: Row, number: Callable[..., str]) -> list[str]:
-    phases, foretold = size["phases"], size["predicted_peak_bytes"]
+    phases, predicted = size["phases"], size["predicted_peak_bytes"]
     median = {name: phase["seconds"]["median"] for name, phase in phases.items()}
     cells = [
         f"{number(median[name], '', 3)} ({phases[name]['share']:.0%})"
         for name in ("denoise", "decode")
     ]
     peaks = " ".join(
-        f"{phases[name]['peak_bytes'] / 1e9:.2f} ({foretold[name] / 1e9:.2f})"
+        f"{phases[name]['peak_bytes'] / 1e9:.2f} ({predicted[name] / 1e9:.2f})"
         for name in ("denoise", "decode")
         if phases[name]["peak_bytes"] is not None
     )
@@ -134,7 +134,7 @@ def _speed(size: Row, row: Row, number: Callable[..., str]) -> list[str]:
     ]
 
 
-def _beside(size: Row, number: Callable[..., str]) -> list[str]:
+def _comparison(size: Row, number: Callable[..., str]) -> list[str]:
     facts = size["against"]
     head = [size["model"], f"{size['width']}x{size['height']}", facts["with"]]
     if "failed" in facts:

@@ -1,4 +1,4 @@
-"""`sana bench` at 512² to 4096², alone and beside diffusers, its peaks beside the foretold."""
+"""`sana bench` at 512² to 4096², alone and beside diffusers."""
 
 import argparse
 import json
@@ -36,7 +36,7 @@ def bench(options: argparse.Namespace, report: Report) -> None:
         report.add("bench", **measured([*words, *common], cap))
 
 
-def against(options: argparse.Namespace, report: Report) -> None:
+def competitor(options: argparse.Namespace, report: Report) -> None:
     common = ["--device", options.device, "--random-weights"]
     eager, compiled = ["--against", "diffusers"], ["--against", "diffusers-compiled"]
     if options.quick:
@@ -51,11 +51,11 @@ def against(options: argparse.Namespace, report: Report) -> None:
             ["-m", LARGE, "--res", "1024", "--runs", "2", *compiled],
         ]
     for words in calls:
-        report.add("against", **measured([*words, *common]))
+        report.add("competitor", **measured([*words, *common]))
 
 
 def measured(words: list[str], cap: float | None = None) -> Row:
-    """What `sana bench` tells, or why it does not; `cap` bytes of the card may be taken."""
+    """Return the result of `sana bench`, or why it failed; `cap` limits GPU memory, in bytes."""
     start = ["-c", CAPPED, str(cap)] if cap else ["-m", "sana_cli"]
     command = [sys.executable, *start, "bench", *words, "--json"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -64,5 +64,5 @@ def measured(words: list[str], cap: float | None = None) -> Row:
     try:
         facts["result"] = json.loads(done.stdout)
     except ValueError:
-        facts["failed"] = (done.stderr.strip().splitlines() or ["nothing was said"])[-2:]
+        facts["failed"] = (done.stderr.strip().splitlines() or ["no output"])[-2:]
     return facts

@@ -1,4 +1,4 @@
-"""Pictures of the decoder in strips against the whole map at once in float32."""
+"""Images decoded in strips against an untiled decode in float32."""
 
 import argparse
 import tempfile
@@ -35,7 +35,7 @@ def strips(options: argparse.Namespace, report: Report) -> None:
                 fold_upsamples(network)
             return network.to(device, dtype, memory_format=torch.channels_last)
 
-        def whole(network: Any, z: Tensor) -> Tensor:
+        def untiled(network: Any, z: Tensor) -> Tensor:
             image = network(z.to(device, network.norm_out.weight.dtype)).float()
             return image.mul(0.5).add(0.5).clamp(0, 1).mul(255).round()[0].movedim(0, -1).cpu()
 
@@ -43,7 +43,7 @@ def strips(options: argparse.Namespace, report: Report) -> None:
             shape = (1, 32, side // 32, side // 32)
             generator = torch.Generator().manual_seed(7)
             z = torch.randn(shape, generator=generator) / files.vae.scaling_factor
-            truth = whole(decoder(torch.float32, False), z) if side < 4096 else None
+            reference = untiled(decoder(torch.float32, False), z) if side < 4096 else None
             for dtype in (torch.bfloat16, torch.float32):
                 network = decoder(dtype, True)
                 decode(network, z.to(device))
@@ -51,21 +51,21 @@ def strips(options: argparse.Namespace, report: Report) -> None:
                 facts: Row = {"side": side, "dtype": str(dtype).removeprefix("torch.")}
                 with peak(device) as held:
                     began = time.perf_counter()
-                    picture = decode(network, z.to(device)).pixels
+                    image = decode(network, z.to(device)).pixels
                     facts["seconds"] = time.perf_counter() - began
                 facts["peak_bytes"] = held()
-                if truth is not None:
-                    facts["psnr"] = psnr(picture.float(), truth)
+                if reference is not None:
+                    facts["psnr"] = psnr(image.float(), reference)
                     if dtype != torch.float32:
-                        facts["untiled_psnr"] = psnr(whole(decoder(dtype, False), z), truth)
-                    like = facts.get("untiled_psnr", 60.0)
-                    facts["ok"] = facts["psnr"] >= like - LOSS
+                        facts["untiled_psnr"] = psnr(untiled(decoder(dtype, False), z), reference)
+                    expected = facts.get("untiled_psnr", 60.0)
+                    facts["ok"] = facts["psnr"] >= expected - LOSS
                 report.add("strips", **facts)
 
 
 @contextmanager
 def peak(device: str) -> Iterator[Callable[[], int | None]]:
-    """Of the memory that is allocated on a CUDA device."""
+    """Yield a function that returns the peak of allocated CUDA memory, None on other devices."""
     cuda = device.startswith("cuda")
     if cuda:
         torch.cuda.reset_peak_memory_stats()

@@ -1,4 +1,4 @@
-"""What is measured: models and their recipes, and how alike two results are."""
+"""The models and recipes to measure, and measures of how close two results are."""
 
 import math
 from dataclasses import replace
@@ -11,7 +11,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[2]
 PROMPT = "a red circle on a blue background"
 SMALL, LARGE = "sana-0.6b-1024", "sana-1.6b-1024"
-LOSS = 3.0  # dB that we may have less than the plain network in the same precision
+LOSS = 3.0  # dB by which a result may be worse than the plain network in the same precision
 
 
 def described(
@@ -22,7 +22,7 @@ def described(
     dtype: str = "auto",
     settings: dict[str, Any] | None = None,
 ) -> tuple[Any, Any]:
-    """A recipe and files of a model: the bundled one's own, else with random weights."""
+    """Return a recipe and the files of a model; all but the bundled one get random weights."""
     from sana_cli.bench.random_weights import random_model
     from sana_cli.resolve import InputImages, resolve
     from sana_cli.settings import Settings
@@ -48,14 +48,14 @@ def wide(device: str) -> str:
     return wide_dtype(device)
 
 
-def snr(x: Tensor, truth: Tensor) -> float:
-    """dB."""
-    x, truth = x.double().cpu(), truth.double().cpu()
-    noise = (x - truth).square().sum()
-    return float(10 * torch.log10(truth.square().sum() / noise)) if noise else math.inf
+def snr(x: Tensor, reference: Tensor) -> float:
+    """Signal-to-noise ratio in dB."""
+    x, reference = x.double().cpu(), reference.double().cpu()
+    noise = (x - reference).square().sum()
+    return float(10 * torch.log10(reference.square().sum() / noise)) if noise else math.inf
 
 
 def psnr(one: Tensor, other: Tensor) -> float:
-    """Of pictures in 0 to 255, dB."""
+    """Peak signal-to-noise ratio in dB of images in 0 to 255."""
     error = float((one.double() - other.double()).square().mean())
     return 10 * math.log10(255**2 / error) if error else math.inf

@@ -1,6 +1,6 @@
-"""The decoder's Triton kernels against float64, for shapes that fit no tile, and all in a decode.
+"""The decoder's Triton kernels against float64, for shapes that fit no tile, and in a decode.
 
-With a GPU the compiled kernels run; without one Triton's interpreter does, on the CPU (conftest).
+With a GPU the compiled kernels run, without one Triton's interpreter on the CPU (see conftest).
 """
 
 import math
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from test_kernels import DEVICE, DTYPES, LEAST, decibels
 from test_networks import LITE_DC_AE, RELEASED_DC_AE
-from test_streaming import FEW, TINY, drawing, network, noise
+from test_streaming import FEW, TINY, network, noise, random_image
 from torch import Tensor
 
 from sana_cli.kernels import dispatch
@@ -34,20 +34,20 @@ def draw(request):
 
 
 @pytest.fixture(autouse=True)
-def fresh_memory_is_spoilt(monkeypatch):
-    """What a kernel leaves out shows."""
+def poisoned_allocations(monkeypatch):
+    """Fill fresh memory, so that elements that a kernel fails to write show."""
 
-    def spoilt(x: Tensor) -> Tensor:
+    def poison(x: Tensor) -> Tensor:
         return x.fill_(math.nan if x.is_floating_point() else 77)
 
     for place, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
         empty = getattr(place, name)
-        monkeypatch.setattr(place, name, lambda *a, empty=empty, **b: spoilt(empty(*a, **b)))
+        monkeypatch.setattr(place, name, lambda *a, empty=empty, **b: poison(empty(*a, **b)))
 
 
 @pytest.fixture
 def triton(monkeypatch):
-    """Call to make the kernels run in Triton, wherever their tensors are."""
+    """Force the kernels to run in Triton, whatever the device; call with False for torch."""
 
     def choose(yes: bool = True) -> None:
         monkeypatch.setattr(dispatch, "uses_triton", lambda x: yes)
@@ -61,7 +61,7 @@ def triton(monkeypatch):
 @pytest.mark.parametrize(
     "shape", [(1, 1, 1, 1), (1, 1, 1, 128), (2, 3, 7, 100), (1, 1, 33, 256), (3, 1024), (5, 513)]
 )
-def test_normalised_pixels(draw, triton, shape, adds, activation):
+def test_rms_norm(draw, triton, shape, adds, activation):
     x, weight, bias = draw(*shape, size=3.0), draw(shape[-1]), draw(shape[-1])
     residual = draw(*shape) if adds else None
     wide = x.double()
@@ -75,7 +75,7 @@ def test_normalised_pixels(draw, triton, shape, adds, activation):
     assert decibels(found, exact) > LEAST[x.dtype]
 
 
-def test_a_nan_stays_one_through_norm_and_activation(draw, triton):
+def test_norm_and_activation_propagate_nan(draw, triton):
     for activation in (None, "relu", "silu"):
         x = draw(3, 64)
         x[1, 7] = math.nan
@@ -89,9 +89,7 @@ def test_a_nan_stays_one_through_norm_and_activation(draw, triton):
      (1, 8, 16, 1, 8, 3, 3), (1, 2, 33, 2, 24, 7, 3), (1, 17, 1, 1, 64, 5, 2),
      (1, 4, 3, 2, 32, 1, 0)],
 )  # fmt: skip
-def test_features_of_another_scale(
-    draw, triton, batch, height, width, groups, group, kernel, reach
-):
+def test_multiscale_aggregation(draw, triton, batch, height, width, groups, group, kernel, reach):
     channels = groups * group
     window = draw(batch, height + 2 * reach, width, channels)
     depth = draw(channels, 1, kernel, kernel, size=1 / kernel)
@@ -112,7 +110,7 @@ def test_features_of_another_scale(
     ("batch", "tokens", "heads", "head"),
     [(1, 1, 1, 32), (2, 70, 3, 32), (1, 1030, 1, 32), (1, 65, 2, 8), (1, 63, 1, 64), (1, 5, 2, 24)],
 )
-def test_sums_over_keys_and_values(draw, triton, batch, tokens, heads, head):
+def test_kv_state(draw, triton, batch, tokens, heads, head):
     kv = draw(batch, tokens, heads * 2 * head)
     by_role = kv.double().unflatten(-1, (heads, 2, head)).permute(3, 0, 2, 4, 1)
     key, value = by_role.relu()[0], by_role[1]
@@ -132,7 +130,7 @@ def test_sums_over_keys_and_values(draw, triton, batch, tokens, heads, head):
     [(1, 1, 1, 0, 1), (3, 5, 40, 0, 5), (2, 131, 64, 0, 131), (2, 140, 16, 5, 130),
      (1, 9, 128, 8, 1)],
 )  # fmt: skip
-def test_levels_of_a_picture(draw, triton, height, width, channels, left, wide):
+def test_conv_to_rgb(draw, triton, height, width, channels, left, wide):
     window = draw(1, height + 2, width, channels)
     weight, bias = draw(3, channels, 3, 3, size=0.3 * channels**-0.5), draw(3, size=0.1)
     inputs = window.double().movedim(-1, 1), weight.double(), bias.double()
@@ -140,7 +138,7 @@ def test_levels_of_a_picture(draw, triton, height, width, channels, left, wide):
     exact = (exact * 0.5 + 0.5).clamp(0, 1)
     pixels, low, high = conv_to_rgb(window, weight, bias, left, wide)
     assert pixels.shape == (height, wide, 3) and pixels.dtype == torch.uint8
-    # Rounded to the nearest level, but for what float32 sums are off.
+    # Rounded to the nearest level, up to the error of float32 sums.
     assert (pixels - 255 * exact).abs().max() < 0.501
     assert low.item() == pytest.approx(exact.min().item(), abs=2e-6)
     assert high.item() == pytest.approx(exact.max().item(), abs=2e-6)
@@ -150,18 +148,18 @@ def test_levels_of_a_picture(draw, triton, height, width, channels, left, wide):
         assert torch.equal(one, same)
 
 
-@pytest.mark.parametrize(("column", "seen"), [(4, True), (9, False)])
-def test_extremes_are_nan_if_a_drawn_value_is(draw, triton, column, seen):
+@pytest.mark.parametrize(("column", "inside"), [(4, True), (9, False)])
+def test_extremes_are_nan_if_a_value_inside_the_crop_is(draw, triton, column, inside):
     window = draw(1, 4, 12, 16)
     window[0, 1, column, 3] = math.nan
-    for way in (True, False):
-        triton(way)
+    for in_triton in (True, False):
+        triton(in_triton)
         _, low, high = conv_to_rgb(window, draw(3, 16, 3, 3), draw(3), 1, 6)
-        assert low.isnan() == high.isnan() == seen
+        assert low.isnan() == high.isnan() == inside
 
 
-def test_levels_between_two_go_to_the_even_one(triton):
-    """As torch rounds."""
+def test_a_value_between_two_levels_rounds_to_even(triton):
+    """As torch.round does."""
     window = torch.zeros(1, 3, 1, 16, device=DEVICE)
     for level in (0, 1, 2, 127, 254):
         bias = torch.full((3,), (level + 0.5) / 255 * 2 - 1, device=DEVICE)
@@ -177,17 +175,17 @@ KINDS = {
 
 
 @pytest.mark.parametrize(("kind", "strip_bytes"), [("released", 9_000), ("lite", 1 << 30)])
-def test_a_decode_in_triton_is_that_of_torch(triton, kind, strip_bytes):
+def test_a_decode_in_triton_matches_torch(triton, kind, strip_bytes):
     decoder = network(KINDS[kind]).decoder.to(DEVICE)
     fold_upsamples(decoder)
     latent = noise(2, 1).to(DEVICE)
     found = {}
-    for way in (True, False):
-        triton(way)
+    for in_triton in (True, False):
+        triton(in_triton)
         with torch.inference_mode():
             image = decode_pipeline(decoder, latent, strip_bytes).materialise()
-        drawn = decode(decoder, latent, size=(60, 27), strip_bytes=strip_bytes)
-        found[way] = image, drawn
+        decoded = decode(decoder, latent, size=(60, 27), strip_bytes=strip_bytes)
+        found[in_triton] = image, decoded
     assert decibels(found[True][0], found[False][0].double()) > 90
     one, other = found[True][1], found[False][1]
     off = (one.pixels.int() - other.pixels.int()).abs()
@@ -196,10 +194,10 @@ def test_a_decode_in_triton_is_that_of_torch(triton, kind, strip_bytes):
     assert one.high.item() == pytest.approx(other.high.item(), abs=1e-5)
 
 
-def test_an_encoding_in_triton_is_that_of_torch(triton):
+def test_an_encode_in_triton_matches_torch(triton):
     encoder = network(KINDS["released"]).encoder.to(DEVICE)
     found = {}
-    for way in (True, False):
-        triton(way)
-        found[way] = encode(encoder, drawing(64, 32), strip_bytes=20_000)
+    for in_triton in (True, False):
+        triton(in_triton)
+        found[in_triton] = encode(encoder, random_image(64, 32), strip_bytes=20_000)
     assert decibels(found[True], found[False].double()) > 90

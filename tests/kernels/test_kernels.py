@@ -1,6 +1,6 @@
 """The Triton kernels against the torch lines that define them, for shapes that fit no tile.
 
-With a GPU the compiled kernels run; without one Triton's interpreter does, on the CPU (conftest).
+With a GPU the compiled kernels run, without one Triton's interpreter on the CPU (see conftest).
 """
 
 import json
@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-# Interpreters before 3.9 convert arrays as numpy 2.4 no longer does. Their compilers are fine.
+# Interpreters before 3.9 are incompatible with numpy 2.4; the compiler is not.
 pytest.importorskip("triton", minversion=None if torch.cuda.is_available() else "3.9")
 
 from test_fused_dit import KINDS, compare, random_dit
@@ -36,12 +36,12 @@ from sana_cli.kernels.projection import gated_residual_linear_, linear_silu
 ON_GPU = torch.cuda.is_available()
 MODULES = depthwise_glu_triton, linear_attention_triton, modulation_triton, projection_triton
 DEVICE = "cuda" if ON_GPU else "cpu"
-# The interpreter computes with the bits of bfloat16 as if they were integers.
+# The interpreter treats the bits of bfloat16 as integers.
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if ON_GPU else [])]
-# Signal to noise in dB, against the torch lines in float64. A result rounded once to p bits has
-# about 6·p + 6: 150 for float32 (p = 24), 72 for float16 (11), 54 for bfloat16 (8). Kernels round
-# k up to three times and v once before they multiply the two, as torch does: 6 dB less. A state in
-# tf32 has 80 dB, and a float32 sum of thousands of terms 130. One wrong element in 10,000 has 40.
+# Minimum signal to noise in dB, against the torch lines in float64. A result rounded once to p bits
+# has about 6·p + 6 dB: 150 in float32 (p = 24), 72 in float16 (11), 54 in bfloat16 (8). Like torch,
+# kernels round k up to three times and v once before their product, which costs 6 dB. A state in
+# tf32 has 80 dB, a float32 sum of thousands of terms 130. One wrong element in 10,000 leaves 40 dB.
 LEAST = {torch.float32: 125.0, torch.float16: 62.0, torch.bfloat16: 44.0}
 
 
@@ -51,10 +51,10 @@ def dtype(request) -> torch.dtype:
 
 
 @pytest.fixture(autouse=True)
-def fresh_memory_is_nan(monkeypatch):
-    """What a kernel leaves out shows."""
+def poisoned_allocations(monkeypatch):
+    """Fill fresh memory with NaN, so that elements that a kernel fails to write show."""
     with torch.device(DEVICE):
-        torch.empty(0)  # torch keeps for good the functions that the first such block finds
+        torch.empty(0)  # torch caches the functions it finds in the first such block
     for place, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
         empty = getattr(place, name)
         monkeypatch.setattr(
@@ -80,16 +80,16 @@ def decibels(found: Tensor, true: Tensor) -> float:
 
 @pytest.fixture
 def check(dtype, monkeypatch) -> Callable[..., None]:
-    """Near the definition in float64, and the same bits again."""
+    """Check that a kernel is close to its definition in float64, and deterministic."""
 
     def check(fused: Callable[..., Any], definition: Callable[..., Any], *inputs: Any) -> None:
         def copies(dtype: torch.dtype | None = None) -> list:
             return [x.to(dtype, copy=True) if isinstance(x, Tensor) else x for x in inputs]
 
-        found, again = (several(fused(*copies())) for _ in range(2))
+        found, again = (as_tuple(fused(*copies())) for _ in range(2))
         with monkeypatch.context() as patch:
-            patch.setattr(Tensor, "float", Tensor.double)  # where a definition widens itself
-            true = several(definition(*copies(torch.float64)))
+            patch.setattr(Tensor, "float", Tensor.double)  # where a definition casts to float32
+            true = as_tuple(definition(*copies(torch.float64)))
         for one, same, exact in zip(found, again, true, strict=True):
             assert torch.equal(one, same)
             assert decibels(one, exact) > LEAST[dtype]
@@ -97,25 +97,25 @@ def check(dtype, monkeypatch) -> Callable[..., None]:
     return check
 
 
-def several(result: Any) -> tuple[Tensor, ...]:
+def as_tuple(result: Any) -> tuple[Tensor, ...]:
     return result if isinstance(result, tuple) else (result,)
 
 
 @pytest.mark.parametrize(
     ("batch", "tokens", "width"), [(1, 1, 32), (2, 7, 96), (1, 3, 1152), (2, 2, 2240)]
 )
-def test_modulated_rows(draw, check, batch, tokens, width):
-    x = draw(batch, tokens, width) + 3  # a mean, which is taken away
+def test_modulate(draw, check, batch, tokens, width):
+    x = draw(batch, tokens, width) + 3  # LayerNorm removes the mean
     check(modulation_triton.modulate, modulate, x, draw(width), draw(width), 1e-6)
 
 
-# The interpreter is slow, so the widths of the models come one at a time: as D, 2E or E.
+# The interpreter is slow, so only one of D, 2E and E at a time has the width of a model.
 @pytest.mark.parametrize(
     ("batch", "tokens", "width", "wide"),
     [(1, 1, 16, 32), (2, 35, 96, 240), (1, 130, 40, 136), (1, 3, 1152, 64), (1, 2, 2240, 48),
      (1, 2, 16, 11200)],
 )  # fmt: skip
-def test_expanded_tokens(draw, check, batch, tokens, width, wide):
+def test_linear_silu(draw, check, batch, tokens, width, wide):
     weight = draw(wide, width, size=width**-0.5)
     check(
         projection_triton.linear_silu, linear_silu, draw(batch, tokens, width), weight, draw(wide)
@@ -128,7 +128,7 @@ def test_expanded_tokens(draw, check, batch, tokens, width, wide):
     [(1, 1, 32, 16), (2, 63, 96, 80), (1, 2, 48, 2880), (1, 2, 32, 5600), (1, 3, 1152, 16),
      (2, 2, 2240, 32)],
 )  # fmt: skip
-def test_projections_that_are_added(draw, check, batch, tokens, width, wide, with_bias, with_gate):
+def test_gated_residual_linear(draw, check, batch, tokens, width, wide, with_bias, with_gate):
     inputs = (
         draw(batch, tokens, width),
         draw(batch, tokens, wide),
@@ -139,7 +139,7 @@ def test_projections_that_are_added(draw, check, batch, tokens, width, wide, wit
     check(projection_triton.gated_residual_linear_, gated_residual_linear_, *inputs)
 
 
-def test_what_is_added_to_is_changed_in_place(draw):
+def test_the_residual_is_updated_in_place(draw):
     x, y, weight = draw(1, 5, 32), draw(1, 5, 16), draw(32, 16)
     assert projection_triton.gated_residual_linear_(x, y, weight, None, None) is x
 
@@ -150,7 +150,7 @@ def test_what_is_added_to_is_changed_in_place(draw):
      (1, 7, 9, 32, False), (1, 7, 9, 16, True), (1, 17, 8, 24, False), (1, 9, 3, 24, True),
      (1, 1, 2, 576, False), (1, 1, 3, 1120, True)],
 )  # fmt: skip
-def test_convolved_and_gated_pixels(draw, check, batch, height, width, channels, halo):
+def test_depthwise_glu(draw, check, batch, height, width, channels, halo):
     x = draw(batch, height + 2 * halo, width, 2 * channels)
     inputs = x, draw(2 * channels, 1, 3, 3, size=1 / 3), draw(2 * channels), halo
     check(depthwise_glu_triton.depthwise_glu, depthwise_glu, *inputs)
@@ -162,7 +162,7 @@ def test_convolved_and_gated_pixels(draw, check, batch, height, width, channels,
     [(1, 1, 32, 1, 32), (2, 135, 96, 3, 32), (2, 9, 80, 5, 16), (1, 33, 128, 2, 64),
      (1, 3, 1152, 1, 32), (1, 2, 2240, 2, 32), (1, 4, 32, 36, 32), (1, 3, 32, 70, 32)],
 )  # fmt: skip
-def test_projected_tokens_and_their_state(draw, check, batch, tokens, width, heads, head, normed):
+def test_project_qkv(draw, check, batch, tokens, width, heads, head, normed):
     x = draw(batch, tokens, width)
     weight = draw(3 * heads * head, width, size=width**-0.5)
     norm = draw(heads * head) if normed else None
@@ -174,7 +174,7 @@ def test_projected_tokens_and_their_state(draw, check, batch, tokens, width, hea
     ("batch", "tokens", "heads", "head"),
     [(1, 1, 1, 32), (2, 135, 3, 32), (2, 9, 5, 16), (1, 33, 2, 64), (1, 4, 36, 32), (1, 3, 70, 32)],
 )
-def test_tokens_that_attend(draw, check, batch, tokens, heads, head):
+def test_attend_tokens(draw, check, batch, tokens, heads, head):
     state = draw(batch, heads, head + 1, head).float()
     state[:, :, -1] = state[:, :, -1].abs() * 10
     check(
@@ -191,7 +191,7 @@ def test_a_token_without_features_attends_to_nothing(draw):
 
 
 @pytest.mark.parametrize("kind", ["0.6B", "qk-norm"])
-def test_the_whole_engine_in_triton_is_the_transformer(kind, monkeypatch):
+def test_the_fused_dit_in_triton_matches_the_transformer(kind, monkeypatch):
     names = set()
 
     def launch(kernel: Any, *rest: Any, **options: Any) -> None:
@@ -207,11 +207,11 @@ def test_the_whole_engine_in_triton_is_the_transformer(kind, monkeypatch):
     assert len(names) == (7 if kind == "qk-norm" else 6)  # one more sums k after its norm
 
 
-# --- which way, and at what cost -----------------------------------------------------------------
+# --- dispatch and resources ----------------------------------------------------------------------
 
 
 def python(*words: str) -> subprocess.CompletedProcess:
-    """A process of its own, whose Triton compiles."""
+    """Run Python in a process where Triton compiles instead of interpreting."""
     kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     words = (sys.executable, "-P", *words)
     return subprocess.run(words, capture_output=True, text=True, env=kept, timeout=600)
@@ -237,12 +237,12 @@ assert "triton" not in sys.modules
     assert done.returncode == 0, done.stderr
 
 
-def test_every_reason_for_the_torch_path_is_told():
+def test_the_reason_for_the_torch_path_is_given():
     for kind in ("cpu", "mps"):
         assert chosen_path(kind) == ("torch", f"there is no Triton for {kind}")
 
 
-def test_verbose_tells_which_way_the_kernels_run(sana):
+def test_verbose_says_how_the_kernels_run(sana):
     words = "generate", "a fox", "--model", "demo", "--dry-run", "--device", "cpu"
     line = "kernels: torch path, as there is no Triton for cpu"
     assert line in sana(*words, "-v").err.splitlines()
@@ -263,7 +263,7 @@ def test_kernels_compile_for_a_gpu_that_is_not_here():
         assert not cost["matrices"] or "MMA" in cost["tensor_cores"]
 
 
-def test_costs_too_high_are_found():
+def test_spills_and_missing_tensor_cores_are_faults():
     done = python(
         "-c",
         """

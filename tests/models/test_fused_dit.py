@@ -1,4 +1,4 @@
-"""The engine is the transformer, and computes less."""
+"""The fused DiT equals the plain transformer, and computes less."""
 
 import math
 
@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from reference import LIKE_0_6B, LIKE_1_6B
+from sana_cli.models.cross_attention import KeyValueText
 from sana_cli.models.dit import DiT, DiTConfig
 from sana_cli.models.fused_dit import FusedDiT
 
@@ -27,7 +28,7 @@ def random_dit(**config) -> DiT:
     torch.manual_seed(0)
     dit = DiT(DiTConfig(**{"num_layers": 2, "caption_channels": 16, **LIKE_0_6B, **config}))
     for name, parameter in dit.named_parameters():
-        if "table" in name:  # they are not drawn when the network is built
+        if "table" in name:  # left uninitialised when the network is built
             parameter.data = 0.3 * torch.randn_like(parameter)
         if "norm" in name:
             parameter.data = 1 + 0.3 * torch.randn_like(parameter)
@@ -35,23 +36,21 @@ def random_dit(**config) -> DiT:
 
 
 def compare(dit: DiT, height: int, width: int, rows=None, lengths=(2, 5), padded=1) -> float:
-    """Relative difference between the engine's velocity and the plain model's."""
+    """Relative difference between the velocities of the fused and the plain transformer."""
     dtype = dit.proj_out.weight.dtype
     latents = torch.randn(1, 32, height, width, dtype=dtype)
     texts = [torch.randn(1, length, 16, dtype=dtype) for length in lengths]
     longest = max(lengths)
-    rows_of = [
-        torch.cat([text, text.new_zeros(1, longest - text.shape[1], 16)], 1) for text in texts
-    ]
+    batch = [torch.cat([text, text.new_zeros(1, longest - text.shape[1], 16)], 1) for text in texts]
     mask = torch.arange(longest) < torch.tensor(lengths)[:, None]
     count = len(texts)
-    caption = dit.project_text(torch.cat(rows_of))
+    caption = dit.project_text(torch.cat(batch))
     at = torch.full((count,), 700.0)
     plain = dit(latents.expand(count, -1, -1, -1), at, caption, mask).double()
-    engine = FusedDiT(dit)
-    engine.row_chunk = rows
-    heard = [engine.encode_text(text, padded) for text in texts]
-    got = engine(latents, engine.time_modulations([900.0, 700.0])[1], heard).double()
+    fused = FusedDiT(dit)
+    fused.row_chunk = rows
+    contexts = [fused.encode_text(text, padded) for text in texts]
+    got = fused(latents, fused.time_modulations([900.0, 700.0])[1], contexts).double()
     return ((got - plain).norm() / plain.norm()).item()
 
 
@@ -81,19 +80,19 @@ def test_half_precision_differs_by_its_own_rounding(dtype, bound, rows):
 
 
 def test_chunks_can_be_made_smaller_later():
-    engine = FusedDiT(random_dit())
-    latents, moment = torch.randn(1, 32, 9, 4), engine.time_modulations([500.0])[0]
-    heard = [engine.encode_text(torch.randn(1, 5, 16))]
-    whole = engine(latents, moment, heard)
-    for engine.row_chunk in (8, 2):
-        torch.testing.assert_close(engine(latents, moment, heard), whole)
+    fused = FusedDiT(random_dit())
+    latents, time = torch.randn(1, 32, 9, 4), fused.time_modulations([500.0])[0]
+    texts = [fused.encode_text(torch.randn(1, 5, 16))]
+    whole = fused(latents, time, texts)
+    for fused.row_chunk in (8, 2):
+        torch.testing.assert_close(fused(latents, time, texts), whole)
 
 
-# --- what is saved -----------------------------------------------------------------------------
+# --- savings -----------------------------------------------------------------------------------
 
 
 class Operations(TorchDispatchMode):
-    """Counts them, views apart."""
+    """Counts operations other than views."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -109,7 +108,7 @@ def of_linear(x, weight, *_, out_shape) -> int:
 
 
 def flops(work) -> int:
-    """Of matrix products; attention is only counted where it is written as such."""
+    """Count the FLOPs of matrix products, with softmax attention run as such products."""
     linear = {torch.ops.mkldnn._linear_pointwise: of_linear}
     counter = FlopCounterMode(display=False, custom_mapping=linear)
     with counter, sdpa_kernel(SDPBackend.MATH):
@@ -124,89 +123,87 @@ def operations(work) -> int:
 
 
 @pytest.fixture(scope="module")
-def engine() -> FusedDiT:
-    """Wide enough for its text and its tokens to weigh as they do in the released models."""
+def fused() -> FusedDiT:
+    """Wide enough for text and image tokens to cost in proportion to the released models."""
     wide = {"num_attention_heads": 8, "num_cross_attention_heads": 4}
     wide |= {"cross_attention_head_dim": 64, "cross_attention_dim": 256}
     return FusedDiT(random_dit(**wide, num_layers=4))
 
 
 @pytest.fixture(scope="module")
-def call(engine):
-    """latents, moment, and the states of an empty text and of one of 25 tokens."""
-    latents, moment = torch.randn(1, 32, 16, 16), engine.time_modulations([500.0])[0]
-    return latents, moment, torch.randn(1, 1, 16), torch.randn(1, 25, 16)
+def call(fused):
+    """Latents, a time modulation, and the states of an empty text and of one of 25 tokens."""
+    latents, time = torch.randn(1, 32, 16, 16), fused.time_modulations([500.0])[0]
+    return latents, time, torch.randn(1, 1, 16), torch.randn(1, 25, 16)
 
 
-def test_a_step_leaves_out_what_text_and_time_alone_determine(call):
+def test_a_step_skips_what_text_and_time_alone_determine(call):
     latents, _, _, text = call
     dit = random_dit()
     caption, at = dit.project_text(text), torch.tensor([500.0])
     plain = flops(lambda: dit(latents, at, caption))
     times = flops(lambda: dit.time_embed(at))
     keys_and_values = 2 * 2 * 2 * 25 * dit.config.width**2  # of two layers
-    engine = FusedDiT(dit)
-    moment, heard = engine.time_modulations([500.0])[0], engine.encode_text(text)
-    saved = plain - flops(lambda: engine(latents, moment, [heard]))
+    fused = FusedDiT(dit)
+    time, context = fused.time_modulations([500.0])[0], fused.encode_text(text)
+    saved = plain - flops(lambda: fused(latents, time, [context]))
     assert saved >= keys_and_values + times
 
 
-def test_padding_is_not_attended_to(engine, call):
-    latents, moment, _, text = call
-    own, padded = (engine.encode_text(text, length, fold=False) for length in (1, PADDED))
-    short, long = (engine(latents, moment, [heard]) for heard in (own, padded))
+def test_padding_is_not_attended_to(fused, call):
+    latents, time, _, text = call
+    own, padded = (fused.encode_text(text, length, fold=False) for length in (1, PADDED))
+    short, long = (fused(latents, time, [context]) for context in (own, padded))
     torch.testing.assert_close(short, long, rtol=1e-5, atol=1e-5)
-    saved = flops(lambda: engine(latents, moment, [padded]))
-    saved -= flops(lambda: engine(latents, moment, [own]))
-    assert saved == 4 * 2 * 2 * 256 * (PADDED - 25) * engine.config.width  # q·k and weights·v
+    saved = flops(lambda: fused(latents, time, [padded]))
+    saved -= flops(lambda: fused(latents, time, [own]))
+    assert saved == 4 * 2 * 2 * 256 * (PADDED - 25) * fused.config.width  # q·k and weights·v
 
 
-def test_an_empty_text_costs_no_attention(engine, call):
-    latents, moment, empty, text = call
-    constant, general = engine.encode_text(empty), engine.encode_text(empty, 2, fold=False)
-    a, b = (engine(latents, moment, [heard]) for heard in (constant, general))
+def test_an_empty_text_costs_no_attention(fused, call):
+    latents, time, empty, text = call
+    constant, general = fused.encode_text(empty), fused.encode_text(empty, 2, fold=False)
+    a, b = (fused(latents, time, [context]) for context in (constant, general))
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-    saved = flops(lambda: engine(latents, moment, [general]))
-    saved -= flops(lambda: engine(latents, moment, [constant]))
-    assert saved >= 4 * 2 * 2 * 256 * engine.config.width**2  # query and output projections
+    saved = flops(lambda: fused(latents, time, [general]))
+    saved -= flops(lambda: fused(latents, time, [constant]))
+    assert saved >= 4 * 2 * 2 * 256 * fused.config.width**2  # query and output projections
 
 
-def test_a_short_text_is_absorbed_by_the_projections_around_it(engine, call):
-    latents, moment, _, text = call
+def test_a_short_text_is_folded_into_the_projections_around_it(fused, call):
+    latents, time, _, text = call
     for words in (text[:, :8], text):  # of 4 heads: 32 and 100 scores
-        texts = [engine.encode_text(words, fold=fold) for fold in (True, False)]
-        a, b = (engine(latents, moment, [heard]) for heard in texts)
+        contexts = [fused.encode_text(words, fold=fold) for fold in (True, False)]
+        a, b = (fused(latents, time, [context]) for context in contexts)
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-        spent, plain = (flops(lambda h=heard: engine(latents, moment, [h])) for heard in texts)
-        scores, width = 4 * words.shape[1], engine.config.width
+        spent, plain = (flops(lambda h=context: fused(latents, time, [h])) for context in contexts)
+        scores, width = 4 * words.shape[1], fused.config.width
         # Two products with `scores` columns for two projections, the scores and their use.
         assert plain - spent == 4 * 2 * 2 * 256 * (width - scores + words.shape[1]) * width
 
 
-def test_a_long_text_is_not_absorbed(engine):
-    (kept, *_) = engine.encode_text(torch.randn(1, 33, 16))
-    assert (
-        type(kept).__name__ == "KeyValueText"
-    )  # 4 heads of 33 tokens: more than half of 256 channels
+def test_a_long_text_is_not_folded(fused):
+    # 4 heads of 33 tokens: more than half of 256 channels.
+    assert isinstance(fused.encode_text(torch.randn(1, 33, 16))[0], KeyValueText)
 
 
-def test_before_any_text_is_heard_the_halves_are_computed_once(engine, call):
-    latents, moment, empty, text = call
-    heard = [engine.encode_text(empty), engine.encode_text(text)]
-    together = engine(latents, moment, heard)
-    apart = torch.cat([engine(latents, moment, [one]) for one in heard])
-    torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-5)
-    saved = sum(flops(lambda one=one: engine(latents, moment, [one])) for one in heard)
-    saved -= flops(lambda: engine(latents, moment, heard))
-    assert saved >= 4 * 2 * 256 * engine.config.width**2  # q, k, v and output of one layer
+def test_the_first_self_attention_is_computed_once_for_all_texts(fused, call):
+    latents, time, empty, text = call
+    texts = [fused.encode_text(empty), fused.encode_text(text)]
+    batched = fused(latents, time, texts)
+    one_by_one = torch.cat([fused(latents, time, [one]) for one in texts])
+    torch.testing.assert_close(batched, one_by_one, rtol=1e-5, atol=1e-5)
+    saved = sum(flops(lambda one=one: fused(latents, time, [one])) for one in texts)
+    saved -= flops(lambda: fused(latents, time, texts))
+    assert saved >= 4 * 2 * 256 * fused.config.width**2  # q, k, v and output of one layer
 
 
-def test_all_timesteps_are_embedded_in_one_pass(engine):
+def test_all_timesteps_are_embedded_in_one_pass(fused):
     steps = [900.0, 500.0, 100.0]
-    at_once = engine.time_modulations(steps)
-    for step, moment in zip(steps, at_once, strict=True):
-        (alone,) = engine.time_modulations([step])
-        torch.testing.assert_close(moment, alone)
-    assert operations(lambda: engine.time_modulations(steps)) == operations(
-        lambda: engine.time_modulations([1.0])
+    at_once = fused.time_modulations(steps)
+    for step, time in zip(steps, at_once, strict=True):
+        (alone,) = fused.time_modulations([step])
+        torch.testing.assert_close(time, alone)
+    assert operations(lambda: fused.time_modulations(steps)) == operations(
+        lambda: fused.time_modulations([1.0])
     )

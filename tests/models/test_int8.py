@@ -1,4 +1,4 @@
-"""Gemma's layers in 8 bits: how far off, what is kept, where it runs, and what it costs others."""
+"""Gemma's layers in 8 bits: accuracy, the cache of quantised weights, devices, and imports."""
 
 import os
 import subprocess
@@ -47,9 +47,8 @@ def test_a_linear_map_is_within_a_hundredth_whatever_its_input_holds(dtype, toke
     y = eight_bit(weight)(x)
     assert y.dtype == dtype
     assert relative_error(y, x.double() @ weight.double().T) < 0.015
-    # What the outliers drown is right too, for whoever subtracts them.
-    loud = x[..., [3, 77]].float() @ eight_bit(weight).weight[:, [3, 77]].T.float()
-    assert y.isfinite().all() and loud.isfinite().all()
+    outliers = x[..., [3, 77]].float() @ eight_bit(weight).weight[:, [3, 77]].T.float()
+    assert y.isfinite().all() and outliers.isfinite().all()
 
 
 def test_rows_of_zeros_give_zeros():
@@ -61,8 +60,8 @@ def test_rows_of_zeros_give_zeros():
     assert not y[0, 1].any() and not y[..., 5].any() and y[0, 0, 0] != 0
 
 
-def test_what_is_no_outlier_stays_within_float16():
-    """On CUDA the operator rounds its products to float16, at most this much for a row."""
+def test_products_without_outliers_stay_within_float16():
+    """On CUDA the operator rounds its products to float16; this bounds the sum of a row."""
     for name, tensor in load_file(DEMO / "text_encoder" / "model.safetensors").items():
         if "proj" in name:
             assert OUTLIER * tensor.float().abs().sum(1).max() < 65504 / 10
@@ -72,28 +71,27 @@ def test_the_states_of_the_bundled_model_are_within_two_hundredths(cache):
     """Measured: 0.011 at most; see benchmarks/text-precision.json."""
     exact = text_encoder(DEMO)
     ours = text_encoder(DEMO, "int8")
-    behind = text_encoder(DEMO, "int8", TextCache(cache, folder_parts(DEMO), "int8", "cpu"))
+    cached = text_encoder(DEMO, "int8", TextCache(cache, folder_parts(DEMO), "int8", "cpu"))
     for prompt in PROMPTS:
         assert 1e-4 < relative_error(ours.encode(prompt), exact.encode(prompt)) < 0.02
         instructed = ours.encode(prompt, INSTRUCTION)
         assert relative_error(instructed, exact.encode(prompt, INSTRUCTION)) < 0.02
-        # Which columns hold outliers depends on the tokens run together, so those are always the
-        # same ones.
-        assert torch.equal(behind.encode(prompt, INSTRUCTION), instructed)
+        # Which columns hold outliers depends on the tokens in a batch, so the batches are equal.
+        assert torch.equal(cached.encode(prompt, INSTRUCTION), instructed)
 
 
-def test_pictures_hardly_change_and_still_obey(sana, tmp_path):
+def test_images_hardly_change_and_still_match_the_prompt(sana, tmp_path):
     from training.shape_checker import check
     from training.shapes import Object, Scene
 
     call = ("generate", *PROMPTS, "-m", "demo", "-s", "1", "--device", "cpu")
-    pictures = []
+    images = []
     for words in ((), ("--text-precision", "int8")):
         run = sana(*call, *words, "-o", f"{tmp_path}/{len(words)}/")
         assert run.code == 0, run.err
-        pictures.append([np.asarray(Image.open(path)) for path in run.out.splitlines()])
+        images.append([np.asarray(Image.open(path)) for path in run.out.splitlines()])
     assert "text int8" in run.err
-    exact, ours = np.array(pictures).astype(int)
+    exact, ours = np.array(images).astype(int)
     for a, b in zip(exact, ours, strict=True):
         assert 10 * np.log10(255**2 / np.square(a - b).mean()) > 40
     wanted = [("circle", "red", "blue"), ("star", "white", "purple")]
@@ -102,12 +100,12 @@ def test_pictures_hardly_change_and_still_obey(sana, tmp_path):
         assert all(check(scene, pixels).values())
 
 
-# --- kept quantised ----------------------------------------------------------------------------
+# --- the cache of quantised weights ------------------------------------------------------------
 
 
 @pytest.fixture
 def int8(cache):
-    """The states of a prompt from a new 8-bit encoder that uses the cache."""
+    """Return a function that encodes a prompt with a new 8-bit encoder that uses the cache."""
 
     def states() -> torch.Tensor:
         kept = TextCache(cache, folder_parts(DEMO), "int8", "cpu")
@@ -116,14 +114,14 @@ def int8(cache):
     return states
 
 
-def test_it_is_quantised_once(cache, int8):
+def test_weights_are_quantised_once(cache, int8):
     first = int8()
     (path,) = (cache / "int8").iterdir()
     assert path.stat().st_size < 0.6 * (DEMO / "text_encoder/model.safetensors").stat().st_size
     before = path.stat().st_ino
     assert torch.equal(int8(), first)
     assert path.stat().st_ino == before
-    tensors = load_file(path)  # what is there is what is used
+    tensors = load_file(path)  # a change in the cache shows in the states
     save_file(tensors | {n: 2 * t for n, t in tensors.items() if n.endswith("v_proj.SCB")}, path)
     assert not torch.equal(int8(), first)
 
@@ -150,7 +148,7 @@ _narrow = _edit(lambda tensors: {n: t[:-1].contiguous() for n, t in tensors.item
 
 
 @pytest.mark.parametrize("damage", [_cut, _garble, _lacking, _wide, _narrow])
-def test_a_broken_file_is_noticed_and_made_again(cache, int8, damage):
+def test_a_broken_cache_file_is_rewritten(cache, int8, damage):
     first = int8()
     (path,) = (cache / "int8").iterdir()
     right = path.read_bytes()
@@ -159,13 +157,13 @@ def test_a_broken_file_is_noticed_and_made_again(cache, int8, damage):
     assert path.read_bytes() == right
 
 
-# --- where it runs -----------------------------------------------------------------------------
+# --- devices -----------------------------------------------------------------------------------
 
 
 LARGE, SMALL = 2_000_000_000, 1_000_000
 
 
-def test_on_a_cpu_it_runs_when_asked_for():
+def test_on_a_cpu_int8_is_opt_in():
     for dtype in ("auto", "float32"):
         assert choose_text_precision("auto", dtype, "float32", "cpu", LARGE) == "float32"
         assert choose_text_precision("int8", dtype, "float32", "cpu", SMALL) == "int8"
@@ -174,7 +172,7 @@ def test_on_a_cpu_it_runs_when_asked_for():
 
 
 @pytest.mark.parametrize("device", ["mps", "mps:0", "xpu"])
-def test_elsewhere_it_is_refused_with_a_hint(device):
+def test_other_devices_refuse_int8_with_a_hint(device):
     with pytest.raises(UsageError, match="cuda and cpu") as refusal:
         choose_text_precision("int8", "auto", "float32", device, LARGE)
     assert "--text-precision" in refusal.value.hint
@@ -182,7 +180,9 @@ def test_elsewhere_it_is_refused_with_a_hint(device):
 
 
 @pytest.mark.parametrize(("generation", "fast"), [((8, 6), True), ((7, 5), True), ((7, 0), False)])
-def test_on_nvidia_a_large_encoder_gets_it_by_itself_from_turing_on(monkeypatch, generation, fast):
+def test_on_nvidia_int8_is_the_default_of_a_large_encoder_from_turing_on(
+    monkeypatch, generation, fast
+):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: generation)
     choose = choose_text_precision
     assert choose("auto", "auto", "bfloat16", "cuda", LARGE) == ("int8" if fast else "bfloat16")
@@ -201,7 +201,7 @@ def test_an_unknown_precision_is_refused(sana):
     assert "--text-precision" in run.err
 
 
-def test_its_library_is_loaded_for_it_alone_quietly_and_without_a_download(tmp_path):
+def test_bitsandbytes_is_imported_for_int8_only_quietly_and_without_a_download(tmp_path):
     """With the package `kernels` installed, importing bitsandbytes would fetch code with it."""
     (tmp_path / "kernels.py").write_text("raise SystemExit('kernels was imported')")
     words = ["generate", "a fox", "-m", "demo", "--device", "cpu", "--steps", "1", "-q"]
@@ -228,7 +228,7 @@ assert "kernels" not in sys.modules
         assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_a_library_that_cannot_be_loaded_is_an_error_with_a_way_out(process, tmp_path):
+def test_a_library_that_fails_to_load_is_an_error_with_a_hint(process, tmp_path):
     (tmp_path / "bitsandbytes.py").write_text("raise RuntimeError('no such CUDA\\nand more')")
     words = ["a fox", "-m", "demo", "--device", "cpu", "--text-precision", "int8"]
     run = process("generate", *words, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)})

@@ -115,10 +115,10 @@ def test_decoder_at_the_full_released_size():
 
 
 def test_linear_attention_is_attention_with_a_relu_kernel():
-    """The fast form against the quadratic definition, in float64 arithmetic."""
+    """The linear form against the quadratic definition, in float64 arithmetic."""
     generator = torch.Generator().manual_seed(0)
     q, k, v = torch.randn(3, 2, 4, 8, 21, dtype=torch.float64, generator=generator).unbind(0)
-    q[0, 0, :, 0] = -1  # a query without a feature: nothing to attend to
+    q[0, 0, :, 0] = -1  # a query whose features are all zero attends to nothing
     weights = torch.relu(k).transpose(-1, -2) @ torch.relu(q)  # (keys, queries)
     expected = v @ (weights / weights.sum(-2, keepdim=True)).nan_to_num(0)
     torch.testing.assert_close(relu_linear_attention(q, k, v), expected, rtol=1e-4, atol=1e-5)
@@ -142,7 +142,7 @@ def test_position_table_as_published():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gemma_is_that_of_transformers(tiny_model, dtype):
+def test_gemma_matches_transformers(tiny_model, dtype):
     from transformers import AutoModel
 
     folder = tiny_model / "text_encoder"
@@ -159,7 +159,7 @@ def test_gemma_is_that_of_transformers(tiny_model, dtype):
 
 
 def test_text_states_do_not_depend_on_padding(tiny_model):
-    """What the reference computes on 300 padded tokens, from the real tokens alone."""
+    """The reference runs 300 padded tokens, sana only the real ones."""
     encoder = text_encoder(tiny_model)
     pipe = random_pipeline(sample_size=16)
     theirs, mask, *_ = pipe.encode_prompt("a red circle", False)

@@ -1,4 +1,4 @@
-"""The decoder and encoder by strips against the plain networks, which hold everything at once."""
+"""The decoder and encoder in strips against the plain networks, which hold whole feature maps."""
 
 from pathlib import Path
 
@@ -61,7 +61,7 @@ ONLY_CONVOLUTIONS = {
 }
 
 latent_sizes = st.tuples(st.integers(1, 40), st.integers(1, 24))
-# From strips of one row, through several to a sweep, to all at once.
+# From strips of one row, through several strips per sweep, to the whole map at once.
 strip_sizes = st.sampled_from([1, 3_000, 20_000, 77_777, 400_000, 1 << 30])
 some = settings(
     max_examples=8, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate]
@@ -69,7 +69,7 @@ some = settings(
 
 
 def network(kind: dict, seed: int = 0) -> DCAE:
-    """Random weights throughout, norms too, so that no term hides behind a zero or a one."""
+    """Random weights throughout, norms included, so that no term is hidden by a zero or a one."""
     torch.manual_seed(seed)
     model = DCAE(DCAEConfig(**kind)).eval().requires_grad_(False)
     for name, parameter in model.named_parameters():
@@ -87,7 +87,7 @@ def noise(*size: int) -> torch.Tensor:
     return channels_last(torch.randn(1, 32, *size, generator=generator))
 
 
-def drawing(height: int, width: int) -> torch.Tensor:
+def random_image(height: int, width: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(height + width)
     return torch.randint(0, 256, (height, width, 3), generator=generator, dtype=torch.uint8)
 
@@ -99,7 +99,7 @@ def levels(image: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_strips_decode_the_untiled_picture(kind):
+def test_strips_decode_the_untiled_image(kind):
     plain, folded = network(KINDS[kind]).decoder, network(KINDS[kind]).decoder
     fold_upsamples(folded)
 
@@ -112,24 +112,24 @@ def test_strips_decode_the_untiled_picture(kind):
             with torch.inference_mode():
                 image = decode_pipeline(decoder, latent, strip_bytes).materialise()
             assert relative_error(image, untiled) < 1e-5
-        drawn = decode(folded, latent, strip_bytes=strip_bytes)
-        off = (drawn.pixels.int() - levels(untiled).int()).abs()
+        decoded = decode(folded, latent, strip_bytes=strip_bytes)
+        off = (decoded.pixels.int() - levels(untiled).int()).abs()
         assert off.max() <= 1
         assert (off > 0).float().mean() < 0.001
         unit = (untiled * 0.5 + 0.5).clamp(0, 1)
-        assert drawn.low.item() == pytest.approx(unit.min().item(), abs=1e-5)
-        assert drawn.high.item() == pytest.approx(unit.max().item(), abs=1e-5)
+        assert decoded.low.item() == pytest.approx(unit.min().item(), abs=1e-5)
+        assert decoded.high.item() == pytest.approx(unit.max().item(), abs=1e-5)
 
     check()
 
 
 @pytest.mark.parametrize("upsample", ["interpolate", "pixel_shuffle"])
 @pytest.mark.parametrize("cheaper", [False, True], ids=["plain", "sub-pixel"])
-def test_convolutions_by_strips_are_equal_bit_for_bit(upsample, cheaper):
-    """In float32 on the CPU, channels-last, where every convolution is given 20,481 values or more.
+def test_convolutions_in_strips_are_equal_bit_for_bit(upsample, cheaper):
+    """In float32 on the CPU, channels-last, where every convolution has 20,481 inputs or more.
 
-    At 20,480 PyTorch changes from one algorithm to another, which adds in another order. Channels
-    are a multiple of the 16 that a vector holds, for SiLU differs by a bit between vector and rest.
+    Below that PyTorch uses another algorithm, which adds in another order. Channels are a multiple
+    of the 16 in a vector register, as SiLU differs by a bit in the remainder of a vector loop.
     """
     model = network(ONLY_CONVOLUTIONS | {"upsample_block_type": upsample})
     if cheaper:
@@ -143,8 +143,8 @@ def test_convolutions_by_strips_are_equal_bit_for_bit(upsample, cheaper):
         with torch.inference_mode():
             image = decode_pipeline(model.decoder, latent, strip_bytes).materialise()
         assert torch.equal(image, untiled)
-        drawn = decode(model.decoder, latent, strip_bytes=strip_bytes)
-        assert torch.equal(drawn.pixels, levels(untiled))
+        decoded = decode(model.decoder, latent, strip_bytes=strip_bytes)
+        assert torch.equal(decoded.pixels, levels(untiled))
 
     check()
 
@@ -156,7 +156,7 @@ def test_strips_encode_the_untiled_latent(kind):
     @some
     @given(st.tuples(st.integers(1, 12), st.integers(1, 8)), strip_sizes)
     def check(size, strip_bytes):
-        pixels = drawing(32 * size[0], 32 * size[1])
+        pixels = random_image(32 * size[0], 32 * size[1])
         image = channels_last(pixels.permute(2, 0, 1)[None].float() / 127.5 - 1)
         untiled = model.encode(image)
         latent = encode(model.encoder, pixels, strip_bytes=strip_bytes)
@@ -167,9 +167,9 @@ def test_strips_encode_the_untiled_latent(kind):
 
 @pytest.mark.parametrize("downsample", ["Conv", "pixel_unshuffle"])
 @pytest.mark.parametrize("strip_bytes", [3_000_000, 4_000_001])
-def test_encoding_convolutions_by_strips_is_equal_bit_for_bit(downsample, strip_bytes):
+def test_encoding_convolutions_in_strips_is_equal_bit_for_bit(downsample, strip_bytes):
     model = network(ONLY_CONVOLUTIONS | {"downsample_block_type": downsample})
-    pixels = drawing(300, 256)
+    pixels = random_image(300, 256)
     image = channels_last(pixels.permute(2, 0, 1)[None].float() / 127.5 - 1)
     latent = encode(model.encoder, pixels, strip_bytes=strip_bytes)
     assert torch.equal(latent, model.encode(image))
@@ -198,7 +198,7 @@ def test_the_released_configuration_at_full_width(strip_bytes):
         ),
     ],
 )
-def test_in_bfloat16_strips_are_as_near_to_float32_as_the_untiled_decode(device):
+def test_in_bfloat16_strips_are_as_close_to_float32_as_the_untiled_decode(device):
     model = network(KINDS["released"]).to(device)
     latent = noise(20, 11).to(device)
     truth = model.decoder(latent)
@@ -212,7 +212,7 @@ def test_in_bfloat16_strips_are_as_near_to_float32_as_the_untiled_decode(device)
 
 
 @pytest.mark.parametrize("kind", ["released", "lite"])
-def test_a_picture_is_resized_and_cropped_as_a_whole_one(kind):
+def test_an_image_is_resized_and_cropped_as_if_untiled(kind):
     decoder = network(KINDS[kind]).decoder
 
     @some
@@ -228,26 +228,26 @@ def test_a_picture_is_resized_and_cropped_as_a_whole_one(kind):
         whole = F.interpolate(decoder(latent), size=resized, mode="bilinear", align_corners=False)
         top, left = margin[0] // 2, margin[1] // 2
         expected = levels(whole[..., top : top + size[0], left : left + size[1]])
-        drawn = decode(decoder, latent, resized=resized, size=size, strip_bytes=strip_bytes)
-        off = (drawn.pixels.int() - expected.int()).abs()
+        decoded = decode(decoder, latent, resized=resized, size=size, strip_bytes=strip_bytes)
+        off = (decoded.pixels.int() - expected.int()).abs()
         assert off.max() <= 1
-        # A value that lies on the edge between two levels may fall to either.
+        # A value on the edge between two levels may round to either.
         assert (off > 0).sum() <= max(2, 0.001 * off.numel())
 
     check()
 
 
-def test_a_nan_anywhere_is_noticed():
+def test_a_nan_anywhere_makes_both_extremes_nan():
     decoder = network(KINDS["lite"]).decoder
     latent = noise(6, 5)
     latent[0, 3, 5, 4] = torch.nan
-    drawn = decode(decoder, latent, strip_bytes=1)
-    assert drawn.low.isnan() and drawn.high.isnan()
+    decoded = decode(decoder, latent, strip_bytes=1)
+    assert decoded.low.isnan() and decoded.high.isnan()
 
 
-def test_the_latent_and_the_pixels_of_the_caller_are_left_alone():
+def test_the_inputs_of_the_caller_are_not_modified():
     model = network(KINDS["released"])
-    latent, pixels = noise(4, 3), drawing(64, 96)
+    latent, pixels = noise(4, 3), random_image(64, 96)
     before = latent.clone(), pixels.clone()
     decode(model.decoder, latent)
     encode(model.encoder, pixels)
@@ -265,7 +265,7 @@ class LargestConvolution(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("side", [4096, 16384])
-def test_no_convolution_sees_more_elements_than_32_bits_count(side):
+def test_no_convolution_has_more_elements_than_31_bits_count(side):
     with torch.device("meta"):
         decoder = Decoder(DCAEConfig(**RELEASED_DC_AE)).eval().requires_grad_(False)
         latent = torch.empty(1, 32, side // 32, side // 32)
@@ -275,7 +275,7 @@ def test_no_convolution_sees_more_elements_than_32_bits_count(side):
     assert 2**26 < largest.elements < 2**31
 
 
-# --- what blended tiles do and strips do not ---------------------------------------------------
+# --- seams: strips against blended tiles -------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -290,9 +290,9 @@ def gradient():
 
 
 def largest_step(pixels: np.ndarray, untiled: np.ndarray) -> float:
-    """Levels of 255: the most that a row differs from the next, beyond what is drawn there."""
-    steps, drawn = (np.diff(p.mean(axis=(1, 2), dtype=float)) for p in (pixels, untiled))
-    return float(np.abs(steps - drawn).max())
+    """Largest step between adjacent rows, in levels of 255, beyond that of the untiled image."""
+    steps, expected = (np.diff(p.mean(axis=(1, 2), dtype=float)) for p in (pixels, untiled))
+    return float(np.abs(steps - expected).max())
 
 
 def test_a_smooth_gradient_has_no_step_where_strips_meet(gradient):
@@ -307,5 +307,5 @@ def test_a_smooth_gradient_has_no_step_where_strips_meet(gradient):
     assert largest_step(strips, untiled) < 0.01
     theirs.enable_tiling(256, 256, 192, 192)
     tiles = levels(theirs.decode(latent).sample).numpy()
-    # The measure sees what it should: blended tiles change tones, here by up to 17 levels.
+    # The measure is sensitive enough: blended tiles change tones, here by up to 17 levels.
     assert largest_step(tiles, untiled) > 0.2

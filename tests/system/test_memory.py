@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from test_networks import LITE_DC_AE, RELEASED_DC_AE, SMALL
-from test_streaming import drawing, network, noise, some
+from test_streaming import network, noise, random_image, some
 
 from sana_cli.models.dc_ae import DCAEConfig, Decoder, Encoder
 from sana_cli.models.streaming.autoencoder import activation_bytes, decode, encode
@@ -78,7 +78,7 @@ def test_the_rehearsal_foretells_the_peak_within_a_tenth(kind, dtype):
 def test_the_rehearsal_of_the_encoder_too(strip_bytes):
     model = network(RELEASED_DC_AE | SMALL)
     with PeakMemory() as memory:
-        encode(model.encoder, drawing(640, 384), strip_bytes=strip_bytes)
+        encode(model.encoder, random_image(640, 384), strip_bytes=strip_bytes)
     rehearsed = Encoder(model.config).eval().requires_grad_(False).to("meta")
     foretold = activation_bytes(rehearsed, (20, 12), strip_bytes=strip_bytes)
     assert foretold == pytest.approx(memory.peak, rel=0.1)

@@ -13,7 +13,7 @@ from benchmarks.gpu.report import Report
 from benchmarks.gpu.subjects import LARGE, LOSS, SMALL, described, snr
 
 
-def engine(options: argparse.Namespace, report: Report) -> None:
+def fused_dit(options: argparse.Namespace, report: Report) -> None:
     cases: list[tuple[str, str, dict[str, Any]]]
     if options.quick:
         cases = [("demo", "256x256", {}), ("demo", "128x160", {"negative": "green"})]
@@ -30,18 +30,20 @@ def engine(options: argparse.Namespace, report: Report) -> None:
     for model, size, settings in cases:
         for dtype in dtypes if model in (SMALL, "demo") else dtypes[:1]:
             try:
-                facts = likeness(model, size, dtype, settings, options.device)
+                facts = fidelity(model, size, dtype, settings, options.device)
             except Exception as error:
                 facts = {"failed": f"{type(error).__name__}: {error}"[:300]}
-            report.add("engine", model=model, size=size, dtype=dtype, **settings, **facts)
+            report.add("fused_dit", model=model, size=size, dtype=dtype, **settings, **facts)
 
 
 @torch.inference_mode()
-def likeness(
+def fidelity(
     model: str, size: str, dtype: str, settings: dict[str, Any], device: str
 ) -> dict[str, Any]:
-    """Signal to noise of the latents after two steps, in dB, the plain network in float32 being
-    the truth: of the pipeline, and of the plain network in the precision of the pipeline."""
+    """Signal to noise of the latents after two steps, in dB, against the plain network in float32.
+
+    Measured for the pipeline, and for the plain network in the precision of the pipeline.
+    """
     from sana_cli.pipeline import draw as stages
     from sana_cli.pipeline.draw import Failure, draw
     from sana_cli.pipeline.guidance import is_guided
@@ -55,29 +57,29 @@ def likeness(
         if is_guided(recipe, files):
             texts.insert(0, encoder.encode(recipe.negative))
         del encoder
-        truth = plain(recipe, files, texts, device, torch.float32)
-        narrow = plain(recipe, files, texts, device, getattr(torch, recipe.dit_dtype))
-        seen: list[Tensor] = []
+        reference = plain(recipe, files, texts, device, torch.float32)
+        rounded = plain(recipe, files, texts, device, getattr(torch, recipe.dit_dtype))
+        decoded: list[Tensor] = []
         decode = stages.decode
 
-        def note(decoder: nn.Module, latent: Tensor, **words: Any) -> Any:
-            seen.append(latent.float().cpu() * files.vae.scaling_factor)
+        def record(decoder: nn.Module, latent: Tensor, **words: Any) -> Any:
+            decoded.append(latent.float().cpu() * files.vae.scaling_factor)
             return decode(decoder, latent, **words)
 
-        stages.decode = note
+        stages.decode = record
         try:
-            # The latent is narrowed before it is decoded; here it is not.
+            # With a float32 decoder, the latents are not rounded before they are recorded.
             for event in draw([replace(recipe, vae_dtype="float32")], files, Plan(device)):
                 if isinstance(event, Failure):
                     raise event.error
         finally:
             stages.decode = decode
-    ours, theirs = snr(seen[0], truth), snr(narrow, truth)
+    ours, theirs = snr(decoded[0], reference), snr(rounded, reference)
     return {"snr": ours, "plain_snr": theirs, "ok": ours >= min(theirs - LOSS, 100)}
 
 
 def plain(recipe: Any, files: Any, texts: list[Tensor], device: str, dtype: torch.dtype) -> Tensor:
-    """Latents float32 (1, 32, h, w) on the CPU, by the network as `dit.py` writes it down."""
+    """Return latents, float32 (1, 32, h, w) on the CPU, sampled with the plain network."""
     from sana_cli.models.dit import DiT
     from sana_cli.pipeline.solver import SOLVERS, advance
     from sana_cli.weights.checkpoint import load_weights, on_meta
@@ -90,19 +92,21 @@ def plain(recipe: Any, files: Any, texts: list[Tensor], device: str, dtype: torc
     generator = torch.Generator("cpu").manual_seed(recipe.seed)
     sample, previous = torch.randn(shape, generator=generator).to(device), None
     captions = [dit.project_text(text.to(device, dtype)) for text in texts]
-    told = None
+    guidance = None
     if files.is_sprint:
-        told = torch.full((1,), recipe.guidance, dtype=texts[0].dtype, device=device)
-        told = told * files.dit.guidance_embeds_scale
+        guidance = torch.full((1,), recipe.guidance, dtype=texts[0].dtype, device=device)
+        guidance = guidance * files.dit.guidance_embeds_scale
     solver = SOLVERS[recipe.solver]
     schedule = solver.schedule(recipe.steps, recipe.flow_shift)
     unit = 1.0 if files.is_sprint else files.dit.timestep_scale
     for step in range(recipe.steps):
         at = torch.full((1,), schedule.timesteps[step] * unit, device=device)
-        halves = [dit(sample.to(dtype), at, caption, None, told).float() for caption in captions]
-        velocity = halves[-1]
-        if len(halves) == 2:
-            velocity = halves[0] + recipe.guidance * (halves[1] - halves[0])
+        streams = [
+            dit(sample.to(dtype), at, caption, None, guidance).float() for caption in captions
+        ]
+        velocity = streams[-1]
+        if len(streams) == 2:
+            velocity = streams[0] + recipe.guidance * (streams[1] - streams[0])
         fresh = torch.randn(shape, generator=generator).to(device) if solver.stochastic else None
         update = solver.update(schedule, step)
         sample, previous = advance(update, sample, velocity, previous, fresh)
