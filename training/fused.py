@@ -88,7 +88,7 @@ def depthwise_glu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 class _LinearAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-        from sana_cli.kernels import linear_attention_backward_triton as triton
+        from training import linear_attention_backward_triton as triton
 
         out, state = triton.linear_attention(q, k, v, heads)
         ctx.save_for_backward(q, k, v, state)
@@ -97,7 +97,7 @@ class _LinearAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        from sana_cli.kernels import linear_attention_backward_triton as triton
+        from training import linear_attention_backward_triton as triton
 
         return *triton.gradients(*ctx.saved_tensors, gradient), None
 
@@ -113,7 +113,7 @@ class _DepthwiseGLU(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
-        from sana_cli.kernels import depthwise_glu_backward_triton as triton
+        from training import depthwise_glu_backward_triton as triton
 
         return triton.gradients(*ctx.saved_tensors, gradient)
 
