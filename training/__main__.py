@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from sana_cli.kernels.dispatch import chosen_path
-from training import autoencoder, cpu_kernels, diffusion, text
+from training import autoencoder, diffusion, text
 from training.arithmetic import keep_freed_memory
 from training.estimate import estimate
 from training.export import export
@@ -40,11 +40,7 @@ def main(words: list[str] | None = None) -> None:
         parser.error(str(error))
     if options.device == "cuda":
         torch.backends.cudnn.benchmark = True
-        print("kernels: {} path, as {}".format(*chosen_path(options.device)), file=sys.stderr)
-    else:
-        reason = cpu_kernels.why_not()
-        path = f"torch path, as {reason}" if reason else "training/cpu_kernels.cpp"
-        print(f"kernels: {path}", file=sys.stderr)
+    print("kernels: {} path, as {}".format(*chosen_path(options.device)), file=sys.stderr)
     machine = Machine(options.device, settings.workers, settings.save_seconds, settings.log_every)
     if options.estimate:
         print(estimate(settings, machine, options.seed))

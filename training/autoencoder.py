@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sana_cli.models.dc_ae import DCAE, ChannelRMSNorm, DCAEConfig
-from training import cpu_kernels
 from training.loop import Losses, Machine, Stage, train
 from training.settings import Settings
 from training.world import draw, training_sample
@@ -60,21 +59,9 @@ def build(config: DCAEConfig) -> DCAE:
     """Residual branches start at zero: three times faster here than starting at one."""
     model = DCAE(config).to(memory_format=torch.channels_last)
     for name, module in model.named_modules():
-        if isinstance(module, ChannelRMSNorm):
-            module.__class__ = FusedNorm
-            if not name.endswith("decoder.norm_out"):
-                torch.nn.init.zeros_(module.weight)
+        if isinstance(module, ChannelRMSNorm) and not name.endswith("decoder.norm_out"):
+            torch.nn.init.zeros_(module.weight)
     return model
-
-
-class FusedNorm(ChannelRMSNorm):
-    """On a CPU with bfloat16 in one pass, where plain torch takes several."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu" or x.dtype != torch.bfloat16 or cpu_kernels.why_not():
-            return super().forward(x)
-        x = x.contiguous(memory_format=torch.channels_last)
-        return cpu_kernels.channel_norm(x, self.weight, self.bias, self.eps)
 
 
 def stage(settings: Settings, machine: Machine, seed: int) -> Stage:

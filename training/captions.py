@@ -74,7 +74,7 @@ OPENINGS = (
     "paint ",
     "give me ",
     "i want ",
-    "trace_launches ",
+    "imagine ",
     "look at ",
     "we have ",
     "the picture shows ",

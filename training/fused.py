@@ -1,9 +1,8 @@
 """The transformer as it is trained: the modules of `dit.py` with other ways to run.
 
-On a GPU linear attention and the gate go through Triton, there and back. On a CPU with bfloat16
-all but the products goes through `cpu_kernels.py`. On another CPU, where it is memory that a step
-waits for, maps of one input are one product, heads are laid out once, and the gate's gradient is
-written where it belongs: a step takes five sixths of the time.
+On a GPU linear attention and the gate go through Triton, there and back. On a CPU, where it is
+memory that a step waits for, maps of one input are one product, heads are laid out once, and the
+gate's gradient is written where it belongs: a step takes five sixths of the time.
 Only what `dit.py` clamps in float16 is not clamped here: it is bfloat16 or float32 that trains.
 """
 
@@ -17,80 +16,15 @@ from torch.autograd.function import once_differentiable
 from sana_cli.kernels import dispatch
 from sana_cli.kernels.linear_attention import EPS, TRITON_HEADS
 from sana_cli.models.dit import CrossAttention, DiT, LinearAttention, MixFFN
-from training import cpu_kernels
 
 
 def fuse(dit: DiT) -> DiT:
     """The same model with the same parameters under the same names."""
-    dit.__class__ = FusedDiT
     for block in dit.transformer_blocks:
         block.attn1.__class__ = FusedLinearAttention
         block.attn2.__class__ = FusedCrossAttention
         block.ff.__class__ = FusedMixFFN
     return dit
-
-
-class FusedDiT(DiT):
-    """On a CPU a branch of a block leaves the residual stream where the one before joins it."""
-
-    def forward(
-        self,
-        latents: Tensor,
-        timestep: Tensor,
-        caption: Tensor,
-        mask: Tensor | None = None,
-        guidance: Tensor | None = None,
-    ) -> Tensor:
-        sizes = {len(t) for t in (latents, timestep, caption, mask) if t is not None}
-        if (
-            mask is None
-            or guidance is not None
-            or len(sizes) > 1
-            or not self._narrow_on_cpu(latents)
-        ):
-            return super().forward(latents, timestep, caption, mask, guidance)
-        grid = (latents.shape[-2], latents.shape[-1])
-        eps = self.config.norm_eps
-        x = self.patch_embed(latents).float().contiguous()
-        modulation, time = self.time_embed(timestep)
-        rows = [(b.scale_shift_table + modulation).unbind(1) for b in self.transformer_blocks]
-        last = (self.scale_shift_table + time[:, None]).unbind(1)
-        caption = caption.to(torch.bfloat16)
-        branch = cpu_kernels.modulated(x, *rows[0][:2], eps)
-        for block, row, after in zip(self.transformer_blocks, rows, [*rows[1:], last], strict=True):
-            _, _, gate_attn, shift_ff, scale_ff, gate_ff = row
-            own, text, up, depth, down = (
-                *(block.attn1, block.attn2),
-                *(block.ff.conv_inverted, block.ff.conv_depth, block.ff.conv_point),
-            )
-            weight = torch.cat([own.to_q.weight, own.to_k.weight, own.to_v.weight])
-            branch = cpu_kernels.linear_attention(cpu_kernels.mapped(branch, weight), own.heads)
-            out = own.to_out[0]
-            branch = cpu_kernels.mapped(branch, out.weight)
-            x, branch = cpu_kernels.joined(x, branch, out.bias, gate_attn)
-            q = cpu_kernels.mapped(branch, text.to_q.weight, text.to_q.bias)
-            kv = at_once(caption, text.to_k, text.to_v)
-            out = text.to_out[0]
-            branch = cpu_kernels.cross_attention(q, kv, mask, text.heads)
-            branch = cpu_kernels.mapped(branch, out.weight)
-            x, branch = cpu_kernels.joined(x, branch, out.bias, None, shift_ff, scale_ff, eps)
-            branch = cpu_kernels.mapped(branch, up.weight.flatten(1))
-            branch = cpu_kernels.gated_depthwise(branch, up.bias, depth.weight, depth.bias, grid)
-            branch = cpu_kernels.mapped(branch, down.weight.flatten(1))
-            x, branch = cpu_kernels.joined(x, branch, None, gate_ff, *after[:2], eps)
-        return self.proj_out(branch).transpose(1, 2).unflatten(-1, grid)
-
-    def _narrow_on_cpu(self, latents: Tensor) -> bool:
-        config = self.config
-        return (
-            latents.device.type == "cpu"
-            and torch.is_autocast_enabled("cpu")
-            and torch.get_autocast_dtype("cpu") == torch.bfloat16
-            and config.qk_norm is None
-            and config.attention_head_dim % 16 == 0
-            and config.cross_attention_head_dim % 16 == 0
-            and cpu_kernels.why_not() is None
-        )
 
 
 class FusedLinearAttention(LinearAttention):
@@ -154,7 +88,7 @@ def depthwise_glu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 class _LinearAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-        from sana_cli.kernels import linear_attention_backward_triton as triton
+        from training import linear_attention_backward_triton as triton
 
         out, state = triton.linear_attention(q, k, v, heads)
         ctx.save_for_backward(q, k, v, state)
@@ -163,7 +97,7 @@ class _LinearAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        from sana_cli.kernels import linear_attention_backward_triton as triton
+        from training import linear_attention_backward_triton as triton
 
         return *triton.gradients(*ctx.saved_tensors, gradient), None
 
@@ -179,7 +113,7 @@ class _DepthwiseGLU(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
-        from sana_cli.kernels import depthwise_glu_backward_triton as triton
+        from training import depthwise_glu_backward_triton as triton
 
         return triton.gradients(*ctx.saved_tensors, gradient)
 

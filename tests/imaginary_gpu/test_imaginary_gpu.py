@@ -18,13 +18,8 @@ import torch
 HERE = Path(__file__).parent
 CXX = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
 TRANSFORMER = {
-    *(
-        "modulate_kernel",
-        "project_qkv_kernel",
-        "attend_tokens_kernel",
-        "gated_residual_linear_kernel",
-    ),
-    *("linear_silu_kernel", "depthwise_glu_kernel"),
+    *("modulate_kernel", "project_qkv_kernel", "attend_tokens_kernel"),
+    *("gated_residual_linear_kernel", "linear_silu_kernel", "depthwise_glu_kernel"),
 }
 DECODER = {"rms_norm_kernel", "kv_state_kernel", "aggregate_kernel", "conv_to_rgb_kernel"}
 

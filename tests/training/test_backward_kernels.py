@@ -19,9 +19,10 @@ pytest.importorskip("triton", minversion=None if torch.cuda.is_available() else 
 from test_fused_dit import KINDS, random_dit
 from test_kernels import DEVICE, DTYPES, LEAST, ON_GPU, decibels
 
-from sana_cli.kernels import depthwise_glu_backward_triton, dispatch
+from sana_cli.kernels import dispatch
 from sana_cli.kernels.linear_attention import relu_linear_attention
 from sana_cli.models.dit import DiT
+from training import depthwise_glu_backward_triton
 from training.diffusion import build
 from training.fused import (
     FusedLinearAttention,

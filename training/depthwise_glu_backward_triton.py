@@ -7,8 +7,6 @@ gradient of the nine weights. A program adds up those of many strips and writes 
 adds up the programs, in a fixed order.
 """
 
-# mypy: allow-untyped-defs, allow-incomplete-defs
-
 from collections.abc import Iterator
 
 import torch

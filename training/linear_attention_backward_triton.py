@@ -10,8 +10,6 @@ those each key and value has its own: dφ(k) = dSᵀ v + dz and dv = dS φ(k). S
 queries and one over keys and values, with a sum of tiles in a fixed order between them.
 """
 
-# mypy: allow-untyped-defs, allow-incomplete-defs
-
 from collections.abc import Iterator
 
 import torch
