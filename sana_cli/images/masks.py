@@ -1,0 +1,129 @@
+"""Input images on the canvas: fitting, outpainting, and masks that say where to repaint.
+
+Everywhere a mask is uint8 (height, width): 255 where the image is repainted, 0 where it is kept.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageFilter, ImageOps
+
+from sana_cli.errors import UsageError
+
+Size = tuple[int, int]  # (width, height) in pixels
+FEATHER = 8  # pixels over which a repainted cell blends into the image beside it
+
+
+class Margins(NamedTuple):
+    """Pixels that outpainting adds on each side."""
+
+    left: int
+    top: int
+    right: int
+    bottom: int
+
+
+def parse_outpaint(text: str) -> Margins:
+    """`256,0,256,0` (left, top, right, bottom), or one number for every side. UsageError."""
+    words = text.replace(" ", "").split(",")
+    if not all(word.isascii() and word.isdigit() and len(word) < 6 for word in words):
+        words = []
+    if len(words) not in (1, 4) or not any(map(int, words)):
+        raise UsageError(
+            f"--outpaint {text!r} does not say how far to grow the canvas",
+            "write pixels as LEFT,TOP,RIGHT,BOTTOM, as in 256,0,256,0, or one number for all sides",
+        )
+    return Margins(*(map(int, words * 4 if len(words) == 1 else words)))
+
+
+def mask_of(image: Image.Image) -> tuple[np.ndarray, str]:
+    """Read an image as a mask, and say which convention it follows.
+
+    An alpha channel that is not constant decides: transparent is repainted. Else white is.
+    """
+    if image.has_transparency_data:
+        alpha = np.asarray(image.convert("RGBA").getchannel("A"))
+        if alpha.min() != alpha.max():
+            return np.where(alpha < 128, 255, 0).astype(np.uint8), "transparent is repainted"
+    grey = np.asarray(image.convert("L"))
+    return np.where(grey > 127, 255, 0).astype(np.uint8), "white is repainted"
+
+
+def outpainted(
+    pixels: np.ndarray, mask: np.ndarray | None, margins: Margins
+) -> tuple[np.ndarray, np.ndarray]:
+    """Grow the canvas by margins that are to be painted; the image and its mask.
+
+    The margins are filled with the image's edge, which is what the latents under them start from
+    at a strength below 1.
+    """
+    around = ((margins.top, margins.bottom), (margins.left, margins.right))
+    kept = np.zeros(pixels.shape[:2], np.uint8) if mask is None else mask
+    grown = np.pad(kept, around, constant_values=255)
+    return np.pad(pixels, (*around, (0, 0)), mode="edge"), grown
+
+
+def fit(image: Image.Image, size: Size, mode: str) -> Image.Image:
+    """Fit an image to a size: cropped about its centre, padded with its edge, or stretched."""
+    if image.size == size:
+        return image
+    resampling = Image.Resampling.NEAREST if image.mode == "L" else Image.Resampling.LANCZOS
+    if mode == "stretch":
+        return image.resize(size, resampling)
+    if mode == "crop":
+        return ImageOps.fit(image, size, resampling)
+    inside = ImageOps.contain(image, size, resampling)
+    left, top = (size[0] - inside.width) // 2, (size[1] - inside.height) // 2
+    around = (
+        (top, size[1] - inside.height - top),
+        (left, size[0] - inside.width - left),
+    )
+    pixels = np.asarray(inside)
+    depth = ((0, 0),) * (pixels.ndim - 2)
+    return Image.fromarray(np.pad(pixels, (*around, *depth), mode="edge"))
+
+
+def on_canvas(image: Image.Image, size: Size, native: Size, mode: str) -> Image.Image:
+    """Fit an image to the size of the result, then put it where that lies on the native canvas.
+
+    The network draws `native`; the result is that resized to cover `size` and cropped about its
+    centre. What is cropped away is filled with the image's edge. Stretching goes to the whole
+    native canvas, as the reference does for SANA-Sprint.
+    """
+    if mode == "stretch" or size == native:
+        return fit(image, native, mode)
+    ratio = max(side / whole for side, whole in zip(size, native, strict=True))
+    window = tuple(
+        min(whole, round(side / ratio)) for side, whole in zip(size, native, strict=True)
+    )
+    resampling = Image.Resampling.NEAREST if image.mode == "L" else Image.Resampling.LANCZOS
+    return fit(fit(image, size, mode).resize(window, resampling), native, "pad")
+
+
+def cells(mask: np.ndarray, side: int) -> np.ndarray:
+    """The latent cells to repaint: bool (h, w) of a mask whose sides are multiples of `side`.
+
+    A cell is repainted if a pixel of the mask, grown by the width of the feather, lies in it: so
+    blending into the kept image never reaches into the mask.
+    """
+    grown = np.asarray(Image.fromarray(mask).filter(ImageFilter.MaxFilter(2 * FEATHER + 1)))
+    height, width = grown.shape[0] // side, grown.shape[1] // side
+    return grown.reshape(height, side, width, side).max(axis=(1, 3)) > 0
+
+
+def paste(new: np.ndarray, old: np.ndarray, mask: np.ndarray, painted: np.ndarray) -> np.ndarray:
+    """Put the kept pixels of `old` back into `new`, both uint8 RGB (height, width, 3).
+
+    `painted` is the area of the repainted cells, a mask like `mask`. Outside of it every pixel is
+    the old one, bit for bit; in the mask every pixel is the new one; between them, over at most
+    FEATHER pixels inside the cells, the two are blended.
+    """
+    # Beyond the borders of the image there is nothing to blend with.
+    padded = np.pad(painted, 2 * FEATHER, mode="edge")
+    blurred = Image.fromarray(padded).filter(ImageFilter.BoxBlur(FEATHER))
+    ramp = np.asarray(blurred, np.float32)[2 * FEATHER : -2 * FEATHER, 2 * FEATHER : -2 * FEATHER]
+    weight = np.clip(2 * ramp / 255 - 1, 0, 1)
+    weight[mask > 0] = 1
+    weight[painted == 0] = 0
+    blend = old + weight[..., None] * (new.astype(np.float32) - old)
+    return blend.round().astype(np.uint8)

@@ -1,0 +1,93 @@
+"""Which networks stay loaded: what fits does, and the least recently used go first."""
+
+import pytest
+import torch
+from torch import nn
+
+from sana_cli.errors import NotEnoughMemory
+from sana_cli.pipeline.networks import NetworkKey, Networks
+from sana_cli.pipeline.oom_retry import Notice, OOMRetry
+from sana_cli.pipeline.plan import Plan
+
+
+def key(part: str) -> NetworkKey:
+    return NetworkKey(part, (), "float32")
+
+
+@pytest.fixture
+def networks() -> Networks:
+    """Three of 100 bytes, the decoder used last."""
+    made = Networks()
+    for part in ("text_encoder", "transformer", "decoder"):
+        made.add(key(part), nn.Identity(), 100)
+    return made
+
+
+def parts(networks: Networks) -> list[str]:
+    return [loaded.part for loaded in networks.loaded]
+
+
+def test_what_fits_stays(networks):
+    networks.make_room(needed=300, budget=500, using=key("decoder"), device="cpu")
+    assert parts(networks) == ["text_encoder", "transformer", "decoder"]
+    assert networks.held_bytes == 300
+
+
+def test_the_least_recently_used_go_first_and_no_more_than_need_be(networks):
+    networks.make_room(needed=300, budget=400, using=key("decoder"), device="cpu")
+    assert parts(networks) == ["transformer", "decoder"]
+
+
+def test_being_found_counts_as_use(networks):
+    assert networks.find(key("text_encoder")) is not None
+    networks.make_room(needed=300, budget=400, using=key("decoder"), device="cpu")
+    assert parts(networks) == ["decoder", "text_encoder"]
+
+
+def test_the_network_in_use_stays_whatever_it_needs(networks):
+    networks.make_room(needed=9000, budget=400, using=key("transformer"), device="cpu")
+    assert parts(networks) == ["transformer"]
+
+
+def running_out(times: int):
+    left = [times]
+
+    def work(plan: Plan) -> Plan:
+        if left[0]:
+            left[0] -= 1
+            raise torch.OutOfMemoryError("the test's")
+        return plan
+
+    return work
+
+
+def outcome(retry: OOMRetry, work) -> tuple[list[Notice], Plan]:
+    notices = []
+    attempt = retry.attempt(work)
+    while True:
+        try:
+            notices.append(next(attempt))
+        except StopIteration as stop:
+            return notices, stop.value
+
+
+def test_running_out_first_releases_what_is_idle_and_keeps_the_plan(networks):
+    def release() -> bool:
+        return networks.release_idle(key("decoder"), "cpu")
+
+    retry = OOMRetry(Plan("cpu").fallback_plans("decode"), "seed 7", release)
+    notices, plan = outcome(retry, running_out(1))
+    assert plan == Plan("cpu")
+    assert parts(networks) == ["decoder"]
+    assert [notice.warning for notice in notices] == [False]
+    notices, plan = outcome(retry, running_out(1))
+    assert plan.strip_bytes < Plan("cpu").strip_bytes
+    assert notices[0].warning
+    assert "out of memory; retrying with" in notices[0].text
+
+
+def test_where_nothing_is_left_to_try_it_is_an_error_with_what_to_do():
+    retry = OOMRetry(Plan("cpu").fallback_plans("encode"), "the text encoder")
+    with pytest.raises(NotEnoughMemory, match="the text encoder: not enough memory") as error:
+        outcome(retry, running_out(5))
+    assert error.value.hint
