@@ -33,11 +33,20 @@ class Recipe:
     text_dtype: str
     dit_dtype: str
     vae_dtype: str
-    image: str | None = None  # SHA-256 of the picture started from, as RGB bytes; None for noise
+    image: str | None = None  # SHA-256 of the input image, as RGB bytes; None for noise alone
     strength: float | None = None  # of the noise put on it, in (0, 1]
+    # Since version 0.2, and left out of what is written where they have these values: so recipes,
+    # and the job ids made of them, are those of version 0.1 for what that could draw.
+    image_fit: str | None = None  # "crop", "pad" or "stretch"; None stretches, as version 0.1 did
+    mask: str | None = None  # SHA-256 of where to repaint, a byte of 0 or 255 a pixel
+    outpaint: str | None = None  # pixels added to the input image: "left,top,right,bottom"
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """The fields, for JSON."""
+        values = asdict(self)
+        first = list(values).index("image_fit")
+        later = {name for i, name in enumerate(values) if i >= first and values[name] is None}
+        return {name: value for name, value in values.items() if name not in later}
 
 
 def parse_seeds(text: str | None, count: int | None) -> list[int]:

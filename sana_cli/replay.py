@@ -33,6 +33,9 @@ def settings_of(recipe: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     if text == "int8" or (text and dit not in (None, "float16", text)):
         settings["text_precision"] = TEXT_PRECISIONS[text]
     if recipe.get("image"):
+        settings["image_fit"] = recipe.get("image_fit") or "stretch"  # as version 0.1 did
+        if recipe.get("outpaint"):
+            settings["outpaint"] = recipe["outpaint"]
         remarks.append(
             f"it started from a picture whose RGB bytes have SHA-256 {recipe['image']!r}"
         )

@@ -5,15 +5,16 @@ import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from sana_cli.errors import SanaError, UsageError
 from sana_cli.images.files import read
+from sana_cli.images.masks import Margins, parse_outpaint, read_mask
 from sana_cli.instruction import INSTRUCTION
 from sana_cli.recipe import Recipe
 from sana_cli.settings import Settings
 from sana_cli.shapes import Canvas, SizeRequest, choose_canvas, parse_aspect, parse_resolution
-from sana_cli.weights.catalogue import Model, choose_model, known_models
+from sana_cli.weights.catalogue import Model, choose_model
 from sana_cli.weights.hub_cache import commit_of
 
 if TYPE_CHECKING:
@@ -38,39 +39,50 @@ class Sampler:
 
 @dataclass(frozen=True)
 class InputImage:
-    """An image given with the settings, by the SHA-256 of its RGB bytes."""
+    """An image or a mask given with the settings, by the SHA-256 of its bytes."""
 
+    role: Literal["init", "mask"]
     path: str
     sha256: str
     width: int
     height: int
+    convention: str = ""  # of a mask: what is repainted
 
 
 class InputImages(Mapping[str, "np.ndarray"]):
-    """Input images by SHA-256: uint8 RGB (height, width, 3).
+    """Input images by SHA-256: uint8 RGB (height, width, 3), or a mask (height, width).
 
-    The image used last stays in memory; any other is read again when it is used, so that a batch
-    with thousands of them holds one.
+    The image and the mask used last stay in memory; any other is read again when it is used, so
+    that a batch with thousands of them holds two.
     """
 
     def __init__(self) -> None:
         self._inputs: dict[str, InputImage] = {}
-        self._by_file: dict[tuple[str, int, int], InputImage] = {}  # path, size, time of change
-        self._last: tuple[str, np.ndarray] | None = None
+        # By role, path, size and time of change.
+        self._by_file: dict[tuple[str, str, int, int], InputImage] = {}
+        self._last: dict[str, tuple[str, np.ndarray]] = {}  # by role
 
-    def add(self, path: str) -> InputImage:
-        """Read an image, if its file has changed since it was added. UsageError if it cannot be."""
-        with contextlib.suppress(OSError):  # `read` tells what is wrong
+    def add(self, path: str, role: Literal["init", "mask"] = "init") -> InputImage:
+        """Read an image, unless its file is as it was when it was added. UsageError if it cannot
+        be read."""
+        file = None
+        with contextlib.suppress(OSError):  # reading tells what is wrong
             state = os.stat(os.path.expanduser(path))
-            file = path, state.st_size, state.st_mtime_ns
+            file = role, path, state.st_size, state.st_mtime_ns
             if file in self._by_file:
                 return self._by_file[file]
-        pixels = read(path)
+        pixels, convention = self._read(path, role)
         sha256 = hashlib.sha256(pixels.tobytes()).hexdigest()
-        self._last = sha256, pixels
-        image = InputImage(path, sha256, pixels.shape[1], pixels.shape[0])
-        self._inputs[sha256] = self._by_file[file] = image
+        self._last[role] = sha256, pixels
+        height, width = pixels.shape[:2]
+        image = InputImage(role, path, sha256, width, height, convention)
+        self._inputs[sha256] = image
+        if file is not None:
+            self._by_file[file] = image
         return image
+
+    def _read(self, path: str, role: str) -> "tuple[np.ndarray, str]":
+        return read_mask(path) if role == "mask" else (read(path), "")
 
     def inputs(self) -> list[InputImage]:
         """All images that were added, each once."""
@@ -78,13 +90,13 @@ class InputImages(Mapping[str, "np.ndarray"]):
 
     def __getitem__(self, sha256: str) -> "np.ndarray":
         """SanaError if the file has other pixels now than when it was added."""
-        if self._last is None or self._last[0] != sha256:
-            path = self._inputs[sha256].path
-            pixels = read(path)
+        image = self._inputs[sha256]
+        if self._last.get(image.role, ("",))[0] != sha256:
+            pixels, _ = self._read(image.path, image.role)
             if hashlib.sha256(pixels.tobytes()).hexdigest() != sha256:
-                raise SanaError(f"--image {path} has changed since this run began")
-            self._last = sha256, pixels
-        return self._last[1]
+                raise SanaError(f"--image {image.path} has changed since this run began")
+            self._last[image.role] = sha256, pixels
+        return self._last[image.role][1]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._inputs)
@@ -101,7 +113,9 @@ class Resolution:
     model: Model
     request: SizeRequest | None
     aspect: float | None
-    image: InputImage | None
+    image: InputImage | None = None
+    mask: InputImage | None = None
+    margins: Margins | None = None
 
     def sampler(self, files: "ModelFiles | None" = None) -> Sampler:
         """Resolve the sampler. `files` are needed where only they tell what kind the model is."""
@@ -146,6 +160,9 @@ class Resolution:
             vae_dtype=vae_dtype,
             image=self.image.sha256 if self.image else None,
             strength=sampler.strength,
+            image_fit=(asked.image_fit or "crop") if self.image else None,
+            mask=self.mask.sha256 if self.mask else None,
+            outpaint=",".join(map(str, self.margins)) if self.margins else None,
         )
 
     def recipes(self, files: "ModelFiles", device: str, seeds: Sequence[int]) -> list[Recipe]:
@@ -162,17 +179,42 @@ def resolve(settings: Settings, images: InputImages) -> Resolution:
     request = parse_resolution(settings.res) if settings.res is not None else None
     aspect = parse_aspect(settings.ar) if settings.ar is not None else None
     model = choose_model(settings.model, request)
-    resolution = Resolution(settings, model, request, aspect, None)
+    resolution = Resolution(settings, model, request, aspect)
     if model.solver is not None:
         resolution.sampler()
     if settings.image is not None:
-        image = images.add(settings.image)
-        if aspect is None and (request is None or request.side is not None):
-            aspect = image.width / image.height
-        resolution = Resolution(settings, model, request, aspect, image)
+        resolution = _with_image(resolution, settings.image, images)
     if model.side is not None:
         resolution.canvas(model.side)
     return resolution
+
+
+def _with_image(resolution: Resolution, path: str, images: InputImages) -> Resolution:
+    """Add the input image, its mask and margins; they decide the size where nothing else does."""
+    asked, request = resolution.settings, resolution.request
+    image = images.add(path)
+    margins = parse_outpaint(asked.outpaint) if asked.outpaint is not None else None
+    mask = None
+    if asked.mask is not None:
+        mask = images.add(path if asked.mask == "alpha" else asked.mask, "mask")
+        if (mask.width, mask.height) != (image.width, image.height):
+            raise UsageError(
+                f"--mask is {mask.width}x{mask.height} and --image {image.width}x{image.height}",
+                "give a mask of the size of the image",
+            )
+    width, height = image.width, image.height
+    if margins:
+        width, height = width + margins.left + margins.right, height + margins.top + margins.bottom
+    found = replace(resolution, image=image, mask=mask, margins=margins)
+    if resolution.aspect is None and (request is None or request.side is not None):
+        found = replace(found, aspect=width / height)
+        if (mask or margins) and request is None and found.model.side is not None:
+            # Pixels that are kept stay as they are only at their own size, if the model draws it.
+            exact = replace(found, request=SizeRequest(None, width, height), aspect=None)
+            with contextlib.suppress(UsageError):
+                exact.canvas(found.model.side)
+                return exact
+    return found
 
 
 # --- the sampler -------------------------------------------------------------------------------
@@ -197,16 +239,14 @@ def resolve_sampler(model: Model, asked: Settings) -> Sampler:
         )
     if model.solver == "scm":
         return _resolve_sprint(model, asked, steps, guidance)
-    if asked.image is not None:
-        able = [known.name for known in known_models().values() if known.solver == "scm"]
-        raise UsageError(f"{model.name} cannot start from an --image", f"use --model {able[0]}")
     if guidance < 1:
         raise UsageError(f"--guidance {guidance} is below 1", "1 switches it off")
     if asked.negative.strip() and guidance == 1:
         raise UsageError(
             "--negative has no effect at --guidance 1", "raise --guidance, or leave it out"
         )
-    return Sampler(solver, steps, guidance, None)
+    strength, warnings = _resolve_strength(asked, steps)
+    return Sampler(solver, steps, guidance, strength, warnings)
 
 
 def _resolve_sprint(model: Model, asked: Settings, steps: int, guidance: float) -> Sampler:
@@ -218,13 +258,22 @@ def _resolve_sprint(model: Model, asked: Settings, steps: int, guidance: float) 
     warnings = []
     if steps > MOST_SPRINT_STEPS:
         warnings.append(f"{model.name} was made for 1 to {MOST_SPRINT_STEPS} steps, not {steps}")
-    strength = None
-    if asked.image is not None:
-        strength = DEFAULT_STRENGTH if asked.strength is None else asked.strength
-        if steps - steps * strength < 1:  # every step runs, and the first starts from noise alone
-            most = 100 * (steps - 1) // steps / 100
-            use = f"--strength {most:g} or less" if steps > 1 else "more --steps"
-            warnings.append(
-                f"the image has no effect at --strength {strength:g} in {steps} steps; use {use}"
-            )
-    return Sampler("scm", steps, guidance, strength, tuple(warnings))
+    strength, more = _resolve_strength(asked, steps)
+    return Sampler("scm", steps, guidance, strength, (*warnings, *more))
+
+
+def _resolve_strength(asked: Settings, steps: int) -> tuple[float | None, tuple[str, ...]]:
+    """The strength for an input image, if there is one, and a warning if the image is not seen."""
+    if asked.image is None:
+        return None, ()
+    repaints = asked.mask is not None or asked.outpaint is not None
+    strength = asked.strength
+    if strength is None:
+        strength = 1.0 if repaints else DEFAULT_STRENGTH
+    if repaints or steps - steps * strength >= 1:
+        return strength, ()
+    # Every step runs, and the first starts from noise alone.
+    most = 100 * (steps - 1) // steps / 100
+    use = f"--strength {most:g} or less" if steps > 1 else "more --steps"
+    warning = f"the image has no effect at --strength {strength:g} in {steps} steps; use {use}"
+    return strength, (warning,)

@@ -27,7 +27,7 @@ ORDER = """
     session
     replay resolve
     pipeline: draw guidance oom_retry plan text_encoder text_cache networks solver
-    images:   names files metadata terminal_preview
+    images:   names files metadata masks terminal_preview
     weights:  fetch download model_files hub_cache checkpoint catalogue layout tensor_cache
     models:   streaming.autoencoder streaming.strip_pipeline streaming.layers fused_dit
               streaming.subpixel int8 cross_attention architectures streaming.ops cuda_graph dit

@@ -213,11 +213,15 @@ def _announce(request: "DrawRequest", device: str, console: "Console") -> None:
         f"{size}, {span}, {first.steps} steps of {first.solver}, guidance {first.guidance:g},"
         f" instruction {'on' if first.instruction else 'off'}, on {device} in {precision}"
     )
+    fitted = {"crop": "cropped", "pad": "padded", "stretch": "stretched"}
     for image in request.images.inputs():
-        console.info(
-            f"from {image.path} ({image.width}x{image.height}), stretched to"
-            f" {first.native_width}x{first.native_height}, at strength {first.strength:g}"
-        )
+        size = f"{image.width}x{image.height}"
+        if image.role == "mask":
+            console.info(f"mask {image.path} ({size}): {image.convention}")
+            continue
+        how = f"{fitted[first.image_fit or 'stretch']} to {first.width}x{first.height}"
+        grown = f", grown by {first.outpaint}" if first.outpaint else ""
+        console.info(f"from {image.path} ({size}){grown}, {how}, at strength {first.strength:g}")
 
 
 def _print_plan(request: "DrawRequest", target: "Output", plan: "Plan", console: "Console") -> None:

@@ -3,6 +3,7 @@
 Everywhere a mask is uint8 (height, width): 255 where the image is repainted, 0 where it is kept.
 """
 
+import os
 from typing import NamedTuple
 
 import numpy as np
@@ -34,6 +35,25 @@ def parse_outpaint(text: str) -> Margins:
             "write pixels as LEFT,TOP,RIGHT,BOTTOM, as in 256,0,256,0, or one number for all sides",
         )
     return Margins(*(map(int, words * 4 if len(words) == 1 else words)))
+
+
+def read_mask(path: str) -> tuple[np.ndarray, str]:
+    """Read a mask, and tell which convention it follows. UsageError if it is no image or blank."""
+    shown = path[:200]
+    try:
+        with Image.open(os.path.expanduser(path)) as image:
+            mask, convention = mask_of(ImageOps.exif_transpose(image))
+    except OSError as error:
+        reason = error.strerror or "it is no image, or a damaged one"
+        raise UsageError(f"--mask {shown} cannot be read: {reason}") from None
+    except Exception as error:  # a damaged file can make any of the decoders raise anything
+        raise UsageError(f"--mask {shown} cannot be read: it is damaged ({error})") from None
+    if not mask.any():
+        raise UsageError(
+            f"--mask {shown} repaints nothing: {convention}, and no pixel of it is",
+            "paint white where the image is to change",
+        )
+    return mask, convention
 
 
 def mask_of(image: Image.Image) -> tuple[np.ndarray, str]:
@@ -87,10 +107,9 @@ def on_canvas(image: Image.Image, size: Size, native: Size, mode: str) -> Image.
     """Fit an image to the size of the result, then put it where that lies on the native canvas.
 
     The network draws `native`; the result is that resized to cover `size` and cropped about its
-    centre. What is cropped away is filled with the image's edge. Stretching goes to the whole
-    native canvas, as the reference does for SANA-Sprint.
+    centre. What is cropped away is filled with the image's edge.
     """
-    if mode == "stretch" or size == native:
+    if size == native:
         return fit(image, native, mode)
     ratio = max(side / whole for side, whole in zip(size, native, strict=True))
     window = tuple(
@@ -109,6 +128,18 @@ def cells(mask: np.ndarray, side: int) -> np.ndarray:
     grown = np.asarray(Image.fromarray(mask).filter(ImageFilter.MaxFilter(2 * FEATHER + 1)))
     height, width = grown.shape[0] // side, grown.shape[1] // side
     return grown.reshape(height, side, width, side).max(axis=(1, 3)) > 0
+
+
+def on_result(mask: np.ndarray, size: Size) -> np.ndarray:
+    """Follow a mask of the native canvas to the result: resized to cover it, and cropped."""
+    height, width = mask.shape
+    ratio = max(side / whole for side, whole in zip(size, (width, height), strict=True))
+    covering = max(size[0], int(width * ratio)), max(size[1], int(height * ratio))
+    image = Image.fromarray(mask)
+    if covering != image.size:
+        image = image.resize(covering, Image.Resampling.NEAREST)
+    left, top = (covering[0] - size[0]) // 2, (covering[1] - size[1]) // 2
+    return np.asarray(image.crop((left, top, left + size[0], top + size[1])))
 
 
 def paste(new: np.ndarray, old: np.ndarray, mask: np.ndarray, painted: np.ndarray) -> np.ndarray:

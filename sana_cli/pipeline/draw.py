@@ -8,7 +8,7 @@ decoded. It never prints.
 
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -19,6 +19,15 @@ from PIL import Image
 from torch import Tensor, nn
 
 from sana_cli.errors import BadImage, NotEnoughMemory, SanaError, UsageError
+from sana_cli.images.masks import (
+    cells,
+    fit,
+    on_canvas,
+    on_result,
+    outpainted,
+    parse_outpaint,
+    paste,
+)
 from sana_cli.instruction import as_read
 from sana_cli.models.dc_ae import DCAE, Decoder, Encoder
 from sana_cli.models.dit import DiT
@@ -30,7 +39,7 @@ from sana_cli.pipeline.guidance import GuidedVelocity, is_guided
 from sana_cli.pipeline.networks import NetworkKey, Networks, identity_of
 from sana_cli.pipeline.oom_retry import Notice, OOMRetry
 from sana_cli.pipeline.plan import Plan
-from sana_cli.pipeline.solver import SOLVERS, advance, first_step
+from sana_cli.pipeline.solver import SOLVERS, Repaint, advance, first_step
 from sana_cli.pipeline.text_cache import TextCache
 from sana_cli.recipe import Recipe
 from sana_cli.system.devices import is_out_of_memory, keep_no_heap, peak_bytes
@@ -114,7 +123,7 @@ class Drawing:
         self.recipes, self.files, self.plan = recipes, files, plan
         self.networks, self.images, self.cache = networks, images or {}, cache
         self.text_states: dict[tuple[str, str], Tensor] = {}  # of (instruction, text)
-        self.image_latents: dict[tuple[str, int, int], Tensor] = {}  # of an input image at a size
+        self.image_latents: dict[Recipe, Tensor] = {}  # of `start_of` a recipe
         self.latents: dict[int, Tensor] = {}  # of a recipe's index, waiting to be decoded
         self.steps_done = self.images_done = 0
         self.steps = sum(r.steps - first_step(r.steps, r.strength) for r in recipes)
@@ -269,18 +278,43 @@ class Drawing:
     # --- latents -------------------------------------------------------------------------------
 
     def encode_images(self) -> Iterator[Event]:
-        """Fill `image_latents`: each input image at each size, float32 (1, 32, h, w) on the CPU."""
+        """Fill `image_latents`: each distinct start, float32 (1, 32, h, w) on the CPU."""
         encoder = yield from self.load("encoder", "image", partial(self.autoencoder, "encoder"))
-        sizes = {(r.image, r.native_height, r.native_width): None for r in self.recipes if r.image}
-        for i, (image, height, width) in enumerate(sizes):
+        starts = {start_of(r): None for r in self.recipes if r.image}
+        for i, start in enumerate(starts):
             began = time.perf_counter()
-            # Stretched to the size, whatever its own aspect, as the reference does.
-            size = width, height
-            fitted = Image.fromarray(self.images[image]).resize(size, Image.Resampling.LANCZOS)
-            attempt = partial(self.latents_of, encoder, torch.from_numpy(np.array(fitted)))
-            retry = self.retry("image", f"the image at {width}x{height}", "encoder")
-            self.image_latents[image, height, width] = yield from retry.attempt(attempt)
-            yield self.done("image", i + 1, len(sizes), began)
+            pixels = torch.from_numpy(np.array(self.canvas(start)[0]))
+            attempt = partial(self.latents_of, encoder, pixels)
+            size = f"{start.native_width}x{start.native_height}"
+            retry = self.retry("image", f"the image at {size}", "encoder")
+            self.image_latents[start] = yield from retry.attempt(attempt)
+            yield self.done("image", i + 1, len(starts), began)
+
+    def input_of(self, recipe: Recipe) -> tuple[np.ndarray, np.ndarray | None]:
+        """The input image of a recipe and its mask, if it has one, with the margins around."""
+        assert recipe.image is not None
+        pixels = self.images[recipe.image]
+        mask = self.images[recipe.mask] if recipe.mask else None
+        if recipe.outpaint:
+            pixels, mask = outpainted(pixels, mask, parse_outpaint(recipe.outpaint))
+        return pixels, mask
+
+    def canvas(self, recipe: Recipe) -> tuple[Image.Image, Image.Image | None]:
+        """The input image of a recipe and its mask, on the native canvas."""
+        pixels, mask = self.input_of(recipe)
+        mode = recipe.image_fit or "stretch"
+        size, native = (recipe.width, recipe.height), (recipe.native_width, recipe.native_height)
+        if mode == "stretch" and mask is None:
+            size = native  # the whole canvas, as the reference does for SANA-Sprint
+        image = on_canvas(Image.fromarray(pixels), size, native, mode)
+        return image, None if mask is None else on_canvas(Image.fromarray(mask), size, native, mode)
+
+    def cells_of(self, recipe: Recipe) -> np.ndarray | None:
+        """The latent cells that a recipe repaints, bool (h, w); None for all."""
+        if not recipe.mask and not recipe.outpaint:
+            return None
+        _, mask = self.canvas(recipe)
+        return cells(np.asarray(mask), self.files.vae.compression)
 
     def latents_of(self, encoder: Encoder, pixels: Tensor, plan: Plan) -> Tensor:
         latents = encode(encoder.to(plan.device), pixels, strip_bytes=plan.strip_bytes)
@@ -304,10 +338,16 @@ class Drawing:
         schedule = solver.schedule(recipe.steps, recipe.flow_shift)
         first = first_step(recipe.steps, recipe.strength)
         draws = noise(recipe, files)
-        sample, previous = next(draws), None
+        sample, previous, repaint = next(draws), None, None
         if recipe.image:
-            start = self.image_latents[recipe.image, recipe.native_height, recipe.native_width]
+            start = self.image_latents[start_of(recipe)]
             sample = torch.lerp(start, sample, schedule.sigmas[first])
+            painted = self.cells_of(recipe)
+            if painted is not None:
+                mask = torch.from_numpy(painted).float()[None, None]
+                repaint = Repaint(start.to(self.plan.device), mask.to(self.plan.device))
+                share = f"{painted.sum()} of {painted.size} cells"
+                yield Notice(f"repainting {share} of {self.files.vae.compression} pixels a side")
         retry = self.retry("denoise", f"seed {recipe.seed}", "transformer")
         guided = GuidedVelocity(transformer, states, schedule.timesteps, recipe, files)
         sample = sample.to(self.plan.device)
@@ -318,7 +358,7 @@ class Drawing:
             velocity = yield from retry.attempt(attempt)
             fresh = next(draws).to(sample.device) if solver.stochastic else None
             update = solver.update(schedule, step)
-            sample, previous = advance(update, sample, velocity, previous, fresh)
+            sample, previous = advance(update, sample, velocity, previous, fresh, repaint)
             launched.append(self.mark())
             # A GPU is never left without work: a step is waited for when the next is launched.
             while len(launched) > (1 if sample.is_cuda and step < recipe.steps - 1 else 0):
@@ -354,7 +394,19 @@ class Drawing:
                 "try --dtype float32, another seed, or other weights",
             )
         yield self.done("decode", self.images_done, len(self.recipes), began)
-        yield ImageDone(i, decoded.pixels.numpy())
+        yield ImageDone(i, self.with_kept_pixels(decoded.pixels.numpy(), recipe))
+
+    def with_kept_pixels(self, pixels: np.ndarray, recipe: Recipe) -> np.ndarray:
+        """Put the pixels of the input image back wherever the recipe does not repaint."""
+        painted = self.cells_of(recipe)
+        if painted is None:
+            return pixels
+        image, mask = self.input_of(recipe)
+        size, mode = (recipe.width, recipe.height), recipe.image_fit or "stretch"
+        cell = self.files.vae.compression
+        area = np.repeat(np.repeat(painted.astype(np.uint8) * 255, cell, 0), cell, 1)
+        old, where = (np.asarray(fit(Image.fromarray(x), size, mode)) for x in (image, mask))
+        return paste(pixels, old, where, on_result(area, size))
 
     def pixels_of(self, decoder: Decoder, latent: Tensor, recipe: Recipe, plan: Plan) -> Decoded:
         """Decode latents, resized or cropped to the size of the recipe."""
@@ -395,6 +447,13 @@ class Drawing:
     def progress(self, stage: str, done: int, total: int, began: float) -> Progress:
         peak = peak_bytes(self.plan.device) if done == total else 0
         return Progress(stage, done, total, time.perf_counter() - began, peak)
+
+
+def start_of(recipe: Recipe) -> Recipe:
+    """What of a recipe decides the latents of its input image; the rest is blank."""
+    blank = dict.fromkeys(("prompt", "negative", "instruction", "solver", "model"), "")
+    numbers = dict.fromkeys(("seed", "steps", "guidance"), 0)
+    return replace(recipe, **blank, **numbers, strength=None)  # type: ignore[arg-type]
 
 
 def nbytes(network: nn.Module) -> int:

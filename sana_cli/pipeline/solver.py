@@ -52,14 +52,33 @@ class Solver:
     stochastic: bool = False
 
 
+class Repaint(NamedTuple):
+    """What stays and where: float32 latents z (1, 32, h, w), mask m (1, 1, h, w), 1 to repaint.
+
+    The estimate of x₀ becomes z + m·(x₀ - z). Where m is 0 every estimate is z, so the history of
+    a multistep solver vanishes there, and from x_σ = (1-σ)·z + σ·noise each step leads to
+    (1-σ')·z + σ'·noise exactly: the kept part follows its own noised image to the end.
+    """
+
+    latents: Tensor
+    mask: Tensor
+
+
 def advance(
-    update: Update, x: Tensor, velocity: Tensor, previous: Tensor | None, noise: Tensor | None
+    update: Update,
+    x: Tensor,
+    velocity: Tensor,
+    previous: Tensor | None,
+    noise: Tensor | None,
+    repaint: Repaint | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One step: (the next sample, this step's estimate of x₀). All float32, of one shape.
 
     `previous` is the estimate of the step before, None at the first.
     """
     clean = x - update.sigma * velocity
+    if repaint is not None:
+        clean = torch.lerp(repaint.latents, clean, repaint.mask)
     moved = update.sample * x + update.clean * clean
     if previous is not None:
         moved += update.history * (clean - previous)
