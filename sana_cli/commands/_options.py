@@ -45,7 +45,8 @@ def with_options(
 
         @functools.wraps(command)
         def run(*arguments: Any, **values: Any) -> None:
-            command(*arguments, **{name: plain(value) for name, value in values.items()})
+            chosen = {name: plain(values.pop(name)) for name in taken}
+            command(*arguments, **values, **chosen)
 
         del run.__wrapped__  # its signature is not the command's
         run.__signature__ = inspect.Signature([*first, *middle, *last])  # type: ignore[attr-defined]

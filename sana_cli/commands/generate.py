@@ -219,7 +219,11 @@ def _announce(request: "DrawRequest", device: str, console: "Console") -> None:
         if image.role == "mask":
             console.info(f"mask {image.path} ({size}): {image.convention}")
             continue
-        how = f"{fitted[first.image_fit or 'stretch']} to {first.width}x{first.height}"
+        whole = first.image_fit == "stretch" and not (first.mask or first.outpaint)
+        width, height = (
+            (first.native_width, first.native_height) if whole else (first.width, first.height)
+        )
+        how = f"{fitted[first.image_fit or 'stretch']} to {width}x{height}"
         grown = f", grown by {first.outpaint}" if first.outpaint else ""
         console.info(f"from {image.path} ({size}){grown}, {how}, at strength {first.strength:g}")
 

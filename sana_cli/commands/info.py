@@ -95,7 +95,7 @@ def _document(found: "Found", line: str | None, remarks: list[str]) -> dict[str,
 def redraw(found: "Found") -> tuple[str, list[str]]:
     """The shell line that draws the picture again, and what it cannot carry."""
     from sana_cli.replay import settings_of
-    from sana_cli.settings import option
+    from sana_cli.settings import flag
 
     settings, remarks = settings_of(found.recipe)
     prompt = settings.pop("prompt")
@@ -107,10 +107,10 @@ def redraw(found: "Found") -> tuple[str, list[str]]:
     words = []
     for name, value in settings.items():
         if isinstance(value, bool):
-            words.append(option(name) if value else option(f"no_{name}"))
+            words.append(flag(name) if value else flag(f"no_{name}"))
         elif value != "":
             text = str(value).removesuffix(".0") if isinstance(value, float) else str(value)
-            words += [option(name), _quoted(text)]
+            words += [flag(name), _quoted(text)]
     line = " ".join(words)
     if prompt == "-":  # which would mean stdin, so it goes there
         return f"echo - | sana generate - {line}", remarks

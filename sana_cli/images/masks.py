@@ -112,9 +112,7 @@ def on_canvas(image: Image.Image, size: Size, native: Size, mode: str) -> Image.
     if size == native:
         return fit(image, native, mode)
     ratio = max(side / whole for side, whole in zip(size, native, strict=True))
-    window = tuple(
-        min(whole, round(side / ratio)) for side, whole in zip(size, native, strict=True)
-    )
+    window = min(native[0], round(size[0] / ratio)), min(native[1], round(size[1] / ratio))
     resampling = Image.Resampling.NEAREST if image.mode == "L" else Image.Resampling.LANCZOS
     return fit(fit(image, size, mode).resize(window, resampling), native, "pad")
 

@@ -402,6 +402,7 @@ class Drawing:
         if painted is None:
             return pixels
         image, mask = self.input_of(recipe)
+        assert mask is not None  # there are cells to repaint
         size, mode = (recipe.width, recipe.height), recipe.image_fit or "stretch"
         cell = self.files.vae.compression
         area = np.repeat(np.repeat(painted.astype(np.uint8) * 255, cell, 0), cell, 1)

@@ -95,6 +95,19 @@ class Networks:
         give_back(device)
 
 
+@dataclass(frozen=True, eq=False)
+class _SameObject:
+    """Weights that are in no file, told apart by the object that holds them."""
+
+    source: Any
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _SameObject) and self.source is other.source
+
+    def __hash__(self) -> int:
+        return id(self.source)
+
+
 def identity_of(part: Part) -> tuple[Hashable, ...]:
     """Tell apart the weights of parts: files by path, size and time of change, others by object.
 
@@ -106,5 +119,5 @@ def identity_of(part: Part) -> tuple[Hashable, ...]:
             state = source.stat()
             identities.append((str(source), state.st_size, state.st_mtime_ns))
         else:
-            identities.append(source)
+            identities.append(_SameObject(source))
     return tuple(identities)

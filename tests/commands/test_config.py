@@ -258,7 +258,7 @@ def test_what_is_typed_sets_aside_what_contradicts_it(sana, monkeypatch):
     assert json.loads(run.out)["paths"] == ["fox.png"]
     assert run.err.splitlines()[:2] == [
         "from ./sana.toml: model",
-        "set aside, as it does not apply to this call: ar, format, quality",
+        "ignored for this call: ar, format, quality",
     ]
     assert sana(*DRY, "--quality", "50", "-o", "fox.png").code == 2  # as ever
 

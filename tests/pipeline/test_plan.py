@@ -385,10 +385,10 @@ def test_a_dry_run_prints_the_plan_and_loads_nothing(sana):
     plan = json.loads(run.out)
     assert set(plan["peak_bytes"]) == {"encode", "denoise", "decode"}
     assert plan["plan"].keys() == {
-        "halves_together",
-        "rows_at_once",
+        "batched_cfg",
+        "row_chunk",
         "strip_bytes",
-        "networks_together",
+        "keep_loaded",
     }
     assert max(plan["peak_bytes"].values()) <= plan["memory_bytes"]
     assert "expected memory: encode" in run.err

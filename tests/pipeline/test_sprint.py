@@ -183,7 +183,8 @@ def picture(tmp_path):
     def make(width, height):
         path = tmp_path / "photo.png"
         photo(width, height).save(path)
-        return photo(width, height), ["--image", str(path)]
+        # As the reference does it; other fits are tested in tests/images/test_masks.py.
+        return photo(width, height), ["--image", str(path), "--image-fit", "stretch"]
 
     return make
 
@@ -253,7 +254,8 @@ def test_the_recipe_names_the_pixels_and_not_the_file(ours, picture, tmp_path):
     image.save(tmp_path / "again.webp", lossless=True)
     _, _, (first,) = ours("0.6B", *SMALL, *words, "--strength", "0.25")
     _, _, (second,) = ours(
-        "0.6B", *SMALL, "--image", str(tmp_path / "again.webp"), "--strength", "0.25"
+        *("0.6B", *SMALL, "--image", str(tmp_path / "again.webp"), "--strength", "0.25"),
+        *("--image-fit", "stretch"),
     )
     assert first == second
     assert first["image"] == hashlib.sha256(image.tobytes()).hexdigest()
