@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
     from sana_cli.weights.model_files import ModelFiles
 
+Role = Literal["init", "mask", "alpha"]  # of an input image; the last, its own transparency
+
 MOST_SPRINT_STEPS = 4  # that Sana-Sprint was distilled to
 DEFAULT_STRENGTH = 0.6
 
@@ -41,7 +43,7 @@ class Sampler:
 class InputImage:
     """An image or a mask given with the settings, by the SHA-256 of its bytes."""
 
-    role: Literal["init", "mask"]
+    role: Role
     path: str
     sha256: str
     width: int
@@ -62,7 +64,7 @@ class InputImages(Mapping[str, "np.ndarray"]):
         self._by_file: dict[tuple[str, str, int, int], InputImage] = {}
         self._last: dict[str, tuple[str, np.ndarray]] = {}  # by role
 
-    def add(self, path: str, role: Literal["init", "mask"] = "init") -> InputImage:
+    def add(self, path: str, role: Role = "init") -> InputImage:
         """Read an image, unless its file is as it was when it was added. UsageError if it cannot
         be read."""
         file = None
@@ -81,8 +83,8 @@ class InputImages(Mapping[str, "np.ndarray"]):
             self._by_file[file] = image
         return image
 
-    def _read(self, path: str, role: str) -> "tuple[np.ndarray, str]":
-        return read_mask(path) if role == "mask" else (read(path), "")
+    def _read(self, path: str, role: Role) -> "tuple[np.ndarray, str]":
+        return (read(path), "") if role == "init" else read_mask(path, alpha=role == "alpha")
 
     def inputs(self) -> list[InputImage]:
         """All images that were added, each once."""
@@ -196,7 +198,8 @@ def _with_image(resolution: Resolution, path: str, images: InputImages) -> Resol
     margins = parse_outpaint(asked.outpaint) if asked.outpaint is not None else None
     mask = None
     if asked.mask is not None:
-        mask = images.add(path if asked.mask == "alpha" else asked.mask, "mask")
+        own = asked.mask == "alpha"
+        mask = images.add(path, "alpha") if own else images.add(asked.mask, "mask")
         if (mask.width, mask.height) != (image.width, image.height):
             raise UsageError(
                 f"--mask is {mask.width}x{mask.height} and --image {image.width}x{image.height}",

@@ -216,7 +216,7 @@ def _announce(request: "DrawRequest", device: str, console: "Console") -> None:
     fitted = {"crop": "cropped", "pad": "padded", "stretch": "stretched"}
     for image in request.images.inputs():
         size = f"{image.width}x{image.height}"
-        if image.role == "mask":
+        if image.role != "init":
             console.info(f"mask {image.path} ({size}): {image.convention}")
             continue
         whole = first.image_fit == "stretch" and not (first.mask or first.outpaint)

@@ -12,6 +12,7 @@ from PIL import Image, ImageFilter, ImageOps
 from sana_cli.errors import UsageError
 
 Size = tuple[int, int]  # (width, height) in pixels
+WHITE, TRANSPARENT = "white is repainted", "transparent is repainted"
 FEATHER = 8  # pixels over which a repainted cell blends into the image beside it
 
 
@@ -37,8 +38,11 @@ def parse_outpaint(text: str) -> Margins:
     return Margins(*(map(int, words * 4 if len(words) == 1 else words)))
 
 
-def read_mask(path: str) -> tuple[np.ndarray, str]:
-    """Read a mask, and tell which convention it follows. UsageError if it is no image or blank."""
+def read_mask(path: str, alpha: bool = False) -> tuple[np.ndarray, str]:
+    """Read a mask, and tell which convention it follows.
+
+    With `alpha` only transparency counts. UsageError if the file is no image or repaints nothing.
+    """
     shown = path[:200]
     try:
         with Image.open(os.path.expanduser(path)) as image:
@@ -48,6 +52,10 @@ def read_mask(path: str) -> tuple[np.ndarray, str]:
         raise UsageError(f"--mask {shown} cannot be read: {reason}") from None
     except Exception as error:  # a damaged file can make any of the decoders raise anything
         raise UsageError(f"--mask {shown} cannot be read: it is damaged ({error})") from None
+    if alpha and convention != TRANSPARENT:
+        raise UsageError(
+            f"--mask alpha: {shown} has no transparent part", "give a mask of its own: --mask FILE"
+        )
     if not mask.any():
         raise UsageError(
             f"--mask {shown} repaints nothing: {convention}, and no pixel of it is",
@@ -64,9 +72,9 @@ def mask_of(image: Image.Image) -> tuple[np.ndarray, str]:
     if image.has_transparency_data:
         alpha = np.asarray(image.convert("RGBA").getchannel("A"))
         if alpha.min() != alpha.max():
-            return np.where(alpha < 128, 255, 0).astype(np.uint8), "transparent is repainted"
+            return np.where(alpha < 128, 255, 0).astype(np.uint8), TRANSPARENT
     grey = np.asarray(image.convert("L"))
-    return np.where(grey > 127, 255, 0).astype(np.uint8), "white is repainted"
+    return np.where(grey > 127, 255, 0).astype(np.uint8), WHITE
 
 
 def outpainted(

@@ -155,7 +155,7 @@ def test_outpainting_keeps_the_image_and_paints_around_it(sana, tmp_path, scene)
         (("--outpaint", "8"), "--outpaint has no effect without --image"),
         (("--image-fit", "pad"), "--image-fit has no effect without --image"),
         (("--image", "scene.png", "--mask", "small.png"), "--mask is 8x8 and --image 512x512"),
-        (("--image", "scene.png", "--mask", "alpha"), "repaints nothing"),
+        (("--image", "scene.png", "--mask", "alpha"), "has no transparent part"),
         (("--image", "scene.png", "--outpaint", "x"), "--outpaint 'x' does not say"),
         (("--image", "scene.png", "--image-fit", "tile"), "tile"),
     ],
