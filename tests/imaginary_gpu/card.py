@@ -112,4 +112,4 @@ def card() -> Iterator[list[Case]]:
         stack.enter_context(fake)
         stack.enter_context(_OneDtype())
         stack.enter_context(_Literals())
-        yield stack.enter_context(launch._imagining(CAPABILITY))
+        yield stack.enter_context(launch._tracing(CAPABILITY))
