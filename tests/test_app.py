@@ -30,8 +30,8 @@ ORDER = """
     images:   names files metadata masks terminal_preview
     weights:  fetch download model_files hub_cache checkpoint catalogue layout tensor_cache
     models:   streaming.autoencoder streaming.strip_pipeline streaming.layers fused_dit
-              streaming.subpixel int8 cross_attention architectures streaming.ops cuda_graph dit
-              gemma dc_ae
+              fused_controlnet fused_layers controlnet streaming.subpixel int8 cross_attention
+              architectures streaming.ops cuda_graph dit gemma dc_ae
     kernels
     system:   devices memory inventory signals folders
     shapes recipe settings instruction units reporter errors

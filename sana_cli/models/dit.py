@@ -115,9 +115,13 @@ class DiT(nn.Module):
         bias = None if mask is None else attention_bias(mask, x.dtype)
         for block in self.transformer_blocks:
             x = block(x, caption, modulation, bias, (height, width))
+        return self.output(x, time, (height, width))
+
+    def output(self, x: Tensor, time: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Tokens (B, N, D) after the last block and the time embedding (B, D) -> (B, 32, h, w)."""
         shift, scale = (self.scale_shift_table + time[:, None]).chunk(2, dim=1)
         x = self.proj_out(modulate(x, shift, scale, self.config.norm_eps))
-        return x.transpose(1, 2).unflatten(-1, (height, width))
+        return x.transpose(1, 2).unflatten(-1, grid)
 
 
 class Block(nn.Module):

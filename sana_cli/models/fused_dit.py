@@ -1,8 +1,9 @@
 """The Linear DiT in the form that runs: the function of `dit.DiT` with nothing computed twice.
 
-What depends on the text alone or on the timestep alone is computed once an image. The rest is a
-sequence of the operations in `kernels/`, token-major throughout, on `row_chunk` rows of the latent
-grid at a time where memory is short. The result equals that of the plain model up to rounding.
+What depends on the text alone, on the timestep alone or on the control image alone is computed once
+an image. The rest is a sequence of the operations in `kernels/`, token-major throughout, on
+`row_chunk` rows of the latent grid at a time where memory is short. The result equals that of the
+plain model up to rounding.
 
 Shapes as in `dit.py`: D width, h w the latent grid, N = h·w tokens, L text tokens. A *stream* is
 one evaluation of the network on the same latents: unconditional and conditional are two.
@@ -17,14 +18,14 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from sana_cli.kernels.depthwise_glu import depthwise_glu
 from sana_cli.kernels.linear import linear
-from sana_cli.kernels.linear_attention import attend_tokens, project_qkv
 from sana_cli.kernels.modulation import modulate
-from sana_cli.kernels.projection import gated_residual_linear_, linear_silu
-from sana_cli.models.cross_attention import TextAttention, TextContext
+from sana_cli.models.controlnet import ControlNet, ControlNetConfig
+from sana_cli.models.cross_attention import TextContext
 from sana_cli.models.cuda_graph import GraphedCall
-from sana_cli.models.dit import Block, DiT, DiTConfig, position_axes
+from sana_cli.models.dit import Block, DiT, DiTConfig
+from sana_cli.models.fused_controlnet import ControlBranch, ControlContext, FusedControlNet
+from sana_cli.models.fused_layers import FusedBlock, FusedPatchEmbed, frozen
 from sana_cli.system.devices import is_out_of_memory
 from sana_cli.system.memory import PeakMemory
 
@@ -34,46 +35,58 @@ class TimeModulation(NamedTuple):
 
     modulation: Tensor  # (6, D), shared by all blocks
     embedding: Tensor  # (D,), for the last norm
+    control: Tensor  # (6, D), shared by the blocks of the ControlNet; (0, 6, D) without one
 
 
 class FusedDiT(nn.Module):
-    """Takes over the weights of a `DiT`, which must not be used afterwards."""
+    """Takes over the weights of a `DiT` and of its `ControlNet`; use neither afterwards.
 
-    def __init__(self, dit: DiT) -> None:
+    With a ControlNet, contexts and time modulations serve both networks, and every evaluation may
+    be controlled or not. ValueError if the ControlNet was made for another transformer.
+    """
+
+    def __init__(self, dit: DiT, controlnet: ControlNet | None = None) -> None:
         super().__init__()
         self.config = dit.config
         self.row_chunk: int | None = None  # rows of the latent grid to run at once; None: all
-        self._axes: tuple[object, tuple[Tensor, Tensor]] | None = None
         self._graph: GraphedCall | None = None
-        self._shapes: list[torch.Size] = []  # of the inputs of the last call
+        self._signature: object = None  # of the inputs of the last call
         self.graph_error: str | None = None  # why capturing a CUDA graph failed
+        if controlnet is not None:
+            controlnet.config.check_matches(dit.config)
         blocks = [cast(Block, block) for block in dit.transformer_blocks]
-        self.patch_embed = dit.patch_embed
+        self.patch_embed = FusedPatchEmbed(dit.patch_embed)
         self.time_embed = dit.time_embed
         self.caption_projection, self.caption_norm = dit.caption_projection, dit.caption_norm
-        self.tables = _frozen(torch.stack([block.scale_shift_table for block in blocks]))
-        self.last_table = _frozen(dit.scale_shift_table)
+        self.tables = frozen(torch.stack([block.scale_shift_table for block in blocks]))
+        self.last_table = frozen(dit.scale_shift_table)
         self.proj_out = dit.proj_out
         self.blocks = nn.ModuleList()
         while blocks:  # each is freed before the next is merged
             del dit.transformer_blocks[0]
             self.blocks.append(FusedBlock(blocks.pop(0)))
+        self.controlnet = FusedControlNet(controlnet) if controlnet is not None else None
 
     def to_device(self, device: str, row_chunk: int | None) -> None:
         """Move to a device and run on `row_chunk` rows of the latent grid at a time (None: all)."""
         if row_chunk != self.row_chunk or torch.device(device).type != self.tables.device.type:
-            self._graph, self._shapes = None, []  # it reads the weights at their old addresses
+            self._graph, self._signature = None, None  # it reads the weights where they were
         self.row_chunk = row_chunk
         self.to(device)
 
     def encode_text(self, text: Tensor, padded: int = 1, fold: bool = True) -> list[TextContext]:
-        """Text states (1, L, caption_channels) -> a context for every layer.
+        """Text states (1, L, caption_channels) -> a context for every block.
 
-        See `TextAttention.encode_text` for `padded` and `fold`.
+        Those of the ControlNet's blocks follow those of the transformer's. See
+        `TextAttention.encode_text` for `padded` and `fold`.
         """
-        caption = self.caption_norm(self.caption_projection(text))
-        blocks = [cast(FusedBlock, block) for block in self.blocks]
-        return [block.text_attention.encode_text(caption, padded, fold) for block in blocks]
+        contexts: list[TextContext] = []
+        for network in (self, self.controlnet):
+            if network is not None:
+                caption = network.caption_norm(network.caption_projection(text))
+                attentions = [cast(FusedBlock, block).text_attention for block in network.blocks]
+                contexts += [one.encode_text(caption, padded, fold) for one in attentions]
+        return contexts
 
     def time_modulations(
         self, timesteps: Sequence[float], guidance: Tensor | None = None
@@ -82,45 +95,89 @@ class FusedDiT(nn.Module):
 
         `guidance` (1,), already scaled, for Sana-Sprint only.
         """
-        inputs = [torch.tensor(timesteps, device=self.tables.device)]
-        if guidance is not None:
-            inputs.append(guidance)
-        return list(map(TimeModulation, *self.time_embed(*inputs)))
+        times = torch.tensor(timesteps, device=self.tables.device)
+        modulations, embeddings = self.time_embed(
+            *([times] if guidance is None else [times, guidance])
+        )
+        if self.controlnet is None:
+            controls = modulations.new_empty((len(timesteps), 0, *modulations.shape[1:]))
+        else:
+            controls, _ = self.controlnet.time_embed(times)
+        return list(map(TimeModulation, modulations, embeddings, controls))
+
+    def encode_control(self, latents: Tensor, scale: float = 1.0) -> ControlContext:
+        """Latents (1, 32, h, w) of a control image -> what every step needs of them.
+
+        The latents are scaled like those of an image to start from. `scale` multiplies what the
+        ControlNet adds to the transformer.
+        """
+        assert self.controlnet is not None, "this transformer has no ControlNet"
+        return self.controlnet.encode_control(latents, scale)
 
     def velocity(
-        self, latents: Tensor, time: TimeModulation, texts: Sequence[list[TextContext]]
+        self,
+        latents: Tensor,
+        time: TimeModulation,
+        texts: Sequence[list[TextContext]],
+        control: ControlContext | None = None,
+        pag_layers: Sequence[int] = (),
     ) -> Tensor:
-        """`forward`; on CUDA through a graph from the second call with the same shapes on."""
+        """`forward`; on CUDA through one graph from the second call with the same shapes on."""
         if not latents.is_cuda or self.row_chunk or self.graph_error:
-            return self(latents, time, texts)
+            return self(latents, time, texts, control, pag_layers)
         contexts = chain.from_iterable(texts)
-        inputs = [latents, *time, *chain.from_iterable(contexts)]
-        shapes = [tensor.shape for tensor in inputs]
-        if shapes != self._shapes:
-            self._graph, self._shapes = None, shapes
-            return self(latents, time, texts)
+        inputs = [latents, *time, *chain.from_iterable(contexts), *(control or ())]
+        signature = [tensor.shape for tensor in inputs], control is None, tuple(pag_layers)
+        if signature != self._signature:
+            self._graph, self._signature = None, signature
+            return self(latents, time, texts, control, pag_layers)
         if self._graph is None:
+            forward = partial(self._forward_flat, texts, control is not None, pag_layers)
             try:
-                self._graph = GraphedCall(partial(self._forward_flat, texts), inputs)
+                self._graph = GraphedCall(forward, inputs)
             except RuntimeError as error:
                 if is_out_of_memory(error):
                     raise
                 self.graph_error = str(error)
-                return self(latents, time, texts)
+                return self(latents, time, texts, control, pag_layers)
         return self._graph(inputs).clone()
 
     def forward(
-        self, latents: Tensor, time: TimeModulation, texts: Sequence[list[TextContext]]
+        self,
+        latents: Tensor,
+        time: TimeModulation,
+        texts: Sequence[list[TextContext]],
+        control: ControlContext | None = None,
+        pag_layers: Sequence[int] = (),
     ) -> Tensor:
-        """Velocities (len(texts), 32, h, w) of the same latents for each text.
+        """Velocities (streams, 32, h, w) of the same latents, one stream for each text.
 
-        latents (1, 32, h, w) in the dtype of the weights, which the result has too.
+        latents (1, 32, h, w) in the dtype of the weights, which the result has too. With
+        `control`, the ControlNet takes part. With `pag_layers` a stream follows for
+        perturbed-attention guidance: the last text once more, with identity self-attention in
+        these blocks. Up to the first of them it equals the stream of that text, so it starts there.
         """
+        if not all(0 <= layer < len(self.blocks) for layer in pag_layers):
+            raise ValueError(f"pag_layers is {pag_layers}, of {len(self.blocks)} blocks")
         grid = latents.shape[2], latents.shape[3]
-        x = self._embed(latents)
+        x = self.patch_embed(latents)
         modulation = self.tables + time.modulation  # (layers, 6, D)
+        branch = None
+        if control is not None:
+            assert self.controlnet is not None, "this transformer has no ControlNet"
+            own_texts = [text[len(self.blocks) :] for text in texts]
+            branch = ControlBranch(
+                self.controlnet, latents, time.control, own_texts, control, self.row_chunk
+            )
         for i, block in enumerate(self.blocks):
-            x = block(x, modulation[i].unbind(), [text[i] for text in texts], grid, self.row_chunk)
+            contexts = [text[i] for text in texts]
+            if pag_layers and i >= min(pag_layers):
+                contexts.append(contexts[-1])
+            rows, perturbed = modulation[i].unbind(), i in pag_layers
+            x = block(x, rows, contexts, grid, self.row_chunk, perturbed)
+            if branch is not None:
+                branch.add_to(x, i)
+        del branch
         shift, scale = (self.last_table + time.embedding).unbind()
         last = self.proj_out
         chunks = x.split(self.row_chunk * grid[1] if self.row_chunk else x.shape[1], dim=1)
@@ -128,123 +185,20 @@ class FusedDiT(nn.Module):
         x = torch.cat([linear(chunk, last.weight, last.bias) for chunk in tokens], dim=1)
         return x.transpose(1, 2).unflatten(-1, grid)
 
-    def _forward_flat(self, like: Sequence[list[TextContext]], inputs: Sequence[Tensor]) -> Tensor:
-        """`forward` with its arguments as one flat list; `like` tells the kinds of its contexts."""
-        latents, modulation, embedding, *rest = inputs
-        tensors = iter(rest)
-        texts = [[type(one)(*islice(tensors, len(one))) for one in text] for text in like]
-        return self(latents, TimeModulation(modulation, embedding), texts)
-
-    def _embed(self, latents: Tensor) -> Tensor:
-        """(1, 32, h, w) -> tokens (1, N, D), with positions if the model has them."""
-        projection = self.patch_embed.proj
-        tokens = latents.movedim(1, -1)
-        x = linear(tokens, projection.weight.flatten(1), projection.bias)
-        if self.config.interpolation_scale is not None:
-            # Half of the table depends on the column only, the other half on the row only.
-            half = self.config.width // 2
-            rows, columns = self._positions((x.shape[1], x.shape[2]), x.device)
-            x[..., :half] += columns
-            x[..., half:] += rows[:, None]
-        return x.flatten(1, 2)
-
-    def _positions(self, grid: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
-        """The axes of the position table, cached: a CUDA graph must find them on the device."""
-        if self._axes is None or self._axes[0] != (grid, device):
-            config = self.config
-            assert config.interpolation_scale is not None
-            spacing = (config.width, config.sample_size, config.interpolation_scale)
-            rows, columns = (axis.to(device) for axis in position_axes(grid, *spacing))
-            self._axes = ((grid, device), (rows, columns))
-        return self._axes[1]
-
-
-class FusedBlock(nn.Module):
-    """A `Block` with merged projections, which overwrites its input with its result."""
-
-    def __init__(self, plain: Block) -> None:
-        super().__init__()
-        attention, ff = plain.attn1, plain.ff
-        self.eps, self.heads = plain.eps, attention.heads
-        q, k, v = attention.to_q.weight, attention.to_k.weight, attention.to_v.weight
-        self.norm_k: nn.Parameter | None = None
-        self.norm_eps = 0.0
-        if attention.qk_norm:
-            # The scale of a query cancels in linear attention; only the weight of its norm stays.
-            q = (attention.norm_q.weight.float()[:, None] * q.float()).to(q.dtype)
-            self.norm_k, self.norm_eps = _frozen(attention.norm_k.weight), attention.norm_k.eps
-        self.qkv = _frozen(torch.cat([q, k, v]))
-        self.out = cast(nn.Linear, attention.to_out[0])
-        self.text_attention = TextAttention(plain.attn2)
-        self.up = _frozen(ff.conv_inverted.weight.flatten(1))
-        self.up_bias = cast(nn.Parameter, ff.conv_inverted.bias)
-        self.depth = ff.conv_depth
-        self.down = _frozen(ff.conv_point.weight.flatten(1))
-
-    def forward(
+    def _forward_flat(
         self,
-        x: Tensor,
-        modulation: Sequence[Tensor],
-        texts: Sequence[TextContext],
-        grid: tuple[int, int],
-        row_chunk: int | None,
+        like: Sequence[list[TextContext]],
+        controlled: bool,
+        pag_layers: Sequence[int],
+        inputs: Sequence[Tensor],
     ) -> Tensor:
-        """Tokens x (streams, N, D) -> (streams, N, D), one stream for each text.
-
-        In the first block x may have a single stream: before any cross-attention all streams are
-        equal, so that block's self-attention is computed once for all of them.
-        """
-        shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = modulation
-        tokens = row_chunk * grid[1] if row_chunk else None
-        x = self._attend(x, shift_attn, scale_attn, gate_attn, tokens)
-        if len(x) < len(texts):
-            x = x.repeat(len(texts), 1, 1)
-        for stream, text in zip(x.split(1), texts, strict=True):
-            for chunk in stream.split(tokens or stream.shape[1], 1):
-                self.text_attention(chunk, text)
-        if tokens is None:
-            y = self._gated_conv(modulate(x, shift_ff, scale_ff, self.eps), grid)
-            return gated_residual_linear_(x, y, self.down, None, gate_ff)
-        for stream in x.split(1):
-            above = stream[:, :0]  # a copy of the row above the chunk, before it was overwritten
-            for i, chunk in enumerate(stream.split(tokens, 1)):
-                end = i * tokens + chunk.shape[1]
-                padded = torch.cat([above, chunk, stream[:, end : end + grid[1]]], dim=1)
-                window = padded.shape[1] // grid[1], grid[1]
-                y = self._gated_conv(modulate(padded, shift_ff, scale_ff, self.eps), window)
-                y = y[:, above.shape[1] : above.shape[1] + chunk.shape[1]]
-                above = chunk[:, -grid[1] :].clone()
-                gated_residual_linear_(chunk, y, self.down, None, gate_ff)
-        return x
-
-    def _gated_conv(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-        """The Mix-FFN up to its last projection: (B, N, D) -> (B, N, 2.5·D)."""
-        hidden = linear_silu(tokens, self.up, self.up_bias).unflatten(1, grid)
-        del tokens  # frees memory if the caller holds no other reference
-        return depthwise_glu(hidden, self.depth.weight, cast(Tensor, self.depth.bias)).flatten(1, 2)
-
-    def _attend(
-        self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor, tokens: int | None
-    ) -> Tensor:
-        """Linear self-attention. In chunks of `tokens`, keys and values are summed up first."""
-        out = self.out
-        if tokens is None:
-            y = attend_tokens(*self._project(modulate(x, shift, scale, self.eps)))
-            return gated_residual_linear_(x, y, out.weight, out.bias, gate)
-        for stream in x.split(1):
-            chunks = stream.split(tokens, 1)
-            queries, state = [], None
-            for chunk in chunks:
-                q, sums = self._project(modulate(chunk, shift, scale, self.eps))
-                queries.append(q.clone())  # q may be a view that keeps a larger tensor alive
-                state = sums if state is None else state + sums
-            assert state is not None  # a grid has at least one row
-            for chunk, q in zip(chunks, queries, strict=True):
-                gated_residual_linear_(chunk, attend_tokens(q, state), out.weight, out.bias, gate)
-        return x
-
-    def _project(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        return project_qkv(tokens, self.qkv, self.heads, self.norm_k, self.norm_eps)
+        """`forward` with its tensors as one flat list; `like` tells the kinds of its contexts."""
+        latents, *rest = inputs
+        tensors = iter(rest)
+        time = TimeModulation(*islice(tensors, len(TimeModulation._fields)))
+        texts = [[type(one)(*islice(tensors, len(one))) for one in text] for text in like]
+        control = ControlContext(*tensors) if controlled else None
+        return self(latents, time, texts, control, pag_layers)
 
 
 def peak_bytes(
@@ -257,32 +211,49 @@ def peak_bytes(
     row_chunk: int | None = None,
     batched_cfg: bool = True,
     fold: bool = True,
+    controlnet: ControlNetConfig | None = None,
+    perturbed: bool = False,
 ) -> int:
     """Predict the most bytes that denoising one image takes, weights included.
 
     grid: (h, w) of the latents. text_lengths: tokens of each text, the prompt last. batched_cfg:
-    whether all texts run in one batch. fold: as in `FusedDiT.encode_text`.
+    whether all texts run in one batch, or each by itself. fold: as in `FusedDiT.encode_text`.
+    controlnet: the one that takes part. perturbed: whether the prompt has a second stream for
+    perturbed-attention guidance.
     """
     with torch.device("meta"):
-        weights = sum(p.numel() for p in DiT(config).parameters()) * dtype.itemsize
-        # A block frees its activations before the next one runs, so one block stands for all.
-        fused = FusedDiT(DiT(replace(config, num_layers=1)).requires_grad_(False).to(dtype))
+        weights = _parameters(DiT(config))
+        # A block frees its activations before the next one runs, so two blocks stand for all: the
+        # first, which starts streams, and one that follows.
+        dit = DiT(replace(config, num_layers=2)).requires_grad_(False).to(dtype)
+        branch, control = None, None
+        if controlnet is not None:
+            weights += _parameters(ControlNet(controlnet))
+            branch = ControlNet(replace(controlnet, num_layers=1)).requires_grad_(False).to(dtype)
+        fused = FusedDiT(dit, branch)
         fused.row_chunk = row_chunk
         sample = torch.empty((1, config.in_channels, *grid))
         states = torch.empty((1, max(text_lengths), config.caption_channels), dtype=dtype)
         modulation = torch.empty((6, config.width), dtype=dtype)
     texts = [fused.encode_text(states[:, :length], fold=fold) for length in text_lengths]
-    time = TimeModulation(modulation, modulation[0])
+    time = TimeModulation(modulation, modulation[0], modulation if controlnet else modulation[:0])
+    pag_layers = (0,) if perturbed else ()
+    if controlnet is not None:
+        control = fused.encode_control(sample)
     with PeakMemory() as memory:
-        fused(sample.to(dtype), time, texts if batched_cfg else texts[-1:])
-    contexts = [sum(tensor.nbytes for layer in text for tensor in layer) for text in texts]
+        latents = sample.to(dtype)
+        fused(latents, time, texts if batched_cfg else texts[-1:], control, pag_layers)
+    contexts = [sum(tensor.nbytes for tensor in text[0]) for text in texts]  # of one block
     if fold and config.qk_norm is None:
-        # A shorter prompt may take more than a long one: up to D² numbers a layer once folded.
+        # A shorter prompt may take more than a long one: up to D² numbers a block once folded.
         contexts[-1] = max(contexts[-1], config.width**2 * dtype.itemsize)
-    constants = config.num_layers * sum(contexts) + steps * 7 * config.width * dtype.itemsize
-    # The sampler holds the sample, two estimates of x₀, the noise and two velocities in float32.
-    return weights + constants + memory.peak + 6 * sample.nbytes
+    blocks = config.num_layers + (controlnet.num_layers if controlnet is not None else 0)
+    constants = blocks * sum(contexts) + sum(tensor.nbytes for tensor in control or ())
+    constants += steps * sum(tensor.nbytes for tensor in time)
+    # In float32 the sampler holds the sample, two estimates of x₀, the noise, and the velocities.
+    sampler = (4 + 2 + perturbed) * sample.nbytes
+    return weights * dtype.itemsize + constants + memory.peak + sampler
 
 
-def _frozen(weight: Tensor) -> nn.Parameter:
-    return nn.Parameter(weight, requires_grad=False)
+def _parameters(network: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())

@@ -67,6 +67,14 @@ def test_a_picture_is_drawn_by_the_kernels_from_networks_on_the_card(imagined, m
     assert told["pixels"] == ["cpu", height, width, 3]
 
 
+def test_one_graph_covers_transformer_controlnet_and_perturbed_stream(imagined):
+    steps = imagined("steps.py")
+    assert (steps["error"], steps["captures"]) == (None, 1)
+    assert steps["shapes"] == 4 * [[3, 32, 32, 32]]
+    # Four passes: one to warm up, one to capture; replays launch nothing anew.
+    assert steps["kernels"]["project_qkv_kernel"] == 2 * (28 + 7)
+
+
 @pytest.fixture(scope="module")
 def trained(imagined) -> dict[str, dict]:
     """Two steps of each stage of training."""

@@ -1,0 +1,171 @@
+"""The layers of the fused transformer and of its ControlNet: embedding and block.
+
+Shapes as in `dit.py`: D width, h w the latent grid, N = h·w tokens. A *stream* is one evaluation
+of the network on the same latents: unconditional and conditional are two.
+"""
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from sana_cli.kernels.depthwise_glu import depthwise_glu
+from sana_cli.kernels.linear import linear
+from sana_cli.kernels.linear_attention import attend_tokens, project_qkv
+from sana_cli.kernels.modulation import modulate
+from sana_cli.kernels.projection import gated_residual_linear_, linear_silu
+from sana_cli.models.cross_attention import TextAttention, TextContext
+from sana_cli.models.dit import Block, PatchEmbed, position_axes
+
+
+class FusedPatchEmbed(nn.Module):
+    """A `PatchEmbed` that keeps the positions of the last grid on the device."""
+
+    def __init__(self, plain: PatchEmbed) -> None:
+        super().__init__()
+        self.weight = frozen(plain.proj.weight.flatten(1))
+        self.bias = cast(nn.Parameter, plain.proj.bias)
+        self.base, self.interpolation = plain.base, plain.interpolation
+        self._positions: tuple[object, tuple[Tensor, Tensor]] | None = None
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """(1, 32, h, w) -> tokens (1, N, D), with positions if the model has them."""
+        x = linear(latents.movedim(1, -1), self.weight, self.bias)
+        if self.interpolation is not None:
+            # Half of the table depends on the column only, the other half on the row only.
+            half = len(self.weight) // 2
+            rows, columns = self.positions((x.shape[1], x.shape[2]), x.device, self.interpolation)
+            x[..., :half] += columns
+            x[..., half:] += rows[:, None]
+        return x.flatten(1, 2)
+
+    def positions(
+        self, grid: tuple[int, int], device: torch.device, interpolation: float
+    ) -> tuple[Tensor, Tensor]:
+        """The axes of the position table, cached: a CUDA graph must find them on the device."""
+        if self._positions is None or self._positions[0] != (grid, device):
+            axes = position_axes(grid, len(self.weight), self.base, interpolation)
+            rows, columns = (axis.to(device) for axis in axes)
+            self._positions = ((grid, device), (rows, columns))
+        return self._positions[1]
+
+
+class FusedBlock(nn.Module):
+    """A `Block` with merged projections, which overwrites its input with its result."""
+
+    def __init__(self, plain: Block) -> None:
+        super().__init__()
+        attention, ff = plain.attn1, plain.ff
+        self.eps, self.heads = plain.eps, attention.heads
+        q, k, v = attention.to_q.weight, attention.to_k.weight, attention.to_v.weight
+        self.norm_k: nn.Parameter | None = None
+        self.norm_eps = 0.0
+        if attention.qk_norm:
+            # The scale of a query cancels in linear attention; only the weight of its norm stays.
+            q = (attention.norm_q.weight.float()[:, None] * q.float()).to(q.dtype)
+            self.norm_k, self.norm_eps = frozen(attention.norm_k.weight), attention.norm_k.eps
+        self.qkv = frozen(torch.cat([q, k, v]))
+        self.out = cast(nn.Linear, attention.to_out[0])
+        self.text_attention = TextAttention(plain.attn2)
+        self.up = frozen(ff.conv_inverted.weight.flatten(1))
+        self.up_bias = cast(nn.Parameter, ff.conv_inverted.bias)
+        self.depth = ff.conv_depth
+        self.down = frozen(ff.conv_point.weight.flatten(1))
+
+    def forward(
+        self,
+        x: Tensor,
+        modulation: Sequence[Tensor],
+        texts: Sequence[TextContext],
+        grid: tuple[int, int],
+        row_chunk: int | None,
+        perturbed: bool = False,
+    ) -> Tensor:
+        """Tokens x (streams, N, D) -> (streams, N, D), one stream for each text.
+
+        In the first block x may have a single stream: before any cross-attention all streams are
+        equal, so that block's self-attention is computed once for all of them.
+
+        With `perturbed` the self-attention of the last stream is the identity (perturbed-attention
+        guidance, arXiv 2403.17377): only its value and output projections are applied. If x lacks
+        that stream, it starts here as a copy of the last one.
+        """
+        shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = modulation
+        tokens = row_chunk * grid[1] if row_chunk else None
+        attention = shift_attn, scale_attn, gate_attn, tokens
+        if perturbed:
+            x = self._attend_perturbed(x, len(texts), *attention)
+        else:
+            x = self._attend(x, *attention)
+            if len(x) < len(texts):
+                x = x.repeat(len(texts), 1, 1)
+        for stream, text in zip(x.split(1), texts, strict=True):
+            for chunk in stream.split(tokens or stream.shape[1], 1):
+                self.text_attention(chunk, text)
+        if tokens is None:
+            y = self._gated_conv(modulate(x, shift_ff, scale_ff, self.eps), grid)
+            return gated_residual_linear_(x, y, self.down, None, gate_ff)
+        for stream in x.split(1):
+            above = stream[:, :0]  # a copy of the row above the chunk, before it was overwritten
+            for i, chunk in enumerate(stream.split(tokens, 1)):
+                end = i * tokens + chunk.shape[1]
+                padded = torch.cat([above, chunk, stream[:, end : end + grid[1]]], dim=1)
+                window = padded.shape[1] // grid[1], grid[1]
+                y = self._gated_conv(modulate(padded, shift_ff, scale_ff, self.eps), window)
+                y = y[:, above.shape[1] : above.shape[1] + chunk.shape[1]]
+                above = chunk[:, -grid[1] :].clone()
+                gated_residual_linear_(chunk, y, self.down, None, gate_ff)
+        return x
+
+    def _gated_conv(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The Mix-FFN up to its last projection: (B, N, D) -> (B, N, 2.5·D)."""
+        hidden = linear_silu(tokens, self.up, self.up_bias).unflatten(1, grid)
+        del tokens  # frees memory if the caller holds no other reference
+        return depthwise_glu(hidden, self.depth.weight, cast(Tensor, self.depth.bias)).flatten(1, 2)
+
+    def _attend(
+        self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor, tokens: int | None
+    ) -> Tensor:
+        """Linear self-attention. In chunks of `tokens`, keys and values are summed up first."""
+        out = self.out
+        if tokens is None:
+            y = attend_tokens(*self._project(modulate(x, shift, scale, self.eps)))
+            return gated_residual_linear_(x, y, out.weight, out.bias, gate)
+        for stream in x.split(1):
+            chunks = stream.split(tokens, 1)
+            queries, state = [], None
+            for chunk in chunks:
+                q, sums = self._project(modulate(chunk, shift, scale, self.eps))
+                queries.append(q.clone())  # q may be a view that keeps a larger tensor alive
+                state = sums if state is None else state + sums
+            assert state is not None  # a grid has at least one row
+            for chunk, q in zip(chunks, queries, strict=True):
+                gated_residual_linear_(chunk, attend_tokens(q, state), out.weight, out.bias, gate)
+        return x
+
+    def _attend_perturbed(
+        self,
+        x: Tensor,
+        streams: int,
+        shift: Tensor,
+        scale: Tensor,
+        gate: Tensor,
+        tokens: int | None,
+    ) -> Tensor:
+        """Self-attention in all streams but the last -> (streams, N, D)."""
+        started = len(x) == streams
+        intact, perturbed = (x[:-1], x[-1:]) if started else (x, x[-1:].clone())
+        to_v, out = self.qkv[2 * x.shape[-1] :], self.out
+        for chunk in perturbed.split(tokens or x.shape[1], 1):
+            v = linear(modulate(chunk, shift, scale, self.eps), to_v)
+            gated_residual_linear_(chunk, v, out.weight, out.bias, gate)
+        intact = self._attend(intact, shift, scale, gate, tokens)
+        return x if started else torch.cat([intact.expand(streams - 1, -1, -1), perturbed])
+
+    def _project(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        return project_qkv(tokens, self.qkv, self.heads, self.norm_k, self.norm_eps)
+
+
+def frozen(weight: Tensor) -> nn.Parameter:
+    return nn.Parameter(weight, requires_grad=False)

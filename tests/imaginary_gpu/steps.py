@@ -1,0 +1,49 @@
+"""Steps with a ControlNet and perturbed-attention guidance on the imaginary card, as JSON."""
+
+import json
+import sys
+from collections import Counter
+
+import torch
+from card import card
+
+from sana_cli.models import cuda_graph, fused_dit
+from sana_cli.models.architectures import NARROW
+from sana_cli.models.controlnet import ControlNet, ControlNetConfig
+from sana_cli.models.dit import DiT
+
+CONTROLNET = ControlNetConfig(
+    num_attention_heads=36,
+    num_cross_attention_heads=16,
+    cross_attention_head_dim=72,
+    cross_attention_dim=1152,
+)
+captured = []
+
+
+class Counted(cuda_graph.GraphedCall):
+    def __init__(self, *arguments) -> None:
+        super().__init__(*arguments)
+        captured.append(len(launched))
+
+
+with card() as launched, torch.inference_mode():
+    dtype = torch.bfloat16
+    fused_dit.GraphedCall = Counted
+    fused = fused_dit.FusedDiT(DiT(NARROW).to(dtype), ControlNet(CONTROLNET).to(dtype))
+    fused.to_device("cuda", None)
+    latents = torch.empty(1, 32, 32, 32, dtype=dtype, device="cuda")
+    texts = [
+        torch.empty(1, n, NARROW.caption_channels, dtype=dtype, device="cuda") for n in (1, 30)
+    ]
+    contexts = [fused.encode_text(text, 32) for text in texts]
+    steps = fused.time_modulations([900.0, 700.0, 500.0, 300.0])
+    control = fused.encode_control(latents, 0.8)
+    shapes = [tuple(fused.velocity(latents, step, contexts, control, (8,)).shape) for step in steps]
+    document = {
+        "error": fused.graph_error,
+        "captures": len(captured),
+        "shapes": shapes,
+        "kernels": Counter(case.kernel.__name__ for case in launched),
+    }
+sys.stdout.write(json.dumps(document))
