@@ -40,6 +40,9 @@ class Recipe:
     image_fit: str | None = None  # "crop", "pad" or "stretch"; None stretches, as version 0.1 did
     mask: str | None = None  # SHA-256 of where to repaint, a byte of 0 or 255 a pixel
     outpaint: str | None = None  # pixels added to the input image: "left,top,right,bottom"
+    pag: float | None = None  # scale of perturbed-attention guidance; None for none
+    pag_layer: int | None = None  # the transformer block that it perturbs
+    pag_adaptive: float | None = None  # what the scale loses with a timestep; None for nothing
 
     def as_dict(self) -> dict[str, Any]:
         """The fields, for JSON."""

@@ -6,6 +6,11 @@ from sana_cli.instruction import INSTRUCTION
 from sana_cli.weights.catalogue import HUB_ID, choose_model, known_models
 from sana_cli.weights.hub_cache import commit_of
 
+# Fields of a recipe that are settings by the same name.
+DIRECT = (
+    *("prompt", "negative", "model", "fit", "steps", "guidance", "solver"),
+    *("pag", "pag_layer", "pag_adaptive"),
+)
 TEXT_PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "int8": "int8"}
 
 
@@ -15,8 +20,7 @@ def settings_of(recipe: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     They leave no choice open that the recipe has made, since those of another version may differ.
     The picture that it started from, if any, is not among them: only its hash is known.
     """
-    direct = ("prompt", "negative", "model", "fit", "steps", "guidance", "solver")
-    settings = {name: recipe[name] for name in direct if name in recipe}
+    settings = {name: recipe[name] for name in DIRECT if name in recipe}
     remarks = _about_model(recipe)
     if "width" in recipe and "height" in recipe:
         settings["res"] = f"{recipe['width']}x{recipe['height']}"

@@ -5,7 +5,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from sana_cli.errors import SanaError, UsageError
 from sana_cli.images.files import read
@@ -14,7 +14,7 @@ from sana_cli.instruction import INSTRUCTION
 from sana_cli.recipe import Recipe
 from sana_cli.settings import Settings
 from sana_cli.shapes import Canvas, SizeRequest, choose_canvas, parse_aspect, parse_resolution
-from sana_cli.weights.catalogue import Model, choose_model
+from sana_cli.weights.catalogue import Model, choose_model, known_models
 from sana_cli.weights.hub_cache import commit_of
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ Role = Literal["init", "mask", "alpha"]  # of an input image; the last, its own 
 
 MOST_SPRINT_STEPS = 4  # that Sana-Sprint was distilled to
 DEFAULT_STRENGTH = 0.6
+DEFAULT_PAG_LAYER = 8  # that of NVlabs' pipeline and of the model cards
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,21 @@ class Resolution:
             image_fit=(asked.image_fit or "crop") if self.image else None,
             mask=self.mask.sha256 if self.mask else None,
             outpaint=",".join(map(str, self.margins)) if self.margins else None,
+            **self._pag(files),
         )
+
+    def _pag(self, files: "ModelFiles") -> dict[str, Any]:
+        """The fields of perturbed-attention guidance. UsageError for a layer that is not there."""
+        asked, blocks = self.settings, files.dit.num_layers
+        if not asked.pag:
+            return {}
+        layer = min(DEFAULT_PAG_LAYER, blocks - 1) if asked.pag_layer is None else asked.pag_layer
+        if layer >= blocks:
+            raise UsageError(
+                f"--pag-layer {layer}: {self.model.name} has {blocks} layers",
+                f"use 0 to {blocks - 1}",
+            )
+        return {"pag": asked.pag, "pag_layer": layer, "pag_adaptive": asked.pag_adaptive or None}
 
     def recipes(self, files: "ModelFiles", device: str, seeds: Sequence[int]) -> list[Recipe]:
         """One recipe for every seed; everything else is resolved once."""
@@ -257,6 +272,11 @@ def _resolve_sprint(model: Model, asked: Settings, steps: int, guidance: float) 
         raise UsageError(
             f"{model.name} cannot use --negative: its guidance is built in",
             "leave it out, or use another model",
+        )
+    if asked.pag:
+        able = next(m.name for m in known_models().values() if m.solver != "scm" and m.sources)
+        raise UsageError(
+            f"{model.name} cannot use --pag: its guidance is built in", f"use --model {able}"
         )
     warnings = []
     if steps > MOST_SPRINT_STEPS:

@@ -46,8 +46,7 @@ def fidelity(
     """
     from sana_cli.pipeline import draw as stages
     from sana_cli.pipeline.draw import Failure, draw
-    from sana_cli.pipeline.guidance import is_guided
-    from sana_cli.pipeline.plan import Plan
+    from sana_cli.pipeline.plan import Plan, is_guided
     from sana_cli.pipeline.text_encoder import TextEncoder
 
     with tempfile.TemporaryDirectory() as folder:

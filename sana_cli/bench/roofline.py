@@ -29,7 +29,7 @@ from sana_cli.kernels.linear import linear
 from sana_cli.models.dc_ae import DCAE, Decoder, EfficientViTBlock
 from sana_cli.models.dit import Block, DiT
 from sana_cli.models.streaming.subpixel import fold_upsamples
-from sana_cli.pipeline.guidance import is_guided
+from sana_cli.pipeline.plan import is_guided
 from sana_cli.recipe import Recipe
 from sana_cli.weights.model_files import ModelFiles
 

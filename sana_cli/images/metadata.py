@@ -40,6 +40,9 @@ LIMITS = {
     "guidance": bounds("guidance"),
     "flow_shift": (0, 1000),
     "strength": bounds("strength"),
+    "pag": bounds("pag"),
+    "pag_layer": bounds("pag_layer"),
+    "pag_adaptive": bounds("pag_adaptive"),
     "width": (1, 999_999),
     "height": (1, 999_999),
     "native_width": (1, 999_999),
@@ -48,6 +51,7 @@ LIMITS = {
 KNOWN = {
     "fit": choices("fit"),
     "solver": choices("solver"),
+    "image_fit": choices("image_fit"),
     "text_dtype": ("float32", "bfloat16", "int8"),
     "dit_dtype": ("float32", "bfloat16", "float16"),
     "vae_dtype": ("float32", "bfloat16"),

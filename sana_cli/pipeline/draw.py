@@ -35,10 +35,10 @@ from sana_cli.models.fused_dit import FusedDiT
 from sana_cli.models.streaming.autoencoder import decode, encode
 from sana_cli.models.streaming.strip_pipeline import Decoded
 from sana_cli.models.streaming.subpixel import fold_upsamples
-from sana_cli.pipeline.guidance import GuidedVelocity, is_guided
+from sana_cli.pipeline.guidance import GuidedVelocity
 from sana_cli.pipeline.networks import NetworkKey, Networks, identity_of
 from sana_cli.pipeline.oom_retry import Notice, OOMRetry
-from sana_cli.pipeline.plan import Plan
+from sana_cli.pipeline.plan import Plan, is_guided
 from sana_cli.pipeline.solver import SOLVERS, Repaint, advance, first_step
 from sana_cli.pipeline.text_cache import TextCache
 from sana_cli.recipe import Recipe

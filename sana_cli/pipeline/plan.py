@@ -181,6 +181,11 @@ def free_memory(device: str) -> int:
     )
 
 
+def is_guided(recipe: Recipe, files: ModelFiles) -> bool:
+    """Whether every step runs with the negative text too, for classifier-free guidance."""
+    return recipe.guidance > 1 and not files.is_sprint
+
+
 # --- peaks of the stages -----------------------------------------------------------------------
 
 
@@ -218,9 +223,8 @@ def _text_peak(recipe: Recipe, files: ModelFiles) -> int:
 
 
 def _denoise_peak(plan: Plan, recipe: Recipe, files: ModelFiles) -> int:
-    guided = recipe.guidance > 1 and not files.is_sprint
     # An empty text is one token.
-    lengths = [1 if recipe.negative == "" else LONGEST_PROMPT] if guided else []
+    lengths = [1 if recipe.negative == "" else LONGEST_PROMPT] if is_guided(recipe, files) else []
     return fused_dit.peak_bytes(
         files.dit,
         _dtype(recipe.dit_dtype),
@@ -230,6 +234,7 @@ def _denoise_peak(plan: Plan, recipe: Recipe, files: ModelFiles) -> int:
         row_chunk=plan.row_chunk,
         batched_cfg=plan.batched_cfg,
         fold=plan.folds_text,
+        perturbed=recipe.pag is not None,
     )
 
 
