@@ -12,8 +12,9 @@ from sana_cli.weights.catalogue import Model
 from sana_cli.weights.checkpoint import read_config
 from sana_cli.weights.layout import INDEX, Parts, read_json
 
-SPRINT = "SanaSprintPipeline"
-KINDS = ("SanaPipeline", SPRINT)
+# diffusers' pipelines over the same networks, the one that every model can be drawn with first.
+PIPELINES = ("SanaPipeline", "SanaPAGPipeline", "SanaControlNetPipeline")
+SPRINT_PIPELINES = ("SanaSprintPipeline", "SanaSprintImg2ImgPipeline")
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,11 @@ def open_model(parts: Parts) -> ModelFiles:
     """Read every config of a model, no weights. BrokenModel names what is wrong."""
     index = parts["transformer"].folder.parent / INDEX
     kind = read_json(index).get("_class_name")
-    if kind not in (None, *KINDS):
-        raise BrokenModel(f"{index} names a {kind}", f"only {' and '.join(KINDS)} can be drawn")
+    known = (*PIPELINES, *SPRINT_PIPELINES)
+    if kind not in (None, *known):
+        raise BrokenModel(f"{index} names a {kind}", f"only {', '.join(known)} can be drawn")
     dit, strange = read_config(DiTConfig, parts["transformer"].config)
-    if dit.guidance_embeds != (kind == SPRINT):
+    if dit.guidance_embeds != (kind in SPRINT_PIPELINES):
         has = "has" if dit.guidance_embeds else "lacks"
         raise BrokenModel(
             f"{parts['transformer'].config} {has} guidance_embeds, but {INDEX} names"
@@ -74,7 +76,7 @@ def open_model(parts: Parts) -> ModelFiles:
             f"{parts['vae'].config}: {vae.latent_channels} latent channels, the transformer's"
             f" are {dit.in_channels} in and {dit.out_channels} out"
         )
-    shift = None if kind == SPRINT else _flow_shift(parts["scheduler"].folder)
+    shift = None if kind in SPRINT_PIPELINES else _flow_shift(parts["scheduler"].folder)
     return ModelFiles(parts, dit, vae, text, shift, (*strange, *more))
 
 
