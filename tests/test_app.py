@@ -26,7 +26,8 @@ ORDER = """
     replay resolve sampling
     pipeline: draw guidance plan text_encoder text_cache solver
     images:   names files metadata terminal_preview
-    weights:  fetch download model_files hub_cache checkpoint catalogue layout
+    weights:  fetch lora download model_files single_file hub_cache checkpoint original_names
+              catalogue lora_choice layout
     models:   streaming.autoencoder streaming.strip_pipeline streaming.layers fused_dit
               streaming.subpixel int8 cross_attention architectures streaming.ops cuda_graph dit
               gemma dc_ae

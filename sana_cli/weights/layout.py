@@ -33,6 +33,7 @@ STEMS = {
     "vae": "diffusion_pytorch_model",
     "text_encoder": "model",
 }
+PICKLES = (".bin", ".pth", ".pt", ".ckpt")
 ANY_VARIANT = ("", "bf16", "fp16")  # of a folder that nobody has described: the plain ones first
 
 
@@ -80,9 +81,7 @@ def find_part(folder: Path, variants: tuple[str, ...] = ANY_VARIANT) -> Part:
             return Part(folder, (folder / single,))
         if (folder / index).is_file():
             return Part(folder, tuple(_shards(folder, folder / index)))
-    pickles = sorted(
-        p.name for p in folder.glob("*") if p.suffix in (".bin", ".pth", ".pt", ".ckpt")
-    )
+    pickles = sorted(p.name for p in folder.glob("*") if p.suffix in PICKLES)
     if pickles:
         raise BrokenModel(
             f"{folder} holds only {pickles[0]}, a pickle, which is never loaded",
@@ -91,6 +90,16 @@ def find_part(folder: Path, variants: tuple[str, ...] = ANY_VARIANT) -> Part:
     raise BrokenModel(
         f"{folder / weight_names(stem, variants[0])[0]} is missing", "is the download complete?"
     )
+
+
+def refuse_pickle(path: Path) -> None:
+    """BrokenModel if a file is a pickle, by its name or by its first bytes."""
+    with path.open("rb") as file:
+        start = file.read(4)
+    # The length of a safetensors header can begin alike, but is followed by zeros.
+    pickled = start[:1] == b"\x80" and start[1:2] in (b"\2", b"\3", b"\4", b"\5") and any(start[2:])
+    if path.suffix in PICKLES or start == b"PK\3\4" or pickled:
+        raise BrokenModel(f"{path} is a pickle, which is never loaded", "convert it to safetensors")
 
 
 def weight_names(stem: str, variant: str) -> tuple[str, str]:

@@ -8,7 +8,7 @@ from that script alone; no released checkpoint under them was compared with it.
 
 import re
 
-BLOCK_MODULES = {  # in blocks.N: in transformer_blocks.N
+BLOCK_MODULES: dict[str, tuple[str, ...]] = {  # in blocks.N: in transformer_blocks.N
     "attn.qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
     "attn.proj": ("attn1.to_out.0",),
     "attn.q_norm": ("attn1.norm_q",),
@@ -22,7 +22,7 @@ BLOCK_MODULES = {  # in blocks.N: in transformer_blocks.N
     "mlp.depth_conv.conv": ("ff.conv_depth",),
     "mlp.point_conv.conv": ("ff.conv_point",),
 }
-OTHER_MODULES = {
+OTHER_MODULES: dict[str, tuple[str, ...]] = {
     "x_embedder.proj": ("patch_embed.proj",),
     "t_embedder.mlp.0": ("time_embed.emb.timestep_embedder.linear_1",),
     "t_embedder.mlp.2": ("time_embed.emb.timestep_embedder.linear_2",),
