@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 from sana_cli.errors import MissingModel
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from sana_cli.ui import Talk
     from sana_cli.weights.catalogue import Model, Source
     from sana_cli.weights.download import Listing
@@ -45,6 +47,27 @@ def fetch_parts(model: "Model", talk: "Talk", offline: bool) -> "Parts":
             f"{model.source} was fetched and is still not whole", f"sana models verify {model.name}"
         )
     return parts
+
+
+def fetch_lora(source: "Source", talk: "Talk", offline: bool) -> "Path":
+    """The LoRA file of a source (`lora_choice.lora_source`), fetched if it is not here."""
+    from sana_cli.weights.hub_cache import find_lora
+
+    path = find_lora(source)
+    if path is None:
+        name = "/".join(filter(None, (source.repo, source.lora)))
+        if offline or no_network():
+            raise MissingModel(
+                f"the LoRA {name} is not on this machine",
+                f"fetch it once, with a network: sana models pull {name}",
+            )
+        listings = list_sources([source], talk)
+        talk.say(f"fetching the LoRA {listings[0].files[0].name} of {source.repo}")
+        transfer(listings, talk)
+        path = find_lora(source)
+        if path is None:
+            raise MissingModel(f"{name} was fetched and is still not whole", "try again later")
+    return path
 
 
 def list_sources(sources: "list[Source]", talk: "Talk", newest: bool = False) -> "list[Listing]":

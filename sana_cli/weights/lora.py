@@ -35,7 +35,7 @@ from sana_cli.weights.checkpoint import (
     read_config,
     read_tensors,
 )
-from sana_cli.weights.layout import Tensors, read_json, refuse_pickle
+from sana_cli.weights.layout import ADAPTER_CONFIG, Tensors, read_json, refuse_pickle
 from sana_cli.weights.original_names import published_modules
 
 CONTAINERS = {  # by the prefix of the names in it; without one it is diffusers' or NVlabs'
@@ -84,8 +84,8 @@ REFUSED = (
 )
 FLOATS = ("F64", "F32", "F16", "BF16")  # what safetensors calls the dtypes of a LoRA
 AGAIN = "fetch it again, or export it again"
-METADATA = "lora_adapter_metadata"  # diffusers' entry of the header: PEFT's config as JSON
-ADAPTER_CONFIG = "adapter_config.json"  # the same beside a file of PEFT's own
+# diffusers' entry of the header: PEFT's config as JSON, which PEFT itself saves in a file beside.
+METADATA = "lora_adapter_metadata"
 PEFT_DEFAULT = 8  # rank and alpha where a config of PEFT's states none
 BASE_MODEL_KEYS = ("ss_sd_model_name", "ss_base_model_version", "modelspec.architecture")
 # Modules that read tokens of the transformer's width, which so tells what it was made for.
