@@ -134,6 +134,12 @@ def choose_model(name: str | None, request: Request | None) -> Model:
     raise unknown_model(name)
 
 
+def model_of(architecture: str, side: int) -> Model:
+    """The released model of an architecture (`weights.toml`), that of `side` if there is one."""
+    models = [m for m in known_models().values() if m.architecture == architecture]
+    return min(models, key=lambda model: (model.side != side, model.side != DEFAULT_SIDE))
+
+
 def unknown_model(name: str) -> UsageError:
     models = known_models()
     close = get_close_matches(name, models, n=3, cutoff=0.4)

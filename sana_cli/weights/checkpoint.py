@@ -21,6 +21,7 @@ from sana_cli.weights.layout import Tensors, read_json
 
 Config = TypeVar("Config")
 WEIGHT_DTYPES = {torch.float32, torch.float16, torch.bfloat16, torch.float64}
+FLOATS = ("F64", "F32", "F16", "BF16")  # the same, as safetensors calls them
 NAMES_SHOWN = 8
 LARGEST_NUMBER = 2**20  # no number of a config is negative, infinite or near this
 

@@ -28,6 +28,7 @@ from sana_cli.models.architectures import TRANSFORMERS
 from sana_cli.models.dit import DiT, DiTConfig
 from sana_cli.weights.catalogue import PACKAGE, known_models
 from sana_cli.weights.checkpoint import (
+    FLOATS,
     NAMES_SHOWN,
     WEIGHT_DTYPES,
     on_meta,
@@ -82,7 +83,6 @@ REFUSED = (
         "LoRA and LoKr without Tucker factors are",
     ),
 )
-FLOATS = ("F64", "F32", "F16", "BF16")  # what safetensors calls the dtypes of a LoRA
 AGAIN = "fetch it again, or export it again"
 # diffusers' entry of the header: PEFT's config as JSON, which PEFT itself saves in a file beside.
 METADATA = "lora_adapter_metadata"
