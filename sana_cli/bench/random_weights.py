@@ -22,7 +22,13 @@ from sana_cli.models.dit import DiT
 from sana_cli.models.gemma import Gemma
 from sana_cli.weights.catalogue import Model
 from sana_cli.weights.layout import CONFIGS, INDEX, Part, Parts
-from sana_cli.weights.model_files import KINDS, ModelFiles, open_model, released_model
+from sana_cli.weights.model_files import (
+    PIPELINES,
+    SPRINT_PIPELINES,
+    ModelFiles,
+    open_model,
+    released_model,
+)
 
 BLOCK = 1_048_573  # normal numbers that every tensor is cut from; a prime, so rows do not repeat
 SPECIAL = {"<pad>": 0, "<eos>": 1, "<bos>": 2, "<unk>": 3}
@@ -87,7 +93,7 @@ def random_model(model: Model, found: Parts | None, folder: Path, device: str) -
 
 def write_configs(files: ModelFiles, folder: Path) -> None:
     """Everything of the published layout but the weights."""
-    kind = KINDS[files.is_sprint]
+    kind = (SPRINT_PIPELINES if files.is_sprint else PIPELINES)[0]
     documents: dict[str, Any] = {
         INDEX: {"_class_name": kind},
         "transformer/config.json": {"_class_name": "SanaTransformer2DModel"} | asdict(files.dit),

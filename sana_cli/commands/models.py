@@ -13,6 +13,7 @@ from sana_cli.errors import MissingModel, UsageError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from sana_cli.ui import Console
     from sana_cli.weights.catalogue import Model, Source
 
 app = typer.Typer(no_args_is_help=True, help="List, fetch, check and remove models.")
@@ -74,17 +75,18 @@ def pull(
     from sana_cli.ui import Console
     from sana_cli.units import gigabytes
     from sana_cli.weights.fetch import list_sources, no_network, transfer
-    from sana_cli.weights.hub_cache import COMMIT, pinned_commit, source_parts
+    from sana_cli.weights.hub_cache import COMMIT, is_here, pinned_commit
 
     console = Console(quiet, verbose, color)
     models = _hub_models(names)
     if no_network():
         raise MissingModel("HF_HUB_OFFLINE forbids the network", "unset it to fetch models")
+    models = [_model_or_lora(model, console) for model in models]
     for model in models:
         console.info(f"{model.name} from {model.source}, licence {model.licence}")
     sources = _distinct(models)
     moving = [s for s in sources if not COMMIT.fullmatch(s.revision) and pinned_commit(s)]
-    lacking = [s for s in sources if source_parts(s) is None and not (update and s in moving)]
+    lacking = [s for s in sources if not is_here(s) and not (update and s in moving)]
     listings = list_sources(lacking, console)
     for newest in list_sources(moving, console, newest=True):
         if newest.commit == pinned_commit(newest.source):
@@ -142,7 +144,7 @@ def verify(
     """Read every file of a model and compare it with the hash that the hub promised."""
     from sana_cli.ui import Console
     from sana_cli.weights.catalogue import known_models
-    from sana_cli.weights.hub_cache import damaged_files, source_parts, stored_files
+    from sana_cli.weights.hub_cache import damaged_files, is_here, stored_files
 
     console = Console(quiet, verbose, color)
     chosen = _hub_models(names) if names else [m for m in known_models().values() if m.sources]
@@ -156,8 +158,8 @@ def verify(
         faults[model.name] = []
         for source in model.sources:
             if source not in seen:
-                whole = source_parts(source) is not None
-                seen[source] = damaged_files(source) or ([] if whole else ["files are missing"])
+                missing = [] if is_here(source) else ["files are missing"]
+                seen[source] = damaged_files(source) or missing
             faults[model.name] += [f"{source.repo}/{name}" for name in seen[source]]
     if json_output:
         rows = [{"name": name, "ok": not bad, "damaged": bad} for name, bad in faults.items()]
@@ -258,13 +260,40 @@ def _fits_here() -> "Callable[[Model], str | None]":
 
 
 def _hub_models(names: list[str]) -> "list[Model]":
-    from sana_cli.weights.catalogue import choose_model
-
-    models = [choose_model(name, None) for name in dict.fromkeys(names)]
+    models = [_hub_model(name) for name in dict.fromkeys(names)]
     for model in models:
         if not model.sources:
             raise UsageError(f"{model.name} is not from the hub", "it needs no download")
     return models
+
+
+def _hub_model(name: str) -> "Model":
+    """A model, or a LoRA (OWNER/NAME/FILE, or OWNER/NAME if that is here), which has one source."""
+    from sana_cli.weights.catalogue import HUB_ID, Model, Source, choose_model, known_models
+    from sana_cli.weights.hub_cache import is_here
+    from sana_cli.weights.lora_choice import lora_source, parse_lora
+
+    if name.endswith(".safetensors"):
+        place = parse_lora(name).place
+        if not isinstance(place, Source):
+            raise UsageError(f"{name} is not from the hub", "it needs no download")
+        return Model(name, sources=(place,))
+    if name not in known_models() and HUB_ID.fullmatch(name) and is_here(lora_source(name)):
+        return Model(name, sources=(lora_source(name),))
+    return choose_model(name, None)
+
+
+def _model_or_lora(model: "Model", console: "Console") -> "Model":
+    """A repository that no list has is what the hub holds under its name."""
+    from sana_cli.weights.catalogue import Model, known_models
+    from sana_cli.weights.download import holds_lora
+    from sana_cli.weights.hub_cache import is_here
+    from sana_cli.weights.lora_choice import lora_source
+
+    stranger = model.name not in known_models() and model.sources[0].lora is None
+    if stranger and not is_here(model.sources[0]) and holds_lora(model.name, console.warn):
+        return Model(model.name, sources=(lora_source(model.name),))
+    return model
 
 
 def _distinct(models: "list[Model]") -> "list[Source]":

@@ -3,6 +3,7 @@
 import os
 import re
 import tomllib
+from collections.abc import Collection
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
@@ -11,6 +12,7 @@ from typing import Any
 
 from sana_cli.errors import SanaError, UsageError
 from sana_cli.shapes import SizeRequest, nearest_class, squares_of
+from sana_cli.weights.layout import files_to_fetch, lora_to_fetch
 
 PACKAGE = Path(__file__).resolve().parents[1]
 DEFAULT_SIDE = 1024
@@ -28,6 +30,14 @@ class Source:
     folders: tuple[str, ...]
     variants: tuple[str, ...]  # suffixes of the weight files, "" for none; the first there is taken
     bytes: int = 0  # of the tensors; 0 where nobody has counted
+    # Of a LoRA, which has no folders: the file that is meant, or "" for the repository's only one.
+    lora: str | None = None
+
+    def needs(self, present: Collection[str]) -> list[str]:
+        """Of the files in the repository those to fetch. BrokenModel if what it is for lacks."""
+        if self.lora is not None:
+            return lora_to_fetch(present, self.lora)
+        return files_to_fetch(present, self.folders, self.variants)
 
 
 @dataclass(frozen=True)
@@ -122,6 +132,12 @@ def choose_model(name: str | None, request: SizeRequest | None) -> Model:
     if HUB_ID.fullmatch(name):
         return Model(name, sources=(Source(name, "main", TRANSFORMER + TEXT + VAE, ANY),))
     raise unknown_model(name)
+
+
+def model_of(architecture: str, side: int) -> Model:
+    """The released model of an architecture (`weights.toml`), that of `side` if there is one."""
+    models = [m for m in known_models().values() if m.architecture == architecture]
+    return min(models, key=lambda model: (model.side != side, model.side != DEFAULT_SIDE))
 
 
 def unknown_model(name: str) -> UsageError:

@@ -7,6 +7,7 @@ import types
 import typing
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +21,7 @@ from sana_cli.weights.layout import Tensors, read_json
 
 Config = TypeVar("Config")
 WEIGHT_DTYPES = {torch.float32, torch.float16, torch.bfloat16, torch.float64}
+FLOATS = ("F64", "F32", "F16", "BF16")  # the same, as safetensors calls them
 NAMES_SHOWN = 8
 LARGEST_NUMBER = 2**20  # no number of a config is negative, infinite or near this
 
@@ -87,7 +89,7 @@ def load_weights(
     seen: set[str] = set()
     problems: list[str] = []
     for path in files:
-        for full_name, tensor in _tensors(path, only):
+        for full_name, tensor in read_tensors(path, only):
             name = full_name.removeprefix(prefix)
             if name not in expected:
                 problems.append(f"unexpected {only}{name}")
@@ -100,8 +102,6 @@ def load_weights(
                 problems.append(f"{only}{name} has dtype {tensor.dtype}")
             else:
                 loaded[name] = tensor if dtype is None else tensor.to(dtype)
-                if loaded[name] is not tensor and isinstance(path, Path):
-                    forget_pages(tensor)
             seen.add(name)
     problems += [f"missing {only}{name}" for name in expected if name not in seen]
     if problems:
@@ -134,15 +134,28 @@ def move(
     return model.to(device)
 
 
-def _tensors(path: Path | Tensors, only: str) -> Iterator[tuple[str, Tensor]]:
-    if not isinstance(path, Path):
-        yield from path.tensors(only)
+def read_tensors(source: Path | Tensors, only: str) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a file or of another source whose names begin with `only`, which is stripped.
+
+    Those of a file are mapped, and no longer in memory once the next one is asked for.
+    """
+    if not isinstance(source, Path):
+        yield from source.tensors(only)
         return
+    with open_safetensors(source) as file:
+        for name in file.keys():  # noqa: SIM118 - not a dict
+            if name.startswith(only):
+                tensor = file.get_tensor(name)
+                yield name.removeprefix(only), tensor
+                forget_pages(tensor)
+
+
+@contextmanager
+def open_safetensors(path: Path) -> Iterator[Any]:
+    """The reader of a safetensors file; BrokenModel if it is none, or is cut off."""
     try:
         with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - not a dict
-                if name.startswith(only):
-                    yield name.removeprefix(only), file.get_tensor(name)
+            yield file
     except (SafetensorError, OSError, ValueError) as error:
         raise BrokenModel(
             f"{path} is not a whole safetensors file: {error}", "download it again"

@@ -21,7 +21,7 @@ from sana_cli.reporter import TransferReporter
 from sana_cli.units import gigabytes
 from sana_cli.weights.catalogue import Source
 from sana_cli.weights.hub_cache import Digest, pinned_commit, record, repo_folder
-from sana_cli.weights.layout import files_to_fetch
+from sana_cli.weights.layout import INDEX
 
 Result = TypeVar("Result")
 
@@ -80,27 +80,42 @@ def list_source(source: Source, note: Callable[[str], None], newest: bool = Fals
 
     MissingModel if the hub cannot be reached or does not give them.
     """
-    from huggingface_hub import HfApi
-
     revision = source.revision if newest else pinned_commit(source) or source.revision
     with _explained(source.repo):
-        info = _again(
-            lambda: HfApi().model_info(
-                source.repo, revision=revision, files_metadata=True, timeout=_timeout()
-            ),
-            note,
-        )
-        sizes = {}
-        for sibling in info.siblings or []:
-            if sibling.lfs is not None:
-                sizes[sibling.rfilename] = Digest(sibling.lfs.size, "sha256", sibling.lfs.sha256)
-            elif sibling.size is not None and sibling.blob_id:
-                sizes[sibling.rfilename] = Digest(sibling.size, "git", sibling.blob_id)
-        names = files_to_fetch(sizes, source.folders, source.variants)
-    commit = info.sha or revision
+        commit, present = _present(source.repo, revision, note)
+        names = source.needs(present)
     return Listing(
-        source, commit, [RemoteFile(source.repo, commit, name, sizes[name]) for name in names]
+        source, commit, [RemoteFile(source.repo, commit, name, present[name]) for name in names]
     )
+
+
+def holds_lora(repo: str, note: Callable[[str], None]) -> bool:
+    """Whether a repository on the hub is a LoRA's and not a model's."""
+    with _explained(repo):
+        _, present = _present(repo, "main", note)
+    folders = {name.partition("/")[0] for name in present}
+    return not folders & {INDEX, "transformer"} and any(n.endswith(".safetensors") for n in present)
+
+
+def _present(
+    repo: str, revision: str, note: Callable[[str], None]
+) -> tuple[str, dict[str, Digest]]:
+    """The commit that a revision means now, and what the hub says of the files in it."""
+    from huggingface_hub import HfApi
+
+    info = _again(
+        lambda: HfApi().model_info(
+            repo, revision=revision, files_metadata=True, timeout=_timeout()
+        ),
+        note,
+    )
+    present = {}
+    for sibling in info.siblings or []:
+        if sibling.lfs is not None:
+            present[sibling.rfilename] = Digest(sibling.lfs.size, "sha256", sibling.lfs.sha256)
+        elif sibling.size is not None and sibling.blob_id:
+            present[sibling.rfilename] = Digest(sibling.size, "git", sibling.blob_id)
+    return info.sha or revision, present
 
 
 def fetch(listings: list[Listing], report: TransferReporter) -> None:

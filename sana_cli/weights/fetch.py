@@ -7,6 +7,8 @@ from sana_cli.system.signals import leaving_in_order
 from sana_cli.weights.hub_cache import find_parts, source_parts
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from sana_cli.reporter import Reporter
     from sana_cli.weights.catalogue import Model, Source
     from sana_cli.weights.download import Listing
@@ -50,6 +52,27 @@ def fetch_parts(model: "Model", reporter: "Reporter", offline: bool) -> "Parts":
             f"sana models verify {model.name}",
         )
     return parts
+
+
+def fetch_lora(source: "Source", reporter: "Reporter", offline: bool) -> "Path":
+    """The LoRA file of a source (`lora_choice.lora_source`), fetched if it is not here."""
+    from sana_cli.weights.hub_cache import find_lora
+
+    path = find_lora(source)
+    if path is None:
+        name = "/".join(filter(None, (source.repo, source.lora)))
+        if offline or no_network():
+            raise MissingModel(
+                f"the LoRA {name} is not on this machine",
+                f"fetch it once, with a network: sana models pull {name}",
+            )
+        listings = list_sources([source], reporter)
+        reporter.info(f"fetching the LoRA {listings[0].files[0].name} of {source.repo}")
+        transfer(listings, reporter)
+        path = find_lora(source)
+        if path is None:
+            raise MissingModel(f"{name} was fetched and is still not whole", "try again later")
+    return path
 
 
 def list_sources(

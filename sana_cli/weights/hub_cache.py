@@ -19,7 +19,15 @@ from typing import Any
 
 from sana_cli.errors import BrokenModel, SanaError
 from sana_cli.weights.catalogue import Model, Source
-from sana_cli.weights.layout import CONFIGS, INDEX, Parts, files_to_fetch, find_part, folder_parts
+from sana_cli.weights.layout import (
+    CONFIGS,
+    INDEX,
+    LORA,
+    Parts,
+    beside_lora,
+    find_part,
+    folder_parts,
+)
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -111,6 +119,26 @@ def source_parts(source: Source) -> Parts | None:
     return parts if whole else None
 
 
+def find_lora(source: Source) -> Path | None:
+    """The LoRA file of a source if it is whole on this machine, else None.
+
+    For a repository's only one the lock has to tell which that is, unless it has diffusers' name:
+    others may be on the hub that were never fetched.
+    """
+    place = snapshot(source)
+    if place is None:
+        return None
+    known = {name: digest for name, digest in digests(source).items() if _belongs(name, source)}
+    file = next((n for n in known if n.endswith(".safetensors")), source.lora or LORA)
+    whole = all(_size(place / name) == digest.size for name, digest in known.items())
+    return place / file if whole and (place / file).is_file() else None
+
+
+def is_here(source: Source) -> bool:
+    found = source_parts(source) if source.lora is None else find_lora(source)
+    return found is not None
+
+
 def _size(path: Path) -> int:
     try:
         return path.stat().st_size
@@ -172,7 +200,8 @@ def forget(source: Source, names: list[str]) -> None:
 
 
 def _key(source: Source) -> str:
-    return f"{source.repo}@{source.revision}"
+    # The only LoRA of a repository has a pin of its own, so that the lock tells which file it is.
+    return f"{source.repo}@{source.revision}" + (":lora" if source.lora == "" else "")
 
 
 @contextmanager
@@ -202,7 +231,7 @@ def stored_files(source: Source) -> dict[str, Path]:
     names = {path.relative_to(place).as_posix() for path in place.rglob("*") if path.is_file()}
     ours = {name for name in digests(source) if _belongs(name, source)}
     try:  # without a lock, what would be fetched if the hub had no more than this
-        ours = ours or set(files_to_fetch(names, source.folders, source.variants))
+        ours = ours or set(source.needs(names))
     except BrokenModel:
         ours = {name for name in names if _belongs(name, source)}
     return {name: place / name for name in sorted(names & ours)}
@@ -220,6 +249,8 @@ def damaged_files(source: Source) -> list[str]:
 
 
 def _belongs(name: str, source: Source) -> bool:
+    if source.lora is not None:
+        return source.lora == "" or name in (source.lora, beside_lora(source.lora))
     return (name.split("/")[0] if name != INDEX else "transformer") in source.folders
 
 

@@ -15,7 +15,7 @@ import json
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 from sana_cli.errors import BrokenModel
@@ -33,6 +33,12 @@ STEMS = {
     "vae": "diffusion_pytorch_model",
     "text_encoder": "model",
 }
+LORA = "pytorch_lora_weights.safetensors"  # as diffusers calls it
+ADAPTER_CONFIG = (
+    "adapter_config.json"  # beside one that PEFT has saved, with the scale of its update
+)
+PICKLES = (".bin", ".pth", ".pt", ".ckpt")
+SHOWN = 6  # names of files in a message
 ANY_VARIANT = ("", "bf16", "fp16")  # of a folder that nobody has described: the plain ones first
 
 
@@ -80,9 +86,7 @@ def find_part(folder: Path, variants: tuple[str, ...] = ANY_VARIANT) -> Part:
             return Part(folder, (folder / single,))
         if (folder / index).is_file():
             return Part(folder, tuple(_shards(folder, folder / index)))
-    pickles = sorted(
-        p.name for p in folder.glob("*") if p.suffix in (".bin", ".pth", ".pt", ".ckpt")
-    )
+    pickles = sorted(p.name for p in folder.glob("*") if p.suffix in PICKLES)
     if pickles:
         raise BrokenModel(
             f"{folder} holds only {pickles[0]}, a pickle, which is never loaded",
@@ -91,6 +95,16 @@ def find_part(folder: Path, variants: tuple[str, ...] = ANY_VARIANT) -> Part:
     raise BrokenModel(
         f"{folder / weight_names(stem, variants[0])[0]} is missing", "is the download complete?"
     )
+
+
+def refuse_pickle(path: Path) -> None:
+    """BrokenModel if a file is a pickle, by its name or by its first bytes."""
+    with path.open("rb") as file:
+        start = file.read(4)
+    # The length of a safetensors header can begin alike, but is followed by zeros.
+    pickled = start[:1] == b"\x80" and start[1:2] in (b"\2", b"\3", b"\4", b"\5") and any(start[2:])
+    if path.suffix in PICKLES or start == b"PK\3\4" or pickled:
+        raise BrokenModel(f"{path} is a pickle, which is never loaded", "convert it to safetensors")
 
 
 def weight_names(stem: str, variant: str) -> tuple[str, str]:
@@ -129,6 +143,39 @@ def _weights_to_fetch(present: Collection[str], stem: str, variants: tuple[str, 
         f"the repository has no {weight_names(stem, variants[0])[0]}",
         "is it in the diffusers layout?",
     )
+
+
+def lora_to_fetch(present: Collection[str], file: str) -> list[str]:
+    """Of the file names in a repository the LoRA called `file`, with PEFT's config if it has one.
+
+    For "" it is the one that diffusers would take, or the only one. BrokenModel if it is not there.
+    """
+    found = sorted(n for n in present if n.endswith(".safetensors") and ".." not in n.split("/"))
+    several = ", ".join(found[:SHOWN]) + (" and more" if len(found) > SHOWN else "")
+    if file and file not in found:
+        raise BrokenModel(
+            f"the repository has no {file}",
+            f"it has {several}" if found else "it has no .safetensors file",
+        )
+    if not file and INDEX in present and LORA not in found:
+        raise BrokenModel("the repository is a whole model, not a LoRA", "give it to --model")
+    if not file and LORA not in found and len(found) > 1:
+        raise BrokenModel(
+            f"the repository has several LoRAs: {several}", "name one: OWNER/NAME/FILE"
+        )
+    if not found:
+        pickled = any(name.endswith(PICKLES) for name in present)
+        raise BrokenModel(
+            f"the repository has no .safetensors file{', only pickles' if pickled else ''}",
+            "is it a LoRA's?",
+        )
+    chosen = file or (LORA if LORA in found else found[0])
+    return [name for name in (chosen, beside_lora(chosen)) if name in present]
+
+
+def beside_lora(file: str) -> str:
+    """The name of PEFT's config of a LoRA file, in the same folder."""
+    return str(PurePosixPath(file).with_name(ADAPTER_CONFIG))
 
 
 def read_json(path: Path) -> dict[str, Any]:

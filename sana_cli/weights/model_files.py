@@ -10,10 +10,12 @@ from sana_cli.models.dit import DiTConfig
 from sana_cli.models.gemma import GemmaConfig
 from sana_cli.weights.catalogue import Model
 from sana_cli.weights.checkpoint import read_config
-from sana_cli.weights.layout import INDEX, Parts, read_json
+from sana_cli.weights.layout import INDEX, Part, Parts, read_json
+from sana_cli.weights.single_file import SingleFile, architecture_of, native_side
 
-SPRINT = "SanaSprintPipeline"
-KINDS = ("SanaPipeline", SPRINT)
+# diffusers' pipelines over the same networks, the one that every model can be drawn with first.
+PIPELINES = ("SanaPipeline", "SanaPAGPipeline", "SanaControlNetPipeline")
+SPRINT_PIPELINES = ("SanaSprintPipeline", "SanaSprintImg2ImgPipeline")
 
 
 @dataclass(frozen=True)
@@ -52,16 +54,39 @@ def open_model(parts: Parts) -> ModelFiles:
     """Read every config of a model, no weights. BrokenModel names what is wrong."""
     index = parts["transformer"].folder.parent / INDEX
     kind = read_json(index).get("_class_name")
-    if kind not in (None, *KINDS):
-        raise BrokenModel(f"{index} names a {kind}", f"only {' and '.join(KINDS)} can be drawn")
+    known = (*PIPELINES, *SPRINT_PIPELINES)
+    if kind not in (None, *known):
+        raise BrokenModel(f"{index} names a {kind}", f"only {', '.join(known)} can be drawn")
     dit, strange = read_config(DiTConfig, parts["transformer"].config)
-    if dit.guidance_embeds != (kind == SPRINT):
+    if dit.guidance_embeds != (kind in SPRINT_PIPELINES):
         has = "has" if dit.guidance_embeds else "lacks"
         raise BrokenModel(
             f"{parts['transformer'].config} {has} guidance_embeds, but {INDEX} names"
             f" {kind or 'no kind'}"
         )
-    vae, more = read_config(DCAEConfig, parts["vae"].config)
+    vae, text, more = _around(dit, parts)
+    shift = None if kind in SPRINT_PIPELINES else _flow_shift(parts["scheduler"].folder)
+    return ModelFiles(parts, dit, vae, text, shift, (*strange, *more))
+
+
+def open_single_file(file: SingleFile, shared: Parts, side: int | None = None) -> ModelFiles:
+    """The model of a transformer in one file, behind the text encoder and autoencoder in `shared`.
+
+    Its config and flow shift are those of the released architecture that its shapes have, at the
+    native `side` in pixels: see `native_side` for what is taken where none is given.
+    """
+    known = architecture(architecture_of(file), native_side(file) if side is None else side)
+    parts = shared | {"transformer": Part(file.path.parent, (file,))}
+    vae, text, unknown = _around(known.dit, parts)
+    return ModelFiles(parts, known.dit, vae, text, known.flow_shift, tuple(unknown))
+
+
+def _around(dit: DiTConfig, parts: Parts) -> tuple[DCAEConfig, GemmaConfig, list[str]]:
+    """The configs of the networks around a transformer, and keys there that are unknown.
+
+    BrokenModel if they do not go together.
+    """
+    vae, unknown = read_config(DCAEConfig, parts["vae"].config)
     path = parts["text_encoder"].config
     text, _ = read_config(GemmaConfig, path)
     if text.hidden_size != dit.caption_channels:
@@ -74,8 +99,7 @@ def open_model(parts: Parts) -> ModelFiles:
             f"{parts['vae'].config}: {vae.latent_channels} latent channels, the transformer's"
             f" are {dit.in_channels} in and {dit.out_channels} out"
         )
-    shift = None if kind == SPRINT else _flow_shift(parts["scheduler"].folder)
-    return ModelFiles(parts, dit, vae, text, shift, (*strange, *more))
+    return vae, text, unknown
 
 
 def _flow_shift(folder: Path) -> float:

@@ -131,3 +131,31 @@ def test_weights_that_are_converted_are_not_held_twice(tmp_path, at):
     grown = resident_bytes() - before
     assert torch.equal(model.weight, stored.float())
     assert 128 * megabytes <= grown + 8 * megabytes and grown < 160 * megabytes
+
+
+@pytest.mark.parametrize(
+    ("kind", "model"),
+    [
+        ("SanaPAGPipeline", "tiny_model"),
+        ("SanaControlNetPipeline", "tiny_model"),
+        ("SanaSprintImg2ImgPipeline", "tiny_sprint"),
+    ],
+)
+def test_pipelines_over_the_same_networks_open(request, tmp_path, kind, model):
+    """A ControlNet beside the networks is left alone."""
+    folder = shutil.copytree(request.getfixturevalue(model), tmp_path / "model")
+    plain = open_model(folder_parts(folder))
+    index = folder / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"_class_name": kind}))
+    (folder / "controlnet").mkdir()
+    (folder / "controlnet" / "config.json").write_text("{}")
+    assert open_model(folder_parts(folder)) == plain
+
+
+@pytest.mark.parametrize("kind", ["SanaVideoPipeline", "SanaSprintImg2ImgPipeline"])
+def test_pipelines_over_other_networks_do_not(tiny_model, tmp_path, kind):
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    index = folder / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"_class_name": kind}))
+    with pytest.raises(BrokenModel, match=kind):
+        open_model(folder_parts(folder))
