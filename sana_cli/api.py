@@ -133,8 +133,13 @@ class Pipeline:
         seeds = [seed] if isinstance(seed, int) else seed
         numbers = parse_seeds(None if seeds is None else ",".join(map(str, seeds)), count)
         for name, one in PER_CALL.items():
-            if one.kind is str and isinstance(settings.get(name), int | os.PathLike):
+            value = settings.get(name)
+            if one.kind is str and not one.repeated and isinstance(value, int | os.PathLike):
                 settings[name] = str(settings[name])  # res=512, image=Path(…)
+            if one.repeated and name in settings:
+                given = settings[name]
+                several = [given] if isinstance(given, str | os.PathLike) else given or ()
+                settings[name] = tuple(map(str, several))
         prompts = [prompt] if isinstance(prompt, str) else prompt
         asked = [Settings(text, **self._settings | settings) for text in prompts]
         if not asked:

@@ -40,6 +40,7 @@ class Recipe:
     image_fit: str | None = None  # "crop", "pad" or "stretch"; None stretches, as version 0.1 did
     mask: str | None = None  # SHA-256 of where to repaint, a byte of 0 or 255 a pixel
     outpaint: str | None = None  # pixels added to the input image: "left,top,right,bottom"
+    lora: str | None = None  # SHA-256 and scale of each LoRA: "hash:0.8,hash:1.0"
     pag: float | None = None  # scale of perturbed-attention guidance; None for none
     pag_layer: int | None = None  # the transformer block that it perturbs
     pag_adaptive: float | None = None  # what the scale loses with a timestep; None for nothing
@@ -50,6 +51,24 @@ class Recipe:
         first = list(values).index("image_fit")
         later = {name for i, name in enumerate(values) if i >= first and values[name] is None}
         return {name: value for name, value in values.items() if name not in later}
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA by the SHA-256 of its file, and the factor of its update."""
+
+    sha256: str
+    scale: float
+
+    def __str__(self) -> str:
+        return f"{self.sha256}:{self.scale}"
+
+
+def adapters_of(recipe: Recipe) -> tuple[Adapter, ...]:
+    """The LoRAs of a recipe, in order."""
+    words = recipe.lora.split(",") if recipe.lora else []
+    pairs = (word.rpartition(":") for word in words)
+    return tuple(Adapter(sha256, float(scale)) for sha256, _, scale in pairs)
 
 
 def parse_seeds(text: str | None, count: int | None) -> list[int]:

@@ -5,17 +5,19 @@ import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from sana_cli.errors import SanaError, UsageError
 from sana_cli.images.files import read
 from sana_cli.images.masks import Margins, parse_outpaint, read_mask
 from sana_cli.instruction import INSTRUCTION
-from sana_cli.recipe import Recipe
+from sana_cli.recipe import Adapter, Recipe
 from sana_cli.settings import Settings
 from sana_cli.shapes import Canvas, SizeRequest, choose_canvas, parse_aspect, parse_resolution
 from sana_cli.weights.catalogue import Model, choose_model, known_models
 from sana_cli.weights.hub_cache import commit_of
+from sana_cli.weights.lora_choice import LoraChoice, parse_lora
 
 if TYPE_CHECKING:
     import numpy as np
@@ -52,7 +54,7 @@ class InputImage:
     convention: str = ""  # of a mask: what is repainted
 
 
-class InputImages(Mapping[str, "np.ndarray"]):
+class Inputs(Mapping[str, "np.ndarray"]):
     """Input images by SHA-256: uint8 RGB (height, width, 3), or a mask (height, width).
 
     The image and the mask used last stay in memory; any other is read again when it is used, so
@@ -64,6 +66,7 @@ class InputImages(Mapping[str, "np.ndarray"]):
         # By role, path, size and time of change.
         self._by_file: dict[tuple[str, str, int, int], InputImage] = {}
         self._last: dict[str, tuple[str, np.ndarray]] = {}  # by role
+        self.loras: dict[str, Path] = {}  # files by SHA-256
 
     def add(self, path: str, role: Role = "init") -> InputImage:
         """Read an image, unless its file is as it was when it was added. UsageError if it cannot
@@ -87,7 +90,7 @@ class InputImages(Mapping[str, "np.ndarray"]):
     def _read(self, path: str, role: Role) -> "tuple[np.ndarray, str]":
         return (read(path), "") if role == "init" else read_mask(path, alpha=role == "alpha")
 
-    def inputs(self) -> list[InputImage]:
+    def images(self) -> list[InputImage]:
         """All images that were added, each once."""
         return list(self._inputs.values())
 
@@ -119,6 +122,8 @@ class Resolution:
     image: InputImage | None = None
     mask: InputImage | None = None
     margins: Margins | None = None
+    loras: tuple[LoraChoice, ...] = ()
+    adapters: tuple[Adapter, ...] | None = None  # of the LoRAs, once their files are here
 
     def sampler(self, files: "ModelFiles | None" = None) -> Sampler:
         """Resolve the sampler. `files` are needed where only they tell what kind the model is."""
@@ -166,6 +171,7 @@ class Resolution:
             image_fit=(asked.image_fit or "crop") if self.image else None,
             mask=self.mask.sha256 if self.mask else None,
             outpaint=",".join(map(str, self.margins)) if self.margins else None,
+            lora=",".join(map(str, self.adapters or ())) or None,
             **self._pag(files),
         )
 
@@ -188,7 +194,7 @@ class Resolution:
         return [first, *(replace(first, seed=seed) for seed in seeds[1:])]
 
 
-def resolve(settings: Settings, images: InputImages) -> Resolution:
+def resolve(settings: Settings, images: Inputs) -> Resolution:
     """Resolve settings as far as the catalogue allows; the input image is added to `images`.
 
     UsageError for everything that can be wrong with settings, if the model's kind is known.
@@ -196,7 +202,8 @@ def resolve(settings: Settings, images: InputImages) -> Resolution:
     request = parse_resolution(settings.res) if settings.res is not None else None
     aspect = parse_aspect(settings.ar) if settings.ar is not None else None
     model = choose_model(settings.model, request)
-    resolution = Resolution(settings, model, request, aspect)
+    loras = tuple(map(parse_lora, settings.lora))
+    resolution = Resolution(settings, model, request, aspect, loras=loras)
     if model.solver is not None:
         resolution.sampler()
     if settings.image is not None:
@@ -206,7 +213,7 @@ def resolve(settings: Settings, images: InputImages) -> Resolution:
     return resolution
 
 
-def _with_image(resolution: Resolution, path: str, images: InputImages) -> Resolution:
+def _with_image(resolution: Resolution, path: str, images: Inputs) -> Resolution:
     """Add the input image, its mask and margins; they decide the size where nothing else does."""
     asked, request = resolution.settings, resolution.request
     image = images.add(path)

@@ -8,19 +8,19 @@ queue.
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sana_cli.errors import SanaError
+from sana_cli.recipe import Adapter, adapters_of
 from sana_cli.reporter import LogReporter, Reporter
-from sana_cli.resolve import InputImages, resolve
+from sana_cli.resolve import Inputs, Resolution, resolve
 from sana_cli.settings import Settings
 from sana_cli.weights.catalogue import Model
-from sana_cli.weights.fetch import open_or_fetch
+from sana_cli.weights.fetch import fetch_lora, open_or_fetch
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from sana_cli.images.metadata import Metadata
     from sana_cli.pipeline.draw import Event
     from sana_cli.pipeline.networks import Networks
@@ -36,8 +36,13 @@ class DrawRequest:
     model: Model
     files: "ModelFiles"
     recipes: "list[Recipe]"
-    images: InputImages = field(default_factory=InputImages)
+    inputs: Inputs = field(default_factory=Inputs)
     warnings: tuple[str, ...] = ()
+
+    def lora_names(self) -> list[tuple[str, float]]:
+        """The file and the scale of every LoRA, in order."""
+        adapters = adapters_of(self.recipes[0])
+        return [(str(self.inputs.loras[a.sha256]), a.scale) for a in adapters]
 
 
 class Session:
@@ -89,7 +94,7 @@ class Session:
             self._networks = Networks(self.keep_loaded)
         return self._networks
 
-    def cache_folder(self) -> "Path | None":
+    def cache_folder(self) -> Path | None:
         from sana_cli.system.folders import cache_folder
 
         return cache_folder() if self.cache else None
@@ -103,6 +108,30 @@ class Session:
         return Metadata(recipe, self.device, torch.__version__)
 
     # --- resolve and plan ----------------------------------------------------------------------
+
+    def with_loras(self, resolution: Resolution, inputs: Inputs, files: "ModelFiles") -> Resolution:
+        """Find the LoRAs of a resolution, fetching those that are not here, and identify them.
+
+        Their files are added to `inputs`. UsageError for one that does not fit the model.
+        """
+        if not resolution.loras:
+            return resolution
+        from sana_cli.weights.lora import fit, read_lora, remarks
+
+        adapters = []
+        for choice in resolution.loras:
+            place = choice.place
+            path = (
+                place if isinstance(place, Path) else fetch_lora(place, self.reporter, self.offline)
+            )
+            lora = read_lora(path)
+            names = fit(lora, files.dit)
+            if lora.sha256 not in inputs.loras:
+                for text in remarks(lora, files.dit, list(names)):
+                    self.reporter.warn(f"{choice.name}: {text}")
+            inputs.loras[lora.sha256] = path
+            adapters.append(Adapter(lora.sha256, choice.scale))
+        return replace(resolution, adapters=tuple(adapters))
 
     def open(self, model: Model, *, dry_run: bool = False) -> "ModelFiles":
         """Read the configs of a model, after fetching it if it is not on this machine.
@@ -119,12 +148,14 @@ class Session:
         The settings may differ in their prompts only. What is wrong with them is found before
         torch is imported; then the model is opened, and fetched unless this is a dry run.
         """
-        images = InputImages()
-        resolutions = [resolve(one, images) for one in settings]
+        inputs = Inputs()
+        resolutions = [resolve(one, inputs) for one in settings]
         first = resolutions[0]
         files = self.open(first.model, dry_run=dry_run)
+        adapters = self.with_loras(first, inputs, files).adapters
+        resolutions = [replace(one, adapters=adapters) for one in resolutions]
         recipes = [r for one in resolutions for r in one.recipes(files, self.device, seeds)]
-        return DrawRequest(first.model, files, recipes, images, first.sampler(files).warnings)
+        return DrawRequest(first.model, files, recipes, inputs, first.sampler(files).warnings)
 
     def plan(self, request: DrawRequest, *, predict: bool = False) -> "Plan":
         """Plan how this machine draws a request, and report it.
@@ -193,7 +224,8 @@ class Session:
                     request.files,
                     plan or self.plan(request),
                     networks=self.networks,
-                    images=request.images,
+                    images=request.inputs,
+                    loras=request.inputs.loras,
                     cache=self.cache_folder(),
                 )
             finally:

@@ -127,6 +127,12 @@ class Settings:
         kept=False,
         help="Grow the canvas of --image by so many pixels on each side, and paint them.",
     )
+    lora: tuple[str, ...] = option(
+        (),
+        metavar="FILE|REPO[/FILE][:SCALE]",
+        kept=False,  # a list has no form in variables and one-line settings
+        help="Add a LoRA, at a scale if not 1; may be repeated. OWNER/NAME is one on the hub.",
+    )
     pag: float | None = option(
         None,
         metavar="SCALE",
@@ -292,8 +298,9 @@ class Declared:
     """An option with what its field says: the whole of a declaration."""
 
     name: str
-    kind: type  # str, int, float or bool
+    kind: type  # str, int, float or bool; of each value, if it is repeated
     optional: bool  # whether None leaves the choice to others
+    repeated: bool  # whether several values may be given
     default: Any
     option: Option
 
@@ -308,11 +315,12 @@ def _declared(one: "Field[Any]") -> Declared | None:
     if "option" not in one.metadata:
         return None
     optional = isinstance(one.type, types.UnionType)
-    kind = next(t for t in typing.get_args(one.type) if t is not type(None)) if optional else None
+    repeated = typing.get_origin(one.type) is tuple
+    inner = [kind for kind in typing.get_args(one.type) if kind not in (type(None), ...)]
+    kind = inner[0] if inner else None
     default = None if one.default is MISSING else one.default
-    return Declared(
-        one.name, kind or typing.cast(type, one.type), optional, default, one.metadata["option"]
-    )
+    kind = kind or typing.cast(type, one.type)
+    return Declared(one.name, kind, optional, repeated, default, one.metadata["option"])
 
 
 def choices(name: str) -> tuple[str, ...]:

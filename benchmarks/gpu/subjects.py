@@ -24,15 +24,13 @@ def described(
 ) -> tuple[Any, Any]:
     """Return a recipe and the files of a model; all but the bundled one get random weights."""
     from sana_cli.bench.random_weights import random_model
-    from sana_cli.resolve import InputImages, resolve
+    from sana_cli.resolve import Inputs, resolve
     from sana_cli.settings import Settings
     from sana_cli.weights.hub_cache import find_parts
     from sana_cli.weights.model_files import open_model
 
     words = {"steps": 2, "dtype": dtype, "text_precision": "auto"} | (settings or {})
-    resolution = resolve(
-        Settings(PROMPT, model=model, res=size, fit="exact", **words), InputImages()
-    )
+    resolution = resolve(Settings(PROMPT, model=model, res=size, fit="exact", **words), Inputs())
     found = find_parts(resolution.model)
     if model == "demo" and found:
         files = open_model(found)

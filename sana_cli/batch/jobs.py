@@ -22,7 +22,7 @@ from sana_cli.batch.templates import alternatives, columns_of, fill
 from sana_cli.errors import SanaError, UsageError
 from sana_cli.images.names import Output, check_size, parse_job_name
 from sana_cli.recipe import MOST_IMAGES, SEED_LIMIT, Recipe, parse_seeds
-from sana_cli.resolve import InputImages, Resolution, resolve
+from sana_cli.resolve import Inputs, Resolution, resolve
 from sana_cli.settings import Settings
 from sana_cli.weights.catalogue import Model
 
@@ -70,7 +70,7 @@ class RowReader:
         self.template, self.expanded = template, expanded
         self.filled = columns_of(template, expanded) if template is not None else []
         self.used = {*self.filled, *output.columns}  # columns beside the fields of a row
-        self.images = InputImages()
+        self.inputs = Inputs()
 
     def read(self, found: Iterable[RowOrFault]) -> tuple[list[JobSpec], list[Fault]]:
         specs: list[JobSpec] = []
@@ -100,7 +100,7 @@ class RowReader:
             raise UsageError(f"--count {count} is not between 1 and {MOST_IMAGES}")
         seeds = parse_seeds(seed, count) if seed is not None else None
         for prompt in self._prompts(row):
-            resolution = resolve(Settings(**given | {"prompt": prompt}), self.images)
+            resolution = resolve(Settings(**given | {"prompt": prompt}), self.inputs)
             yield JobSpec(row, resolution, seeds, count or 1, output, own)
 
     def _prompts(self, row: Row) -> list[str]:
@@ -154,17 +154,19 @@ class JobBuilder:
     def build(
         self,
         specs: Iterable[JobSpec],
-        files_of: Callable[[Model], "ModelFiles"],
+        prepare: Callable[[Resolution], "tuple[Resolution, ModelFiles]"],
         device: str,
         survived: type[SanaError] = UsageError,
     ) -> tuple[list[Job], list[Fault]]:
-        """Build the jobs of some specs. Errors of the kind `survived` are faults of a row; others
+        """Build the jobs of some specs. `prepare` gives the files of a model, and identifies the
+        LoRAs of a resolution. Errors of the kind `survived` are faults of a row; others
         are raised."""
         jobs: list[Job] = []
         faults: list[Fault] = []
         for spec in specs:
             try:
-                jobs += self._jobs(spec, files_of(spec.resolution.model), device)
+                resolution, files = prepare(spec.resolution)
+                jobs += self._jobs(replace(spec, resolution=resolution), files, device)
             except survived as error:
                 faults.append(fault(spec.row, error))
         return jobs, faults

@@ -21,7 +21,9 @@ from sana_cli.errors import UsageError
 from sana_cli.settings import declared
 
 FORMATS = ("txt", "jsonl", "csv", "tsv")
-KINDS = {name: one.kind for name, one in declared().items() if one.option.column}
+COLUMNS = {name: one for name, one in declared().items() if one.option.column}
+KINDS = {name: one.kind for name, one in COLUMNS.items()}
+REPEATED = {name for name, one in COLUMNS.items() if one.repeated}
 FIELDS = ("prompt", *KINDS, "output")
 TRUTH = {"true": True, "yes": True, "on": True, "1": True}
 TRUTH |= {"false": False, "no": False, "off": False, "0": False}
@@ -189,6 +191,9 @@ def _convert(name: str, value: Any) -> Any:
         if isinstance(value, list) and value and all(_is_integer(item) for item in value):
             return ",".join(map(str, value))
         return _whole(_as_text(value))
+    if name in REPEATED:
+        values = value if isinstance(value, list) else _as_text(value).split(";")
+        return tuple(_as_text(one) for one in values if _as_text(one))
     kind = KINDS.get(name, str)
     if kind is bool:
         truth = TRUTH.get(_as_text(value).lower())

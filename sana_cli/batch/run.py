@@ -16,6 +16,7 @@ from sana_cli.batch.rows import Fault, RowOrFault
 from sana_cli.batch.shards import Shard
 from sana_cli.errors import FAILURES, MissingModel, SanaError, UsageError
 from sana_cli.images.names import check_quality
+from sana_cli.resolve import Resolution
 from sana_cli.session import Session
 from sana_cli.settings import FileOptions
 from sana_cli.system.signals import Asked
@@ -165,15 +166,17 @@ class Batch:
         if self.manifest is None and fetch:
             yield from self._rehearse(specs, len(rows))
 
-        def files_of(model: Model) -> "ModelFiles":
+        def prepare(resolution: Resolution) -> "tuple[Resolution, ModelFiles]":
+            model = resolution.model
             if model not in self.files:
                 text = f"model {model.name} ({model.source}), licence {model.licence}"
                 self.session.reporter.info(text)
                 self.files[model] = self.session.open(model, dry_run=not fetch)
-            return self.files[model]
+            files, inputs = self.files[model], self.reader.inputs
+            return self.session.with_loras(resolution, inputs, files), files
 
         survived = UsageError if self.manifest is None else SanaError
-        jobs, faults = self.builder.build(specs, files_of, device, survived)
+        jobs, faults = self.builder.build(specs, prepare, device, survived)
         faults += self._too_long_for_jpeg(jobs)
         yield from self._settle(faults, len(rows))
         if self.manifest is None and jobs:
@@ -195,7 +198,9 @@ class Batch:
                 for model in models:
                     known[model] = self.session.open(model, dry_run=True)
                 device = self.session.device
-                _, faults = self.builder.copy().build(specs, known.__getitem__, device)
+                _, faults = self.builder.copy().build(
+                    specs, lambda resolution: (resolution, known[resolution.model]), device
+                )
                 yield from self._settle(faults, rows)
 
     def _too_long_for_jpeg(self, jobs: list[Job]) -> list[Fault]:
@@ -305,7 +310,7 @@ class Batch:
             self.session,
             self.manifest,
             self.files.__getitem__,
-            self.reader.images,
+            self.reader.inputs,
             self.options,
             lambda: bool(asked),
         )

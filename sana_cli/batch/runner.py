@@ -13,7 +13,7 @@ from sana_cli.errors import BrokenModel, DiskFull, NotEnoughMemory, SanaError
 from sana_cli.images.files import encode, write
 from sana_cli.pipeline.draw import Failure, ImageDone, Progress
 from sana_cli.pipeline.oom_retry import Notice
-from sana_cli.resolve import InputImages
+from sana_cli.resolve import Inputs
 from sana_cli.session import DrawRequest, Session
 from sana_cli.settings import FileOptions
 from sana_cli.system.devices import peak_bytes
@@ -47,17 +47,17 @@ class Runner:
         session: Session,
         manifest: Manifest,
         files_of: Callable[[Model], ModelFiles],
-        images: InputImages,
+        inputs: Inputs,
         options: FileOptions,
         stopping: Callable[[], bool],
     ) -> None:
         """`stopping` asks for an end after the current image."""
         self.session, self.manifest, self.files_of = session, manifest, files_of
-        self.images, self.options, self.stopping = images, options, stopping
+        self.inputs, self.options, self.stopping = inputs, options, stopping
         self.before = 0.0  # when the last image was saved
 
     def run(self, jobs: Iterable[Job]) -> Iterator[RunEvent]:
-        """Run jobs, all with one model and one precision together, in the order of the first.
+        """Run jobs, all with the same networks together, in the order of the first of each.
 
         SanaError if no more can be drawn or saved; what was reported as saved is on disk.
         """
@@ -70,8 +70,8 @@ class Runner:
         groups: dict[tuple, list[Job]] = {}
         for job in jobs:
             recipe = job.recipe
-            precision = (recipe.text_dtype, recipe.dit_dtype, recipe.vae_dtype)
-            groups.setdefault((job.model, precision), []).append(job)
+            networks = (recipe.text_dtype, recipe.dit_dtype, recipe.vae_dtype, recipe.lora)
+            groups.setdefault((job.model, networks), []).append(job)
         count = sum(map(len, groups.values()))
         self.before = time.perf_counter()
         for group in groups.values():
@@ -103,7 +103,7 @@ class Runner:
         under_way = False
         try:
             model, recipes = jobs[0].model, [job.recipe for job in jobs]
-            request = DrawRequest(model, self.files_of(model), recipes, self.images)
+            request = DrawRequest(model, self.files_of(model), recipes, self.inputs)
             for event in self.session.draw(request):
                 if isinstance(event, ImageDone | Failure):
                     job = left.pop(event.index)

@@ -61,11 +61,11 @@ def resolve_at(model: str | None, size: str | None, asked: dict[str, Any]) -> "R
 
     A model that is named draws any size, see `make_subject`.
     """
-    from sana_cli.resolve import InputImages, resolve
+    from sana_cli.resolve import Inputs, resolve
     from sana_cli.settings import Settings
 
     settings = Settings(PROMPT, model=model, res=None if model else size, **asked)
-    return resolve(settings, InputImages())
+    return resolve(settings, Inputs())
 
 
 def make_subject(

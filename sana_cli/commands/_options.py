@@ -58,6 +58,8 @@ def with_options(
 
 def plain(value: Any) -> Any:
     """The text of a choice; any other value as it is."""
+    if isinstance(value, list):
+        return tuple(map(plain, value))
     return value.value if isinstance(value, Enum) else value
 
 
@@ -68,6 +70,8 @@ def _enum(name: str, choices: tuple[str, ...]) -> Any:
 
 
 def _default(one: Declared) -> Any:
+    if one.repeated:
+        return list(one.default)
     if one.option.choices and one.default is not None:
         return _enum(one.name, one.option.choices)(one.default)
     return one.default
@@ -86,6 +90,8 @@ def _typed(one: Declared) -> Any:
         rich_help_panel=option.panel,
         autocompletion=COMPLETIONS.get(option.complete or ""),
     )
+    if one.repeated:
+        return Annotated[list[kind], described]
     return Annotated[kind | None if one.optional else kind, described]
 
 

@@ -27,7 +27,10 @@ if TYPE_CHECKING:
     Preview = Callable[..., None]  # of pixels, on a console
 
 # Fields of a recipe that no option sets directly, and so nobody would expect to have changed.
-UNTYPED = {"revision", "flow_shift", "instruction", "image", "text_dtype", "vae_dtype"}
+UNTYPED = {
+    *("revision", "flow_shift", "instruction", "text_dtype", "vae_dtype"),
+    *("image", "mask", "lora"),
+}
 STAGES = ("load", "encode", "image", "denoise", "decode", "save")
 
 
@@ -172,10 +175,11 @@ def _replayed(
 
     settings, _ = settings_of(recipe)
     typed = {name for name in values if was_typed(context, name)}
-    if "image" in recipe and recipe["image"] and "image" not in typed:
-        raise UsageError(
-            "the picture was drawn from another one, which is not inside it", "add --image FILE"
-        )
+    for name, what in (("image", "an image"), ("mask", "a mask"), ("lora", "a LoRA")):
+        if recipe.get(name) and name not in typed:
+            raise UsageError(
+                f"the image was drawn with {what}, which is not inside it", f"add --{name} FILE"
+            )
     if "model" in typed:  # another one has its own ways, and its own size
         for name in ("res", "solver", "steps", "guidance", "strength", "instruction"):
             settings.pop(name, None)
@@ -214,7 +218,10 @@ def _announce(request: "DrawRequest", device: str, console: "Console") -> None:
         f" instruction {'on' if first.instruction else 'off'}, on {device} in {precision}"
     )
     fitted = {"crop": "cropped", "pad": "padded", "stretch": "stretched"}
-    for image in request.images.inputs():
+    if first.lora:
+        for name, scale in request.lora_names():
+            console.info(f"LoRA {name} at scale {scale:g}")
+    for image in request.inputs.images():
         size = f"{image.width}x{image.height}"
         if image.role != "init":
             console.info(f"mask {image.path} ({size}): {image.convention}")
@@ -270,7 +277,7 @@ def _draw(
     from sana_cli.system.signals import leaving_in_order
     from sana_cli.ui import StageBars
 
-    seconds = {stage: 0.0 for stage in STAGES if stage != "image" or len(request.images)}
+    seconds = {stage: 0.0 for stage in STAGES if stage != "image" or len(request.inputs)}
     peaks: dict[str, int] = {}
     rows: list[dict[str, Any]] = []
     failures: list[Failure] = []

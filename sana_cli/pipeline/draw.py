@@ -7,7 +7,7 @@ decoded. It never prints.
 """
 
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -41,9 +41,11 @@ from sana_cli.pipeline.oom_retry import Notice, OOMRetry
 from sana_cli.pipeline.plan import Plan, is_guided
 from sana_cli.pipeline.solver import SOLVERS, Repaint, advance, first_step
 from sana_cli.pipeline.text_cache import TextCache
-from sana_cli.recipe import Recipe
+from sana_cli.recipe import Recipe, adapters_of
 from sana_cli.system.devices import is_out_of_memory, keep_no_heap, peak_bytes
 from sana_cli.weights.checkpoint import load_weights, on_meta
+from sana_cli.weights.layout import Tensors
+from sana_cli.weights.lora import MergedTensors, read_lora
 from sana_cli.weights.model_files import ModelFiles
 
 if TYPE_CHECKING:
@@ -92,20 +94,23 @@ def draw(
     *,
     networks: Networks | None = None,
     images: Images | None = None,
+    loras: Mapping[str, Path] | None = None,
     cache: Path | None = None,
 ) -> Iterator[Event]:
     """Draw every recipe, all with one model and one precision.
 
     All texts are encoded first. Then transformer and decoder make one image after the other if
     both fit in memory, else they take turns. `networks` holds what is loaded already and keeps
-    what is loaded here; `images` holds the pixels of every input image; `cache` is a folder to
+    what is loaded here; `images` holds the pixels of every input
+    image, and `loras` the file of every LoRA by its SHA-256; `cache` is a folder to
     keep text states in and find them again, and None reads and writes nothing. UsageError if a
     recipe names a solver that the model cannot use.
     """
     for recipe in recipes:
         if (recipe.solver == "scm") != files.is_sprint:
             raise UsageError(f"{recipe.model} cannot be sampled by {recipe.solver}")
-    return Drawing(recipes, files, plan, networks or Networks(keep=False), images, cache).events()
+    networks = networks or Networks(keep=False)
+    return Drawing(recipes, files, plan, networks, images, cache, loras).events()
 
 
 class Drawing:
@@ -119,9 +124,11 @@ class Drawing:
         networks: Networks,
         images: Images | None,
         cache: Path | None,
+        loras: Mapping[str, Path] | None = None,
     ) -> None:
         self.recipes, self.files, self.plan = recipes, files, plan
-        self.networks, self.images, self.cache = networks, images or {}, cache
+        self.networks, self.cache = networks, cache
+        self.images, self.loras = images or {}, loras or {}
         self.text_states: dict[tuple[str, str], Tensor] = {}  # of (instruction, text)
         self.image_latents: dict[Recipe, Tensor] = {}  # of `start_of` a recipe
         self.latents: dict[int, Tensor] = {}  # of a recipe's index, waiting to be decoded
@@ -167,7 +174,8 @@ class Drawing:
         if part == "text_encoder":
             return self.text_encoder_key(self.plan.device)
         if part == "transformer":
-            return NetworkKey(part, identity_of(parts[part]), recipe.dit_dtype)
+            adapters = adapters_of(recipe)
+            return NetworkKey(part, identity_of(parts[part]), recipe.dit_dtype, adapters=adapters)
         return NetworkKey(part, identity_of(parts["vae"]), recipe.vae_dtype)
 
     def load(
@@ -322,9 +330,13 @@ class Drawing:
 
     def transformer(self) -> tuple[FusedDiT, int]:
         """Build the transformer; its bytes."""
-        part = self.files.parts["transformer"]
+        part, dtype = self.files.parts["transformer"], dtype_of(self.recipes[0].dit_dtype)
         dit = on_meta(DiT, self.files.dit, part.config)
-        load_weights(dit, part.weights, dtype_of(self.recipes[0].dit_dtype))
+        weights: Sequence[Path | Tensors] = part.weights
+        if adapters := adapters_of(self.recipes[0]):
+            loras = [(read_lora(self.loras[one.sha256]), one.scale) for one in adapters]
+            weights = [MergedTensors(part.weights, loras, self.files.dit, dtype)]
+        load_weights(dit, weights, dtype)
         fused = FusedDiT(dit)
         return cast(FusedDiT, self.moved(fused)), nbytes(fused)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sana_cli.recipe import Adapter
 from sana_cli.system.devices import give_back
 from sana_cli.weights.layout import Part
 
@@ -19,6 +20,7 @@ class NetworkKey(NamedTuple):
     weights: tuple[Hashable, ...]  # identity of every source of tensors
     dtype: str
     device: str = ""  # only of a network that cannot be moved
+    adapters: tuple[Adapter, ...] = ()  # LoRAs merged into the weights
 
 
 @dataclass

@@ -16,7 +16,7 @@ from sana_cli.bench.roofline import Work, decoding, denoising, operations
 from sana_cli.instruction import INSTRUCTION
 from sana_cli.models.dc_ae import DCAE
 from sana_cli.recipe import Recipe
-from sana_cli.resolve import InputImages, resolve
+from sana_cli.resolve import Inputs, resolve
 from sana_cli.settings import Settings
 from sana_cli.system.inventory import power, saving_power
 from sana_cli.weights.catalogue import known_models
@@ -281,7 +281,7 @@ def test_weights_that_are_drawn_keep_the_size_of_what_goes_through():
 
 
 def recipe(name: str, side: int, **changes) -> tuple[Recipe, ModelFiles]:
-    resolution = resolve(Settings("a fox", model=name, **changes), InputImages())
+    resolution = resolve(Settings("a fox", model=name, **changes), Inputs())
     files = released_model(resolution.model)
     drawn = resolution.recipe(files, "cpu", 0)
     return replace(drawn, native_width=side, native_height=side), files

@@ -17,7 +17,7 @@ from sana_cli.pipeline import draw
 from sana_cli.pipeline.networks import Networks
 from sana_cli.pipeline.oom_retry import Notice
 from sana_cli.pipeline.plan import Plan
-from sana_cli.resolve import InputImages, resolve
+from sana_cli.resolve import Inputs, resolve
 from sana_cli.settings import Settings
 from sana_cli.weights.hub_cache import find_parts
 from sana_cli.weights.model_files import open_model
@@ -50,7 +50,7 @@ def main(model: str, res: str, *words: str) -> None:
         # Whether a picture is flat is a question of numbers.
         patch.object(draw, "fault_of", lambda drawn: seen.append(drawn)),
     ):
-        resolution = resolve(settings, InputImages())
+        resolution = resolve(settings, Inputs())
         found = find_parts(resolution.model)
         files = (
             open_model(found)
