@@ -12,7 +12,7 @@ from typing import Any
 
 from sana_cli.errors import SanaError, UsageError
 from sana_cli.shapes import SizeRequest, nearest_class, squares_of
-from sana_cli.weights.layout import files_to_fetch, lora_to_fetch
+from sana_cli.weights.layout import files_to_fetch, lora_to_fetch, refuse_pickle
 
 PACKAGE = Path(__file__).resolve().parents[1]
 DEFAULT_SIDE = 1024
@@ -49,6 +49,7 @@ class Model:
     squares: tuple[int, ...] = ()  # the sides of one that was trained on squares alone
     licence: str = "unknown"
     folder: str | None = None
+    file: str | None = None  # of a transformer alone; the rest is that of a released model
     sources: tuple[Source, ...] = ()  # its own first, then those it shares
     architecture: str | None = None
     memory: int | None = None  # bytes on a GPU at the native size, as fast as it goes
@@ -70,6 +71,8 @@ class Model:
         """Where its weights come from, for people."""
         if self.sources:
             return self.sources[0].repo
+        if self.file is not None:
+            return self.file
         bundled = self.folder is not None and Path(self.folder).parent == PACKAGE
         return "bundled" if bundled else self.folder or ""
 
@@ -127,8 +130,14 @@ def choose_model(name: str | None, request: SizeRequest | None) -> Model:
     path = os.path.expanduser(name)
     if name and os.path.isdir(path):
         return Model(Path(path).resolve().name, folder=path)
-    if name and os.path.exists(path):
-        raise UsageError(f"--model {name} is a file", "give the folder that holds model_index.json")
+    if name and os.path.isfile(path):
+        refuse_pickle(Path(path))
+        if not path.endswith(".safetensors"):
+            raise UsageError(
+                f"--model {name} is a file of another kind",
+                "give a .safetensors file, or the folder that holds model_index.json",
+            )
+        return Model(Path(path).stem, file=path)
     if HUB_ID.fullmatch(name):
         return Model(name, sources=(Source(name, "main", TRANSFORMER + TEXT + VAE, ANY),))
     raise unknown_model(name)

@@ -1,5 +1,7 @@
 """Weights for a call: found on this machine, or fetched while the reporter shows progress."""
 
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sana_cli.errors import MissingModel
@@ -7,8 +9,6 @@ from sana_cli.system.signals import leaving_in_order
 from sana_cli.weights.hub_cache import find_parts, source_parts
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from sana_cli.reporter import Reporter
     from sana_cli.weights.catalogue import Model, Source
     from sana_cli.weights.download import Listing
@@ -24,6 +24,8 @@ def open_or_fetch(
     With `dry_run` nothing is fetched: the configs of a missing model are the released ones.
     MissingModel if it cannot be fetched, BrokenModel if its files are unusable.
     """
+    if model.file is not None:
+        return _open_file(model.file, reporter, offline, dry_run)
     parts = find_parts(model)
     if parts is None and not dry_run:
         parts = fetch_parts(model, reporter, offline)
@@ -33,6 +35,22 @@ def open_or_fetch(
     for key in files.unknown_keys:
         reporter.warn(f"the model's config sets {key}, which this version does not support")
     return files
+
+
+def _open_file(file: str, reporter: "Reporter", offline: bool, dry_run: bool) -> "ModelFiles":
+    """Open a transformer in one file behind the text encoder and autoencoder of its family."""
+    from sana_cli.weights.catalogue import model_of
+    from sana_cli.weights.model_files import open_single_file, released_model
+    from sana_cli.weights.single_file import architecture_of, native_side, read_single_file
+
+    single = read_single_file(Path(file))
+    family = model_of(architecture_of(single), native_side(single))
+    shared = replace(family, sources=family.sources[1:])
+    reporter.info(f"{file} has the transformer of {family.name}, whose other networks it shares")
+    parts = find_parts(shared)
+    if parts is None and dry_run:
+        return released_model(family)
+    return open_single_file(single, parts or fetch_parts(shared, reporter, offline))
 
 
 def fetch_parts(model: "Model", reporter: "Reporter", offline: bool) -> "Parts":

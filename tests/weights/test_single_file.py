@@ -1,6 +1,7 @@
 """Transformers in one file, under NVlabs' names and under the published ones."""
 
 import json
+import math
 import struct
 from dataclasses import replace
 from pathlib import Path
@@ -297,3 +298,43 @@ def test_a_missing_tensor_is_reported_by_the_loader(tmp_path):
     with pytest.raises(BrokenModel, match=r"a\.safetensors does not fit.*attn1\.to_k") as caught:
         load_weights(on_meta(DiT, config_of(model), file.path), [file], torch.float32)
     assert "(3 tensors)" in caught.value.message
+
+
+# --- as --model --------------------------------------------------------------------------------
+
+
+def sparse_file(path: Path, shapes: dict[str, tuple[int, ...]]) -> Path:
+    """A whole bfloat16 safetensors file of zeros that takes no room on the disk."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    return path
+
+
+def test_a_file_is_a_model_of_the_family_that_its_shapes_tell(sana, tmp_path):
+    config = architecture("sana-0.6b", 1024).dit
+    with torch.device("meta"):
+        shapes = {name: tuple(t.shape) for name, t in DiT(config).state_dict().items()}
+    path = sparse_file(tmp_path / "my-sana.safetensors", shapes)
+    run = sana("generate", "a fox", "-m", str(path), "--dry-run")
+    assert run.code == 0, run.err
+    assert "has the transformer of sana-0.6b-1024" in run.err
+    (recipe,) = json.loads(run.out)["recipes"]
+    assert (recipe["model"], recipe["solver"], recipe["width"]) == ("my-sana", "flow-dpm", 1024)
+    offline = sana("generate", "a fox", "-m", str(path), "--offline")
+    assert offline.code == 5 and "sana models pull sana-0.6b-1024" in offline.err
+
+
+@pytest.mark.parametrize(
+    ("name", "says"), [("a.ckpt", "pickle"), ("a.txt", "a file of another kind")]
+)
+def test_other_files_are_no_models(sana, tmp_path, name, says):
+    (tmp_path / name).write_bytes(b"x")
+    run = sana("generate", "a fox", "-m", str(tmp_path / name))
+    assert run.code in (1, 2)
+    assert says in run.err
