@@ -41,6 +41,10 @@ class Recipe:
     mask: str | None = None  # SHA-256 of where to repaint, a byte of 0 or 255 a pixel
     outpaint: str | None = None  # pixels added to the input image: "left,top,right,bottom"
     lora: str | None = None  # SHA-256 and scale of each LoRA: "hash:0.8,hash:1.0"
+    control: str | None = None  # SHA-256 of the control image, as RGB bytes
+    control_scale: float | None = None
+    controlnet: str | None = None  # its name
+    vae: str | None = None  # the name of an autoencoder that is not the model's own
     pag: float | None = None  # scale of perturbed-attention guidance; None for none
     pag_layer: int | None = None  # the transformer block that it perturbs
     pag_adaptive: float | None = None  # what the scale loses with a timestep; None for nothing

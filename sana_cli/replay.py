@@ -10,6 +10,7 @@ from sana_cli.weights.hub_cache import commit_of
 DIRECT = (
     *("prompt", "negative", "model", "fit", "steps", "guidance", "solver"),
     *("pag", "pag_layer", "pag_adaptive"),
+    *("control_scale", "controlnet", "vae"),
 )
 TEXT_PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "int8": "int8"}
 

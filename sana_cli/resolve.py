@@ -15,7 +15,14 @@ from sana_cli.instruction import INSTRUCTION
 from sana_cli.recipe import Adapter, Recipe
 from sana_cli.settings import Settings
 from sana_cli.shapes import Canvas, SizeRequest, choose_canvas, parse_aspect, parse_resolution
-from sana_cli.weights.catalogue import Model, choose_model, known_models
+from sana_cli.weights.catalogue import (
+    Component,
+    Model,
+    choose_component,
+    choose_model,
+    known_components,
+    known_models,
+)
 from sana_cli.weights.hub_cache import commit_of
 from sana_cli.weights.lora_choice import LoraChoice, parse_lora
 
@@ -24,7 +31,8 @@ if TYPE_CHECKING:
 
     from sana_cli.weights.model_files import ModelFiles
 
-Role = Literal["init", "mask", "alpha"]  # of an input image; the last, its own transparency
+# Of an input image. "alpha" is its own transparency as a mask.
+Role = Literal["init", "mask", "alpha", "control"]
 
 MOST_SPRINT_STEPS = 4  # that Sana-Sprint was distilled to
 DEFAULT_STRENGTH = 0.6
@@ -88,7 +96,9 @@ class Inputs(Mapping[str, "np.ndarray"]):
         return image
 
     def _read(self, path: str, role: Role) -> "tuple[np.ndarray, str]":
-        return (read(path), "") if role == "init" else read_mask(path, alpha=role == "alpha")
+        if role in ("init", "control"):
+            return read(path), ""
+        return read_mask(path, alpha=role == "alpha")
 
     def images(self) -> list[InputImage]:
         """All images that were added, each once."""
@@ -122,6 +132,9 @@ class Resolution:
     image: InputImage | None = None
     mask: InputImage | None = None
     margins: Margins | None = None
+    control: InputImage | None = None
+    vae: Component | None = None
+    controlnet: Component | None = None
     loras: tuple[LoraChoice, ...] = ()
     adapters: tuple[Adapter, ...] | None = None  # of the LoRAs, once their files are here
 
@@ -168,12 +181,21 @@ class Resolution:
             vae_dtype=vae_dtype,
             image=self.image.sha256 if self.image else None,
             strength=sampler.strength,
-            image_fit=(asked.image_fit or "crop") if self.image else None,
+            image_fit=(asked.image_fit or "crop") if self.image or self.control else None,
             mask=self.mask.sha256 if self.mask else None,
             outpaint=",".join(map(str, self.margins)) if self.margins else None,
             lora=",".join(map(str, self.adapters or ())) or None,
+            control=self.control.sha256 if self.control else None,
+            control_scale=self._control_scale(),
+            controlnet=self.controlnet.name if self.controlnet else None,
+            vae=self.vae.name if self.vae else None,
             **self._pag(files),
         )
+
+    def _control_scale(self) -> float | None:
+        if self.control is None:
+            return None
+        return 1.0 if self.settings.control_scale is None else self.settings.control_scale
 
     def _pag(self, files: "ModelFiles") -> dict[str, Any]:
         """The fields of perturbed-attention guidance. UsageError for a layer that is not there."""
@@ -206,11 +228,39 @@ def resolve(settings: Settings, images: Inputs) -> Resolution:
     resolution = Resolution(settings, model, request, aspect, loras=loras)
     if model.solver is not None:
         resolution.sampler()
+    if settings.vae is not None:
+        resolution = replace(resolution, vae=choose_component("vae", settings.vae))
+    if settings.control is not None:
+        resolution = _with_control(resolution, settings.control, images)
     if settings.image is not None:
         resolution = _with_image(resolution, settings.image, images)
     if model.side is not None:
         resolution.canvas(model.side)
     return resolution
+
+
+def _with_control(resolution: Resolution, path: str, images: Inputs) -> Resolution:
+    """Add the control image and choose the ControlNet. UsageError if there is none."""
+    model, name = resolution.model, resolution.settings.controlnet
+    if model.solver == "scm":
+        raise UsageError(f"{model.name} has no ControlNet", "use a model that is not Sana-Sprint")
+    if name is not None:
+        controlnet = choose_component("controlnet", name)
+    else:
+        known = known_components("controlnet").values()
+        able = [
+            one for one in known if model.architecture and one.architecture == model.architecture
+        ]
+        if not able:
+            raise UsageError(
+                f"no ControlNet is known for {model.name}", "give one: --controlnet FOLDER"
+            )
+        controlnet = able[0]
+    control = images.add(path, "control")
+    found = replace(resolution, control=control, controlnet=controlnet)
+    if resolution.aspect is None and (resolution.request is None or resolution.request.side):
+        found = replace(found, aspect=control.width / control.height)
+    return found
 
 
 def _with_image(resolution: Resolution, path: str, images: Inputs) -> Resolution:

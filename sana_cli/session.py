@@ -18,7 +18,7 @@ from sana_cli.reporter import LogReporter, Reporter
 from sana_cli.resolve import Inputs, Resolution, resolve
 from sana_cli.settings import Settings
 from sana_cli.weights.catalogue import Model
-from sana_cli.weights.fetch import fetch_lora, open_or_fetch
+from sana_cli.weights.fetch import fetch_lora, open_component, open_or_fetch
 
 if TYPE_CHECKING:
     from sana_cli.images.metadata import Metadata
@@ -109,6 +109,25 @@ class Session:
 
     # --- resolve and plan ----------------------------------------------------------------------
 
+    def with_components(
+        self, resolution: Resolution, files: "ModelFiles", *, dry_run: bool = False
+    ) -> "ModelFiles":
+        """The files of a model with the autoencoder and the ControlNet that a resolution names.
+
+        They are fetched if they are not here, unless this is a dry run. BrokenModel for one that
+        does not fit the model.
+        """
+        from sana_cli.weights.model_files import with_controlnet, with_vae
+
+        offline = self.offline or dry_run
+        if resolution.vae is not None:
+            part = open_component(resolution.vae, self.reporter, offline)
+            files = with_vae(files, part)
+        if resolution.controlnet is not None:
+            part = open_component(resolution.controlnet, self.reporter, offline)
+            files = with_controlnet(files, part)
+        return files
+
     def with_loras(self, resolution: Resolution, inputs: Inputs, files: "ModelFiles") -> Resolution:
         """Find the LoRAs of a resolution, fetching those that are not here, and identify them.
 
@@ -152,6 +171,7 @@ class Session:
         resolutions = [resolve(one, inputs) for one in settings]
         first = resolutions[0]
         files = self.open(first.model, dry_run=dry_run)
+        files = self.with_components(first, files, dry_run=dry_run)
         adapters = self.with_loras(first, inputs, files).adapters
         resolutions = [replace(one, adapters=adapters) for one in resolutions]
         recipes = [r for one in resolutions for r in one.recipes(files, self.device, seeds)]

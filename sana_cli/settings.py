@@ -133,6 +133,25 @@ class Settings:
         kept=False,  # a list has no form in variables and one-line settings
         help="Add a LoRA, at a scale if not 1; may be repeated. OWNER/NAME is one on the hub.",
     )
+    control: str | None = option(
+        None,
+        metavar="FILE",
+        kept=False,
+        help="An image that the ControlNet follows, in the form it was trained on.",
+    )
+    control_scale: float | None = option(
+        None,
+        metavar="SCALE",
+        bounds=(0, 10),
+        kept=False,
+        help="How closely to follow --control. [dim]default: 1[/dim]",
+    )
+    controlnet: str | None = option(
+        None,
+        metavar="NAME|FOLDER",
+        kept=False,
+        help="The ControlNet for --control. [dim]default: the one known for the model[/dim]",
+    )
     pag: float | None = option(
         None,
         metavar="SCALE",
@@ -156,6 +175,13 @@ class Settings:
         None,
         help="Put the models' prompt-enhancing instruction before the prompt. [dim]default: on,"
         " but off for demo[/dim]",
+    )
+    vae: str | None = option(
+        None,
+        metavar="NAME|FOLDER",
+        at_load=True,
+        help="Another autoencoder of the same latents, such as [b]lite[/b]."
+        " [dim]default: the model's own[/dim]",
     )
     dtype: str = option(
         "auto",
@@ -183,9 +209,16 @@ class Settings:
             for name in ("pag_layer", "pag_adaptive"):
                 if getattr(self, name) is not None:
                     raise UsageError(f"{flag(name)} has no effect without --pag", "add --pag 3")
+        if self.control is None:
+            for name in ("control_scale", "controlnet"):
+                if getattr(self, name) is not None:
+                    raise UsageError(
+                        f"{flag(name)} has no effect without --control", "add --control FILE"
+                    )
         if self.image is None:
             for name in ("strength", "image_fit", "mask", "outpaint"):
-                if getattr(self, name) is not None:
+                fits_control = name == "image_fit" and self.control is not None
+                if getattr(self, name) is not None and not fits_control:
                     raise UsageError(
                         f"{flag(name)} has no effect without --image", "add --image FILE"
                     )

@@ -24,7 +24,7 @@ from sana_cli.images.names import Output, check_size, parse_job_name
 from sana_cli.recipe import MOST_IMAGES, SEED_LIMIT, Recipe, parse_seeds
 from sana_cli.resolve import Inputs, Resolution, resolve
 from sana_cli.settings import Settings
-from sana_cli.weights.catalogue import Model
+from sana_cli.weights.catalogue import Component, Model
 
 if TYPE_CHECKING:
     from sana_cli.weights.model_files import ModelFiles
@@ -40,6 +40,8 @@ class Job:
     model: Model
     name: Path  # inside the folder of the batch
     format: str
+    vae: Component | None = None
+    controlnet: Component | None = None
 
 
 @dataclass(frozen=True)
@@ -193,7 +195,11 @@ class JobBuilder:
             id = _hash(what | precision | {"seed": recipe.seed, "before": before})[:ID_DIGITS]
             name = spec.output.path(recipe, self.count, spec.columns | {"id": id})
             self._take(name, spec.row)
-            yield Job(id, spec.row.number, recipe, spec.resolution.model, name, spec.output.format)
+            resolution, number = spec.resolution, spec.row.number
+            yield Job(
+                *(id, number, recipe, resolution.model, name, spec.output.format),
+                *(resolution.vae, resolution.controlnet),
+            )
 
     def _take(self, name: Path, row: Row) -> None:
         key = name.as_posix().casefold()

@@ -20,7 +20,7 @@ from sana_cli.resolve import Resolution
 from sana_cli.session import Session
 from sana_cli.settings import FileOptions
 from sana_cli.system.signals import Asked
-from sana_cli.weights.catalogue import Model
+from sana_cli.weights.catalogue import Component, Model
 
 if TYPE_CHECKING:
     from sana_cli.batch.runner import RunEvent, Runner
@@ -110,7 +110,7 @@ class Batch:
         self.session, self.reader, self.folder, self.shard = session, reader, folder, shard
         self.source, self.options, self.policy = source, options, policy
         self.builder = JobBuilder()
-        self.files: dict[Model, ModelFiles] = {}
+        self.files: dict[tuple[Model, Component | None, Component | None], ModelFiles] = {}
         self.manifest: Manifest | None = None  # from the first round without a fault on
         self.warned: set[str] = set()
         self.todo = self.drawn = self.there = self.failed_before = self.failed = 0
@@ -168,11 +168,13 @@ class Batch:
 
         def prepare(resolution: Resolution) -> "tuple[Resolution, ModelFiles]":
             model = resolution.model
-            if model not in self.files:
+            key = model, resolution.vae, resolution.controlnet
+            if key not in self.files:
                 text = f"model {model.name} ({model.source}), licence {model.licence}"
                 self.session.reporter.info(text)
-                self.files[model] = self.session.open(model, dry_run=not fetch)
-            files, inputs = self.files[model], self.reader.inputs
+                files = self.session.open(model, dry_run=not fetch)
+                self.files[key] = self.session.with_components(resolution, files, dry_run=not fetch)
+            files, inputs = self.files[key], self.reader.inputs
             return self.session.with_loras(resolution, inputs, files), files
 
         survived = UsageError if self.manifest is None else SanaError
@@ -182,8 +184,10 @@ class Batch:
         if self.manifest is None and jobs:
             check_quality(self.options.quality, {job.format for job in jobs})
         for spec in specs:
-            if spec.resolution.model in self.files:
-                for text in spec.resolution.sampler(self.files[spec.resolution.model]).warnings:
+            resolution = spec.resolution
+            key = resolution.model, resolution.vae, resolution.controlnet
+            if key in self.files:
+                for text in resolution.sampler(self.files[key]).warnings:
                     self._warn_once(text)
         return [job for job in jobs if self.shard is None or self.shard.holds(job.id)]
 
@@ -309,7 +313,7 @@ class Batch:
         return Runner(
             self.session,
             self.manifest,
-            self.files.__getitem__,
+            lambda job: self.files[job.model, job.vae, job.controlnet],
             self.reader.inputs,
             self.options,
             lambda: bool(asked),

@@ -17,7 +17,6 @@ from sana_cli.resolve import Inputs
 from sana_cli.session import DrawRequest, Session
 from sana_cli.settings import FileOptions
 from sana_cli.system.devices import peak_bytes
-from sana_cli.weights.catalogue import Model
 from sana_cli.weights.model_files import ModelFiles
 
 AT_ONCE = 256  # images whose text states are in memory together: 0.4 GB of Gemma-2-2B's
@@ -46,7 +45,7 @@ class Runner:
         self,
         session: Session,
         manifest: Manifest,
-        files_of: Callable[[Model], ModelFiles],
+        files_of: Callable[[Job], ModelFiles],
         inputs: Inputs,
         options: FileOptions,
         stopping: Callable[[], bool],
@@ -71,7 +70,7 @@ class Runner:
         for job in jobs:
             recipe = job.recipe
             networks = (recipe.text_dtype, recipe.dit_dtype, recipe.vae_dtype, recipe.lora)
-            groups.setdefault((job.model, networks), []).append(job)
+            groups.setdefault((job.model, job.vae, job.controlnet, networks), []).append(job)
         count = sum(map(len, groups.values()))
         self.before = time.perf_counter()
         for group in groups.values():
@@ -103,7 +102,7 @@ class Runner:
         under_way = False
         try:
             model, recipes = jobs[0].model, [job.recipe for job in jobs]
-            request = DrawRequest(model, self.files_of(model), recipes, self.inputs)
+            request = DrawRequest(model, self.files_of(jobs[0]), recipes, self.inputs)
             for event in self.session.draw(request):
                 if isinstance(event, ImageDone | Failure):
                     job = left.pop(event.index)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 # Fields of a recipe that no option sets directly, and so nobody would expect to have changed.
 UNTYPED = {
     *("revision", "flow_shift", "instruction", "text_dtype", "vae_dtype"),
-    *("image", "mask", "lora"),
+    *("image", "mask", "control", "lora"),
 }
 STAGES = ("load", "encode", "image", "denoise", "decode", "save")
 
@@ -175,7 +175,10 @@ def _replayed(
 
     settings, _ = settings_of(recipe)
     typed = {name for name in values if was_typed(context, name)}
-    for name, what in (("image", "an image"), ("mask", "a mask"), ("lora", "a LoRA")):
+    for name, what in (
+        *(("image", "an image"), ("mask", "a mask")),
+        *(("control", "a control image"), ("lora", "a LoRA")),
+    ):
         if recipe.get(name) and name not in typed:
             raise UsageError(
                 f"the image was drawn with {what}, which is not inside it", f"add --{name} FILE"
@@ -223,6 +226,10 @@ def _announce(request: "DrawRequest", device: str, console: "Console") -> None:
             console.info(f"LoRA {name} at scale {scale:g}")
     for image in request.inputs.images():
         size = f"{image.width}x{image.height}"
+        if image.role == "control":
+            how = f"ControlNet {first.controlnet} at scale {first.control_scale:g}"
+            console.info(f"control image {image.path} ({size}), {how}")
+            continue
         if image.role != "init":
             console.info(f"mask {image.path} ({size}): {image.convention}")
             continue

@@ -40,6 +40,7 @@ LIMITS = {
     "guidance": bounds("guidance"),
     "flow_shift": (0, 1000),
     "strength": bounds("strength"),
+    "control_scale": bounds("control_scale"),
     "pag": bounds("pag"),
     "pag_layer": bounds("pag_layer"),
     "pag_adaptive": bounds("pag_adaptive"),

@@ -29,6 +29,7 @@ from sana_cli.images.masks import (
     paste,
 )
 from sana_cli.instruction import as_read
+from sana_cli.models.controlnet import ControlNet
 from sana_cli.models.dc_ae import DCAE, Decoder, Encoder
 from sana_cli.models.dit import DiT
 from sana_cli.models.fused_dit import FusedDiT
@@ -130,7 +131,7 @@ class Drawing:
         self.networks, self.cache = networks, cache
         self.images, self.loras = images or {}, loras or {}
         self.text_states: dict[tuple[str, str], Tensor] = {}  # of (instruction, text)
-        self.image_latents: dict[Recipe, Tensor] = {}  # of `start_of` a recipe
+        self.image_latents: dict[tuple[str, Recipe], Tensor] = {}  # by role and `start_of` a recipe
         self.latents: dict[int, Tensor] = {}  # of a recipe's index, waiting to be decoded
         self.steps_done = self.images_done = 0
         self.steps = sum(r.steps - first_step(r.steps, r.strength) for r in recipes)
@@ -139,7 +140,7 @@ class Drawing:
         keep_no_heap()
         yield from self.encode_texts()
         self.done_with("text_encoder")
-        if any(recipe.image for recipe in self.recipes):
+        if any(recipe.image or recipe.control for recipe in self.recipes):
             yield from self.encode_images()
             self.done_with("encoder")
         turn = 1 if self.plan.keep_loaded else TURN
@@ -174,8 +175,10 @@ class Drawing:
         if part == "text_encoder":
             return self.text_encoder_key(self.plan.device)
         if part == "transformer":
-            adapters = adapters_of(recipe)
-            return NetworkKey(part, identity_of(parts[part]), recipe.dit_dtype, adapters=adapters)
+            weights = identity_of(parts[part])
+            if self.files.controlnet is not None:
+                weights += identity_of(parts["controlnet"])
+            return NetworkKey(part, weights, recipe.dit_dtype, adapters=adapters_of(recipe))
         return NetworkKey(part, identity_of(parts["vae"]), recipe.vae_dtype)
 
     def load(
@@ -288,15 +291,24 @@ class Drawing:
     def encode_images(self) -> Iterator[Event]:
         """Fill `image_latents`: each distinct start, float32 (1, 32, h, w) on the CPU."""
         encoder = yield from self.load("encoder", "image", partial(self.autoencoder, "encoder"))
-        starts = {start_of(r): None for r in self.recipes if r.image}
-        for i, start in enumerate(starts):
+        wanted = {("init", start_of(r)): None for r in self.recipes if r.image}
+        wanted |= {("control", start_of(r)): None for r in self.recipes if r.control}
+        for i, (role, start) in enumerate(wanted):
             began = time.perf_counter()
-            pixels = torch.from_numpy(np.array(self.canvas(start)[0]))
-            attempt = partial(self.latents_of, encoder, pixels)
+            image = self.canvas(start)[0] if role == "init" else self.control_canvas(start)
+            attempt = partial(self.latents_of, encoder, torch.from_numpy(np.array(image)))
             size = f"{start.native_width}x{start.native_height}"
             retry = self.retry("image", f"the image at {size}", "encoder")
-            self.image_latents[start] = yield from retry.attempt(attempt)
-            yield self.done("image", i + 1, len(starts), began)
+            self.image_latents[role, start] = yield from retry.attempt(attempt)
+            yield self.done("image", i + 1, len(wanted), began)
+
+    def control_canvas(self, recipe: Recipe) -> Image.Image:
+        """The control image of a recipe, on the native canvas."""
+        assert recipe.control is not None
+        image, mode = Image.fromarray(self.images[recipe.control]), recipe.image_fit or "stretch"
+        native = recipe.native_width, recipe.native_height
+        size = native if mode == "stretch" else (recipe.width, recipe.height)
+        return on_canvas(image, size, native, mode)
 
     def input_of(self, recipe: Recipe) -> tuple[np.ndarray, np.ndarray | None]:
         """The input image of a recipe and its mask, if it has one, with the margins around."""
@@ -337,8 +349,17 @@ class Drawing:
             loras = [(read_lora(self.loras[one.sha256]), one.scale) for one in adapters]
             weights = [MergedTensors(part.weights, loras, self.files.dit, dtype)]
         load_weights(dit, weights, dtype)
-        fused = FusedDiT(dit)
+        fused = FusedDiT(dit, self.controlnet(dtype))
         return cast(FusedDiT, self.moved(fused)), nbytes(fused)
+
+    def controlnet(self, dtype: torch.dtype) -> ControlNet | None:
+        """Build the ControlNet, if there is one."""
+        if self.files.controlnet is None:
+            return None
+        part = self.files.parts["controlnet"]
+        network = on_meta(ControlNet, self.files.controlnet, part.config)
+        load_weights(network, part.weights, dtype)
+        return network
 
     def denoise(self, i: int, transformer: FusedDiT) -> Iterator[Event]:
         """Put a float32 (1, 32, h, w) into `latents`, on the CPU."""
@@ -352,7 +373,7 @@ class Drawing:
         draws = noise(recipe, files)
         sample, previous, repaint = next(draws), None, None
         if recipe.image:
-            start = self.image_latents[start_of(recipe)]
+            start = self.image_latents["init", start_of(recipe)]
             sample = torch.lerp(start, sample, schedule.sigmas[first])
             painted = self.cells_of(recipe)
             if painted is not None:
@@ -361,7 +382,8 @@ class Drawing:
                 share = f"{painted.sum()} of {painted.size} cells"
                 yield Notice(f"repainting {share} of {self.files.vae.compression} pixels a side")
         retry = self.retry("denoise", f"seed {recipe.seed}", "transformer")
-        guided = GuidedVelocity(transformer, states, schedule.timesteps, recipe, files)
+        control = self.image_latents["control", start_of(recipe)] if recipe.control else None
+        guided = GuidedVelocity(transformer, states, schedule.timesteps, recipe, files, control)
         sample = sample.to(self.plan.device)
         began = time.perf_counter()
         launched: list[Callable[[], None]] = []

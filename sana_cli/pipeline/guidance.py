@@ -22,10 +22,13 @@ class GuidedVelocity:
         timesteps: tuple[float, ...],
         recipe: Recipe,
         files: ModelFiles,
+        control: Tensor | None = None,
     ) -> None:
-        """`texts`: states of the prompt, after those of the negative one if it is guided."""
+        """`texts`: states of the prompt, after those of the negative one if it is guided.
+        `control`: latents of the control image, float32 (1, 32, h, w), scaled.
+        """
         self.transformer, self.texts = transformer, texts
-        self.recipe, self.files = recipe, files
+        self.recipe, self.files, self.control = recipe, files, control
         # Sana-Sprint takes the noise level itself, whatever its config says, as in the reference.
         unit = 1.0 if files.is_sprint else files.dit.timestep_scale
         self.raw_timesteps = timesteps
@@ -43,7 +46,7 @@ class GuidedVelocity:
         streams = [
             # The perturbed stream follows that of the prompt, which is in the last turn.
             self.transformer.velocity(
-                latents, time, turn, pag_layers=perturbed if turn is turns[-1] else ()
+                latents, time, turn, self.context, perturbed if turn is turns[-1] else ()
             ).float()
             for turn in turns
         ]
@@ -82,6 +85,10 @@ class GuidedVelocity:
             transformer.encode_text(text.to(dtype), bucket(text.shape[1], unit), plan.folds_text)
             for text in texts
         ]
+        self.context = None
+        if self.control is not None:
+            latents = self.control.to(plan.device, dtype)
+            self.context = transformer.encode_control(latents, self.recipe.control_scale or 0.0)
         self.times = transformer.time_modulations(self.timesteps, guidance)
         self.plan = plan
 

@@ -130,7 +130,7 @@ def make_plan(
         together = bounds["denoise"] + bounds["decode"] < budget
         return replace(plan, bounds=bounds, keep_loaded=together)
     peaks = {"encode": _text_peak(recipe, files)}
-    if recipe.image is not None:
+    if recipe.image is not None or recipe.control is not None:
         plan, peaks["image"] = _fit(plan, "image", recipe, files, _image_peak)
     denoising, peaks["denoise"] = _fit(plan, "denoise", recipe, files, _denoise_peak)
     plan, peaks["decode"] = _fit(plan, "decode", recipe, files, _decode_peak)
@@ -235,6 +235,7 @@ def _denoise_peak(plan: Plan, recipe: Recipe, files: ModelFiles) -> int:
         batched_cfg=plan.batched_cfg,
         fold=plan.folds_text,
         perturbed=recipe.pag is not None,
+        controlnet=files.controlnet if recipe.control else None,
     )
 
 
@@ -273,7 +274,8 @@ def _upper_bounds(recipe: Recipe, files: ModelFiles) -> dict[str, int]:
     each = 1 if recipe.text_dtype == "int8" else _dtype(recipe.text_dtype).itemsize
     text = files.text.linear_weights * each + LONGEST_TEXT * files.text.intermediate_size * 8 * 4
     width, size = files.dit.width, _dtype(recipe.dit_dtype).itemsize
-    denoise = files.dit.num_layers * 18 * width**2 * size + cells * width * 2 * 40 * size
+    layers = files.dit.num_layers + (files.controlnet.num_layers if files.controlnet else 0)
+    denoise = layers * 18 * width**2 * size + cells * width * 2 * 40 * size
     widest, size = max(files.vae.decoder_block_out_channels), _dtype(recipe.vae_dtype).itemsize
     decode = 160 * widest**2 * size + cells * 24 * widest * size + 40 * STRIP_BYTES
     return {"encode": text, "image": decode, "denoise": denoise, "decode": decode}

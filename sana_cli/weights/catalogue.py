@@ -4,7 +4,7 @@ import os
 import re
 import tomllib
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 
 from sana_cli.errors import SanaError, UsageError
 from sana_cli.shapes import SizeRequest, nearest_class, squares_of
-from sana_cli.weights.layout import files_to_fetch, lora_to_fetch, refuse_pickle
+from sana_cli.weights.layout import component_to_fetch, files_to_fetch, lora_to_fetch, refuse_pickle
 
 PACKAGE = Path(__file__).resolve().parents[1]
 DEFAULT_SIDE = 1024
@@ -32,11 +32,14 @@ class Source:
     bytes: int = 0  # of the tensors; 0 where nobody has counted
     # Of a LoRA, which has no folders: the file that is meant, or "" for the repository's only one.
     lora: str | None = None
+    root: str = ""  # the kind of a network whose files lie at the root of the repository
 
     def needs(self, present: Collection[str]) -> list[str]:
         """Of the files in the repository those to fetch. BrokenModel if what it is for lacks."""
         if self.lora is not None:
             return lora_to_fetch(present, self.lora)
+        if self.root:
+            return component_to_fetch(present, self.root, self.variants)
         return files_to_fetch(present, self.folders, self.variants)
 
 
@@ -77,14 +80,62 @@ class Model:
         return "bundled" if bundled else self.folder or ""
 
 
+@dataclass(frozen=True)
+class Component:
+    """An autoencoder in the place of a model's own, or a ControlNet beside its transformer."""
+
+    kind: str  # "vae" or "controlnet"
+    name: str
+    source: Source | None = None  # on the hub
+    folder: str | None = None  # or on this machine
+    architecture: str | None = None  # of the transformers that a ControlNet was made for
+
+
 @cache
 def known_models() -> dict[str, Model]:
+    tables = _tables()
+    return {name: _model(name, row, tables) for name, row in tables["models"].items()}
+
+
+@cache
+def known_components(kind: str) -> dict[str, Component]:
+    """The autoencoders ("vae") or ControlNets ("controlnet") of `weights.toml`, by name."""
+    rows = _tables()[f"{kind}s"]
+    return {name: _component(kind, name, row) for name, row in rows.items()}
+
+
+def _tables() -> dict[str, Any]:
     # A wheel carries the list in sana_cli/data; an editable install reads the checkout's own.
     for path in (PACKAGE / "data" / "weights.toml", PACKAGE.parent / "weights.toml"):
         if path.is_file():
-            tables = tomllib.loads(path.read_text(encoding="utf-8"))
-            return {name: _model(name, row, tables) for name, row in tables["models"].items()}
+            return tomllib.loads(path.read_text(encoding="utf-8"))
     raise SanaError("`weights.toml` is missing from this installation", "reinstall sana-cli")
+
+
+def _component(kind: str, name: str, row: dict[str, Any]) -> Component:
+    at_root = row.get("root", False)
+    source = _source(row, () if at_root else (kind,))
+    source = replace(source, root=kind if at_root else "")
+    return Component(kind, name, source, architecture=row.get("architecture"))
+
+
+def choose_component(kind: str, name: str) -> Component:
+    """The autoencoder or ControlNet called `name`, in that folder, or of that repository.
+
+    UsageError if there is none.
+    """
+    known = known_components(kind)
+    if name in known:
+        return known[name]
+    path = os.path.expanduser(name)
+    if name and os.path.isdir(path):
+        return Component(kind, Path(path).resolve().name, folder=path)
+    if HUB_ID.fullmatch(name):
+        return Component(kind, name, Source(name, "main", (kind,), ANY))
+    raise UsageError(
+        f"--{kind} {name[:80]!r} is neither a name nor a folder",
+        f"use one of {', '.join(known)}, a folder, or OWNER/NAME on the hub",
+    )
 
 
 def _model(name: str, row: dict[str, Any], tables: dict[str, Any]) -> Model:

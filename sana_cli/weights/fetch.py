@@ -10,9 +10,9 @@ from sana_cli.weights.hub_cache import find_parts, source_parts
 
 if TYPE_CHECKING:
     from sana_cli.reporter import Reporter
-    from sana_cli.weights.catalogue import Model, Source
+    from sana_cli.weights.catalogue import Component, Model, Source
     from sana_cli.weights.download import Listing
-    from sana_cli.weights.layout import Parts
+    from sana_cli.weights.layout import Part, Parts
     from sana_cli.weights.model_files import ModelFiles
 
 
@@ -91,6 +91,31 @@ def fetch_lora(source: "Source", reporter: "Reporter", offline: bool) -> "Path":
         if path is None:
             raise MissingModel(f"{name} was fetched and is still not whole", "try again later")
     return path
+
+
+def open_component(component: "Component", reporter: "Reporter", offline: bool) -> "Part":
+    """Find an autoencoder or a ControlNet, fetching it if it is not on this machine."""
+    from sana_cli.weights.layout import find_component
+
+    if component.source is None:
+        assert component.folder is not None
+        return find_component(Path(component.folder), component.kind)
+    parts = source_parts(component.source)
+    if parts is None:
+        if offline or no_network():
+            raise MissingModel(
+                f"the {component.kind} {component.name} is not on this machine"
+                f" ({component.source.repo})",
+                "fetch it once, with a network: leave out --offline",
+            )
+        reporter.info(
+            f"fetching the {component.kind} {component.name} from {component.source.repo}"
+        )
+        transfer(list_sources([component.source], reporter), reporter)
+        parts = source_parts(component.source)
+    if parts is None:
+        raise MissingModel(f"{component.source.repo} was fetched and is still incomplete")
+    return parts[component.kind]
 
 
 def list_sources(

@@ -20,6 +20,7 @@ from typing import Any
 from sana_cli.errors import BrokenModel, SanaError
 from sana_cli.weights.catalogue import Model, Source
 from sana_cli.weights.layout import (
+    COMPONENTS,
     CONFIGS,
     INDEX,
     LORA,
@@ -109,11 +110,15 @@ def source_parts(source: Source) -> Parts | None:
         return None
     try:
         parts = {folder: find_part(place / folder, source.variants) for folder in source.folders}
+        if source.root:
+            parts[source.root] = find_part(place, source.variants, source.root)
     except BrokenModel:
         return None
     known = {name: digest for name, digest in digests(source).items() if _belongs(name, source)}
     # What other tools have fetched, or we in part, is in no lock: then all configs must be there.
-    configs = {f"{folder}/{name}" for folder in source.folders for name in CONFIGS[folder]}
+    every = CONFIGS | COMPONENTS
+    configs = {f"{folder}/{name}" for folder in source.folders for name in every[folder]}
+    configs |= {"config.json"} if source.root else set()
     whole = all(_size(place / name) == digest.size for name, digest in known.items())
     whole = whole and (bool(known) or all((place / name).is_file() for name in configs))
     return parts if whole else None
@@ -251,6 +256,8 @@ def damaged_files(source: Source) -> list[str]:
 def _belongs(name: str, source: Source) -> bool:
     if source.lora is not None:
         return source.lora == "" or name in (source.lora, beside_lora(source.lora))
+    if source.root:
+        return "/" not in name
     return (name.split("/")[0] if name != INDEX else "transformer") in source.folders
 
 

@@ -28,7 +28,10 @@ CONFIGS = {
     "tokenizer": ("tokenizer.json", "tokenizer_config.json"),
     "scheduler": ("scheduler_config.json",),
 }
+# Networks that stand beside a model's own or in the place of one.
+COMPONENTS = {"controlnet": ("config.json",)}
 STEMS = {
+    "controlnet": "diffusion_pytorch_model",
     "transformer": "diffusion_pytorch_model",
     "vae": "diffusion_pytorch_model",
     "text_encoder": "model",
@@ -75,11 +78,23 @@ def folder_parts(folder: Path) -> Parts:
     return {name: find_part(folder / name) for name in CONFIGS}
 
 
-def find_part(folder: Path, variants: tuple[str, ...] = ANY_VARIANT) -> Part:
-    """A part with its weight files in the first of the variants that is there, else BrokenModel."""
-    if folder.name not in STEMS:
+def find_component(folder: Path, kind: str) -> Part:
+    """A network of a kind ("vae", "controlnet") in a folder of its own or of a whole model."""
+    inside = folder / kind
+    return find_part(inside if inside.is_dir() else folder, kind=kind)
+
+
+def find_part(
+    folder: Path, variants: tuple[str, ...] = ANY_VARIANT, kind: str | None = None
+) -> Part:
+    """A part with its weight files in the first of the variants that is there, else BrokenModel.
+
+    Its kind is the name of the folder unless that is given.
+    """
+    kind = kind or folder.name
+    if kind not in STEMS:
         return Part(folder)
-    stem = STEMS[folder.name]
+    stem = STEMS[kind]
     for variant in variants:
         single, index = weight_names(stem, variant)
         if (folder / single).is_file():
@@ -122,10 +137,16 @@ def files_to_fetch(
     """
     chosen = [INDEX] if INDEX in present and "transformer" in folders else []
     for folder in folders:
-        chosen += [f"{folder}/{name}" for name in CONFIGS[folder] if f"{folder}/{name}" in present]
+        configs = (CONFIGS | COMPONENTS)[folder]
+        chosen += [f"{folder}/{name}" for name in configs if f"{folder}/{name}" in present]
         if folder in STEMS:
             chosen += _weights_to_fetch(present, f"{folder}/{STEMS[folder]}", variants)
     return chosen
+
+
+def component_to_fetch(present: Collection[str], kind: str, variants: tuple[str, ...]) -> list[str]:
+    """Of the file names in a repository those of a network that lies at its root."""
+    return ["config.json", *_weights_to_fetch(present, STEMS[kind], variants)]
 
 
 def _weights_to_fetch(present: Collection[str], stem: str, variants: tuple[str, ...]) -> list[str]:

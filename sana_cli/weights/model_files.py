@@ -1,10 +1,11 @@
 """A model as its configs describe it: where its parts lie, and what its networks are."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sana_cli.errors import BrokenModel, MissingModel
 from sana_cli.models.architectures import architecture
+from sana_cli.models.controlnet import ControlNetConfig
 from sana_cli.models.dc_ae import DCAEConfig
 from sana_cli.models.dit import DiTConfig
 from sana_cli.models.gemma import GemmaConfig
@@ -28,6 +29,7 @@ class ModelFiles:
     text: GemmaConfig
     flow_shift: float | None  # None for Sana-Sprint, whose solver has none
     unknown_keys: tuple[str, ...]  # of the configs: what they ask for is not done
+    controlnet: ControlNetConfig | None = None  # of the part "controlnet", if there is one
 
     @property
     def is_sprint(self) -> bool:
@@ -100,6 +102,32 @@ def _around(dit: DiTConfig, parts: Parts) -> tuple[DCAEConfig, GemmaConfig, list
             f" are {dit.in_channels} in and {dit.out_channels} out"
         )
     return vae, text, unknown
+
+
+def with_vae(files: ModelFiles, part: Part) -> ModelFiles:
+    """The same model with another autoencoder. BrokenModel if its latents are not the same."""
+    vae, unknown = read_config(DCAEConfig, part.config)
+    own = files.vae
+    if (vae.latent_channels, vae.compression) != (own.latent_channels, own.compression):
+        raise BrokenModel(
+            f"{part.config}: {vae.latent_channels} latent channels at 1/{vae.compression} of the"
+            f" size, where the model has {own.latent_channels} at 1/{own.compression}",
+            "use an autoencoder of the same latents, such as --vae lite",
+        )
+    parts = files.parts | {"vae": part}
+    return replace(files, parts=parts, vae=vae, unknown_keys=(*files.unknown_keys, *unknown))
+
+
+def with_controlnet(files: ModelFiles, part: Part) -> ModelFiles:
+    """The same model with a ControlNet. BrokenModel if it was made for another transformer."""
+    config, unknown = read_config(ControlNetConfig, part.config)
+    try:
+        config.check_matches(files.dit)
+    except ValueError as error:
+        raise BrokenModel(f"{part.config}: {error}", "use the ControlNet of this model") from None
+    parts = files.parts | {"controlnet": part}
+    keys = (*files.unknown_keys, *unknown)
+    return replace(files, parts=parts, controlnet=config, unknown_keys=keys)
 
 
 def _flow_shift(folder: Path) -> float:
