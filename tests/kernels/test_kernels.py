@@ -4,7 +4,6 @@ With a GPU the compiled kernels run, without one Triton's interpreter on the CPU
 """
 
 import json
-import math
 import os
 import subprocess
 import sys
@@ -15,10 +14,10 @@ import pytest
 import torch
 from torch import Tensor
 
-# Interpreters before 3.9 are incompatible with numpy 2.4; the compiler is not.
-pytest.importorskip("triton", minversion=None if torch.cuda.is_available() else "3.9")
+from kernel_checks import DEVICE, LEAST, MIN_TRITON, decibels
+from networks import DIT_KINDS, random_dit, velocity_error
 
-from test_fused_dit import KINDS, compare, random_dit
+pytest.importorskip("triton", minversion=MIN_TRITON)
 
 from sana_cli.kernels import (
     depthwise_glu_triton,
@@ -33,49 +32,7 @@ from sana_cli.kernels.linear_attention import attend_tokens, project_qkv
 from sana_cli.kernels.modulation import modulate
 from sana_cli.kernels.projection import gated_residual_linear_, linear_silu
 
-ON_GPU = torch.cuda.is_available()
 MODULES = depthwise_glu_triton, linear_attention_triton, modulation_triton, projection_triton
-DEVICE = "cuda" if ON_GPU else "cpu"
-# The interpreter treats the bits of bfloat16 as integers.
-DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if ON_GPU else [])]
-# Minimum signal to noise in dB, against the torch lines in float64. A result rounded once to p bits
-# has about 6·p + 6 dB: 150 in float32 (p = 24), 72 in float16 (11), 54 in bfloat16 (8). Like torch,
-# kernels round k up to three times and v once before their product, which costs 6 dB. A state in
-# tf32 has 80 dB, a float32 sum of thousands of terms 130. One wrong element in 10,000 leaves 40 dB.
-LEAST = {torch.float32: 125.0, torch.float16: 62.0, torch.bfloat16: 44.0}
-
-
-@pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-def dtype(request) -> torch.dtype:
-    return request.param
-
-
-@pytest.fixture(autouse=True)
-def poisoned_allocations(monkeypatch):
-    """Fill fresh memory with NaN, so that elements that a kernel fails to write show."""
-    with torch.device(DEVICE):
-        torch.empty(0)  # torch caches the functions it finds in the first such block
-    for place, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
-        empty = getattr(place, name)
-        monkeypatch.setattr(
-            place, name, lambda *a, empty=empty, **b: empty(*a, **b).fill_(math.nan)
-        )
-
-
-@pytest.fixture
-def draw(dtype) -> Callable[..., Tensor]:
-    generator = torch.Generator().manual_seed(5)
-
-    def normal(*shape: int, size: float = 1.0) -> Tensor:
-        return (torch.randn(shape, generator=generator) * size).to(DEVICE, dtype)
-
-    return normal
-
-
-def decibels(found: Tensor, true: Tensor) -> float:
-    assert found.shape == true.shape
-    noise = (found.double() - true).square().sum()
-    return (10 * torch.log10(true.square().sum() / noise)).item() if noise else math.inf
 
 
 @pytest.fixture
@@ -203,7 +160,7 @@ def test_the_fused_dit_in_triton_matches_the_transformer(kind, monkeypatch):
         monkeypatch.setattr(module, "launch", launch)
     monkeypatch.setattr(dispatch, "uses_triton", lambda x: True)
     with torch.device(DEVICE):
-        assert compare(random_dit(num_layers=1, **KINDS[kind]), 5, 3) < 3e-6
+        assert velocity_error(random_dit(num_layers=1, **DIT_KINDS[kind]), 5, 3) < 3e-6
     assert len(names) == (7 if kind == "qk-norm" else 6)  # one more sums k after its norm
 
 
