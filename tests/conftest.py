@@ -1,6 +1,7 @@
 """Real parts for every test: a saved random model, the `sana` command, loopback nothing."""
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -41,6 +42,27 @@ def cache(tmp_path_factory, monkeypatch) -> Path:
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("SANA_CACHE_DIR", str(folder))
     return folder
+
+
+@pytest.fixture
+def no_hang():
+    """Fail a test that hangs: it takes well under a second otherwise.
+
+    pytest's failure is a BaseException: nothing in the command can take it for its own.
+    """
+    longest = 30  # seconds
+    if not hasattr(signal, "SIGALRM"):  # Windows
+        yield
+        return
+
+    def stop(signum, frame):
+        pytest.fail(f"still running after {longest} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(longest)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
 
 
 @dataclass(frozen=True)

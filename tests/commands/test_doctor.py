@@ -166,14 +166,16 @@ socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
     assert facts["hub"]["endpoint"] == "http://127.0.0.1:9"
 
 
-def test_it_takes_little_longer_than_importing_torch(tmp_path):
-    def seconds(code: str) -> float:
-        began = os.times().children_user
-        subprocess.run([sys.executable, "-P", "-c", code], check=True, capture_output=True)
-        return os.times().children_user - began
-
-    call = "import sys; sys.argv = ['sana', 'doctor']; from sana_cli.app import main; main()"
-    assert seconds(call) < seconds("import torch") + 1
+def test_it_imports_torch_and_nothing_else_that_is_heavy(tmp_path):
+    code = """
+import atexit, sys
+def show():
+    heavy = "torch transformers diffusers bitsandbytes triton tokenizers PIL scipy torch._dynamo"
+    print("imported:", *(name for name in heavy.split() if name in sys.modules), file=sys.stderr)
+atexit.register(show)
+"""
+    _, err = examine(code=code, HF_HOME=str(tmp_path))
+    assert err.splitlines()[-1] == "imported: torch"
 
 
 def test_people_get_aligned_lines_with_the_next_command_last(sana):
