@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from hypothesis import is_hypothesis_test, settings
 
 # Last, and so behind everything installed: `training` is not part of the package.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
@@ -28,12 +29,30 @@ for name in [name for name in os.environ if name.startswith("SANA_")]:
 os.environ["SANA_CONFIG"] = f"{tempfile.gettempdir()}/sana-tests-{os.getpid()}/config.toml"
 
 
-def pytest_configure() -> None:
-    """Without a GPU Triton interprets its kernels: it decides so as it is first imported."""
+settings.register_profile("default", settings(), max_examples=25)
+settings.register_profile("exhaustive", settings(), max_examples=100)
+
+
+def is_exhaustive(config: pytest.Config) -> bool:
+    return config.option.markexpr == "exhaustive"
+
+
+def pytest_configure(config: pytest.Config) -> None:
     import torch
 
+    # Without a GPU Triton interprets its kernels: it decides so as it is first imported.
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"
+    settings.load_profile("exhaustive" if is_exhaustive(config) else "default")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Let `-m exhaustive` run the tests of properties too, on more examples than otherwise."""
+    if is_exhaustive(config):
+        for item in items:
+            if is_hypothesis_test(item.obj) or item.get_closest_marker("hypothesis"):
+                item.add_marker("exhaustive")
 
 
 @pytest.fixture(autouse=True)

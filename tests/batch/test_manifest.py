@@ -89,9 +89,7 @@ STRANGE = st.fixed_dictionaries(
 )
 
 
-@settings(
-    suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=30
-)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @example([{"status": "writing", "id": "", "shard": [0], "path": "", "sha256": ""}])
 @example([{"status": "done", "id": "a", "path": "\0", "sha256": ""}])
 @example([{"status": "run", "todo": True, "shard": "0/9"}])

@@ -206,7 +206,7 @@ def test_verbose_says_how_the_kernels_run(sana):
     assert line not in sana(*words).err
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_kernels_compile_for_a_gpu_that_is_not_here():
     done = python("-m", "sana_cli.kernels.aot", "--arch", "89", "--json")
     assert done.returncode == 0, done.stderr

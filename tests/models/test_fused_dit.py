@@ -17,7 +17,7 @@ from sana_cli.models.fused_dit import FusedDiT
 PADDED = 300  # tokens that the reference pads a text to
 
 
-@settings(max_examples=25, deadline=None)
+@settings(deadline=None)
 @given(st.integers(1, 20), st.integers(1, 9), st.none() | st.integers(1, 24))
 def test_any_grid_whole_or_in_chunks_of_any_height(height, width, rows):
     assert velocity_error(random_dit(), height, width, rows) < 1e-6

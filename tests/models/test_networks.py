@@ -57,7 +57,7 @@ def test_autoencoder(kind, height, width):
     assert relative_error(ours.decode(latents), theirs.decode(latents).sample) < 1e-5
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_transformer_at_the_full_size_of_the_0_6b():
     """One guided step at 512x512 in the released configuration."""
     config = {
@@ -77,7 +77,7 @@ def test_transformer_at_the_full_size_of_the_0_6b():
     assert relative_error(got, expected) < 1e-5
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_decoder_at_the_full_released_size():
     torch.manual_seed(0)
     theirs = AutoencoderDC(**DC_AE).eval().requires_grad_(False)

@@ -80,6 +80,7 @@ def levels(image: torch.Tensor) -> torch.Tensor:
     return (unit * 255).round().to(torch.uint8)[0].permute(1, 2, 0)
 
 
+@pytest.mark.hypothesis
 @pytest.mark.parametrize("kind", KINDS)
 def test_strips_decode_the_untiled_image(kind):
     plain, folded = random_dc_ae(KINDS[kind]).decoder, random_dc_ae(KINDS[kind]).decoder
@@ -105,6 +106,7 @@ def test_strips_decode_the_untiled_image(kind):
     check()
 
 
+@pytest.mark.hypothesis
 @pytest.mark.parametrize("upsample", ["interpolate", "pixel_shuffle"])
 @pytest.mark.parametrize("cheaper", [False, True], ids=["plain", "sub-pixel"])
 def test_convolutions_in_strips_are_equal_bit_for_bit(upsample, cheaper):
@@ -131,6 +133,7 @@ def test_convolutions_in_strips_are_equal_bit_for_bit(upsample, cheaper):
     check()
 
 
+@pytest.mark.hypothesis
 @pytest.mark.parametrize("kind", KINDS)
 def test_strips_encode_the_untiled_latent(kind):
     model = random_dc_ae(KINDS[kind])
@@ -157,7 +160,7 @@ def test_encoding_convolutions_in_strips_is_equal_bit_for_bit(downsample, strip_
     assert torch.equal(latent, model.encode(image))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("strip_bytes", [1 << 20, 5 << 20])
 def test_the_released_configuration_at_full_width(strip_bytes):
     torch.manual_seed(0)
@@ -193,6 +196,7 @@ def test_in_bfloat16_strips_are_as_close_to_float32_as_the_untiled_decode(device
     assert relative_error(image, truth) <= 1.05 * relative_error(untiled, truth)
 
 
+@pytest.mark.hypothesis
 @pytest.mark.parametrize("kind", ["released", "lite"])
 def test_an_image_is_resized_and_cropped_as_if_untiled(kind):
     decoder = random_dc_ae(KINDS[kind]).decoder

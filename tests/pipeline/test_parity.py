@@ -74,7 +74,7 @@ def test_native_size(compare, name, side):
     compare(name, height=side, width=side)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_native_size_of_the_4k_model(compare):
     compare("4K", height=4096, width=4096)
 

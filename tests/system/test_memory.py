@@ -53,6 +53,7 @@ def test_tensors_are_counted_while_they_live_and_views_are_not():
     assert memory.held == 0
 
 
+@pytest.mark.hypothesis
 @pytest.mark.parametrize("kind", [DC_AE, DC_AE_LITE], ids=["released", "lite"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_rehearsal_foretells_the_peak_within_a_tenth(kind, dtype):
