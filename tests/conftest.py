@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -116,6 +117,21 @@ def process():
         return subprocess.run([command, *words], capture_output=True, timeout=300, **options)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def quick(tmp_path_factory) -> Iterator[Path]:
+    """A folder with a `sana` that starts at once, for tests of what it does then."""
+    folder = tmp_path_factory.mktemp("quick")
+    forks, socket = Path(__file__).with_name("forks.py"), folder / "socket"
+    command = folder / "sana"
+    command.write_text(f'#!/bin/sh\nexec {sys.executable} -SE {forks} {socket} "$@"\n')
+    command.chmod(0o755)
+    words = [sys.executable, str(forks), str(socket)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL) as server:
+        assert server.stdout.readline() == b"ready\n"
+        yield folder
+        server.kill()
 
 
 @pytest.fixture(scope="session")

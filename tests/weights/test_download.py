@@ -75,6 +75,7 @@ class Laptop:
 
     home: Path
     url: str
+    program: Path
 
     def __post_init__(self) -> None:
         self.env = os.environ | {
@@ -89,7 +90,7 @@ class Laptop:
         self.env.pop("HF_TOKEN", None)
 
     def command(self, *words: str) -> list[str]:
-        return [str(Path(sys.executable).with_name("sana")), *words]
+        return [str(self.program), *words]
 
     def sana(self, *words: str, code: int = 0, **env: str) -> subprocess.CompletedProcess:
         run = subprocess.run(
@@ -118,8 +119,8 @@ class Laptop:
 
 
 @pytest.fixture
-def laptop(hub, tmp_path) -> Laptop:
-    return Laptop(tmp_path, hub.url)
+def laptop(hub, tmp_path, quick) -> Laptop:
+    return Laptop(tmp_path, hub.url, quick / "sana")
 
 
 def assert_whole(laptop: Laptop) -> None:
