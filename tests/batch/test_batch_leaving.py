@@ -8,10 +8,13 @@ from pathlib import Path
 import pytest
 
 from batches import DEMO, PROMPTS, SANA, events, lines, pictures, started
+from examples import exhaustive
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["ctrl-c", "sigterm"]
+    ("number", "code"),
+    [(signal.SIGINT, 130), *exhaustive((signal.SIGTERM, 143))],
+    ids=["ctrl-c", "sigterm"],
 )
 def test_asked_to_stop_it_sums_up_and_goes_on_next_time(sana, number, code):
     Path("jobs.txt").write_text("\n".join(f"{text} {i}" for text in PROMPTS for i in range(2)))

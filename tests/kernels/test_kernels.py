@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from examples import exhaustive
 from kernel_checks import DEVICE, LEAST, MIN_TRITON, decibels
 from networks import DIT_KINDS, random_dit, velocity_error
 
@@ -69,8 +70,8 @@ def test_modulate(draw, check, batch, tokens, width):
 # The interpreter is slow, so only one of D, 2E and E at a time has the width of a model.
 @pytest.mark.parametrize(
     ("batch", "tokens", "width", "wide"),
-    [(1, 1, 16, 32), (2, 35, 96, 240), (1, 130, 40, 136), (1, 3, 1152, 64), (1, 2, 2240, 48),
-     (1, 2, 16, 11200)],
+    [(1, 1, 16, 32), (2, 35, 96, 240), (1, 2, 2240, 48)]
+    + exhaustive((1, 130, 40, 136), (1, 3, 1152, 64), (1, 2, 16, 11200)),
 )  # fmt: skip
 def test_linear_silu(draw, check, batch, tokens, width, wide):
     weight = draw(wide, width, size=width**-0.5)
@@ -82,8 +83,8 @@ def test_linear_silu(draw, check, batch, tokens, width, wide):
 @pytest.mark.parametrize(("with_bias", "with_gate"), [(1, 1), (1, 0), (0, 1), (0, 0)])
 @pytest.mark.parametrize(
     ("batch", "tokens", "width", "wide"),
-    [(1, 1, 32, 16), (2, 63, 96, 80), (1, 2, 48, 2880), (1, 2, 32, 5600), (1, 3, 1152, 16),
-     (2, 2, 2240, 32)],
+    [(1, 1, 32, 16), (2, 63, 96, 80), (2, 2, 2240, 32)]
+    + exhaustive((1, 2, 48, 2880), (1, 2, 32, 5600), (1, 3, 1152, 16)),
 )  # fmt: skip
 def test_gated_residual_linear(draw, check, batch, tokens, width, wide, with_bias, with_gate):
     inputs = (
@@ -103,9 +104,11 @@ def test_the_residual_is_updated_in_place(draw):
 
 @pytest.mark.parametrize(
     ("batch", "height", "width", "channels", "halo"),
-    [(1, 1, 1, 8, False), (1, 1, 1, 8, True), (2, 3, 5, 40, False), (1, 3, 5, 40, True),
-     (1, 7, 9, 32, False), (1, 7, 9, 16, True), (1, 17, 8, 24, False), (1, 9, 3, 24, True),
-     (1, 1, 2, 576, False), (1, 1, 3, 1120, True)],
+    [(1, 1, 1, 8, False), (1, 1, 1, 8, True), (2, 3, 5, 40, False), (1, 3, 5, 40, True)]
+    + exhaustive(
+        (1, 7, 9, 32, False), (1, 7, 9, 16, True), (1, 17, 8, 24, False), (1, 9, 3, 24, True),
+        (1, 1, 2, 576, False), (1, 1, 3, 1120, True)
+    ),
 )  # fmt: skip
 def test_depthwise_glu(draw, check, batch, height, width, channels, halo):
     x = draw(batch, height + 2 * halo, width, 2 * channels)
@@ -116,8 +119,10 @@ def test_depthwise_glu(draw, check, batch, height, width, channels, halo):
 @pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize(
     ("batch", "tokens", "width", "heads", "head"),
-    [(1, 1, 32, 1, 32), (2, 135, 96, 3, 32), (2, 9, 80, 5, 16), (1, 33, 128, 2, 64),
-     (1, 3, 1152, 1, 32), (1, 2, 2240, 2, 32), (1, 4, 32, 36, 32), (1, 3, 32, 70, 32)],
+    [(1, 1, 32, 1, 32), (2, 135, 96, 3, 32), (2, 9, 80, 5, 16), (1, 2, 2240, 2, 32)]
+    + exhaustive(
+        (1, 33, 128, 2, 64), (1, 3, 1152, 1, 32), (1, 4, 32, 36, 32), (1, 3, 32, 70, 32)
+    ),
 )  # fmt: skip
 def test_project_qkv(draw, check, batch, tokens, width, heads, head, normed):
     x = draw(batch, tokens, width)

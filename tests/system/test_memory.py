@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from examples import exhaustive
 from networks import (
     DC_AE,
     DC_AE_LITE,
@@ -54,8 +55,8 @@ def test_tensors_are_counted_while_they_live_and_views_are_not():
 
 
 @pytest.mark.hypothesis
-@pytest.mark.parametrize("kind", [DC_AE, DC_AE_LITE], ids=["released", "lite"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [DC_AE, *exhaustive(DC_AE_LITE)], ids=["released", "lite"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, *exhaustive(torch.float32)])
 def test_the_rehearsal_foretells_the_peak_within_a_tenth(kind, dtype):
     model = random_dc_ae(kind | SMALL).to(dtype)
     fold_upsamples(model.decoder)
@@ -82,7 +83,7 @@ def test_the_rehearsal_foretells_the_peak_within_a_tenth(kind, dtype):
     check()
 
 
-@pytest.mark.parametrize("strip_bytes", [100_000, 1_000_000])
+@pytest.mark.parametrize("strip_bytes", [1_000_000, *exhaustive(100_000)])
 def test_the_rehearsal_of_the_encoder_too(strip_bytes):
     model = random_dc_ae(DC_AE | SMALL)
     with PeakMemory() as memory:
