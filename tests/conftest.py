@@ -128,7 +128,7 @@ def quick(tmp_path_factory) -> Iterator[Path]:
     command.write_text(f'#!/bin/sh\nexec {sys.executable} -SE {forks} {socket} "$@"\n')
     command.chmod(0o755)
     words = [sys.executable, str(forks), str(socket)]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL) as server:
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stdin=subprocess.PIPE) as server:
         assert server.stdout.readline() == b"ready\n"
         yield folder
         server.kill()

@@ -2,15 +2,16 @@
 
 torch's imports take longer than what most tests run, and some tests start dozens of processes.
 
-`python forks.py SOCKET` serves; `python forks.py SOCKET WORDS…` is the command. Between them go
-the command's three streams, its words, folder and environment, and back its process id and its
-exit code. SIGINT and SIGTERM are passed on; a command that dies takes its process with it. With
-SANA_TEST_KILL=N the process is killed at the N-th lasting change it makes, half of what it was
-about to write being written; with SANA_TEST_KILL_AFTER=S after so many seconds.
+`python forks.py SOCKET` serves until its stdin ends; `python forks.py SOCKET WORDS…` is the
+command. Between them go the command's three streams, its words, folder and environment, and back
+its process id and its exit code. SIGINT and SIGTERM are passed on; a command that dies takes its
+process with it. With SANA_TEST_KILL=N the process is killed at the N-th lasting change it makes,
+half of what it was about to write being written; with SANA_TEST_KILL_AFTER=S after so many seconds.
 """
 
 import json
 import os
+import select
 import signal
 import socket
 import sys
@@ -52,6 +53,9 @@ def serve(path: str) -> None:
     sys.stdout.write("ready\n")
     sys.stdout.flush()
     while True:
+        ready, _, _ = select.select([server, sys.stdin], [], [])
+        if sys.stdin in ready:  # closed: the tests are over, or were killed
+            return
         line, _ = server.accept()
         if not os.fork():
             server.close()
@@ -60,8 +64,6 @@ def serve(path: str) -> None:
 
 
 def answer(line: socket.socket) -> None:
-    import select
-
     _, streams, _, _ = socket.recv_fds(line, 1, 3)
     order = json.loads(line.makefile().readline())
     ended, wake = os.pipe()

@@ -18,7 +18,7 @@ from examples import exhaustive
 )
 def test_asked_to_stop_it_sums_up_and_goes_on_next_time(sana, number, code):
     Path("jobs.txt").write_text("\n".join(f"{text} {i}" for text in PROMPTS for i in range(2)))
-    with started("jobs.txt", "-m", "demo", "--steps", "4", "--json") as process:
+    with started("jobs.txt", "-m", "demo", "-r", "256", "--steps", "8", "--json") as process:
         head: list[bytes] = []
         while len(events(b"".join(head).decode())) < 2:
             head.append(process.stdout.readline())
@@ -32,7 +32,7 @@ def test_asked_to_stop_it_sums_up_and_goes_on_next_time(sana, number, code):
     assert found[-1]["drawn"] == len(drawn) < 6 and found[-1]["left"] == 6 - len(drawn)
     assert len(lines("jobs-images", "done")) == len(pictures("jobs-images")) == len(drawn)
     assert b"Traceback" not in err and b"error:" not in err
-    run = sana("batch", "jobs.txt", "-m", "demo", "--steps", "4")
+    run = sana("batch", "jobs.txt", "-m", "demo", "-r", "256", "--steps", "8")
     assert (run.code, len(run.out.split())) == (0, 6 - len(drawn))
 
 
