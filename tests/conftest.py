@@ -122,6 +122,8 @@ def process():
 @pytest.fixture(scope="session")
 def quick(tmp_path_factory) -> Iterator[Path]:
     """A folder with a `sana` that starts at once, for tests of what it does then."""
+    if not hasattr(os, "fork"):
+        pytest.skip("needs fork")
     folder = tmp_path_factory.mktemp("quick")
     forks, socket = Path(__file__).with_name("forks.py"), folder / "socket"
     command = folder / "sana"

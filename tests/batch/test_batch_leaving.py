@@ -2,6 +2,7 @@
 
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import pytest
 
 from batches import DEMO, PROMPTS, SANA, events, lines, pictures, started
 from examples import exhaustive
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
 
 
 @pytest.mark.parametrize(

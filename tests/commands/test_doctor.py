@@ -143,6 +143,7 @@ def test_a_broken_lock_and_a_broken_cache_do_not_stop_it(tmp_path):
     assert facts["torch"]
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="puts a shell script in the driver's place")
 def test_a_driver_that_torch_cannot_use_is_a_problem(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("this torch can use it")
@@ -214,6 +215,7 @@ def test_the_terminals_pictures_are_told_from_its_environment(environment, proto
     assert picture_protocol(environment, is_terminal=False) == (None, "stdout is no terminal")
 
 
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs POSIX terminals")
 def test_on_a_terminal_it_knows_colour_width_and_pictures(tmp_path):
     leader, follower = os.openpty()
     environment = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "TMUX", "STY")}
