@@ -1,13 +1,16 @@
 """Real parts for every test: a saved random model, the `sana` command, loopback nothing."""
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from hypothesis import is_hypothesis_test, settings
 
 # Last, and so behind everything installed: `training` is not part of the package.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
@@ -27,12 +30,30 @@ for name in [name for name in os.environ if name.startswith("SANA_")]:
 os.environ["SANA_CONFIG"] = f"{tempfile.gettempdir()}/sana-tests-{os.getpid()}/config.toml"
 
 
-def pytest_configure() -> None:
-    """Without a GPU Triton interprets its kernels: it decides so as it is first imported."""
+settings.register_profile("default", settings(), max_examples=25)
+settings.register_profile("exhaustive", settings(), max_examples=100)
+
+
+def is_exhaustive(config: pytest.Config) -> bool:
+    return config.option.markexpr == "exhaustive"
+
+
+def pytest_configure(config: pytest.Config) -> None:
     import torch
 
+    # Without a GPU Triton interprets its kernels: it decides so as it is first imported.
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"
+    settings.load_profile("exhaustive" if is_exhaustive(config) else "default")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Let `-m exhaustive` run the tests of properties too, on more examples than otherwise."""
+    if is_exhaustive(config):
+        for item in items:
+            if is_hypothesis_test(item.obj) or item.get_closest_marker("hypothesis"):
+                item.add_marker("exhaustive")
 
 
 @pytest.fixture(autouse=True)
@@ -41,6 +62,27 @@ def cache(tmp_path_factory, monkeypatch) -> Path:
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("SANA_CACHE_DIR", str(folder))
     return folder
+
+
+@pytest.fixture
+def no_hang():
+    """Fail a test that hangs: it takes well under a second otherwise.
+
+    pytest's failure is a BaseException: nothing in the command can take it for its own.
+    """
+    longest = 30  # seconds
+    if not hasattr(signal, "SIGALRM"):  # Windows
+        yield
+        return
+
+    def stop(signum, frame):
+        pytest.fail(f"still running after {longest} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(longest)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
 
 
 @dataclass(frozen=True)
@@ -75,6 +117,23 @@ def process():
         return subprocess.run([command, *words], capture_output=True, timeout=300, **options)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def quick(tmp_path_factory) -> Iterator[Path]:
+    """A folder with a `sana` that starts at once, for tests of what it does then."""
+    if not hasattr(os, "fork"):
+        pytest.skip("needs fork")
+    folder = tmp_path_factory.mktemp("quick")
+    forks, socket = Path(__file__).with_name("forks.py"), folder / "socket"
+    command = folder / "sana"
+    command.write_text(f'#!/bin/sh\nexec {sys.executable} -SE {forks} {socket} "$@"\n')
+    command.chmod(0o755)
+    words = [sys.executable, str(forks), str(socket)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stdin=subprocess.PIPE) as server:
+        assert server.stdout.readline() == b"ready\n"
+        yield folder
+        server.kill()
 
 
 @pytest.fixture(scope="session")

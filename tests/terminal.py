@@ -1,12 +1,15 @@
 """A command at a terminal of its own, and what a person would see there."""
 
-import fcntl
 import os
 import re
 import struct
 import subprocess
-import termios
 import threading
+
+import pytest
+
+fcntl = pytest.importorskip("fcntl", reason="needs POSIX terminals")
+termios = pytest.importorskip("termios")
 
 # The codes that Rich sends: colours and cursor shown or hidden, up, and erase the line.
 CODE = re.compile(rb"\033\[([?\d;]*)([A-Za-z])|(\r?\n)|(\r)|([^\033\r\n]+)")

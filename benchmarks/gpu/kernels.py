@@ -9,16 +9,15 @@ import time
 from benchmarks.gpu.report import Report
 from benchmarks.gpu.subjects import ROOT
 
-TESTS = ("tests/kernels/test_kernels.py", "tests/kernels/test_decoder_kernels.py")
+TESTS = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tests/kernels/test_*.py"))
 
 
 def kernels(options: argparse.Namespace, report: Report) -> None:
+    if not TESTS:
+        report.add("kernels", failed="tests/kernels is missing")
     for test in TESTS:
-        if not (ROOT / test).exists():
-            report.add("kernels", tests=test, failed="the file is missing")
-            continue
         # Warnings of other versions of a library do not concern the kernels.
-        words = ["-q", "--maxfail=20", "-o", "filterwarnings=default"]
+        words = ["-q", "-m", "", "--maxfail=20", "-o", "filterwarnings=default"]
         if importlib.util.find_spec("xdist"):  # most of the time is compilation
             words += ["-n", "8"]
         command = [sys.executable, "-m", "pytest", *words, test]

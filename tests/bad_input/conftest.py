@@ -1,32 +1,15 @@
 """A copy of a model to damage, and a command that must refuse."""
 
-import signal
 from pathlib import Path
 
 import pytest
 
 from faults import FAST, assert_polite, linked
 
-LONGEST_TEST = 30  # seconds; a refusal takes well under one
-
 
 @pytest.fixture(autouse=True)
-def _no_hang():
-    """pytest's failure is a BaseException: nothing in the command can take it for its own."""
-
-    def stop(signum, frame):
-        pytest.fail(f"still running after {LONGEST_TEST} s")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(LONGEST_TEST)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
-
-
-@pytest.fixture(autouse=True)
-def here(tmp_path, monkeypatch) -> Path:
-    """An empty working folder."""
+def here(tmp_path, monkeypatch, no_hang) -> Path:
+    """An empty working folder, and no time to hang in."""
     folder = tmp_path / "here"
     folder.mkdir()
     monkeypatch.chdir(folder)

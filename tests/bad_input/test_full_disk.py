@@ -7,6 +7,7 @@ import tempfile
 
 import pytest
 
+from examples import exhaustive
 from faults import FAST, SANA, assert_polite
 
 
@@ -56,7 +57,9 @@ def test_a_disk_that_fills_up_keeps_the_pictures_before(sana, model, here, monke
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 @pytest.mark.parametrize(
-    "words", [("-o", "-"), (), ("--json",), ("--dry-run",)], ids=["picture", "path", "json", "plan"]
+    "words",
+    [("-o", "-"), *exhaustive([], ["--json"], ["--dry-run"])],
+    ids=["picture", "path", "json", "plan"],
 )
 def test_a_full_disk_behind_stdout_is_reported(model, words):
     command = [SANA, "generate", "a fox", "-m", str(model), *FAST, *words]

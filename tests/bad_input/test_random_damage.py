@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from faults import CONFIGS, FAST, PARTS
 
 FUZZ = settings(
-    max_examples=25,
+    max_examples=settings.default.max_examples // 4,
     deadline=None,
     derandomize=True,
     database=None,
@@ -35,6 +35,7 @@ def assert_survives(sana, *words: str) -> None:
     assert bool(run.out) == (run.code == 0)
 
 
+@pytest.mark.hypothesis
 @pytest.mark.parametrize("config", CONFIGS)
 def test_random_damage_to_a_config_is_survived(sana, model, config):
     original = (model / config).read_bytes()
@@ -51,6 +52,7 @@ def test_random_damage_to_a_config_is_survived(sana, model, config):
     survives()
 
 
+@pytest.mark.hypothesis
 @PARTS
 def test_random_damage_to_a_weight_header_is_survived(sana, model, part):
     original = (model / part).read_bytes()

@@ -1,9 +1,6 @@
-"""A working folder with prompts, a broken model, and a command that starts at once."""
+"""A working folder with prompts, and a broken model."""
 
 import shutil
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,21 +16,6 @@ def here(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(folder)
     (folder / "jobs.txt").write_text("\n".join(PROMPTS))
     return folder
-
-
-@pytest.fixture(scope="session")
-def quick(tmp_path_factory) -> Iterator[Path]:
-    """A folder with a `sana` that starts at once."""
-    folder = tmp_path_factory.mktemp("quick")
-    forks, socket = Path(__file__).with_name("forks.py"), folder / "socket"
-    command = folder / "sana"
-    command.write_text(f'#!/bin/sh\nexec {sys.executable} -SE {forks} {socket} "$@"\n')
-    command.chmod(0o755)
-    words = [sys.executable, str(forks), str(socket)]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL) as server:
-        assert server.stdout.readline() == b"ready\n"
-        yield folder
-        server.kill()
 
 
 @pytest.fixture

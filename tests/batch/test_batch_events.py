@@ -52,7 +52,7 @@ def test_events_are_json_lines_with_warnings_going_on(here, monkeypatch, broken,
 
 def test_long_work_is_heard_of(sana, monkeypatch):
     monkeypatch.setattr("sana_cli.batch.events.HEARTBEAT", 0.05)
-    run = sana("batch", "jobs.txt", "-m", "demo", "--steps", "20", "--json")
+    run = sana("batch", "jobs.txt", "-m", "demo", "-r", "256", "--steps", "20", "--json")
     found = events(run.out, heartbeats=True)
     assert_schemas(found)
     beats = [event for event in found if event["event"] == "heartbeat"]

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from batches import DEMO, PROMPTS, events, lines, pictures
+from examples import exhaustive
 
 
 def test_bad_jobs_do_not_stop_the_others(sana, broken, tiny_model, here):
@@ -73,7 +74,7 @@ def test_too_little_memory_for_any_job_is_no_fault_of_the_jobs(sana):
     assert sana("batch", "jobs.txt", *DEMO).code == 0
 
 
-@pytest.mark.parametrize("after", range(0, 10, 2))
+@pytest.mark.parametrize("after", [4, *exhaustive(0, 2, 6, 8)])
 def test_a_full_disk_ends_it_with_nothing_lost(sana, monkeypatch, after):
     expected = sana("batch", "jobs.txt", *DEMO, "-o", "whole").out
     real, calls = os.fsync, []

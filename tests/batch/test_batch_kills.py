@@ -3,15 +3,15 @@
 import os
 import random
 import shutil
-import signal
 import subprocess
 from pathlib import Path
 
 import pytest
 
 from batches import DEMO, PROMPTS, lines, pictures
+from examples import exhaustive
 
-KILLED = 256 - signal.SIGKILL  # as forks.py tells it
+KILLED = 256 - 9  # as forks.py tells SIGKILL
 
 
 @pytest.fixture
@@ -51,12 +51,13 @@ def assert_finished(folder: str, expected: dict[str, bytes], before: dict[str, i
     assert sorted(line["path"] for line in lines(folder, "done")) == sorted(expected)
 
 
-def test_killed_at_any_change_it_makes_it_finishes_when_run_again(killed, here):
+@pytest.mark.parametrize("every", [6, *exhaustive(1)])
+def test_killed_at_any_change_it_makes_it_finishes_when_run_again(killed, here, every):
     Path("two.txt").write_text("\n".join(PROMPTS[:2]))
     call = ("batch", "two.txt", *DEMO, "-q")
     assert killed(*call) == 0
     expected = pictures("two-images")
-    for place in range(1, 100):
+    for place in range(1, 100, every):
         shutil.rmtree("two-images")
         code = killed(*call, place=place)
         if code == 0:
@@ -68,6 +69,7 @@ def test_killed_at_any_change_it_makes_it_finishes_when_run_again(killed, here):
     assert 10 < place < 40  # a line, a file and another line are several changes each
 
 
+@pytest.mark.exhaustive
 def test_killed_at_any_moment_again_and_again_it_finishes(killed, here):
     Path("many.txt").write_text("\n".join(f"{text} {i}" for text in PROMPTS for i in range(5)))
     call = ("batch", "many.txt", *DEMO, "-q")

@@ -1,9 +1,14 @@
 """Rows from a pipe, drawn as they come."""
 
 import signal
+import sys
 import time
 
+import pytest
+
 from batches import DEMO, PROMPTS, started
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
 
 
 def test_a_pipe_is_drawn_as_it_comes(sana):

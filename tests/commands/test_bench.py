@@ -164,7 +164,7 @@ def test_diffusers_draws_the_same_in_the_same_process(command):
     assert facts["psnr"] is None or facts["psnr"] > 50, "speed never comes from another picture"
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_diffusers_compiled_draws_the_same(command):
     out, _ = command(
         *(*DEMO, "--runs", "1", "--against", "diffusers-compiled", "-r", "128", "--json"),

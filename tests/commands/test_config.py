@@ -196,7 +196,7 @@ SCALARS = st.one_of(
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[*HealthCheck])
+@settings(deadline=None, suppress_health_check=[*HealthCheck])
 @given(
     content=st.one_of(
         st.binary(max_size=60),

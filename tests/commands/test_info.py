@@ -40,10 +40,16 @@ def save(name: str = "fox.png", **changes) -> str:
     return name
 
 
-def in_shell(line: str, shell: str = "sh") -> subprocess.CompletedProcess:
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = os.environ | {"PATH": path}
-    return subprocess.run([shell, "-ec", line], capture_output=True, timeout=300, env=environment)
+@pytest.fixture
+def in_shell(quick):
+    """Run a line in a shell that finds `sana`."""
+
+    def run(line: str, shell: str = "sh") -> subprocess.CompletedProcess:
+        environment = os.environ | {"PATH": f"{quick}{os.pathsep}{os.environ['PATH']}"}
+        command = [shell, "-ec", line]
+        return subprocess.run(command, capture_output=True, timeout=300, env=environment)
+
+    return run
 
 
 # --- the command that draws it again -----------------------------------------------------------
@@ -66,7 +72,7 @@ def in_shell(line: str, shell: str = "sh") -> subprocess.CompletedProcess:
     ],
     ids=["plain", "quotes", "dash", "stdin", "control"],
 )
-def test_the_line_draws_the_same_pixels(sana, process, words, shell):
+def test_the_line_draws_the_same_pixels(sana, process, in_shell, words, shell):
     prompt, *options = words
     call = ("generate", *options, "-m", "demo", "--steps", "2")
     if prompt == "-":

@@ -5,7 +5,6 @@ import io
 import json
 import re
 import struct
-import time
 import zlib
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageFile, PngImagePlugin
 
 from recipes import RECIPE
 from sana_cli import __version__
@@ -380,12 +379,12 @@ def test_damaged_files_are_one_error(tmp_path, format, cuts, length):
         "a-" * 9_000,
     ],
 )
-def test_a_hostile_line_is_cheap(tmp_path, line):
+def test_hostile_lines_do_not_hang_it(tmp_path, no_hang, line):
+    """A grammar without bounds takes seconds for one such picture; a gallery has many."""
     path = save_png(tmp_path, parameters=f"a fox\n{line}, Steps: 20, Seed: 1, Size: 8x8")
-    began = time.process_time()
-    with contextlib.suppress(SanaError):
-        read(path)
-    assert time.process_time() - began < 2
+    for _ in range(20):
+        with contextlib.suppress(SanaError):
+            read(path)
 
 
 @pytest.mark.parametrize("other", ["{}", '{"seed": 1, "steps": 2}', "a comment", "ab: c, d: e"])
@@ -406,27 +405,22 @@ def test_a_picture_beyond_pillows_limit_is_read_without_its_pixels(tmp_path):
     body = small.index(b"IDAT") + 4  # and what the pixels are is missing altogether
     path = tmp_path / "large.png"
     path.write_bytes(small[:12] + header + struct.pack(">I", zlib.crc32(header)) + small[33:body])
-    began = time.process_time()
     found = read(str(path))
-    assert time.process_time() - began < 0.5
     assert (found.width, found.height, found.notes) == (65_536, 65_536, [])
     assert limit == Image.MAX_IMAGE_PIXELS
 
 
-@pytest.mark.parametrize("format", ["png", "jpeg", "webp"])
-def test_a_4k_panorama_is_read_at_once(tmp_path, format):
-    picture = Image.new("L" if format == "jpeg" else "RGB", (16_383, 4096))
-    options = {"quality": 1, "method": 0} if format == "webp" else {"compress_level": 1}
-    if format == "png":
-        options["pnginfo"] = record().as_png_text()
-    else:
-        options["exif"] = record().as_exif(format)
-    path = tmp_path / f"large.{format}"
-    picture.save(path, **options)
-    began = time.process_time()
-    found = read(str(path))
-    assert time.process_time() - began < 0.2
-    assert (found.width, found.height, found.recipe["seed"]) == (16_383, 4096, 7)
+@pytest.mark.parametrize("format", FORMATS)
+def test_no_format_is_decoded_to_be_read(tmp_path, monkeypatch, format):
+    path = save(tmp_path, format)
+    decoded = []
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: decoded.append(image))
+    found = read(path)
+    assert (found.width, found.height, found.recipe["seed"]) == (64, 32, 7)
+    assert not decoded
+    with Image.open(path) as image:  # decoding would have been noticed
+        image.load()
+    assert decoded
 
 
 def test_a_damaged_picture_after_an_intact_recipe_is_read(tmp_path):

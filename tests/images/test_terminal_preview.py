@@ -52,8 +52,8 @@ def blocks(seen: bytes) -> np.ndarray:
 
 
 @pytest.mark.parametrize("width", [80, 120])
-def test_bars_go_and_results_stay(environment, tmp_path, width):
-    command = [SANA, "generate", "a fox", "an owl", *FAST, "-n", "2"]
+def test_bars_go_and_results_stay(quick, environment, tmp_path, width):
+    command = [quick / "sana", "generate", "a fox", "an owl", *FAST, "-n", "2"]
     code, seen, _ = at_terminal(command, width, cwd=tmp_path, env=environment(**TRUE_COLOR))
     assert code == 0
     assert b"denoise" in seen
@@ -64,9 +64,9 @@ def test_bars_go_and_results_stay(environment, tmp_path, width):
     assert max(map(len, screen(seen))) <= width
 
 
-def test_a_batch_leaves_its_results_too(environment, tmp_path):
+def test_a_batch_leaves_its_results_too(quick, environment, tmp_path):
     (tmp_path / "prompts.txt").write_text("a fox\nan owl\n")
-    command = [SANA, "batch", "prompts.txt", "-m", "demo", "-o", "out", "--steps", "3"]
+    command = [quick / "sana", "batch", "prompts.txt", "-m", "demo", "-o", "out", "--steps", "3"]
     code, seen, _ = at_terminal(command, cwd=tmp_path, env=environment(**TRUE_COLOR))
     assert code == 0
     left = screen(seen)
@@ -85,8 +85,8 @@ def test_half_blocks_show_the_picture(environment, tmp_path):
     assert sum("▀" in line for line in screen(seen)) == 20
 
 
-def test_half_blocks_fit_a_narrow_terminal(environment, tmp_path):
-    command = [SANA, "generate", PROMPT, *FAST, "-o", "a.png", "--preview"]
+def test_half_blocks_fit_a_narrow_terminal(quick, environment, tmp_path):
+    command = [quick / "sana", "generate", PROMPT, *FAST, "-o", "a.png", "--preview"]
     code, seen, _ = at_terminal(command, 30, 50, cwd=tmp_path, env=environment(**TRUE_COLOR))
     assert code == 0
     assert blocks(seen).shape == (30, 30, 3)
@@ -101,9 +101,9 @@ def test_half_blocks_fit_a_narrow_terminal(environment, tmp_path):
     ids=["kitty", "iterm2"],
 )
 def test_a_terminal_with_a_protocol_is_sent_the_picture_itself(
-    environment, tmp_path, known, pattern
+    quick, environment, tmp_path, known, pattern
 ):
-    command = [SANA, "generate", PROMPT, *FAST, "-o", "a.png", "--preview"]
+    command = [quick / "sana", "generate", PROMPT, *FAST, "-o", "a.png", "--preview"]
     code, seen, results = at_terminal(
         command, results=False, cwd=tmp_path, env=environment(**known)
     )
@@ -122,8 +122,8 @@ def test_a_terminal_with_a_protocol_is_sent_the_picture_itself(
 
 
 @pytest.mark.parametrize("word", ["--json", "-q", "--no-preview"])
-def test_no_picture_for_programs_and_the_quiet(environment, tmp_path, word):
-    command = [SANA, "generate", PROMPT, *FAST, "--preview", word]
+def test_no_picture_for_programs_and_the_quiet(quick, environment, tmp_path, word):
+    command = [quick / "sana", "generate", PROMPT, *FAST, "--preview", word]
     kitty = environment(TERM="xterm-kitty")
     code, seen, results = at_terminal(command, results=False, cwd=tmp_path, env=kitty)
     assert code == 0
@@ -132,8 +132,8 @@ def test_no_picture_for_programs_and_the_quiet(environment, tmp_path, word):
         assert seen == b""
 
 
-def test_never_in_a_pipe(environment, tmp_path):
-    command = [SANA, "generate", PROMPT, *FAST, "-o", "a.png", "--preview"]
+def test_never_in_a_pipe(quick, environment, tmp_path):
+    command = [quick / "sana", "generate", PROMPT, *FAST, "-o", "a.png", "--preview"]
     believed = environment(TERM="xterm-kitty", FORCE_COLOR="1")
     done = subprocess.run(command, cwd=tmp_path, env=believed, capture_output=True, timeout=120)
     assert (done.returncode, done.stdout) == (0, b"a.png\n")
@@ -141,8 +141,8 @@ def test_never_in_a_pipe(environment, tmp_path):
     assert b"no preview: stderr is no terminal" in done.stderr
 
 
-def test_without_colour_there_are_no_blocks(environment, tmp_path):
-    command = [SANA, "generate", PROMPT, *FAST, "--preview", "--no-color"]
+def test_without_colour_there_are_no_blocks(quick, environment, tmp_path):
+    command = [quick / "sana", "generate", PROMPT, *FAST, "--preview", "--no-color"]
     code, seen, _ = at_terminal(command, cwd=tmp_path, env=environment(**TRUE_COLOR))
     assert code == 0
     assert "no preview: " in " ".join(screen(seen))

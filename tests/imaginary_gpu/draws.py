@@ -9,9 +9,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from unittest.mock import patch
 
-from card import card
 from torch import nn
 
+from card import card
 from sana_cli.bench.random_weights import random_model
 from sana_cli.pipeline import draw
 from sana_cli.pipeline.networks import Networks

@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from examples import exhaustive
+
 HERE = Path(__file__).parent
 CXX = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
 TRANSFORMER = {
@@ -52,10 +54,12 @@ def imagined(tmp_path_factory) -> Callable[..., dict]:
 @pytest.mark.parametrize(
     ("model", "res", "words"),
     [
-        ("demo", "512x512", ['negative="dull"']),
         ("demo", "256x256", ["batched_cfg=false", "row_chunk=4"]),
-        ("sana-0.6b-1024", "512x384", ["guidance=1.0"]),
-        ("sana-sprint-0.6b", "512x512", []),
+        *exhaustive(
+            ("demo", "512x512", ['negative="dull"']),
+            ("sana-0.6b-1024", "512x384", ["guidance=1.0"]),
+            ("sana-sprint-0.6b", "512x512", []),
+        ),
     ],
 )
 def test_a_picture_is_drawn_by_the_kernels_from_networks_on_the_card(imagined, model, res, words):

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from card import card
 from tokenizers import Tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
+
+from card import card
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT))

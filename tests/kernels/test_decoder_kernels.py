@@ -8,10 +8,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from test_kernels import DEVICE, DTYPES, LEAST, decibels
-from test_networks import LITE_DC_AE, RELEASED_DC_AE
-from test_streaming import FEW, TINY, network, noise, random_image
-from torch import Tensor
+
+from kernel_checks import DEVICE, LEAST, MIN_TRITON, decibels
+from networks import DC_AE, DC_AE_LITE, FEW, TINY, random_dc_ae, random_image, random_latents
+
+pytest.importorskip("triton", minversion=MIN_TRITON)
 
 from sana_cli.kernels import dispatch
 from sana_cli.kernels.kv_state import kv_state
@@ -21,28 +22,6 @@ from sana_cli.kernels.rgb import conv_to_rgb
 from sana_cli.kernels.rms_norm import rms_norm
 from sana_cli.models.streaming.autoencoder import decode, decode_pipeline, encode
 from sana_cli.models.streaming.subpixel import fold_upsamples
-
-
-@pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-def draw(request):
-    generator = torch.Generator().manual_seed(5)
-
-    def normal(*shape: int, size: float = 1.0) -> Tensor:
-        return (torch.randn(shape, generator=generator) * size).to(DEVICE, request.param)
-
-    return normal
-
-
-@pytest.fixture(autouse=True)
-def poisoned_allocations(monkeypatch):
-    """Fill fresh memory, so that elements that a kernel fails to write show."""
-
-    def poison(x: Tensor) -> Tensor:
-        return x.fill_(math.nan if x.is_floating_point() else 77)
-
-    for place, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
-        empty = getattr(place, name)
-        monkeypatch.setattr(place, name, lambda *a, empty=empty, **b: poison(empty(*a, **b)))
 
 
 @pytest.fixture
@@ -169,16 +148,16 @@ def test_a_value_between_two_levels_rounds_to_even(triton):
 
 
 KINDS = {
-    "released": RELEASED_DC_AE | TINY | FEW,
-    "lite": LITE_DC_AE | TINY | {"decoder_layers_per_block": (0, 1, 1, 1, 1, 1)},
+    "released": DC_AE | TINY | FEW,
+    "lite": DC_AE_LITE | TINY | {"decoder_layers_per_block": (0, 1, 1, 1, 1, 1)},
 }
 
 
 @pytest.mark.parametrize(("kind", "strip_bytes"), [("released", 9_000), ("lite", 1 << 30)])
 def test_a_decode_in_triton_matches_torch(triton, kind, strip_bytes):
-    decoder = network(KINDS[kind]).decoder.to(DEVICE)
+    decoder = random_dc_ae(KINDS[kind]).decoder.to(DEVICE)
     fold_upsamples(decoder)
-    latent = noise(2, 1).to(DEVICE)
+    latent = random_latents(2, 1).to(DEVICE)
     found = {}
     for in_triton in (True, False):
         triton(in_triton)
@@ -195,7 +174,7 @@ def test_a_decode_in_triton_matches_torch(triton, kind, strip_bytes):
 
 
 def test_an_encode_in_triton_matches_torch(triton):
-    encoder = network(KINDS["released"]).encoder.to(DEVICE)
+    encoder = random_dc_ae(KINDS["released"]).encoder.to(DEVICE)
     found = {}
     for in_triton in (True, False):
         triton(in_triton)

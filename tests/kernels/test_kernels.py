@@ -4,21 +4,24 @@ With a GPU the compiled kernels run, without one Triton's interpreter on the CPU
 """
 
 import json
-import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-# Interpreters before 3.9 are incompatible with numpy 2.4; the compiler is not.
-pytest.importorskip("triton", minversion=None if torch.cuda.is_available() else "3.9")
+from benchmarks.tables import measured
+from examples import exhaustive
+from kernel_checks import DEVICE, LEAST, MIN_TRITON, decibels
+from networks import DIT_KINDS, random_dit, velocity_error
 
-from test_fused_dit import KINDS, compare, random_dit
+pytest.importorskip("triton", minversion=MIN_TRITON)
 
 from sana_cli.kernels import (
     depthwise_glu_triton,
@@ -33,49 +36,8 @@ from sana_cli.kernels.linear_attention import attend_tokens, project_qkv
 from sana_cli.kernels.modulation import modulate
 from sana_cli.kernels.projection import gated_residual_linear_, linear_silu
 
-ON_GPU = torch.cuda.is_available()
+KERNELS = Path(__file__).resolve().parents[2] / "kernels"
 MODULES = depthwise_glu_triton, linear_attention_triton, modulation_triton, projection_triton
-DEVICE = "cuda" if ON_GPU else "cpu"
-# The interpreter treats the bits of bfloat16 as integers.
-DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if ON_GPU else [])]
-# Minimum signal to noise in dB, against the torch lines in float64. A result rounded once to p bits
-# has about 6·p + 6 dB: 150 in float32 (p = 24), 72 in float16 (11), 54 in bfloat16 (8). Like torch,
-# kernels round k up to three times and v once before their product, which costs 6 dB. A state in
-# tf32 has 80 dB, a float32 sum of thousands of terms 130. One wrong element in 10,000 leaves 40 dB.
-LEAST = {torch.float32: 125.0, torch.float16: 62.0, torch.bfloat16: 44.0}
-
-
-@pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-def dtype(request) -> torch.dtype:
-    return request.param
-
-
-@pytest.fixture(autouse=True)
-def poisoned_allocations(monkeypatch):
-    """Fill fresh memory with NaN, so that elements that a kernel fails to write show."""
-    with torch.device(DEVICE):
-        torch.empty(0)  # torch caches the functions it finds in the first such block
-    for place, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
-        empty = getattr(place, name)
-        monkeypatch.setattr(
-            place, name, lambda *a, empty=empty, **b: empty(*a, **b).fill_(math.nan)
-        )
-
-
-@pytest.fixture
-def draw(dtype) -> Callable[..., Tensor]:
-    generator = torch.Generator().manual_seed(5)
-
-    def normal(*shape: int, size: float = 1.0) -> Tensor:
-        return (torch.randn(shape, generator=generator) * size).to(DEVICE, dtype)
-
-    return normal
-
-
-def decibels(found: Tensor, true: Tensor) -> float:
-    assert found.shape == true.shape
-    noise = (found.double() - true).square().sum()
-    return (10 * torch.log10(true.square().sum() / noise)).item() if noise else math.inf
 
 
 @pytest.fixture
@@ -112,8 +74,8 @@ def test_modulate(draw, check, batch, tokens, width):
 # The interpreter is slow, so only one of D, 2E and E at a time has the width of a model.
 @pytest.mark.parametrize(
     ("batch", "tokens", "width", "wide"),
-    [(1, 1, 16, 32), (2, 35, 96, 240), (1, 130, 40, 136), (1, 3, 1152, 64), (1, 2, 2240, 48),
-     (1, 2, 16, 11200)],
+    [(1, 1, 16, 32), (2, 35, 96, 240), (1, 2, 2240, 48)]
+    + exhaustive((1, 130, 40, 136), (1, 3, 1152, 64), (1, 2, 16, 11200)),
 )  # fmt: skip
 def test_linear_silu(draw, check, batch, tokens, width, wide):
     weight = draw(wide, width, size=width**-0.5)
@@ -125,8 +87,8 @@ def test_linear_silu(draw, check, batch, tokens, width, wide):
 @pytest.mark.parametrize(("with_bias", "with_gate"), [(1, 1), (1, 0), (0, 1), (0, 0)])
 @pytest.mark.parametrize(
     ("batch", "tokens", "width", "wide"),
-    [(1, 1, 32, 16), (2, 63, 96, 80), (1, 2, 48, 2880), (1, 2, 32, 5600), (1, 3, 1152, 16),
-     (2, 2, 2240, 32)],
+    [(1, 1, 32, 16), (2, 63, 96, 80), (2, 2, 2240, 32)]
+    + exhaustive((1, 2, 48, 2880), (1, 2, 32, 5600), (1, 3, 1152, 16)),
 )  # fmt: skip
 def test_gated_residual_linear(draw, check, batch, tokens, width, wide, with_bias, with_gate):
     inputs = (
@@ -146,9 +108,11 @@ def test_the_residual_is_updated_in_place(draw):
 
 @pytest.mark.parametrize(
     ("batch", "height", "width", "channels", "halo"),
-    [(1, 1, 1, 8, False), (1, 1, 1, 8, True), (2, 3, 5, 40, False), (1, 3, 5, 40, True),
-     (1, 7, 9, 32, False), (1, 7, 9, 16, True), (1, 17, 8, 24, False), (1, 9, 3, 24, True),
-     (1, 1, 2, 576, False), (1, 1, 3, 1120, True)],
+    [(1, 1, 1, 8, False), (1, 1, 1, 8, True), (2, 3, 5, 40, False), (1, 3, 5, 40, True)]
+    + exhaustive(
+        (1, 7, 9, 32, False), (1, 7, 9, 16, True), (1, 17, 8, 24, False), (1, 9, 3, 24, True),
+        (1, 1, 2, 576, False), (1, 1, 3, 1120, True)
+    ),
 )  # fmt: skip
 def test_depthwise_glu(draw, check, batch, height, width, channels, halo):
     x = draw(batch, height + 2 * halo, width, 2 * channels)
@@ -159,8 +123,10 @@ def test_depthwise_glu(draw, check, batch, height, width, channels, halo):
 @pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize(
     ("batch", "tokens", "width", "heads", "head"),
-    [(1, 1, 32, 1, 32), (2, 135, 96, 3, 32), (2, 9, 80, 5, 16), (1, 33, 128, 2, 64),
-     (1, 3, 1152, 1, 32), (1, 2, 2240, 2, 32), (1, 4, 32, 36, 32), (1, 3, 32, 70, 32)],
+    [(1, 1, 32, 1, 32), (2, 135, 96, 3, 32), (2, 9, 80, 5, 16), (1, 2, 2240, 2, 32)]
+    + exhaustive(
+        (1, 33, 128, 2, 64), (1, 3, 1152, 1, 32), (1, 4, 32, 36, 32), (1, 3, 32, 70, 32)
+    ),
 )  # fmt: skip
 def test_project_qkv(draw, check, batch, tokens, width, heads, head, normed):
     x = draw(batch, tokens, width)
@@ -203,7 +169,7 @@ def test_the_fused_dit_in_triton_matches_the_transformer(kind, monkeypatch):
         monkeypatch.setattr(module, "launch", launch)
     monkeypatch.setattr(dispatch, "uses_triton", lambda x: True)
     with torch.device(DEVICE):
-        assert compare(random_dit(num_layers=1, **KINDS[kind]), 5, 3) < 3e-6
+        assert velocity_error(random_dit(num_layers=1, **DIT_KINDS[kind]), 5, 3) < 3e-6
     assert len(names) == (7 if kind == "qk-norm" else 6)  # one more sums k after its norm
 
 
@@ -249,13 +215,22 @@ def test_verbose_says_how_the_kernels_run(sana):
     assert line not in sana(*words).err
 
 
-@pytest.mark.slow
+def test_the_page_states_what_every_kernel_costs():
+    """`python -m sana_cli.kernels.aot --json > benchmarks/kernels.json` measures it."""
+    sources = [path.read_text(encoding="utf-8") for path in KERNELS.glob("*_triton.py")]
+    kernels = {
+        name for source in sources for name in re.findall(r"^def (\w+_kernel)\(", source, re.M)
+    }
+    assert {cost["case"].split()[0] for cost in measured("kernels.json")} == kernels
+
+
+@pytest.mark.exhaustive
 def test_kernels_compile_for_a_gpu_that_is_not_here():
     done = python("-m", "sana_cli.kernels.aot", "--arch", "89", "--json")
     assert done.returncode == 0, done.stderr
     costs = json.loads(done.stdout)
-    names = {cost["case"].split()[0] for cost in costs}
-    assert {"modulate_kernel", "project_qkv_kernel", "linear_silu_kernel"} <= names
+    kept = {cost["case"] for cost in measured("kernels.json") if cost["arch"] == 89}
+    assert {cost["case"] for cost in costs} == kept
     for cost in costs:
         assert 0 < cost["registers"] <= 255
         assert cost["stack"] == 0

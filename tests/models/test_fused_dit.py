@@ -10,73 +10,36 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from reference import LIKE_0_6B, LIKE_1_6B
+from networks import DIT_KINDS, random_dit, velocity_error
 from sana_cli.models.cross_attention import KeyValueText
-from sana_cli.models.dit import DiT, DiTConfig
 from sana_cli.models.fused_dit import FusedDiT
 
-KINDS = {
-    "0.6B": {},
-    "1.6B": LIKE_1_6B,
-    "qk-norm": {"qk_norm": "rms_norm_across_heads"},
-    "positions": {"interpolation_scale": 2.0},
-}
 PADDED = 300  # tokens that the reference pads a text to
 
 
-def random_dit(**config) -> DiT:
-    torch.manual_seed(0)
-    dit = DiT(DiTConfig(**{"num_layers": 2, "caption_channels": 16, **LIKE_0_6B, **config}))
-    for name, parameter in dit.named_parameters():
-        if "table" in name:  # left uninitialised when the network is built
-            parameter.data = 0.3 * torch.randn_like(parameter)
-        if "norm" in name:
-            parameter.data = 1 + 0.3 * torch.randn_like(parameter)
-    return dit.eval().requires_grad_(False)
-
-
-def compare(dit: DiT, height: int, width: int, rows=None, lengths=(2, 5), padded=1) -> float:
-    """Relative difference between the velocities of the fused and the plain transformer."""
-    dtype = dit.proj_out.weight.dtype
-    latents = torch.randn(1, 32, height, width, dtype=dtype)
-    texts = [torch.randn(1, length, 16, dtype=dtype) for length in lengths]
-    longest = max(lengths)
-    batch = [torch.cat([text, text.new_zeros(1, longest - text.shape[1], 16)], 1) for text in texts]
-    mask = torch.arange(longest) < torch.tensor(lengths)[:, None]
-    count = len(texts)
-    caption = dit.project_text(torch.cat(batch))
-    at = torch.full((count,), 700.0)
-    plain = dit(latents.expand(count, -1, -1, -1), at, caption, mask).double()
-    fused = FusedDiT(dit)
-    fused.row_chunk = rows
-    contexts = [fused.encode_text(text, padded) for text in texts]
-    got = fused(latents, fused.time_modulations([900.0, 700.0])[1], contexts).double()
-    return ((got - plain).norm() / plain.norm()).item()
-
-
-@settings(max_examples=25, deadline=None)
+@settings(deadline=None)
 @given(st.integers(1, 20), st.integers(1, 9), st.none() | st.integers(1, 24))
 def test_any_grid_whole_or_in_chunks_of_any_height(height, width, rows):
-    assert compare(random_dit(), height, width, rows) < 1e-6
+    assert velocity_error(random_dit(), height, width, rows) < 1e-6
 
 
 @pytest.mark.parametrize("rows", [None, 5])
-@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("kind", DIT_KINDS.values(), ids=DIT_KINDS)
 def test_every_kind_of_transformer(kind, rows):
-    assert compare(random_dit(**kind), 12, 7, rows) < 1e-6
+    assert velocity_error(random_dit(**kind), 12, 7, rows) < 1e-6
 
 
 @pytest.mark.parametrize("lengths", [(1, 5), (1,), (4,), (1, 1), (3, 90)], ids=str)
 @pytest.mark.parametrize("padded", [1, 8])
 @pytest.mark.parametrize("kind", ["0.6B", "qk-norm"])
 def test_texts_of_one_token_of_few_and_of_many_padded_or_not(kind, lengths, padded):
-    assert compare(random_dit(**KINDS[kind]), 6, 4, None, lengths, padded) < 1e-6
+    assert velocity_error(random_dit(**DIT_KINDS[kind]), 6, 4, None, lengths, padded) < 1e-6
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 2e-2), (torch.float16, 2e-3)])
 @pytest.mark.parametrize("rows", [None, 5])
 def test_half_precision_differs_by_its_own_rounding(dtype, bound, rows):
-    assert compare(random_dit().to(dtype), 12, 7, rows) < bound
+    assert velocity_error(random_dit().to(dtype), 12, 7, rows) < bound
 
 
 def test_chunks_can_be_made_smaller_later():

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from networks import relative_error
 from reference import text_encoder
 from sana_cli.errors import UsageError
 from sana_cli.instruction import INSTRUCTION
@@ -21,10 +22,6 @@ from sana_cli.weights.layout import folder_parts
 
 DEMO = Path(__file__).resolve().parents[2] / "sana_cli" / "demo"
 PROMPTS = ["a red circle on a blue background", "a large white star in the centre on purple"]
-
-
-def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    return ((ours.double() - theirs.double()).norm() / theirs.double().norm()).item()
 
 
 def eight_bit(weight: torch.Tensor) -> Int8Linear:

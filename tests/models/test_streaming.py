@@ -6,26 +6,31 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from test_networks import LITE_DC_AE, RELEASED_DC_AE, relative_error
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from networks import (
+    DC_AE,
+    DC_AE_LITE,
+    FEW,
+    TINY,
+    few_examples,
+    random_dc_ae,
+    random_image,
+    random_latents,
+    relative_error,
+)
 from sana_cli.models.dc_ae import DCAE, DCAEConfig, Decoder
 from sana_cli.models.streaming.autoencoder import decode, decode_pipeline, encode
 from sana_cli.models.streaming.subpixel import fold_upsamples
 
 DEMO = Path(__file__).resolve().parents[2] / "sana_cli" / "demo"
-TINY = {
-    "encoder_block_out_channels": (4, 4, 8, 32, 32, 32),
-    "decoder_block_out_channels": (4, 4, 8, 32, 32, 32),
-}
-FEW = {"encoder_layers_per_block": (1,) * 6, "decoder_layers_per_block": (1,) * 6}
 CONVOLUTIONS = {"encoder_block_types": "ResBlock", "decoder_block_types": "ResBlock"}
 KINDS = {
-    "released": RELEASED_DC_AE | TINY | FEW,
-    "lite": LITE_DC_AE | TINY | {"decoder_layers_per_block": (0, 2, 1, 1, 1, 1)},
-    "several scales": RELEASED_DC_AE
+    "released": DC_AE | TINY | FEW,
+    "lite": DC_AE_LITE | TINY | {"decoder_layers_per_block": (0, 2, 1, 1, 1, 1)},
+    "several scales": DC_AE
     | TINY
     | FEW
     | {
@@ -34,15 +39,15 @@ KINDS = {
         "decoder_in_shortcut": False,
         "encoder_out_shortcut": False,
     },
-    "folded pixels": RELEASED_DC_AE
+    "folded pixels": DC_AE
     | TINY
     | {
         "encoder_layers_per_block": (0, 2, 1, 1, 1, 1),
         "decoder_layers_per_block": (0, 1, 1, 1, 1, 1),
         "downsample_block_type": "pixel_unshuffle",
     },
-    "convolutions": RELEASED_DC_AE | TINY | FEW | CONVOLUTIONS,
-    "convolutions, folded pixels": LITE_DC_AE
+    "convolutions": DC_AE | TINY | FEW | CONVOLUTIONS,
+    "convolutions, folded pixels": DC_AE_LITE
     | TINY
     | FEW
     | CONVOLUTIONS
@@ -63,33 +68,10 @@ ONLY_CONVOLUTIONS = {
 latent_sizes = st.tuples(st.integers(1, 40), st.integers(1, 24))
 # From strips of one row, through several strips per sweep, to the whole map at once.
 strip_sizes = st.sampled_from([1, 3_000, 20_000, 77_777, 400_000, 1 << 30])
-some = settings(
-    max_examples=8, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate]
-)
-
-
-def network(kind: dict, seed: int = 0) -> DCAE:
-    """Random weights throughout, norms included, so that no term is hidden by a zero or a one."""
-    torch.manual_seed(seed)
-    model = DCAE(DCAEConfig(**kind)).eval().requires_grad_(False)
-    for name, parameter in model.named_parameters():
-        if "norm" in name or name.endswith("bias"):
-            parameter.copy_(torch.randn_like(parameter) * 0.3 + name.endswith("weight"))
-    return model.to(memory_format=torch.channels_last)
 
 
 def channels_last(x: torch.Tensor) -> torch.Tensor:
     return x.contiguous(memory_format=torch.channels_last)
-
-
-def noise(*size: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(sum(size))
-    return channels_last(torch.randn(1, 32, *size, generator=generator))
-
-
-def random_image(height: int, width: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(height + width)
-    return torch.randint(0, 256, (height, width, 3), generator=generator, dtype=torch.uint8)
 
 
 def levels(image: torch.Tensor) -> torch.Tensor:
@@ -98,15 +80,16 @@ def levels(image: torch.Tensor) -> torch.Tensor:
     return (unit * 255).round().to(torch.uint8)[0].permute(1, 2, 0)
 
 
+@pytest.mark.hypothesis
 @pytest.mark.parametrize("kind", KINDS)
 def test_strips_decode_the_untiled_image(kind):
-    plain, folded = network(KINDS[kind]).decoder, network(KINDS[kind]).decoder
+    plain, folded = random_dc_ae(KINDS[kind]).decoder, random_dc_ae(KINDS[kind]).decoder
     fold_upsamples(folded)
 
-    @some
+    @few_examples
     @given(latent_sizes, strip_sizes)
     def check(size, strip_bytes):
-        latent = noise(*size)
+        latent = random_latents(*size)
         untiled = plain(latent)
         for decoder in (plain, folded):
             with torch.inference_mode():
@@ -123,6 +106,7 @@ def test_strips_decode_the_untiled_image(kind):
     check()
 
 
+@pytest.mark.hypothesis
 @pytest.mark.parametrize("upsample", ["interpolate", "pixel_shuffle"])
 @pytest.mark.parametrize("cheaper", [False, True], ids=["plain", "sub-pixel"])
 def test_convolutions_in_strips_are_equal_bit_for_bit(upsample, cheaper):
@@ -131,14 +115,14 @@ def test_convolutions_in_strips_are_equal_bit_for_bit(upsample, cheaper):
     Below that PyTorch uses another algorithm, which adds in another order. Channels are a multiple
     of the 16 in a vector register, as SiLU differs by a bit in the remainder of a vector loop.
     """
-    model = network(ONLY_CONVOLUTIONS | {"upsample_block_type": upsample})
+    model = random_dc_ae(ONLY_CONVOLUTIONS | {"upsample_block_type": upsample})
     if cheaper:
         fold_upsamples(model.decoder)
 
-    @some
+    @few_examples
     @given(st.integers(30, 100), st.integers(48, 64), st.sampled_from([1_200_000, 2_000_001]))
     def check(height, width, strip_bytes):
-        latent = noise(height, width)
+        latent = random_latents(height, width)
         untiled = model.decoder(latent)
         with torch.inference_mode():
             image = decode_pipeline(model.decoder, latent, strip_bytes).materialise()
@@ -149,11 +133,12 @@ def test_convolutions_in_strips_are_equal_bit_for_bit(upsample, cheaper):
     check()
 
 
+@pytest.mark.hypothesis
 @pytest.mark.parametrize("kind", KINDS)
 def test_strips_encode_the_untiled_latent(kind):
-    model = network(KINDS[kind])
+    model = random_dc_ae(KINDS[kind])
 
-    @some
+    @few_examples
     @given(st.tuples(st.integers(1, 12), st.integers(1, 8)), strip_sizes)
     def check(size, strip_bytes):
         pixels = random_image(32 * size[0], 32 * size[1])
@@ -168,20 +153,20 @@ def test_strips_encode_the_untiled_latent(kind):
 @pytest.mark.parametrize("downsample", ["Conv", "pixel_unshuffle"])
 @pytest.mark.parametrize("strip_bytes", [3_000_000, 4_000_001])
 def test_encoding_convolutions_in_strips_is_equal_bit_for_bit(downsample, strip_bytes):
-    model = network(ONLY_CONVOLUTIONS | {"downsample_block_type": downsample})
+    model = random_dc_ae(ONLY_CONVOLUTIONS | {"downsample_block_type": downsample})
     pixels = random_image(300, 256)
     image = channels_last(pixels.permute(2, 0, 1)[None].float() / 127.5 - 1)
     latent = encode(model.encoder, pixels, strip_bytes=strip_bytes)
     assert torch.equal(latent, model.encode(image))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("strip_bytes", [1 << 20, 5 << 20])
 def test_the_released_configuration_at_full_width(strip_bytes):
     torch.manual_seed(0)
-    decoder = Decoder(DCAEConfig(**RELEASED_DC_AE)).eval().requires_grad_(False)
+    decoder = Decoder(DCAEConfig(**DC_AE)).eval().requires_grad_(False)
     decoder.to(memory_format=torch.channels_last)
-    latent = noise(9, 7)
+    latent = random_latents(9, 7)
     untiled = decoder(latent)
     fold_upsamples(decoder)
     with torch.inference_mode():
@@ -199,10 +184,10 @@ def test_the_released_configuration_at_full_width(strip_bytes):
     ],
 )
 def test_in_bfloat16_strips_are_as_close_to_float32_as_the_untiled_decode(device):
-    model = network(KINDS["released"]).to(device)
-    latent = noise(20, 11).to(device)
+    model = random_dc_ae(KINDS["released"]).to(device)
+    latent = random_latents(20, 11).to(device)
     truth = model.decoder(latent)
-    half = network(KINDS["released"]).to(device, torch.bfloat16).decoder
+    half = random_dc_ae(KINDS["released"]).to(device, torch.bfloat16).decoder
     untiled = half(latent.bfloat16()).float()
     fold_upsamples(model.decoder)
     model.to(torch.bfloat16)
@@ -211,11 +196,12 @@ def test_in_bfloat16_strips_are_as_close_to_float32_as_the_untiled_decode(device
     assert relative_error(image, truth) <= 1.05 * relative_error(untiled, truth)
 
 
+@pytest.mark.hypothesis
 @pytest.mark.parametrize("kind", ["released", "lite"])
 def test_an_image_is_resized_and_cropped_as_if_untiled(kind):
-    decoder = network(KINDS[kind]).decoder
+    decoder = random_dc_ae(KINDS[kind]).decoder
 
-    @some
+    @few_examples
     @given(
         st.tuples(st.integers(1, 5), st.integers(1, 5)),
         st.tuples(st.integers(20, 300), st.integers(20, 300)),
@@ -223,7 +209,7 @@ def test_an_image_is_resized_and_cropped_as_if_untiled(kind):
         strip_sizes,
     )
     def check(latent_size, resized, margin, strip_bytes):
-        latent = noise(*latent_size)
+        latent = random_latents(*latent_size)
         size = resized[0] - margin[0], resized[1] - margin[1]
         whole = F.interpolate(decoder(latent), size=resized, mode="bilinear", align_corners=False)
         top, left = margin[0] // 2, margin[1] // 2
@@ -238,16 +224,16 @@ def test_an_image_is_resized_and_cropped_as_if_untiled(kind):
 
 
 def test_a_nan_anywhere_makes_both_extremes_nan():
-    decoder = network(KINDS["lite"]).decoder
-    latent = noise(6, 5)
+    decoder = random_dc_ae(KINDS["lite"]).decoder
+    latent = random_latents(6, 5)
     latent[0, 3, 5, 4] = torch.nan
     decoded = decode(decoder, latent, strip_bytes=1)
     assert decoded.low.isnan() and decoded.high.isnan()
 
 
 def test_the_inputs_of_the_caller_are_not_modified():
-    model = network(KINDS["released"])
-    latent, pixels = noise(4, 3), random_image(64, 96)
+    model = random_dc_ae(KINDS["released"])
+    latent, pixels = random_latents(4, 3), random_image(64, 96)
     before = latent.clone(), pixels.clone()
     decode(model.decoder, latent)
     encode(model.encoder, pixels)
@@ -267,7 +253,7 @@ class LargestConvolution(TorchDispatchMode):
 @pytest.mark.parametrize("side", [4096, 16384])
 def test_no_convolution_has_more_elements_than_31_bits_count(side):
     with torch.device("meta"):
-        decoder = Decoder(DCAEConfig(**RELEASED_DC_AE)).eval().requires_grad_(False)
+        decoder = Decoder(DCAEConfig(**DC_AE)).eval().requires_grad_(False)
         latent = torch.empty(1, 32, side // 32, side // 32)
         fold_upsamples(decoder)
     with LargestConvolution() as largest:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from examples import exhaustive
 from reference import assert_same_picture, draw
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,7 +62,9 @@ def test_it_draws_the_scene_it_is_told(sana, tmp_path, prompt, facts):
     assert all(verdict.values()), verdict
 
 
-@pytest.mark.parametrize(("world", "side", "every"), [("scenes", 512, 25), ("shapes", 256, 15)])
+@pytest.mark.parametrize(
+    ("world", "side", "every"), [*exhaustive(("scenes", 512, 25)), ("shapes", 256, 15)]
+)
 def test_it_follows_most_prompts_it_was_not_trained_on(world, side, every):
     """A sample of `python -m training.evaluate`; the whole is in benchmarks/demo/."""
     from sana_cli.weights.layout import folder_parts
@@ -78,7 +81,7 @@ def test_it_follows_most_prompts_it_was_not_trained_on(world, side, every):
     assert sum(right) >= 17
 
 
-@pytest.mark.parametrize("side", [256, 512])
+@pytest.mark.parametrize("side", [256, *exhaustive(512)])
 def test_diffusers_loads_it_and_draws_the_same(sana, tmp_path, side):
     from diffusers import SanaPipeline
 

@@ -7,6 +7,7 @@ import pytest
 from diffusers import SanaPipeline
 from PIL import Image
 
+from examples import exhaustive
 from reference import LIKE_0_6B, LIKE_1_6B, LITE, assert_same_picture, draw, random_pipeline
 from sana_cli.instruction import INSTRUCTION
 
@@ -68,13 +69,13 @@ def test_the_instruction_is_that_of_diffusers():
 
 
 @pytest.mark.parametrize(
-    ("name", "side"), [("0.6B", 512), ("1.6B", 1024), ("qk-norm", 1024), ("2K", 2048)]
+    ("name", "side"), [("0.6B", 512), ("qk-norm", 1024), *exhaustive(("1.6B", 1024), ("2K", 2048))]
 )
 def test_native_size(compare, name, side):
     compare(name, height=side, width=side)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_native_size_of_the_4k_model(compare):
     compare("4K", height=4096, width=4096)
 
@@ -98,18 +99,19 @@ def test_variants_of_the_networks(compare, name):
 
 
 @pytest.mark.parametrize(
-    ("aspect", "width", "height"), [("16:9", 672, 384), ("3:4", 448, 576), ("4:1", 1024, 256)]
+    ("aspect", "width", "height"),
+    [("3:4", 448, 576), *exhaustive(("16:9", 672, 384), ("4:1", 1024, 256))],
 )
 def test_trained_shapes(compare, aspect, width, height):
     compare("0.6B", ["--ar", aspect], width=width, height=height)
 
 
-@pytest.mark.parametrize(("width", "height"), [(500, 300), (333, 444), (640, 512)])
+@pytest.mark.parametrize(("width", "height"), [(333, 444), *exhaustive((500, 300), (640, 512))])
 def test_resize_and_crop(compare, width, height):
     compare("0.6B", ["--res", f"{width}x{height}"], width=width, height=height)
 
 
-@pytest.mark.parametrize("steps", [1, 2, 14, 20])
+@pytest.mark.parametrize("steps", [1, 3, *exhaustive(2, 14, 20)])
 @pytest.mark.parametrize("solver", ["flow-dpm", "flow-euler"])
 def test_steps_and_solvers(models, compare, steps, solver):
     _, pipe = models("0.6B")
@@ -127,7 +129,7 @@ def test_steps_and_solvers(models, compare, steps, solver):
         pipe.scheduler = scheduler
 
 
-@pytest.mark.parametrize("guidance", [1.0, 1.5, 7.0])
+@pytest.mark.parametrize("guidance", [1.0, 7.0, *exhaustive(1.5)])
 def test_guidance(compare, guidance):
     compare("0.6B", ["-g", str(guidance)], guidance_scale=guidance, width=512, height=512)
 

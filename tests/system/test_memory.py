@@ -4,9 +4,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_networks import LITE_DC_AE, RELEASED_DC_AE, SMALL
-from test_streaming import network, noise, random_image, some
 
+from examples import exhaustive
+from networks import (
+    DC_AE,
+    DC_AE_LITE,
+    SMALL,
+    few_examples,
+    random_dc_ae,
+    random_image,
+    random_latents,
+)
 from sana_cli.models.dc_ae import DCAEConfig, Decoder, Encoder
 from sana_cli.models.streaming.autoencoder import activation_bytes, decode, encode
 from sana_cli.models.streaming.subpixel import fold_upsamples
@@ -46,13 +54,14 @@ def test_tensors_are_counted_while_they_live_and_views_are_not():
     assert memory.held == 0
 
 
-@pytest.mark.parametrize("kind", [RELEASED_DC_AE, LITE_DC_AE], ids=["released", "lite"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.hypothesis
+@pytest.mark.parametrize("kind", [DC_AE, *exhaustive(DC_AE_LITE)], ids=["released", "lite"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, *exhaustive(torch.float32)])
 def test_the_rehearsal_foretells_the_peak_within_a_tenth(kind, dtype):
-    model = network(kind | SMALL).to(dtype)
+    model = random_dc_ae(kind | SMALL).to(dtype)
     fold_upsamples(model.decoder)
 
-    @some
+    @few_examples
     @given(
         st.tuples(st.integers(4, 30), st.integers(4, 20)),
         st.sampled_from([1, 100_000, 1_000_000, 1 << 30]),
@@ -62,7 +71,7 @@ def test_the_rehearsal_foretells_the_peak_within_a_tenth(kind, dtype):
         call = {"strip_bytes": strip_bytes}
         if resizes:
             call |= {"resized": (size[0] * 35, size[1] * 35), "size": (size[0] * 35, 100)}
-        latent = noise(*size)
+        latent = random_latents(*size)
         with PeakMemory() as memory:
             decode(model.decoder, latent, **call)
         rehearsed = Decoder(model.config).eval().requires_grad_(False).to("meta")
@@ -74,9 +83,9 @@ def test_the_rehearsal_foretells_the_peak_within_a_tenth(kind, dtype):
     check()
 
 
-@pytest.mark.parametrize("strip_bytes", [100_000, 1_000_000])
+@pytest.mark.parametrize("strip_bytes", [1_000_000, *exhaustive(100_000)])
 def test_the_rehearsal_of_the_encoder_too(strip_bytes):
-    model = network(RELEASED_DC_AE | SMALL)
+    model = random_dc_ae(DC_AE | SMALL)
     with PeakMemory() as memory:
         encode(model.encoder, random_image(640, 384), strip_bytes=strip_bytes)
     rehearsed = Encoder(model.config).eval().requires_grad_(False).to("meta")
@@ -85,7 +94,7 @@ def test_the_rehearsal_of_the_encoder_too(strip_bytes):
 
 
 def test_4096_square_is_decoded_in_1_3_gigabytes_with_the_weights():
-    decoder = on_meta(RELEASED_DC_AE)
+    decoder = on_meta(DC_AE)
     assert (
         weights(decoder) + activation_bytes(decoder, (128, 128), strip_bytes=GPU_STRIP_BYTES)
         <= 1.3e9
@@ -93,7 +102,7 @@ def test_4096_square_is_decoded_in_1_3_gigabytes_with_the_weights():
 
 
 def test_from_2048_to_4096_only_small_maps_and_the_picture_grow():
-    decoder = on_meta(RELEASED_DC_AE)
+    decoder = on_meta(DC_AE)
     small, large = (
         activation_bytes(decoder, (side, side), strip_bytes=8 * MB) for side in (64, 128)
     )
@@ -108,10 +117,10 @@ def test_from_2048_to_4096_only_small_maps_and_the_picture_grow():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_4096_square_on_a_gpu():
-    decoder = Decoder(DCAEConfig(**RELEASED_DC_AE)).eval().requires_grad_(False)
+    decoder = Decoder(DCAEConfig(**DC_AE)).eval().requires_grad_(False)
     fold_upsamples(decoder)
     decoder.to("cuda", torch.bfloat16, memory_format=torch.channels_last)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    decode(decoder, noise(128, 128).cuda(), strip_bytes=GPU_STRIP_BYTES)
+    decode(decoder, random_latents(128, 128).cuda(), strip_bytes=GPU_STRIP_BYTES)
     assert torch.cuda.max_memory_allocated() <= 1.3e9

@@ -14,10 +14,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-pytest.importorskip("triton", minversion=None if torch.cuda.is_available() else "3.9")
+from kernel_checks import (
+    DEVICE,
+    DTYPES,
+    LEAST,
+    MIN_TRITON,
+    ON_GPU,
+    decibels,
+    poison_allocations,
+)
+from networks import DIT_KINDS, random_dit
 
-from test_fused_dit import KINDS, random_dit
-from test_kernels import DEVICE, DTYPES, LEAST, ON_GPU, decibels
+pytest.importorskip("triton", minversion=MIN_TRITON)
 
 from sana_cli.kernels import dispatch
 from sana_cli.kernels.linear_attention import relu_linear_attention
@@ -54,11 +62,7 @@ def draw(dtype) -> Callable[..., Tensor]:
 def in_triton(monkeypatch):
     """Whatever the device; and what a kernel leaves out shows."""
     monkeypatch.setattr(dispatch, "uses_triton", lambda x: True)
-    for place, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
-        empty = getattr(place, name)
-        monkeypatch.setattr(
-            place, name, lambda *a, empty=empty, **b: empty(*a, **b).fill_(math.nan)
-        )
+    poison_allocations(monkeypatch)
 
 
 def with_gradients(function: Function, given: Tensor, *inputs: Tensor) -> list[Tensor]:
@@ -229,7 +233,7 @@ def learnt(model: DiT, **autocast: Any) -> dict[str, Tensor]:
 
 @pytest.fixture(params=["0.6B", "qk-norm"])
 def plain(request) -> DiT:
-    return random_dit(**SMALL, **KINDS[request.param]).requires_grad_(True).to(DEVICE)
+    return random_dit(**SMALL, **DIT_KINDS[request.param]).requires_grad_(True).to(DEVICE)
 
 
 def test_a_transformer_learns_the_same_from_its_gradients(plain):

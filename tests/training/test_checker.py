@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
+from examples import exhaustive
 from training.captions import all_facts
 from training.checker import check, look
 from training.painter import paint, role_colour
@@ -65,8 +66,9 @@ def obeyed(told: Scene, pixels: np.ndarray) -> bool:
 
 
 @pytest.mark.parametrize("drawn", [clean, rough])
-def test_a_true_drawing_is_accepted(drawn):
-    accepted = [obeyed(scene, drawn(paint(scene, SIDE))) for scene in scenes(300, seed=1)]
+@pytest.mark.parametrize("count", [30, *exhaustive(300)])
+def test_a_true_drawing_is_accepted(drawn, count):
+    accepted = [obeyed(scene, drawn(paint(scene, SIDE))) for scene in scenes(count, seed=1)]
     assert np.mean(accepted) >= 0.99
 
 
@@ -165,17 +167,21 @@ def placed(scene: Scene) -> bool:
         (another_land, lambda scene: "boat" not in kinds(scene) and "bridge" not in kinds(scene)),
     ],
 )
-def test_one_wrong_fact_is_refused(spoilt, wanted):
+@pytest.mark.parametrize("count", [12, *exhaustive(50)])
+def test_one_wrong_fact_is_refused(spoilt, wanted, count):
     rng = np.random.default_rng(4)
-    accepted = [obeyed(scene, paint(spoilt(scene, rng), SIDE)) for scene in scenes(50, 5, wanted)]
+    accepted = [
+        obeyed(scene, paint(spoilt(scene, rng), SIDE)) for scene in scenes(count, 5, wanted)
+    ]
     assert np.mean(accepted) <= 0.02
 
 
-def test_a_blob_of_the_right_colour_and_place_is_refused():
+@pytest.mark.parametrize("count", [20, *exhaustive(200)])
+def test_a_blob_of_the_right_colour_and_place_is_refused(count):
     """Smooth random outlines: what a model draws that has learnt colours but no objects."""
     rng = np.random.default_rng(6)
     accepted = []
-    for scene in scenes(200, 7, lambda scene: len(scene.groups) == 1):
+    for scene in scenes(count, 7, lambda scene: len(scene.groups) == 1):
         picture = paint(replace(scene, groups=()), SIDE)
         (group,) = scene.groups
         y, x = np.indices((SIDE, SIDE)) / SIDE

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from examples import exhaustive
 from training.shape_checker import check
 from training.shapes import COLOURS, RELATIONS, SHAPES, Scene, draw, sample_scene
 
@@ -15,19 +16,21 @@ def scenes(count: int, objects: int, seed: int) -> list[Scene]:
 
 
 @pytest.mark.parametrize("objects", [1, 2])
-def test_ground_truth_is_accepted(objects):
-    wanted = scenes(120, objects, seed=1)
+@pytest.mark.parametrize("count", [20, *exhaustive(120)])
+def test_ground_truth_is_accepted(objects, count):
+    wanted = scenes(count, objects, seed=1)
     right = [all(check(scene, draw(scene, SIDE)).values()) for scene in wanted]
     assert np.mean(right) >= 0.99
 
 
 @pytest.mark.parametrize("objects", [1, 2])
 @pytest.mark.parametrize("what", ["shape", "colour", "background", "place"])
-def test_one_wrong_attribute_is_refused(what, objects):
+@pytest.mark.parametrize("count", [10, *exhaustive(100)])
+def test_one_wrong_attribute_is_refused(what, objects, count):
     rng = np.random.default_rng(2)
     accepted = [
         all(check(scene, draw(_spoilt(scene, what, rng), SIDE)).values())
-        for scene in scenes(100, objects, seed=3)
+        for scene in scenes(count, objects, seed=3)
         if objects == 2 or what != "place" or scene.objects[0].position
     ]
     assert np.mean(accepted) <= 0.02
@@ -69,13 +72,14 @@ def test_every_relation_and_shape_is_told_apart():
     assert {scene.relation for scene in scenes(100, 2, seed=4)} == set(RELATIONS)
 
 
-def test_a_blob_of_the_right_colour_and_place_is_refused():
+@pytest.mark.parametrize("count", [20, *exhaustive(200)])
+def test_a_blob_of_the_right_colour_and_place_is_refused(count):
     """Smooth random outlines: what a model draws that has learnt colours but no shapes."""
     from scipy import ndimage
 
     rng = np.random.default_rng(7)
     accepted = []
-    for scene in scenes(200, 1, seed=8):
+    for scene in scenes(count, 1, seed=8):
         thing = scene.objects[0]
         picture = draw(Scene((), scene.background, scene.axis), SIDE)
         rows, columns = np.indices((SIDE, SIDE)) / SIDE

@@ -4,36 +4,11 @@ import pytest
 import torch
 from diffusers import AutoencoderDC, SanaTransformer2DModel
 
+from networks import DC_AE, DC_AE_LITE, SMALL, relative_error
 from reference import LIKE_0_6B, LIKE_1_6B, SPRINT, random_pipeline, text_encoder
 from sana_cli.kernels.linear_attention import relu_linear_attention
 from sana_cli.models.dc_ae import DCAE, DCAEConfig
 from sana_cli.models.dit import DiT, DiTConfig, TimestepEmbedder, position_table
-
-RELEASED_DC_AE = {
-    "encoder_block_types": ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3,
-    "decoder_block_types": ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3,
-    "encoder_layers_per_block": (2, 2, 2, 3, 3, 3),
-    "upsample_block_type": "interpolate",
-    "downsample_block_type": "Conv",
-    "scaling_factor": 0.41407,
-}
-LITE_DC_AE = {
-    "encoder_block_types": ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3,
-    "decoder_block_types": "ResBlock",
-    "decoder_layers_per_block": (0, 3, 5, 4, 4, 4),
-    "decoder_qkv_multiscales": ((),) * 6,
-    "upsample_block_type": "pixel_shuffle",
-    "downsample_block_type": "Conv",
-    "decoder_conv_act_fn": "silu",
-}
-SMALL = {
-    "encoder_block_out_channels": (8, 8, 16, 32, 64, 64),
-    "decoder_block_out_channels": (8, 8, 16, 32, 64, 64),
-}
-
-
-def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    return ((ours - theirs).norm() / theirs.norm()).item()
 
 
 def twins(config: dict) -> tuple[DiT, SanaTransformer2DModel]:
@@ -69,7 +44,7 @@ def test_transformer(kind, width):
     assert relative_error(got, expected) < 1e-5
 
 
-@pytest.mark.parametrize("kind", [RELEASED_DC_AE, LITE_DC_AE], ids=["released", "lite"])
+@pytest.mark.parametrize("kind", [DC_AE, DC_AE_LITE], ids=["released", "lite"])
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (96, 160), (192, 224)])
 def test_autoencoder(kind, height, width):
     torch.manual_seed(0)
@@ -82,7 +57,7 @@ def test_autoencoder(kind, height, width):
     assert relative_error(ours.decode(latents), theirs.decode(latents).sample) < 1e-5
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_transformer_at_the_full_size_of_the_0_6b():
     """One guided step at 512x512 in the released configuration."""
     config = {
@@ -102,12 +77,12 @@ def test_transformer_at_the_full_size_of_the_0_6b():
     assert relative_error(got, expected) < 1e-5
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_decoder_at_the_full_released_size():
     torch.manual_seed(0)
-    theirs = AutoencoderDC(**RELEASED_DC_AE).eval().requires_grad_(False)
+    theirs = AutoencoderDC(**DC_AE).eval().requires_grad_(False)
     with torch.device("meta"):
-        ours = DCAE(DCAEConfig(**RELEASED_DC_AE))
+        ours = DCAE(DCAEConfig(**DC_AE))
     ours.load_state_dict(theirs.state_dict(), assign=True)
     assert sum(p.numel() for p in ours.parameters()) == 312_250_275
     latents = torch.randn(1, 32, 16, 16) / 0.41407

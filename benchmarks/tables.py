@@ -1,0 +1,237 @@
+"""Rewrite every generated table of the repository's README.md files from the data behind it.
+
+    python -m benchmarks.tables
+
+A table stands between `<!-- name -->` and `<!-- /name -->` in any README.md; `TABLES` has the
+names. Prose around it is left alone, and so are marked blocks of other names.
+"""
+
+import glob
+import json
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from sana_cli.weights.catalogue import known_models
+
+ROOT = Path(__file__).resolve().parents[1]
+BLOCK = re.compile(r"(<!-- (?P<name>[\w-]+) -->\n).*?(<!-- /(?P=name) -->)", re.DOTALL)
+
+
+def measured(name: str) -> Any:
+    return json.loads((ROOT / "benchmarks" / name).read_text(encoding="utf-8"))
+
+
+def percent(share: float, digits: int = 0) -> str:
+    return f"{share:.{digits}%}".replace("%", " %")
+
+
+def models() -> list[str]:
+    rows = ["| name | draws | disk | memory | weights | licence |", "|---|---|---|---|---|---|"]
+    for m in known_models().values():
+        disk = memory = "–"
+        if m.sources and m.memory and m.least_memory:
+            whole, own = sum(source.bytes for source in m.sources), m.sources[0].bytes
+            disk = f"{whole / 1e9:.1f} GB ({own / 1e9:.1f})"
+            memory = f"{m.memory / 1e9:.1f} GB ({m.least_memory / 1e9:.1f})"
+        sides = ", ".join(f"{side}²" for side in m.sides)
+        rows.append(f"| `{m.name}` | {sides} | {disk} | {memory} | {m.source} | {m.licence} |")
+    return rows
+
+
+def cpu() -> list[str]:
+    rows = ["| picture | a step | decode | peak memory |", "|---|---|---|---|"]
+    for row in measured("cpu.json")["rows"]:
+        cells = [f"{row['side']}²"]
+        for what in ("step", "decode"):
+            ours, theirs = (f"{row[f'{what} {way}']:.1f} s" for way in ("sana", "diffusers"))
+            cells.append(f"{ours} against {theirs}, {row[f'{what} ratio']:.2f} times as fast")
+        ours, theirs = (f"{row[f'peak {way}'] / 1e9:.1f} GB" for way in ("sana", "diffusers"))
+        cells.append(f"{ours} against {theirs}, {percent(1 / row['peak ratio'])}")
+        rows.append(f"| {' | '.join(cells)} |")
+    return rows
+
+
+def startup() -> list[str]:
+    facts = measured("startup.json")
+    usage, picture = facts["help"], facts["picture"]
+    longer = f"{1 / usage['times_faster']:.1f} times as long"
+    peaks = [picture[name] for name in ("peak_bytes", "other_peak_bytes")]
+    memory = f"{peaks[0] / 1e6:.0f} MB against {peaks[1] / 1e6:.0f} MB"
+    return [
+        "| cold start to | `sana` | the other | ratio | peak memory |",
+        "|---|---|---|---|---|",
+        f"| `--help` | {usage['seconds']:.2f} s "
+        f"| importing Typer and Rich: {usage['other_seconds']:.2f} s | {longer} | |",
+        f"| a saved picture of `demo`, 512², 20 steps | {picture['seconds']:.2f} s "
+        f"| a minimal diffusers script: {picture['other_seconds']:.2f} s "
+        f"| {picture['times_faster']:.2f} times faster "
+        f"| {memory} ({percent(peaks[0] / peaks[1])}) |",
+    ]
+
+
+def batch() -> list[str]:
+    facts = measured("batch.json")
+    rows = [
+        f"| {facts['pictures']} pictures of `demo` at 256² | a minute | `sana batch` beside it |",
+        "|---|---|---|",
+    ]
+    ratios = {
+        "batch": "",
+        "shell loop": f"{facts['times_the_shell_loop']:.1f} times as many",
+        "diffusers loop": f"{facts['times_the_diffusers_loop']:.2f} times as many",
+    }
+    names = {
+        "batch": "`sana batch`",
+        "shell loop": "a shell loop over `sana generate`",
+        "diffusers loop": "a loop over diffusers in one process",
+    }
+    for way, ratio in ratios.items():
+        rows.append(f"| {names[way]} | {facts['pictures_a_minute'][way]:.0f} | {ratio} |")
+    return rows
+
+
+def decode() -> list[str]:
+    rows = ["| picture | way | above the weights | seconds | likeness |", "|---|---|---|---|---|"]
+    for row in sorted(measured("decode.json")["rows"], key=lambda row: row["side"]):
+        way = {"strips": "**strips (ours)**", "untiled": "diffusers, untiled"}.get(
+            row["way"], f"diffusers, {row['way']}"
+        )
+        if "failed" in row:
+            cells = "does not fit", "–", "–"
+        else:
+            psnr = row.get("psnr")
+            like = "–" if "psnr" not in row else "the same" if psnr is None else f"{psnr:.1f} dB"
+            cells = f"{row['peak_above_weights'] / 1e9:.2f} GB", f"{row['seconds']:.0f}", like
+        rows.append(f"| {row['side']}² | {way} | {' | '.join(cells)} |")
+    return rows
+
+
+def demo() -> list[str]:
+    """Shares of prompts obeyed, with their 95 % intervals."""
+    rows = ["| prompts | 512² | 256² |", "|---|---|---|"]
+    for world in ("scenes", "shapes"):
+        sides = [measured(f"demo/{world}-{side}.json")["categories"] for side in (512, 256)]
+        for category in sides[0]:
+            cells = [f"{sides[0][category]['prompts']} of {category}"]
+            for row in (each[category] for each in sides):
+                low, high = map(percent, row["interval"])
+                cells.append(f"**{percent(row['all'], 1)}** ({low} – {high})")
+            rows.append(f"| {' | '.join(cells)} |")
+    return rows
+
+
+def claims() -> list[str]:
+    cells = measured("demo/claims.json")
+
+    def share(name: str) -> str:
+        low, high = map(percent, cells[name]["interval"])
+        return f"{percent(cells[name]['obeyed'])} ({low} – {high})"
+
+    heads = "| steps | likeness, DPM | likeness, Euler | obeyed, DPM | obeyed, Euler |"
+    rows = [heads, "|---|---|---|---|---|"]
+    for n in (int(name.split()[-2]) for name in cells if name.startswith("error, flow-dpm")):
+        ways = [f"{solver}, {n} steps" for solver in ("flow-dpm", "flow-euler")]
+        likeness = [f"{cells[f'error, {way}']['median psnr']:.1f} dB" for way in ways]
+        shares = [share(f"alignment, {way}") for way in ways]
+        rows.append(f"| {n} | {' | '.join(likeness + shares)} |")
+    rows += ["", "| guidance | obeyed |", "|---|---|"]
+    for name in (n for n in cells if n.startswith("alignment, guidance")):
+        rows.append(f"| {name.split()[-1]} | {share(name)} |")
+    rows += ["", "| precision | obeyed | median PSNR to float32 |", "|---|---|---|"]
+    for name in (n for n in cells if n.startswith("precision")):
+        psnr = cells[name]["median psnr"]
+        like = "the same" if psnr == 99 else f"{psnr:.1f} dB"
+        rows.append(f"| {name.removeprefix('precision, ')} | {share(name)} | {like} |")
+    return rows
+
+
+def settings() -> list[str]:
+    """Every number of the training recipe, on a GPU and on a CPU."""
+    from training.settings import CPU, H200
+
+    rows = ["| | GPU | CPU |", "|---|---|---|"]
+    for name in (f.name for f in fields(H200)):
+        numbers = [getattr(preset, name) for preset in (H200, CPU)]
+        if isinstance(numbers[0], int | float):
+            rows.append(f"| `{name}` | {' | '.join(f'{n:g}' for n in numbers)} |")
+    return rows
+
+
+def one_command() -> list[str]:
+    """Shares of prompts obeyed by what one command made, and by the weights in the box."""
+    files = ["demo-training/one-command/scenes-512.json", "demo/scenes-512.json"]
+    runs = [measured(name)["categories"] for name in files]
+    rows = ["| prompts | one command | in the box |", "|---|---|---|"]
+    for category, row in runs[0].items():
+        shares = [percent(run[category]["all"], 1) for run in runs]
+        rows.append(f"| {row['prompts']} of {category} | {' | '.join(shares)} |")
+    return rows
+
+
+def registers() -> list[str]:
+    """Of each kernel on each GPU the case that takes most registers."""
+    costs = measured("kernels.json")
+    archs = sorted({cost["arch"] for cost in costs})
+    rows = [
+        f"| kernel | {' | '.join(f'sm_{arch}' for arch in archs)} |",
+        f"|---{'|---' * len(archs)}|",
+    ]
+    for name in sorted({cost["case"].split()[0] for cost in costs}):
+        cells = []
+        for arch in archs:
+            cases = [c for c in costs if c["arch"] == arch and c["case"].split()[0] == name]
+            most = max(cases, key=lambda cost: (cost["registers"], cost["shared"]))
+            facts = [str(most["registers"]), f"{most['shared'] / 1024:.0f}"]
+            if most["tensor_cores"]:
+                core = most["tensor_cores"].split(".")[0]
+                facts.append(f"{core} tf32" if "TF32" in most["tensor_cores"] else core)
+            cells.append(", ".join(facts))
+        rows.append(f"| `{name}` | {' | '.join(cells)} |")
+    return rows
+
+
+TABLES: dict[str, Callable[[], list[str]]] = {
+    "models": models,
+    "cpu": cpu,
+    "startup": startup,
+    "batch": batch,
+    "decode": decode,
+    "demo": demo,
+    "claims": claims,
+    "settings": settings,
+    "one-command": one_command,
+    "registers": registers,
+}
+
+
+def pages() -> list[Path]:
+    """Every README.md, but for those in hidden folders and in what pip built."""
+    found = glob.glob("**/README.md", root_dir=ROOT, recursive=True)
+    return [ROOT / name for name in sorted(found) if Path(name).parts[0] != "build"]
+
+
+def rewritten(text: str) -> str:
+    """The text of a page with its tables as they should be."""
+
+    def block(match: re.Match[str]) -> str:
+        table = TABLES.get(match["name"])
+        return "\n".join([match[1].rstrip(), *table(), match[3]]) if table else match[0]
+
+    return BLOCK.sub(block, text)
+
+
+def main() -> None:
+    for page in pages():
+        before = page.read_text(encoding="utf-8")
+        after = rewritten(before)
+        if after != before:
+            page.write_text(after, encoding="utf-8")
+            sys.stdout.write(f"{page.relative_to(ROOT)}\n")
+
+
+if __name__ == "__main__":
+    main()
