@@ -29,7 +29,7 @@ ORDER = """
     pipeline: draw guidance oom_retry plan text_encoder text_cache networks solver
     images:   names files metadata masks terminal_preview
     weights:  fetch lora download model_files single_file hub_cache checkpoint original_names
-              catalogue lora_choice layout tensor_cache
+              lora_choice catalogue layout tensor_cache
     models:   streaming.autoencoder streaming.strip_pipeline streaming.layers fused_dit
               fused_controlnet fused_layers controlnet streaming.subpixel int8 cross_attention
               architectures streaming.ops cuda_graph dit gemma dc_ae
