@@ -117,24 +117,24 @@ class Update:
         shape = self.shapes.get(which) or self.shapes[f"{which}_{half}"]
         return math.prod(shape[1:]) if axis else shape[0]
 
-    def rows(self, file: Any, first: int, last: int) -> Tensor:
-        """Rows of ΔW, float32 (last - first, columns), from the open file."""
+    def rows(self, file: Any, first: int, last: int, scale: float) -> Tensor:
+        """Rows of scale · ΔW, float32 (last - first, columns), from the open file."""
 
         def matrix(name: str) -> Tensor:
             return file.get_tensor(self.keys[name]).float().flatten(1)
 
         if "A" in self.keys:
             up = file.get_tensor(self.keys["B"])[first:last].float().flatten(1)
-            return (up @ matrix("A")).mul_(self.factor)
-        halves = [
+            return (up * (scale * self.factor)) @ matrix("A")
+        left, right = (
             matrix(which) if which in self.keys else matrix(f"{which}_a") @ matrix(f"{which}_b")
             for which in ("w1", "w2")
-        ]
-        return torch.kron(*halves)[first:last].mul_(self.factor)
+        )
+        return torch.kron(left * (scale * self.factor), right)[first:last]
 
-    def bias_rows(self, file: Any, first: int, last: int) -> Tensor:
+    def bias_rows(self, file: Any, first: int, last: int, scale: float) -> Tensor:
         """Rows of what is added to the bias, float32."""
-        return file.get_tensor(self.keys["bias"])[first:last].float().mul_(self.factor)
+        return file.get_tensor(self.keys["bias"])[first:last].float() * (scale * self.factor)
 
 
 @dataclass(frozen=True)
@@ -183,9 +183,9 @@ class Rows(NamedTuple):
     last: int
     bias: bool = False
 
-    def read(self, file: Any) -> Tensor:
+    def read(self, file: Any, scale: float) -> Tensor:
         read = self.update.bias_rows if self.bias else self.update.rows
-        return read(file, self.first, self.last)
+        return read(file, self.first, self.last, scale)
 
 
 # --- reading -----------------------------------------------------------------------------------
@@ -545,13 +545,13 @@ class MergedTensors:
         added: Tensor | None = None
         for (_, scale), rows, file in zip(self.loras, self.rows, files, strict=True):
             if name in rows:
-                update = rows[name].read(file).mul_(scale)
+                update = rows[name].read(file, scale)
                 added = update if added is None else added.add_(update)
         # What does not fit its config is left for `load_weights` to report, with all the others.
         if added is None or tensor.shape != self.shapes[name] or tensor.dtype not in WEIGHT_DTYPES:
             return tensor
-        merged = added.view(tensor.shape).add_(tensor.float().to(added.device)).to(self.dtype)
-        if not merged.isfinite().all():
+        merged = added.view(tensor.shape).to(tensor.device).add_(tensor.float()).to(self.dtype)
+        if not all(end.isfinite() for end in merged.aminmax()):  # NaN is both ends
             raise BrokenModel(
                 f"{name} is not finite with {self._named()}", "give a smaller scale: FILE:0.5"
             )
