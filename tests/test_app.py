@@ -34,7 +34,7 @@ ORDER = """
               fused_controlnet fused_layers controlnet streaming.subpixel int8 cross_attention
               architectures streaming.ops cuda_graph dit gemma dc_ae
     kernels
-    system:   devices memory inventory signals folders
+    system:   devices memory inventory signals folders disk
     shapes recipe settings instruction units reporter errors
 """
 

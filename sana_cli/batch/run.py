@@ -253,6 +253,11 @@ class Batch:
             if self.manifest.damaged:
                 text = f"{self.manifest.damaged} lines of the manifest are damaged"
                 self.session.reporter.warn(text)
+            if self.manifest.lock.missing:
+                self.session.reporter.warn(
+                    f"{self.folder} cannot be locked ({self.manifest.lock.missing}), so nothing"
+                    " keeps a second batch out of it: start none"
+                )
         manifest = self.manifest
         places = {Path(line["path"]).parent for line in manifest.last.values() if "path" in line}
         manifest.sweep(places | {job.name.parent for job in jobs} | {Path()})

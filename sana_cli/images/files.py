@@ -1,9 +1,7 @@
 """Image files to pixels, and pixels to files with the recipe inside, whole or not at all."""
 
-import errno
 import io
 import os
-import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,14 +11,12 @@ from PIL import Image, ImageOps
 
 from sana_cli.errors import DiskFull, SanaError, UsageError
 from sana_cli.images.metadata import Metadata
+from sana_cli.system import disk
 
 FORMATS = {"png": ".png", "jpeg": ".jpg", "webp": ".webp", "avif": ".avif"}
 SUFFIXES = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp", ".avif": "avif"}
 LARGEST_SIDE = {"jpeg": 65500, "webp": 16383, "avif": 65535}  # pixels; PNG takes any
 DEFAULT_QUALITY = {"jpeg": 92, "webp": 90, "avif": 80}
-
-PARTIAL = ".sana"  # what names of temporary files begin with
-FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def read(path: str) -> np.ndarray:
@@ -75,53 +71,13 @@ def write(path: Path, data: bytes, force: bool, mark: str = "") -> Path:
     temporary file, for whoever has to clean up after a process that was killed.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        prefix = f"{PARTIAL}{mark}-"
-        descriptor, name = tempfile.mkstemp(prefix=prefix, suffix=".partial", dir=path.parent)
-        partial = Path(name)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(partial, 0o666 & ~_umask())
-            return _publish(partial, path, force)
-        finally:
-            partial.unlink(missing_ok=True)
+        if not force:
+            return disk.write_new(path, data, mark)
+        disk.replace(path, data, mark)
+        return path
     except OSError as error:
-        if error.errno in FULL:
+        if error.errno in disk.FULL:
             raise DiskFull(
                 f"no space left to write {path}", "free some, or use -o elsewhere"
             ) from None
         raise SanaError(f"{path} cannot be written: {error.strerror or error}", "use -o") from None
-
-
-def _publish(partial: Path, path: Path, force: bool) -> Path:
-    if force:
-        os.replace(partial, path)
-        return path
-    number = 1
-    while True:
-        target = path if number == 1 else path.with_name(f"{path.stem}-{number}{path.suffix}")
-        try:
-            os.link(partial, target)  # fails if the name is taken, unlike a rename
-            return target
-        except FileExistsError:
-            number += 1
-        except OSError as error:
-            # File systems without hard links: claim the name, then move over the claim.
-            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
-                raise
-            try:
-                os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-            except FileExistsError:
-                number += 1
-                continue
-            os.replace(partial, target)
-            return target
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

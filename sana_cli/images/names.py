@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from sana_cli.errors import UsageError
-from sana_cli.images.files import FORMATS, FULL, LARGEST_SIDE, SUFFIXES
+from sana_cli.images.files import FORMATS, LARGEST_SIDE, SUFFIXES
 from sana_cli.recipe import Recipe
+from sana_cli.system.disk import FULL
 
 DEFAULT_TEMPLATE = "{slug}-{seed}"
 FIELDS = ("slug", "seed", "index", "model", "width", "height", "steps", "guidance")
