@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -147,6 +148,19 @@ def test_imports_point_downwards(path):
     ours = {other for other in imported(path) if other.startswith("sana_cli.")}
     upwards = {other for other in ours if (at := place(other)) is not None and at < mine}
     assert not upwards
+
+
+# What `sana bench --against` compares with, and Triton, which torch brings where it works.
+OPTIONAL = {"diffusers", "transformers", "triton"}
+
+
+def test_whatever_is_imported_is_declared():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = {re.match(r"[\w-]+", line)[0] for line in project["dependencies"]}
+    declared = {{"pillow": "PIL"}.get(name, name) for name in declared}
+    found = {name.split(".")[0] for path in FILES for name in imported(path)}
+    ours = {"sana_cli", *sys.stdlib_module_names}
+    assert found - ours - OPTIONAL == declared
 
 
 def test_a_solver_sees_no_network():
