@@ -36,7 +36,7 @@ def info(
 
     [dim]sana info fox-7.png
 
-    sana info --json fox-7.png | jq .recipe.seed
+    sana info --json fox-7.png | jq '.images[].recipe.seed'
 
     sana info --command fox-7.png | sh[/dim]
     """
@@ -55,7 +55,7 @@ def info(
             if command and line is None:
                 raise SanaError(f"the recipe in {image[:200]} has no prompt", "write one yourself")
         except SanaError as error:
-            if len(images) == 1:
+            if len(images) == 1 and not json_output:
                 raise
             code = max(code, error.exit_code)
             console.error(error)
@@ -71,8 +71,7 @@ def info(
                 sys.stdout.write("\n")
             _show(found, line, remarks, verbose, color)
     if json_output:
-        document = {"images": rows} if len(images) > 1 else rows[0]
-        sys.stdout.write(json.dumps(document, indent=2) + "\n")
+        sys.stdout.write(json.dumps({"images": rows}, indent=2) + "\n")
     if code:
         raise typer.Exit(code)
 
