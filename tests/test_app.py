@@ -1,6 +1,7 @@
 """The command as a whole: start-up, help, streams, and the shape of the package."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 from typer.main import get_command
 
 from sana_cli.app import ELSEWHERE, app
+from terminal import at_terminal, screen
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = ("torch", "transformers", "diffusers", "numpy", "PIL", "huggingface_hub")
@@ -191,3 +193,67 @@ def test_an_option_of_another_tool_is_told_ours(sana, name):
     assert ours or "the first word" in hint
     options = {word for p in get_command(app).commands["generate"].params for word in p.opts}
     assert set(ours) <= options
+
+
+@pytest.mark.parametrize("words", [(), ("models",), ("config",)])
+def test_a_command_alone_shows_its_help_and_no_error(sana, words):
+    run = sana(*words)
+    assert (run.code, run.err) == (2, "")
+    assert re.search(f"Usage: .*{' '.join(('sana', *words))} ", run.out)
+
+
+@pytest.mark.parametrize(
+    "prompt", ["-a red circle", "--a red circle", "- a circle", "-qx circle", "-s of fog"]
+)
+def test_a_prompt_that_begins_with_a_dash_is_told_what_to_put_before_it(sana, prompt):
+    run = sana("generate", prompt)
+    assert run.code == 2
+    assert run.err.splitlines()[1].startswith(
+        "hint: before a prompt that begins with a dash put --"
+    )
+
+
+@pytest.mark.parametrize(
+    "words", [("x", "--nope"), ("x", "--negative", "-x y", "--nope"), ("--negative", "-x y")]
+)
+def test_a_wrong_option_is_not_taken_for_a_prompt(sana, words):
+    assert "begins with a dash" not in sana("generate", *words).err
+
+
+@pytest.mark.parametrize("name", ["COLUMNS", "TERMINAL_WIDTH", "LINES"])
+def test_a_width_of_zero_is_no_width(sana, monkeypatch, name):
+    monkeypatch.setenv(name, "0")
+    assert "error: no PROMPT is given" in sana("generate").err
+    assert "demo" in sana("models", "list").out
+    code = "import sys; sys.argv = ['sana', '--help']; from sana_cli.app import main; main()"
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
+    assert max(map(len, done.stdout.splitlines())) == 80
+
+
+def test_a_terminal_that_says_its_width_is_zero_is_written_to_as_one_of_80_columns():
+    command = [sys.executable, "-P", "-m", "sana_cli", "generate", "a fox", "--steps", "x"]
+    code, seen, _ = at_terminal(command, 0, 0)
+    assert code == 2
+    assert "error: Invalid value for '--steps'" in "".join(screen(seen))
+
+
+def test_waiting_threads_do_not_spin_unless_the_user_says_so():
+    code = "import os, sana_cli; print(os.environ['OMP_WAIT_POLICY'])"
+    for given, expected in (({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active")):
+        rest = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", code], env=rest | given, capture_output=True
+        )
+        assert done.stdout.decode().strip() == expected
+
+
+def test_torch_is_loaded_after_its_threads_were_told_not_to_spin():
+    rest = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", "import sana_cli.pipeline.draw"],
+        env=rest | {"OMP_DISPLAY_ENV": "verbose"},
+        **{"capture_output": True, "text": True},
+    )
+    if "GOMP_SPINCOUNT" not in done.stderr:
+        pytest.skip("torch is not built with GNU's OpenMP")
+    assert "GOMP_SPINCOUNT = '0'" in done.stderr
