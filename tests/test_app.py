@@ -38,7 +38,7 @@ ORDER = """
               architectures streaming.ops cuda_graph dit gemma dc_ae
     kernels
     system:   devices memory inventory signals folders disk
-    shapes recipe settings instruction units reporter errors
+    shapes recipe settings instruction decoding units reporter errors
 """
 
 

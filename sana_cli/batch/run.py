@@ -20,6 +20,7 @@ from sana_cli.resolve import Resolution
 from sana_cli.session import Session
 from sana_cli.settings import FileOptions
 from sana_cli.system.signals import Asked
+from sana_cli.units import counted
 from sana_cli.weights.catalogue import Model
 
 if TYPE_CHECKING:
@@ -218,8 +219,9 @@ class Batch:
         """Report faults of rows; UsageError if nothing has been drawn yet."""
         if not faults:
             return
+        places = {fault.row for fault in faults}
         if self.manifest is not None:
-            self.bad_rows += len(faults)
+            self.bad_rows += len(places)
             for fault in faults:
                 yield self._row_error(fault, "skipped")
             return
@@ -233,7 +235,8 @@ class Batch:
         for fault in sorted(faults, key=lambda fault: fault.row)[:MOST_SHOWN]:
             yield self._row_error(fault, "listed")
         more = f", the first {MOST_SHOWN} of them above" if len(faults) > MOST_SHOWN else ""
-        raise UsageError(f"{self.source} has {len(faults)} rows at fault{more}")
+        spread = f" in {len(faults)} places" if len(faults) > len(places) else ""
+        raise UsageError(f"{self.source} has {counted(len(places), 'row')} at fault{spread}{more}")
 
     def _row_error(self, fault: Fault, fate: Literal["skipped", "listed", "raised"]) -> RowError:
         column = f", column {fault.column}" if fault.column else ""

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from sana_cli import decoding
 from sana_cli.commands._defaults import (
     PROJECT_FILE,
     VARIABLE,
@@ -201,8 +202,7 @@ def _edit(name: str, value: Any) -> bool:
     read_file(file)  # whose complaints are the better ones
     if file.exists() and not file.is_file():  # such as /dev/null
         raise UsageError(f"{file} is not a file", f"{VARIABLE}CONFIG=FILE keeps settings elsewhere")
-    text = file.read_text(encoding="utf-8") if file.is_file() else ""
-    document = tomlkit.parse(text)
+    document = tomlkit.parse(decoding.text(file.read_bytes()) if file.is_file() else "")
     keys = [key for key in document if key.replace("-", "_") == name]
     if value is None:
         for key in keys:

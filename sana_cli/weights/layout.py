@@ -181,7 +181,7 @@ def beside_lora(file: str) -> str:
 def read_json(path: Path) -> dict[str, Any]:
     try:
         # Python's parser also takes the bare -Infinity that published scheduler configs hold.
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))  # as Notepad may have saved it
     except FileNotFoundError:
         raise BrokenModel(f"{path} is missing", "is this folder in the published layout?") from None
     except (OSError, ValueError, RecursionError) as error:
