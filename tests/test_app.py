@@ -30,7 +30,7 @@ ORDER = """
     session
     replay resolve
     pipeline: draw guidance oom_retry plan text_encoder text_cache networks solver
-    images:   names files formats metadata masks terminal_preview
+    images:   names files metadata other_tools a1111 claims formats masks terminal_preview
     weights:  fetch lora download model_files single_file hub_cache checkpoint original_names
               catalogue lora_choice layout tensor_cache
     models:   streaming.autoencoder streaming.strip_pipeline streaming.layers fused_dit

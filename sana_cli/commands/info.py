@@ -30,7 +30,10 @@ def info(
     verbose: Verbose = False,
     color: Color = True,
 ) -> None:
-    """Show the recipe inside a picture, from sana or from tools that write A1111's text.
+    """Show the recipe inside an image, from sana or, as far as it maps, from other tools.
+
+    [dim]A1111, Civitai, ComfyUI, Draw Things, Easy Diffusion, Fooocus, Forge, InvokeAI, mflux,
+    NovelAI, SD.Next, stable-diffusion.cpp, SwarmUI.[/dim]
 
     [b]Examples[/b]
 
@@ -83,6 +86,7 @@ def _document(found: "Found", line: str | None, remarks: list[str]) -> dict[str,
         "width": found.width,
         "height": found.height,
         "source": found.source,
+        "tool": found.tool,
         "recipe": found.recipe,
         "made": found.made,
         "not_understood": found.not_understood,
@@ -181,6 +185,7 @@ def _facts(found: "Found", verbose: bool) -> list[tuple[str, str]]:
         rows.append(("precision", recipe["dit_dtype"]))
     made = [f"{k} {found.made[k]}" for k in ("sana", "torch") if k in found.made]
     made += [f"on {found.made['device']}"] if "device" in found.made else []
+    made += [found.tool] if found.tool and not made else []
     rows.append(("made by", ", ".join(made)))
     rows.append(("file", f"{found.path}, {found.format}"))
     return [(name, value) for name, value in rows if value]

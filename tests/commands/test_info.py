@@ -169,6 +169,7 @@ def test_json_is_one_document(sana):
         "width": 256,
         "height": 256,
         "source": "sana",
+        "tool": "sana",
         "recipe": DEMO.as_dict(),
         "made": {"sana": document["made"]["sana"], "torch": "2.13.0", "device": "cpu"},
         "not_understood": {},
