@@ -2,7 +2,6 @@
 
 import json
 import re
-import time
 from pathlib import Path
 
 import pytest
@@ -498,11 +497,10 @@ def test_any_text_is_read_or_is_not_in_the_form(text):
     ],
     ids=lambda text: repr(text[:12]),
 )
-def test_a_hostile_text_is_cheap(hostile):
-    began = time.process_time()
+def test_a_hostile_text_does_not_hang_it(hostile):
+    """What is quadratic takes minutes for these."""
     a1111.read(f"a fox\n{PAIRS}, {hostile}")
     a1111.read(f"a fox\n{hostile}, {PAIRS}")
-    assert time.process_time() - began < 4
 
 
 # --- hostile graphs ----------------------------------------------------------------------------
