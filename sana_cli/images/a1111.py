@@ -25,7 +25,7 @@ KNOWN = frozenset(
 )
 FEWEST_KNOWN, FEWEST_PAIRS = 2, 3
 LONGEST = 200_000  # characters of settings
-MOST_TRIED = 5  # places inside lines where they may begin
+MOST_TRIED = 5  # places inside lines where they may begin, and values that may be JSON
 
 NAME = re.compile(r"(\w[\w \-/.+']{1,63}):[ \t]*")
 STRING = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
@@ -171,6 +171,7 @@ class _Scan:
         self.text = text
         self.opening = re.compile(ends.pattern[:-1] + r"(\[{]")
         self.end = re.compile(rf"[ \t]*(?:{ends.pattern}|\Z)")
+        self.failed = 0  # values that looked like JSON and were none
         self.closers: dict[int, int] = {}
         opened: list[int] = []
         for match in re.finditer(r"[()\[\]{}]", text):
@@ -186,11 +187,11 @@ class _Scan:
         if text.startswith('"', at) and (string := STRING.match(text, at)):
             if self.end.match(text, string.end()):
                 return string.end()
-        elif text.startswith(("[", "{"), at):
+        elif text.startswith(("[", "{"), at) and self.failed < MOST_TRIED:
             try:
                 end = json.JSONDecoder().raw_decode(text, at)[1]
             except (ValueError, RecursionError):
-                end = at
+                end, self.failed = at, self.failed + 1
             if end > at and self.end.match(text, end):
                 return end
         while match := self.opening.search(text, at):

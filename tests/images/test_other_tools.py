@@ -494,6 +494,7 @@ def test_any_text_is_read_or_is_not_in_the_form(text):
         *('ab: "' * 30_000, "ab: [" * 30_000, "ab: {" * 30_000, "(" * 90_000, "[[" * 9000 + "\n"),
         *("Steps: 1 " * 20_000, "ab: (\n" * 20_000, "Steps: 1, Seed: 2, Size: 3\n" * 7000),
         *("a " * 90_000, 'ab: "x" ' * 20_000, "ab: [1, " * 20_000, "\n" * 90_000),
+        "ab: [1, " * 20_000 + "]" * 20_000,
     ],
     ids=lambda text: repr(text[:12]),
 )
