@@ -92,6 +92,11 @@ def find_part(folder: Path, variants: tuple[str, ...] = ANY_VARIANT) -> Part:
             f"{folder} holds only {pickles[0]}, a pickle, which is never loaded",
             "convert it to safetensors",
         )
+    if packed := sorted(path.name for path in folder.glob("*.gguf")):
+        raise BrokenModel(
+            f"{folder} holds only {packed[0]}, quantised weights, which are not supported",
+            "use the same model in bfloat16, float16 or float32",
+        )
     raise BrokenModel(
         f"{folder / weight_names(stem, variants[0])[0]} is missing", "is the download complete?"
     )
