@@ -1,6 +1,11 @@
 """Sana text-to-image: a command for the shell, and `Pipeline` for Python."""
 
+import os
 from typing import TYPE_CHECKING, Any
+
+# Threads of OpenMP that wait for the others spin, unless told not to: with another process on one
+# of a few cores they then take the time of those that still compute. Read when torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 __version__ = "0.1.0"
 __all__ = ["Pipeline", "SanaError", "SanaImage"]

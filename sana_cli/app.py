@@ -20,6 +20,7 @@ from sana_cli.system.devices import is_out_of_memory
 from sana_cli.system.signals import leaving_at_once
 
 GENERATE = 'to draw: sana generate "a red fox"; sana --help lists the commands'
+DASHED = 'before a prompt that begins with a dash put --: sana generate -- "-a red fox"'
 # Options of other tools that draw pictures, and of diffusers.
 ELSEWHERE = {
     **dict.fromkeys(("-W", "-H", "-w", "--width", "--height", "--size"), "--res 1280x720"),
@@ -73,6 +74,7 @@ def root(
 
 def main() -> None:
     _open_closed_streams()
+    _print_whatever_comes()
     found: dict[str, Any] = {}  # what the call turns out to stand on
     try:
         with leaving_at_once():
@@ -100,6 +102,21 @@ def _open_closed_streams() -> None:
             setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115
 
 
+def _print_whatever_comes() -> None:
+    """Let no character of a path end a call, and no width of zero swallow what is said.
+
+    What stdout's code page lacks is printed as a question mark; in UTF-8 a file name that is not
+    text is printed as the bytes that it is.
+    """
+    if sys.stdout.errors in ("strict", "surrogateescape"):  # what Python chose, and not the user
+        is_utf8 = sys.stdout.encoding.lower().replace("-", "").startswith("utf8")
+        errors = "surrogateescape" if is_utf8 else "replace"
+        sys.stdout.reconfigure(errors=errors)  # type: ignore[union-attr]
+    for name in ("COLUMNS", "LINES", "TERMINAL_WIDTH"):  # of Rich, and of Typer's help
+        if os.environ.get(name, "").isdigit() and not int(os.environ[name]):
+            del os.environ[name]
+
+
 def _report(error: Exception, found: dict[str, Any]) -> int:
     """One line and a hint for anything a user can meet; the traceback only with --verbose."""
     from sana_cli.ui import Console
@@ -112,20 +129,37 @@ def _report(error: Exception, found: dict[str, Any]) -> int:
         import traceback
 
         traceback.print_exc()
+    if type(error).__name__ == "NoArgsIsHelpError":  # the help is on the screen
+        return UsageError.exit_code
     if hasattr(error, "format_message"):  # Typer's own usage errors, whichever Click it carries
         context = getattr(error, "ctx", None)
         message = error.format_message()
         # An unknown command is probably a prompt typed without `generate`.
         lost = message.startswith("No such command") and context and context.parent is None
-        here = ELSEWHERE.get(getattr(error, "option_name", ""))
+        option = getattr(error, "option_name", "")
+        here = ELSEWHERE.get(option)
         hint = f"here that is {here}" if here else GENERATE if lost else _help_of(context)
-        error = UsageError(message, hint)
+        error = UsageError(message, DASHED if option and _is_dashed_prompt(option) else hint)
+    elif isinstance(error, UsageError) and error.message.startswith("no PROMPT"):
+        error = UsageError(error.message, DASHED if _is_dashed_prompt("") else error.hint)
     if not isinstance(error, SanaError):
         error = _unforeseen(error, verbose)
     if isinstance(error, UsageError):
         error = _with_origin(error, found)
     Console(color=color and "--no-color" not in sys.argv).error(error)
     return error.exit_code
+
+
+def _is_dashed_prompt(option: str) -> bool:
+    """Whether words with spaces were taken for options, `option` being the one that there is not.
+
+    Without it: for options that there are, such as the -s of "-s of fog".
+    """
+    typed = [word.partition("=")[0] for word in sys.argv]
+    if option:
+        return " " in option or (option not in typed and any(re.match("-.* ", w) for w in typed))
+    pairs = zip(typed, typed[1:], strict=False)
+    return any(re.match("-.* ", word) and not before.startswith("-") for before, word in pairs)
 
 
 def _with_origin(error: UsageError, found: dict[str, Any]) -> UsageError:

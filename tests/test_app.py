@@ -1,15 +1,18 @@
 """The command as a whole: start-up, help, streams, and the shape of the package."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 from typer.main import get_command
 
 from sana_cli.app import ELSEWHERE, app
+from terminal import at_terminal, screen
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = ("torch", "transformers", "diffusers", "numpy", "PIL", "huggingface_hub")
@@ -27,15 +30,15 @@ ORDER = """
     session
     replay resolve
     pipeline: draw guidance oom_retry plan text_encoder text_cache networks solver
-    images:   names files metadata masks terminal_preview
+    images:   names files metadata other_tools a1111 claims formats masks terminal_preview
     weights:  fetch lora download model_files single_file hub_cache checkpoint original_names
               lora_choice catalogue layout tensor_cache
     models:   streaming.autoencoder streaming.strip_pipeline streaming.layers fused_dit
               fused_controlnet fused_layers controlnet streaming.subpixel int8 cross_attention
               architectures streaming.ops cuda_graph dit gemma dc_ae
     kernels
-    system:   devices memory inventory signals folders
-    shapes recipe settings instruction units reporter errors
+    system:   devices memory inventory signals folders disk
+    shapes recipe settings instruction decoding units reporter errors
 """
 
 
@@ -149,6 +152,19 @@ def test_imports_point_downwards(path):
     assert not upwards
 
 
+# What `sana bench --against` compares with, and Triton, which torch brings where it works.
+OPTIONAL = {"diffusers", "transformers", "triton"}
+
+
+def test_whatever_is_imported_is_declared():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = {re.match(r"[\w-]+", line)[0] for line in project["dependencies"]}
+    declared = {{"pillow": "PIL"}.get(name, name) for name in declared}
+    found = {name.split(".")[0] for path in FILES for name in imported(path)}
+    ours = {"sana_cli", *sys.stdlib_module_names}
+    assert found - ours - OPTIONAL == declared
+
+
 def test_a_solver_sees_no_network():
     names = imported(ROOT / "sana_cli/pipeline/solver.py")
     assert not {name for name in names if name.startswith("sana_cli")}
@@ -177,3 +193,67 @@ def test_an_option_of_another_tool_is_told_ours(sana, name):
     assert ours or "the first word" in hint
     options = {word for p in get_command(app).commands["generate"].params for word in p.opts}
     assert set(ours) <= options
+
+
+@pytest.mark.parametrize("words", [(), ("models",), ("config",)])
+def test_a_command_alone_shows_its_help_and_no_error(sana, words):
+    run = sana(*words)
+    assert (run.code, run.err) == (2, "")
+    assert re.search(f"Usage: .*{' '.join(('sana', *words))} ", run.out)
+
+
+@pytest.mark.parametrize(
+    "prompt", ["-a red circle", "--a red circle", "- a circle", "-qx circle", "-s of fog"]
+)
+def test_a_prompt_that_begins_with_a_dash_is_told_what_to_put_before_it(sana, prompt):
+    run = sana("generate", prompt)
+    assert run.code == 2
+    assert run.err.splitlines()[1].startswith(
+        "hint: before a prompt that begins with a dash put --"
+    )
+
+
+@pytest.mark.parametrize(
+    "words", [("x", "--nope"), ("x", "--negative", "-x y", "--nope"), ("--negative", "-x y")]
+)
+def test_a_wrong_option_is_not_taken_for_a_prompt(sana, words):
+    assert "begins with a dash" not in sana("generate", *words).err
+
+
+@pytest.mark.parametrize("name", ["COLUMNS", "TERMINAL_WIDTH", "LINES"])
+def test_a_width_of_zero_is_no_width(sana, monkeypatch, name):
+    monkeypatch.setenv(name, "0")
+    assert "error: no PROMPT is given" in sana("generate").err
+    assert "demo" in sana("models", "list").out
+    code = "import sys; sys.argv = ['sana', '--help']; from sana_cli.app import main; main()"
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
+    assert max(map(len, done.stdout.splitlines())) == 80
+
+
+def test_a_terminal_that_says_its_width_is_zero_is_written_to_as_one_of_80_columns():
+    command = [sys.executable, "-P", "-m", "sana_cli", "generate", "a fox", "--steps", "x"]
+    code, seen, _ = at_terminal(command, 0, 0)
+    assert code == 2
+    assert "error: Invalid value for '--steps'" in "".join(screen(seen))
+
+
+def test_waiting_threads_do_not_spin_unless_the_user_says_so():
+    code = "import os, sana_cli; print(os.environ['OMP_WAIT_POLICY'])"
+    for given, expected in (({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active")):
+        rest = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", code], env=rest | given, capture_output=True
+        )
+        assert done.stdout.decode().strip() == expected
+
+
+def test_torch_is_loaded_after_its_threads_were_told_not_to_spin():
+    rest = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", "import sana_cli.pipeline.draw"],
+        env=rest | {"OMP_DISPLAY_ENV": "verbose"},
+        **{"capture_output": True, "text": True},
+    )
+    if "GOMP_SPINCOUNT" not in done.stderr:
+        pytest.skip("torch is not built with GNU's OpenMP")
+    assert "GOMP_SPINCOUNT = '0'" in done.stderr

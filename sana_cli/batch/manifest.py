@@ -19,6 +19,7 @@ import os
 import re
 import socket
 from collections.abc import Iterable
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -26,7 +27,7 @@ from typing import Any
 
 from sana_cli.batch.shards import Shard
 from sana_cli.errors import DiskFull, SanaError
-from sana_cli.images.files import FULL, PARTIAL
+from sana_cli.system.disk import FULL, PARTIAL, Lock, sync
 
 Line = dict[str, Any]
 STATUSES = ("run", "writing", "done", "failed", "again")
@@ -137,7 +138,7 @@ def repair(path: Path) -> None:
         else:
             file.truncate(len(whole) + len(newline))
         file.flush()
-        os.fsync(file.fileno())
+        sync(file.fileno())
 
 
 def sha256(path: Path) -> str:
@@ -152,15 +153,18 @@ class Manifest(Ledger):
         self.shard = shard
         self.stem = f"manifest.{shard.number}-of-{shard.count}" if shard else "manifest"
         self.path = folder / f"{self.stem}.jsonl"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._lock(folder)
-            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
-            self.descriptor = os.open(self.path, flags, 0o666)
-            repair(self.path)
-        except OSError as error:
-            raise _cannot_write(self.path, error) from None
-        super().__init__(folder)
+        with ExitStack() as stack:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                self.lock = stack.enter_context(self._lock(folder))
+                flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
+                self.descriptor = os.open(self.path, flags, 0o666)
+                stack.callback(os.close, self.descriptor)
+                repair(self.path)
+            except OSError as error:
+                raise _cannot_write(self.path, error) from None
+            super().__init__(folder)
+            self.stack = stack.pop_all()
 
     def __enter__(self) -> "Manifest":
         return self
@@ -171,33 +175,31 @@ class Manifest(Ledger):
         value: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        os.close(self.descriptor)
-        self.lock.release()
+        self.stack.close()
 
-    def _lock(self, folder: Path) -> None:
+    def _lock(self, folder: Path) -> Lock:
         """SanaError if another process has this manifest, or one that may hold the same jobs."""
-        from filelock import FileLock, Timeout
-
-        self.lock = FileLock(folder / f"{PARTIAL}-{self.stem}.lock")
         taken = self.stem
-        try:
-            self.lock.acquire(timeout=0)
-            for path in folder.glob(f"{PARTIAL}-manifest*.lock"):
-                taken = path.stem.removeprefix(f"{PARTIAL}-")
-                brother = self.shard and taken.endswith(f"-of-{self.shard.count}")
-                if taken != self.stem and not brother:
-                    with FileLock(path).acquire(timeout=0):
-                        pass
-        except Timeout:
-            self.lock.release()
-            run = (Ledger(folder).runs.get(f"{taken}.jsonl") or [{}])[0]
-            holder = "another process"
-            if "pid" in run:
-                holder = f"process {run['pid']} on {run.get('host')}, since {run['time'][:19]} UTC"
-            raise SanaError(
-                f"{folder} is in use by {holder}",
-                "wait for it or stop it, use another -o, or split the work with --shard",
-            ) from None
+        with ExitStack() as stack:
+            try:
+                lock = stack.enter_context(Lock(folder / f"{PARTIAL}-{self.stem}.lock"))
+                for path in folder.glob(f"{PARTIAL}-manifest*.lock"):
+                    taken = path.stem.removeprefix(f"{PARTIAL}-")
+                    brother = self.shard and taken.endswith(f"-of-{self.shard.count}")
+                    if taken != self.stem and not brother:
+                        Lock(path).release()
+            except BlockingIOError:
+                run = (Ledger(folder).runs.get(f"{taken}.jsonl") or [{}])[0]
+                holder = "another process"
+                if "pid" in run:
+                    since = f"{run['time'][:19]} UTC"
+                    holder = f"process {run['pid']} on {run.get('host')}, since {since}"
+                raise SanaError(
+                    f"{folder} is in use by {holder}",
+                    "wait for it or stop it, use another -o, or split the work with --shard",
+                ) from None
+            stack.pop_all()
+            return lock
 
     def begin(self, **facts: Any) -> None:
         """Say who works here, and on how much."""
@@ -216,7 +218,7 @@ class Manifest(Ledger):
             written = os.write(self.descriptor, text)
             if written < len(text):
                 os.write(self.descriptor, text[written:])  # says why it cannot
-            os.fsync(self.descriptor)
+            sync(self.descriptor)
         except OSError as error:
             os.ftruncate(self.descriptor, before)
             raise _cannot_write(self.path, error) from None
@@ -262,15 +264,12 @@ class Manifest(Ledger):
 
 
 def is_held(folder: Path, stem: str) -> bool:
-    """Whether a process works on that manifest."""
-    from filelock import FileLock, Timeout
-
+    """Whether a process works on that manifest, as far as a lock can tell."""
     path = folder / f"{PARTIAL}-{stem}.lock"
     try:
         if path.exists():
-            with FileLock(path).acquire(timeout=0):
-                pass
-    except Timeout:
+            Lock(path).release()
+    except BlockingIOError:
         return True
     except OSError:  # a disk that is only read
         pass

@@ -3,6 +3,8 @@
 txt          a prompt a line; blank lines and those that begin with # are skipped
 jsonl        a JSON object a line
 csv, tsv     the first row names the columns; an empty cell is as good as none
+
+All of them in UTF-8, or in UTF-16 as Windows writes it.
 """
 
 import csv
@@ -12,11 +14,13 @@ import queue
 import re
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
+from sana_cli.decoding import NotText, decode, lines, without_marks
 from sana_cli.errors import UsageError
 from sana_cli.settings import declared
 
@@ -48,66 +52,93 @@ class Fault:
     hint: str | None = None
 
 
-Lines = Iterable[bytes]
 RowOrFault = Row | Fault
+Note = Callable[[str], None]
 
 
-def parse(lines: Lines, format: str, used: Collection[str] = ()) -> Iterator[RowOrFault]:
-    """The rows of a text in one of FORMATS; `used` are columns allowed beside FIELDS."""
-    text = _Text(lines)
-    parsers = {"txt": _prompts, "jsonl": _objects, "csv": _cells, "tsv": _cells}
+def parse(
+    chunks: Iterable[bytes],
+    format: str,
+    used: Collection[str] = (),
+    note: Note = lambda text: None,
+) -> Iterator[RowOrFault]:
+    """The rows of a text in one of FORMATS and all that is wrong with them.
+
+    `used` are columns allowed beside FIELDS; `note` is told what was found out of a table's form.
+    """
+    text = _Text(chunks)
+    parsers = {"txt": _prompts, "jsonl": _objects}
     try:
-        for number, values in parsers[format](text, format, used):
-            yield values if isinstance(values, Fault) else _row(number, values, used)
-    except UnicodeDecodeError:
-        yield Fault(text.number, None, "this is not UTF-8 text")
-    except _BadHeader as error:
-        yield error.fault
+        if format in parsers:
+            parsed = parsers[format](text)
+        else:
+            parsed = _Table(text, format, {*FIELDS, *used}, note).rows()
+        for number, values in parsed:
+            if isinstance(values, Fault):
+                yield values
+            else:
+                yield from _checked(number, values, used)
+    except NotText as error:
+        yield Fault(text.number, None, str(error), error.hint)
 
 
 class _Text:
-    """Lines as text, counted."""
+    """Lines as text, counted; some can be put back."""
 
-    def __init__(self, lines: Lines) -> None:
-        self.lines, self.number = lines, 0
+    def __init__(self, chunks: Iterable[bytes]) -> None:
+        self.lines, self.number = lines(chunks), 0
+        self.waiting: list[str] = []
 
     def __iter__(self) -> Iterator[str]:
-        for line in self.lines:
+        return self
+
+    def __next__(self) -> str:
+        if not self.waiting:
+            line = next(self.lines)
             self.number += 1
-            yield line.decode("utf-8-sig" if self.number == 1 else "utf-8")
+            return decode(line)
+        self.number += 1
+        return self.waiting.pop()
 
-
-class _BadHeader(Exception):
-    def __init__(self, fault: Fault) -> None:
-        self.fault = fault
+    def put_back(self, some: Sequence[str]) -> None:
+        self.number -= len(some)
+        self.waiting += reversed(some)
 
 
 Parsed = Iterator[tuple[int, dict[str, Any] | Fault]]
 
 
-def _prompts(text: _Text, format: str, used: Collection[str]) -> Parsed:
+def _prompts(text: _Text) -> Parsed:
     for line in text:
         prompt = line.strip()
         if prompt and not prompt.startswith("#"):
             yield text.number, {"prompt": prompt}
 
 
-def _objects(text: _Text, format: str, used: Collection[str]) -> Parsed:
+def _objects(text: _Text) -> Parsed:
+    array = "this is one JSON array, and not an object a line", "jq -c '.[]' makes lines of it"
     for line in text:
         if not line.strip():
             continue
+        if line.strip() == "[":
+            yield text.number, Fault(text.number, None, *array)
+            return
         try:
             found = json.loads(line, object_pairs_hook=_Object)
         except (ValueError, RecursionError) as error:
             reason = str(error).split(": line")[0]
             yield text.number, Fault(text.number, None, f"this is not JSON: {reason}")
             continue
-        if not isinstance(found, _Object):
+        if isinstance(found, list):
+            yield text.number, Fault(text.number, None, *array)
+        elif not isinstance(found, _Object):
             message = 'this is no JSON object, such as {"prompt": "a fox"}'
             yield text.number, Fault(text.number, None, message)
-            continue
-        twice = _twice(found.names)
-        yield text.number, Fault(text.number, twice, "is there twice") if twice else found
+        elif twice := _twice(found.names):
+            for name in twice:
+                yield text.number, Fault(text.number, name, "is there twice")
+        else:
+            yield text.number, found
 
 
 class _Object(dict[str, Any]):
@@ -118,40 +149,134 @@ class _Object(dict[str, Any]):
         self.names = [name for name, _ in pairs]
 
 
-def _cells(text: _Text, format: str, used: Collection[str]) -> Parsed:
-    delimiter = "," if format == "csv" else "\t"
-    reader = csv.reader(iter(text), delimiter=delimiter, strict=True)
-    names: list[str] = []
-    while True:
-        first = reader.line_num + 1
-        try:
-            cells = next(reader, None)
-        except csv.Error as error:
-            yield first, Fault(first, None, f"this is not {format.upper()}: {error}")
-            return
-        if cells is None:
-            return
-        if not any(cell.strip() for cell in cells):
-            continue
-        if not names:
-            names = [cell.strip() for cell in cells]
-            if twice := _twice(names):
-                raise _BadHeader(Fault(first, twice, "is there twice"))
-            for name in map(field_name, names):
-                if name not in FIELDS and name not in used:
-                    raise _BadHeader(Fault(first, name, _unknown(name)))
-            continue
-        if len(cells) > len(names):
-            message = f"{len(cells)} cells, but there are {len(names)} columns"
-            yield first, Fault(first, None, message)
-            continue
-        pairs = zip(names, (cell.strip() for cell in cells), strict=False)
-        yield first, {name: cell for name, cell in pairs if cell}
+def _twice(names: Iterable[str]) -> list[str]:
+    return [name for name, count in Counter(map(field_name, names)).items() if count > 1]
 
 
-def _twice(names: list[str]) -> str | None:
-    seen = [field_name(name) for name in names]
-    return next((name for name in seen if seen.count(name) > 1), None)
+# --- tables ------------------------------------------------------------------------------------
+
+DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
+# How the csv module puts it, and what it means for whoever has written the file.
+CSV_ERRORS = {
+    "expected after": "a cell in quotes goes on after them; write a quote inside it twice",
+    "unexpected end of data": "a quote is opened here, and nothing closes it",
+}
+
+
+class _Table:
+    """Rows of cells under a row of names, between delimiters that the header tells.
+
+    Excel separates by semicolons where a comma is the decimal sign, and says so in a first line
+    `sep=;` if asked to. A cell of a .tsv that only begins with a quote is text, as most programs
+    that write such files know no quotes.
+    """
+
+    def __init__(self, text: _Text, format: str, known: Collection[str], note: Note) -> None:
+        self.text, self.format, self.known, self.note = text, format, known, note
+        self.delimiter = "," if format == "csv" else "\t"
+        self.names: list[str] = []
+        self.strange: set[int] = set()  # columns whose fault was told, by their places
+        self.taken: list[str] = []  # lines of the row under way
+
+    def rows(self) -> Parsed:
+        header = next((line for line in self.text if line.strip()), None)
+        if header is None:
+            return
+        if told := re.fullmatch(r'"?sep=(.)"?', header.rstrip("\r\n"), re.IGNORECASE):
+            self.delimiter = told[1]
+        else:
+            self.text.put_back([header])
+            self._find_delimiter(header)
+        for first, cells in self._records():
+            if isinstance(cells, Fault):
+                yield first, cells
+                if not self.names:
+                    return
+            elif not any(cells):
+                continue
+            elif not self.names:
+                self.names = cells
+                yield from ((first, fault) for fault in self._faults_of_names(first))
+            else:
+                yield from self._row(first, cells)
+
+    def _find_delimiter(self, header: str) -> None:
+        """The one that makes the most known names of the header, else the most names."""
+
+        def score(delimiter: str) -> tuple[int, int, bool]:
+            names = [name.strip(' "\r\n') for name in header.split(delimiter)]
+            known = sum(field_name(name) in self.known for name in names)
+            return known, 0 if known else len(names), delimiter == self.delimiter
+
+        best = max(DELIMITERS, key=score)
+        if best != self.delimiter:
+            self.note(f"its columns are separated by {DELIMITERS[best]}")
+            self.delimiter = best
+
+    def _records(self) -> Iterator[tuple[int, list[str] | Fault]]:
+        """The number of its first line, and its cells, of each row."""
+        reader = self._reader()
+        while True:
+            first, self.taken = self.text.number + 1, []
+            try:
+                cells = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                # Its first line alone is at fault; what it has swallowed may be in order.
+                self.text.put_back(self.taken[1:])
+                reader = self._reader()
+                if self.format == "csv":
+                    why = next((w for k, w in CSV_ERRORS.items() if k in str(error)), str(error))
+                    yield first, Fault(first, None, f"this is not CSV: {why}")
+                    continue
+                cells = [_bare(c) for c in self.taken[0].rstrip("\r\n").split(self.delimiter)]
+            yield first, [cell.strip() for cell in cells]
+
+    def _reader(self) -> Iterator[list[str]]:
+        def lines() -> Iterator[str]:
+            for line in self.text:
+                self.taken.append(line)
+                yield line
+
+        return csv.reader(lines(), delimiter=self.delimiter, strict=True)
+
+    def _faults_of_names(self, first: int) -> Iterator[Fault]:
+        for name in _twice(filter(None, self.names)):
+            yield Fault(first, name, "is there twice")
+        for place, name in enumerate(self.names):
+            if name and field_name(name) not in self.known:
+                self.strange.add(place)
+                yield Fault(first, name, *_unknown(name, self.known))
+
+    def _row(self, first: int, cells: list[str]) -> Parsed:
+        while len(cells) > len(self.names) and not cells[-1]:
+            cells.pop()
+        if len(cells) > len(self.names):
+            message = f"{len(cells)} cells, but there are {len(self.names)} columns"
+            hint = f"a cell that holds {DELIMITERS.get(self.delimiter, 'the delimiter')} needs"
+            yield first, Fault(first, None, message, f"{hint} quotes around it")
+            return
+        for place, cell in enumerate(cells):
+            if cell and not self.names[place] and place not in self.strange:
+                self.strange.add(place)
+                message = f"holds {cell[:40]!r}, but its column has no name"
+                yield first, Fault(first, str(place + 1), message, NAMELESS)
+        named = {
+            name: cell
+            for place, (name, cell) in enumerate(zip(self.names, cells, strict=False))
+            if cell and name and place not in self.strange
+        }
+        yield first, named
+
+
+NAMELESS = "name it, or leave it out; pandas writes its index with to_csv unless index=False"
+
+
+def _bare(cell: str) -> str:
+    """A cell of a line whose quotes mean nothing, unless they are whole."""
+    whole = re.fullmatch(r'\s*"((?:[^"]|"")*)"\s*', cell)
+    return whole[1].replace('""', '"') if whole else cell
 
 
 def field_name(name: str) -> str:
@@ -160,30 +285,56 @@ def field_name(name: str) -> str:
     return plain if plain in FIELDS else name.strip()
 
 
-def _row(number: int, values: dict[str, Any], used: Collection[str]) -> RowOrFault:
+def _checked(number: int, values: dict[str, Any], used: Collection[str]) -> Iterator[RowOrFault]:
+    """The row, or everything that is wrong with it."""
     given: dict[str, Any] = {}
     columns: dict[str, str] = {}
+    faults = []
     for key, value in values.items():
-        name = field_name(key)
+        name = field_name(without_marks(key))
         if name not in FIELDS and name not in used:
-            return Fault(number, name, _unknown(name))
+            faults.append(Fault(number, name, *_unknown(name, {*FIELDS, *used})))
+            continue
         if value is None:
             continue
+        value = without_marks(value) if isinstance(value, str) else value
         try:
             if name in FIELDS:
                 given[name] = _convert(name, value)
             several = isinstance(value, list) and name in given
             columns[name] = _as_text(given[name] if several else value)
         except ValueError as error:
-            return Fault(number, name, str(error))
-    return Row(number, given, columns)
+            faults.append(Fault(number, name, str(error)))
+    yield from faults
+    if not faults:
+        yield Row(number, given, columns)
 
 
-def _unknown(name: str) -> str:
-    close = get_close_matches(name.lower(), FIELDS, n=1, cutoff=0.7)
-    if close:
-        return f"is no field; did you mean {close[0]}?"
-    return "is no field, and neither --template nor the name of the picture uses it"
+# What other tools and data sets call the fields.
+ELSEWHERE = {
+    **dict.fromkeys(("text", "caption", "description"), "prompt"),
+    **dict.fromkeys(("negative_prompt", "neg_prompt", "uc"), "negative"),
+    **dict.fromkeys(("cfg", "cfg_scale", "guidance_scale", "scale"), "guidance"),
+    **dict.fromkeys(("sampler", "scheduler", "sampler_name"), "solver"),
+    **dict.fromkeys(("num_inference_steps", "sampling_steps"), "steps"),
+    **dict.fromkeys(("width", "height", "size", "resolution"), "res"),
+    **dict.fromkeys(("aspect", "aspect_ratio"), "ar"),
+    **dict.fromkeys(("n", "num_images", "batch_size"), "count"),
+    **dict.fromkeys(("file", "file_name", "filename", "path"), "output"),
+    **dict.fromkeys(("init_image", "init_img"), "image"),
+    **dict.fromkeys(("denoise", "denoising_strength"), "strength"),
+}
+
+
+def _unknown(name: str, known: Collection[str]) -> tuple[str, str | None]:
+    """What to say of a name that is no field, and what it may have been meant for."""
+    plain = re.sub(r"\W+", "_", name.strip().lower())
+    close = get_close_matches(plain, sorted(known), n=1, cutoff=0.7)
+    meant = ELSEWHERE.get(plain) or (close[0] if close else None)
+    if meant:
+        return f"is no field; did you mean {meant}?", None
+    hint = NAMELESS if re.fullmatch(r"unnamed_\d+", plain) else None
+    return "is no field, and neither --template nor the name of the picture uses it", hint
 
 
 def _convert(name: str, value: Any) -> Any:
@@ -207,7 +358,9 @@ def _convert(name: str, value: Any) -> Any:
             return kind(_whole(_as_text(value)))
         except ValueError:
             wanted = "a whole number" if kind is int else "a number"
-            raise ValueError(f"{value!r} is not {wanted}") from None
+            point = isinstance(value, str) and re.fullmatch(r"-?\d+,\d+", value)
+            hint = f"; write it with a point: {value.replace(',', '.')}" if point else ""
+            raise ValueError(f"{value!r} is not {wanted}{hint}") from None
     if not isinstance(value, str) and not (name == "res" and _is_integer(value)):
         raise ValueError(f"{json.dumps(value)[:60]} is not text")
     return str(value)
@@ -232,9 +385,10 @@ def _as_text(value: Any) -> str:
 
 
 def read_file(path: str) -> list[bytes]:
+    """The whole of it, in one chunk."""
     try:
         with open(os.path.expanduser(path), "rb") as file:
-            return file.read().splitlines(keepends=True)
+            return [file.read()]
     except OSError as error:
         reason = error.strerror or str(error)
         raise UsageError(
@@ -245,13 +399,13 @@ def read_file(path: str) -> list[bytes]:
 class Pipe:
     """Rows of a pipe, in the rounds that they arrive in."""
 
-    def __init__(self, descriptor: int, format: str, used: Collection[str]) -> None:
+    def __init__(self, descriptor: int, format: str, used: Collection[str], note: Note) -> None:
         self.found: queue.SimpleQueue[RowOrFault | None] = queue.SimpleQueue()
-        work = (descriptor, format, used)
+        work = (descriptor, format, used, note)
         threading.Thread(target=self._read, args=work, daemon=True).start()
 
-    def _read(self, descriptor: int, format: str, used: Collection[str]) -> None:
-        for found in parse(_lines(descriptor), format, used):
+    def _read(self, descriptor: int, format: str, used: Collection[str], note: Note) -> None:
+        for found in parse(_chunks(descriptor), format, used, note):
             self.found.put(found)
         self.found.put(None)
 
@@ -281,11 +435,7 @@ class Pipe:
                 yield batch
 
 
-def _lines(descriptor: int) -> Iterator[bytes]:
+def _chunks(descriptor: int) -> Iterator[bytes]:
     """Not by way of sys.stdin, whose lock a thread that waits for input would hold at exit."""
-    rest = b""
     while chunk := os.read(descriptor, 1 << 16):
-        *lines, rest = (rest + chunk).split(b"\n")
-        yield from (line + b"\n" for line in lines)
-    if rest:
-        yield rest
+        yield chunk

@@ -20,6 +20,7 @@ from sana_cli.resolve import Resolution
 from sana_cli.session import Session
 from sana_cli.settings import FileOptions
 from sana_cli.system.signals import Asked
+from sana_cli.units import counted
 from sana_cli.weights.catalogue import Component, Model
 
 if TYPE_CHECKING:
@@ -222,8 +223,9 @@ class Batch:
         """Report faults of rows; UsageError if nothing has been drawn yet."""
         if not faults:
             return
+        places = {fault.row for fault in faults}
         if self.manifest is not None:
-            self.bad_rows += len(faults)
+            self.bad_rows += len(places)
             for fault in faults:
                 yield self._row_error(fault, "skipped")
             return
@@ -237,7 +239,8 @@ class Batch:
         for fault in sorted(faults, key=lambda fault: fault.row)[:MOST_SHOWN]:
             yield self._row_error(fault, "listed")
         more = f", the first {MOST_SHOWN} of them above" if len(faults) > MOST_SHOWN else ""
-        raise UsageError(f"{self.source} has {len(faults)} rows at fault{more}")
+        spread = f" in {len(faults)} places" if len(faults) > len(places) else ""
+        raise UsageError(f"{self.source} has {counted(len(places), 'row')} at fault{spread}{more}")
 
     def _row_error(self, fault: Fault, fate: Literal["skipped", "listed", "raised"]) -> RowError:
         column = f", column {fault.column}" if fault.column else ""
@@ -257,6 +260,11 @@ class Batch:
             if self.manifest.damaged:
                 text = f"{self.manifest.damaged} lines of the manifest are damaged"
                 self.session.reporter.warn(text)
+            if self.manifest.lock.missing:
+                self.session.reporter.warn(
+                    f"{self.folder} cannot be locked ({self.manifest.lock.missing}), so nothing"
+                    " keeps a second batch out of it: start none"
+                )
         manifest = self.manifest
         places = {Path(line["path"]).parent for line in manifest.last.values() if "path" in line}
         manifest.sweep(places | {job.name.parent for job in jobs} | {Path()})

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from sana_cli import decoding
 from sana_cli.errors import UsageError
 from sana_cli.settings import declared, flag
 from sana_cli.system.folders import config_file
@@ -165,13 +166,13 @@ def known(key: str, options: Mapping[str, Any]) -> str:
 def read_file(path: Path) -> dict[str, Any]:
     """The values of a TOML file; none if it is not there. UsageError in one line."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(decoding.text(path.read_bytes()))
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"{shown(path)} is not valid TOML: {error}", "correct that line") from None
-    except UnicodeDecodeError:
-        raise UsageError(f"{shown(path)} is not UTF-8 text", "save it as UTF-8") from None
+    except decoding.NotText as error:
+        raise UsageError(f"{shown(path)}: {error}", error.hint) from None
     except (ValueError, RecursionError) as error:  # numbers too long, arrays too deep
         raise UsageError(f"{shown(path)} cannot be read: {error}", "write it again") from None
     except OSError as error:

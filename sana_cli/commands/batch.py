@@ -204,12 +204,16 @@ def run(
     source = "stdin" if file == "-" else file
     policy = RunPolicy(retry_failed, restart, max_failures)
     batch = Batch(session, reader, folder, share, source, options, policy)
-    rows = [] if file == "-" else list(parse(read_file(file), kind, reader.used))
+
+    def note(text: str) -> None:
+        console.info(f"{source}: {text}")
+
+    rows = [] if file == "-" else list(parse(read_file(file), kind, reader.used, note))
     with ExitStack() as stack:
         asked_to_stop = stack.enter_context(leaving_when_asked_twice())
         rounds: Iterable[list[RowOrFault]] = [rows] if rows else []
         if file == "-":
-            pipe = Pipe(0, kind, reader.used)
+            pipe = Pipe(0, kind, reader.used, note)
             rounds = pipe.rounds(lambda: bool(asked_to_stop), whole=check)
         events = batch.check(rounds) if check else batch.run(rounds, asked_to_stop)
         stack.enter_context(closing(events))

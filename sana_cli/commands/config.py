@@ -1,16 +1,14 @@
 """`sana config`: which choices stand, where each comes from, and the file that keeps them."""
 
-import errno
 import json
 import os
-import shutil
 import sys
-import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from sana_cli import decoding
 from sana_cli.commands._defaults import (
     PROJECT_FILE,
     VARIABLE,
@@ -22,6 +20,7 @@ from sana_cli.commands._defaults import (
 )
 from sana_cli.commands._options import Color, Json, Quiet, Verbose, plain
 from sana_cli.errors import SanaError, UsageError
+from sana_cli.system import disk
 from sana_cli.system.folders import cache_folder, config_file, used_bytes
 
 app = typer.Typer(
@@ -203,8 +202,7 @@ def _edit(name: str, value: Any) -> bool:
     read_file(file)  # whose complaints are the better ones
     if file.exists() and not file.is_file():  # such as /dev/null
         raise UsageError(f"{file} is not a file", f"{VARIABLE}CONFIG=FILE keeps settings elsewhere")
-    text = file.read_text(encoding="utf-8") if file.is_file() else ""
-    document = tomlkit.parse(text)
+    document = tomlkit.parse(decoding.text(file.read_bytes()) if file.is_file() else "")
     keys = [key for key in document if key.replace("-", "_") == name]
     if value is None:
         for key in keys:
@@ -218,21 +216,10 @@ def _edit(name: str, value: Any) -> bool:
 
 def _write(file: Path, text: str) -> None:
     """Atomically: a reader sees the old file or the new one, whatever happens meanwhile."""
-    name = None
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(suffix=".partial", dir=file.parent)
-        with os.fdopen(descriptor, "w", encoding="utf-8", newline="") as partial:
-            partial.write(text)
-            partial.flush()
-            os.fsync(partial.fileno())
-        if file.exists():
-            shutil.copymode(file, name)
-        os.replace(name, file)
+        disk.replace(file, text.encode(), keep_mode=True)
     except OSError as error:
-        if name is not None and os.path.exists(name):
-            os.unlink(name)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in disk.FULL:
             raise
         raise SanaError(
             f"{file} cannot be written: {error.strerror}",

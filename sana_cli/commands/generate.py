@@ -378,23 +378,26 @@ def _previewer(console: "Console", json_output: bool) -> "Preview | None":
 
 def _read_prompts(words: list[str]) -> list[str]:
     """Prompts from the command line, with `-` replaced by the lines of stdin."""
+    from sana_cli.decoding import without_marks
+
     texts: list[str] = []
     if words.count("-") > 1:
         raise UsageError("stdin can be read only once", "give a single -")
     for word in words:
-        texts += _stdin_lines() if word == "-" else [word]
+        texts += _stdin_lines() if word == "-" else [without_marks(word)]
     return texts
 
 
 def _stdin_lines() -> list[str]:
+    from sana_cli.decoding import NotText, decode, lines
+
     try:
-        content = sys.stdin.buffer.read().decode("utf-8")
-    except UnicodeDecodeError:
-        raise UsageError("stdin is not UTF-8 text", "pipe one prompt a line into sana") from None
-    lines = [line.strip() for line in content.splitlines() if line.strip()]
-    if not lines:
+        found = [decode(line).strip() for line in lines([sys.stdin.buffer.read()])]
+    except NotText as error:
+        raise UsageError(f"stdin: {error}", f"pipe one prompt a line; {error.hint}") from None
+    if not any(found):
         raise UsageError("stdin holds no prompt", "pipe one prompt a line into sana")
-    return lines
+    return list(filter(None, found))
 
 
 def _check_stdout(pictures: int, json_output: bool, force: bool) -> None:

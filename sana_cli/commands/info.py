@@ -30,13 +30,16 @@ def info(
     verbose: Verbose = False,
     color: Color = True,
 ) -> None:
-    """Show the recipe inside a picture, from sana or from tools that write A1111's text.
+    """Show the recipe inside an image, from sana or, as far as it maps, from other tools.
+
+    [dim]A1111, Civitai, ComfyUI, Draw Things, Easy Diffusion, Fooocus, Forge, InvokeAI, mflux,
+    NovelAI, SD.Next, stable-diffusion.cpp, SwarmUI.[/dim]
 
     [b]Examples[/b]
 
     [dim]sana info fox-7.png
 
-    sana info --json fox-7.png | jq .recipe.seed
+    sana info --json fox-7.png | jq '.images[].recipe.seed'
 
     sana info --command fox-7.png | sh[/dim]
     """
@@ -55,7 +58,7 @@ def info(
             if command and line is None:
                 raise SanaError(f"the recipe in {image[:200]} has no prompt", "write one yourself")
         except SanaError as error:
-            if len(images) == 1:
+            if len(images) == 1 and not json_output:
                 raise
             code = max(code, error.exit_code)
             console.error(error)
@@ -71,8 +74,7 @@ def info(
                 sys.stdout.write("\n")
             _show(found, line, remarks, verbose, color)
     if json_output:
-        document = {"images": rows} if len(images) > 1 else rows[0]
-        sys.stdout.write(json.dumps(document, indent=2) + "\n")
+        sys.stdout.write(json.dumps({"images": rows}, indent=2) + "\n")
     if code:
         raise typer.Exit(code)
 
@@ -84,6 +86,7 @@ def _document(found: "Found", line: str | None, remarks: list[str]) -> dict[str,
         "width": found.width,
         "height": found.height,
         "source": found.source,
+        "tool": found.tool,
         "recipe": found.recipe,
         "made": found.made,
         "not_understood": found.not_understood,
@@ -182,6 +185,7 @@ def _facts(found: "Found", verbose: bool) -> list[tuple[str, str]]:
         rows.append(("precision", recipe["dit_dtype"]))
     made = [f"{k} {found.made[k]}" for k in ("sana", "torch") if k in found.made]
     made += [f"on {found.made['device']}"] if "device" in found.made else []
+    made += [found.tool] if found.tool and not made else []
     rows.append(("made by", ", ".join(made)))
     rows.append(("file", f"{found.path}, {found.format}"))
     return [(name, value) for name, value in rows if value]

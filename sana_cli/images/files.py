@@ -1,9 +1,8 @@
 """Image files to pixels, and pixels to files with the recipe inside, whole or not at all."""
 
-import errno
 import io
 import os
-import tempfile
+import stat
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,39 +11,114 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from sana_cli.errors import DiskFull, SanaError, UsageError
+from sana_cli.images import formats
 from sana_cli.images.metadata import Metadata
+from sana_cli.system import disk
 
 FORMATS = {"png": ".png", "jpeg": ".jpg", "webp": ".webp", "avif": ".avif"}
 SUFFIXES = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp", ".avif": "avif"}
 LARGEST_SIDE = {"jpeg": 65500, "webp": 16383, "avif": 65535}  # pixels; PNG takes any
+MOST_PIXELS = 1 << 27  # of an input image: 400 MB as RGB; phones take up to 108 million
+NEW_SUBFILE_TYPE = 254  # of a TIFF: its lowest bit marks a page that is a preview of another
 DEFAULT_QUALITY = {"jpeg": 92, "webp": 90, "avif": 80}
-
-PARTIAL = ".sana"  # what names of temporary files begin with
-FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def read(path: str) -> np.ndarray:
-    """uint8 RGB (height, width, 3) of any file that Pillow reads, turned as its EXIF says.
+    """The pixels of `read_with_notes`."""
+    return read_with_notes(path)[0]
 
-    UsageError if it is no picture, or one whose values do not say which is black and white.
+
+def read_with_notes(path: str) -> tuple[np.ndarray, list[str]]:
+    """Read an image in any format of Pillow: uint8 RGB (height, width, 3), and what was decided.
+
+    It is turned as its EXIF says; of several frames the first counts; transparent pixels show the
+    white behind them, whatever colour they hide. A note says each of these that made a difference.
+    UsageError if it is no image, too large to be read, or its values do not say what is black and
+    what is white.
     """
+    shown = path[:200]
+    name = os.path.basename(shown)
+    notes: list[str] = []
     try:
+        if not stat.S_ISREG(os.stat(os.path.expanduser(path)).st_mode):  # a pipe could wait forever
+            raise UsageError(f"--image {shown} is not a regular file", "save the image to a file")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            warnings.simplefilter("ignore")  # of odd files; and at half of Pillow's own limit
             with Image.open(os.path.expanduser(path)) as image:
-                upright = ImageOps.exif_transpose(image)
-            if upright.mode.startswith("I;16"):  # Pillow's own conversion would clip, not scale
-                upright = Image.fromarray((np.asarray(upright) // 256).astype(np.uint8))
-            known = upright.mode not in ("I", "F")
-            pixels = np.asarray(upright.convert("RGB"))
+                _refuse(image, shown)
+                frames = getattr(image, "n_frames", 1)
+                # The further ones of a phone's MPO, and the layers of a PSD, are no frames.
+                if frames > 1 and image.format not in ("MPO", "PSD"):
+                    notes.append(f"{name} has {frames} frames, of which the first is used")
+                image.load()
+                _turn(image, name, notes)
+                pixels = _rgb(image, name, notes)
+    except UsageError:
+        raise
+    except Image.DecompressionBombError:
+        raise _too_large(shown, "too many pixels") from None
+    except Image.UnidentifiedImageError:
+        raise _no_image(path, shown) from None
     except OSError as error:
-        reason = error.strerror or "it is no image, or a damaged one"
-        raise UsageError(f"--image {path[:200]} cannot be read: {reason}") from None
+        reason = error.strerror or f"it is damaged ({error})"
+        raise UsageError(f"--image {shown} cannot be read: {reason}") from None
     except Exception as error:  # a damaged file can make any of the decoders raise anything
-        raise UsageError(f"--image {path[:200]} cannot be read: {error}") from None
-    if not known:
-        raise UsageError(f"--image {path[:200]} has {upright.mode} values", "save it with 8 bits")
+        raise UsageError(f"--image {shown} cannot be read: it is damaged ({error})") from None
+    return pixels, notes
+
+
+def _refuse(image: Image.Image, shown: str) -> None:
+    """UsageError for an image whose header tells that its pixels are not to be had."""
+    width, height = image.size
+    if width * height > MOST_PIXELS:
+        raise _too_large(shown, f"{width}x{height} pixels")
+    if image.mode in ("I", "F"):
+        raise UsageError(
+            f"--image {shown} has {image.mode} values, which do not say what is white",
+            "save it with 8 bits",
+        )
+    tags = getattr(image, "tag_v2", {})
+    if image.format == "TIFF" and tags.get(NEW_SUBFILE_TYPE, 0) & 1:
+        raise UsageError(
+            f"--image {shown} is a camera's raw file, of which only a small preview can be read",
+            formats.DEVELOP,
+        )
+
+
+def _too_large(shown: str, what: str) -> UsageError:
+    return UsageError(
+        f"--image {shown} has {what}; at most {MOST_PIXELS / 1e6:.0f} million are read",
+        "shrink it first: 4096 pixels a side are as many as any model draws",
+    )
+
+
+def _no_image(path: str, shown: str) -> UsageError:
+    with open(os.path.expanduser(path), "rb") as file:
+        head = file.read(formats.HEAD)
+    if not head:
+        return UsageError(f"--image {shown} cannot be read: it is empty")
+    what, hint = formats.describe(head) or ("no image, or a damaged one", None)
+    return UsageError(f"--image {shown} cannot be read: it is {what}", hint)
+
+
+def _turn(image: Image.Image, name: str, notes: list[str]) -> None:
+    try:
+        ImageOps.exif_transpose(image, in_place=True)
+    except Exception:  # the pixels are whole, and most images need not be turned
+        notes.append(f"{name} has damaged EXIF, so it may need to be turned")
+
+
+def _rgb(image: Image.Image, name: str, notes: list[str]) -> np.ndarray:
+    if image.mode.startswith("I;16"):  # Pillow's own conversion would clip, not scale
+        image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+    if not image.has_transparency_data:
+        return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+    image = image.convert("RGBA")
+    on_white = Image.new("RGB", image.size, "white")
+    on_white.paste(image, mask=image.getchannel("A"))
+    pixels = np.asarray(on_white)
+    if not np.array_equal(pixels, np.asarray(image)[..., :3]):
+        notes.append(f"{name} is transparent in parts, which are taken as white")
     return pixels
 
 
@@ -75,53 +149,13 @@ def write(path: Path, data: bytes, force: bool, mark: str = "") -> Path:
     temporary file, for whoever has to clean up after a process that was killed.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        prefix = f"{PARTIAL}{mark}-"
-        descriptor, name = tempfile.mkstemp(prefix=prefix, suffix=".partial", dir=path.parent)
-        partial = Path(name)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(partial, 0o666 & ~_umask())
-            return _publish(partial, path, force)
-        finally:
-            partial.unlink(missing_ok=True)
+        if not force:
+            return disk.write_new(path, data, mark)
+        disk.replace(path, data, mark)
+        return path
     except OSError as error:
-        if error.errno in FULL:
+        if error.errno in disk.FULL:
             raise DiskFull(
                 f"no space left to write {path}", "free some, or use -o elsewhere"
             ) from None
         raise SanaError(f"{path} cannot be written: {error.strerror or error}", "use -o") from None
-
-
-def _publish(partial: Path, path: Path, force: bool) -> Path:
-    if force:
-        os.replace(partial, path)
-        return path
-    number = 1
-    while True:
-        target = path if number == 1 else path.with_name(f"{path.stem}-{number}{path.suffix}")
-        try:
-            os.link(partial, target)  # fails if the name is taken, unlike a rename
-            return target
-        except FileExistsError:
-            number += 1
-        except OSError as error:
-            # File systems without hard links: claim the name, then move over the claim.
-            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
-                raise
-            try:
-                os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-            except FileExistsError:
-                number += 1
-                continue
-            os.replace(partial, target)
-            return target
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from sana_cli.errors import UsageError
-from sana_cli.images.files import FORMATS, FULL, LARGEST_SIDE, SUFFIXES
+from sana_cli.images.files import FORMATS, LARGEST_SIDE, SUFFIXES
 from sana_cli.recipe import Recipe
+from sana_cli.system.disk import FULL
 
 DEFAULT_TEMPLATE = "{slug}-{seed}"
 FIELDS = ("slug", "seed", "index", "model", "width", "height", "steps", "guidance")
@@ -49,7 +50,7 @@ class Output:
         }
         known = values | known
         folder, name = (text.format_map(known) for text in (self.folder, self.template))
-        return Path(folder) / safe_name(name)
+        return Path(_encodable(folder)) / safe_name(name)
 
 
 def parse_output(output: str | None, format: str | None) -> Output:
@@ -210,14 +211,24 @@ def _is_mark(character: str) -> bool:
 
 def safe_name(name: str) -> str:
     """A file name that every common file system takes, cut to length before its suffix."""
-    name = UNSAFE.sub("-", name)
+    name = UNSAFE.sub("-", _encodable(name))
     stem, dot, ending = name.rpartition(".")
     return _safe_stem(stem, room=LONGEST_NAME_BYTES - len((dot + ending).encode())) + dot + ending
 
 
 def _safe_stem(text: str, room: int = LONGEST_NAME_BYTES) -> str:
     """The same of what has no suffix, in `room` bytes; "image" of nothing."""
-    stem = UNSAFE.sub("-", text).strip(" .") or "image"
+    stem = UNSAFE.sub("-", _encodable(text)).strip(" .") or "image"
     if WINDOWS_DEVICES.fullmatch(stem.split(".")[0]):
         stem = f"_{stem}"
     return stem.encode()[:room].decode(errors="ignore").rstrip(" .")
+
+
+def _encodable(text: str) -> str:
+    """With hyphens for what this machine's file names cannot hold, as in the C locale."""
+    encoding = sys.getfilesystemencoding()
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        return "".join(c if c.encode(encoding, "ignore") else "-" for c in text)
+    return text

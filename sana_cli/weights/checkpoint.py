@@ -3,6 +3,8 @@
 Attribute names in the networks are the published tensor names, so loading is strict equality.
 """
 
+import contextlib
+import re
 import types
 import typing
 import warnings
@@ -17,12 +19,26 @@ from torch import Tensor, nn
 
 from sana_cli.errors import BrokenModel
 from sana_cli.system.devices import forget_pages
-from sana_cli.weights.layout import Tensors, read_json
+from sana_cli.weights.layout import Part, Tensors, read_json
 
 Config = TypeVar("Config")
 WEIGHT_DTYPES = {torch.float32, torch.float16, torch.bfloat16, torch.float64}
 FLOATS = ("F64", "F32", "F16", "BF16")  # the same, as safetensors calls them
 NAMES_SHOWN = 8
+# Whose weights they are, by how the names of the tensors end that lie beside them.
+QUANTISED_NAMES = {
+    "bitsandbytes in 8 bits": r"\.(SCB|weight_format)",
+    "bitsandbytes in 4 bits": r"\.(absmax|quant_map|nested_absmax|quant_state\..*)",
+    "GPTQ or AWQ": r"\.(qzeros|g_idx)",
+    "SVDQuant": r"\.(wscales|wcscales|smooth_factor)",
+    "Quanto": r"\.weight\._(data|scale|shift)",
+    "FP8 with scales": r"\.(scale_weight|weight_scale|input_scale)|(.*\.)?scaled_fp8",
+    "MLX": r"\.weight\.scales|\.(scales|biases)",
+}
+QUANTISED_DTYPES = {
+    **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0"), "FP8"),
+    **dict.fromkeys(("I8", "U8", "I4", "U4", "F4"), "whole numbers of 8 bits or fewer"),
+}
 LARGEST_NUMBER = 2**20  # no number of a config is negative, infinite or near this
 
 
@@ -68,6 +84,34 @@ def _fits(value: Any, kind: Any) -> bool:
 
 def _frozen(value: Any) -> Any:
     return tuple(_frozen(item) for item in value) if isinstance(value, list) else value
+
+
+def refuse_quantised(part: Part) -> None:
+    """BrokenModel for weights that were quantised by some other program; reads headers only.
+
+    A file that cannot be opened is left to `load_weights`, which says what is wrong with it.
+    """
+    said = read_json(part.config).get("quantization_config") if part.config.is_file() else None
+    kind = str(said.get("quant_method", "an unnamed method")) if isinstance(said, dict) else None
+    for path in part.files if kind is None else ():
+        with contextlib.suppress(SafetensorError, OSError, ValueError):
+            kind = kind or _quantised_by(path)
+    if kind is not None:
+        raise BrokenModel(
+            f"{part.folder} holds quantised weights ({kind}), which are not supported",
+            "use the same model in bfloat16, float16 or float32",
+        )
+
+
+def _quantised_by(path: Path) -> str | None:
+    with safe_open(path, framework="pt") as file:
+        names = list(file.keys())
+        for kind, ending in QUANTISED_NAMES.items():
+            pattern = re.compile(f"(?:{ending})$")
+            if any(pattern.search(name) for name in names):
+                return kind
+        dtypes = (file.get_slice(name).get_dtype() for name in names)
+        return next(filter(None, map(QUANTISED_DTYPES.get, dtypes)), None)
 
 
 def load_weights(

@@ -7,6 +7,7 @@ grow in `blobs/HASH.incomplete`, are hashed when complete, and only then take th
 
 import os
 import queue
+import re
 import shutil
 import threading
 import time
@@ -18,6 +19,7 @@ from typing import TypeVar
 
 from sana_cli.errors import BrokenModel, DiskFull, MissingModel
 from sana_cli.reporter import TransferReporter
+from sana_cli.system.disk import Lock
 from sana_cli.units import gigabytes
 from sana_cli.weights.catalogue import Source
 from sana_cli.weights.hub_cache import Digest, pinned_commit, record, repo_folder
@@ -78,7 +80,8 @@ class Listing:
 def list_source(source: Source, note: Callable[[str], None], newest: bool = False) -> Listing:
     """The files of a source on the hub, at its pinned commit or, for `newest`, at its revision.
 
-    MissingModel if the hub cannot be reached or does not give them.
+    MissingModel if the hub does not give them, and at once if it cannot be reached: nothing is
+    under way yet that waiting would save.
     """
     revision = source.revision if newest else pinned_commit(source) or source.revision
     with _explained(source.repo):
@@ -108,6 +111,7 @@ def _present(
             repo, revision=revision, files_metadata=True, timeout=_timeout()
         ),
         note,
+        unless_unreachable=True,
     )
     present = {}
     for sibling in info.siblings or []:
@@ -184,20 +188,31 @@ def _fetch_at_once(files: list[RemoteFile], report: TransferReporter) -> None:
 
 
 def _fetch_file(file: RemoteFile, report: TransferReporter, stop: threading.Event) -> None:
-    from filelock import FileLock
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import constants, hf_hub_download
 
     file.blob.parent.mkdir(parents=True, exist_ok=True)
     locks = repo_folder(file.repo).parent / ".locks" / repo_folder(file.repo).name
     locks.mkdir(parents=True, exist_ok=True)
     with _explained(file.repo):
         # The lock that the hub's client takes: another process fetching this file is waited for.
-        with FileLock(locks / f"{file.digest.value}.lock"):
+        with Lock(locks / f"{file.digest.value}.lock", wait=True) as lock:
             if not file.blob.is_file():
                 _complete(file, report, stop)
-        pointer = Path(
-            _again(lambda: hf_hub_download(file.repo, file.name, revision=file.commit), report.note)
-        )
+        try:
+            pointer = Path(
+                _again(
+                    lambda: hf_hub_download(file.repo, file.name, revision=file.commit),
+                    report.note,
+                )
+            )
+        except OSError as error:
+            if lock.missing is None or error.strerror != lock.missing:
+                raise
+            raise MissingModel(  # ours is only for others' sake, the client insists on its own
+                f"{constants.HF_HUB_CACHE} cannot be locked, as the hub's client needs:"
+                f" {lock.missing}",
+                "set HF_HOME to a folder on a disk of this machine",
+            ) from None
         if not pointer.is_symlink() and not file.blob.samefile(pointer):
             file.blob.unlink()  # where links are not possible the client has made a copy
     report.advance(file.id, file.digest.size)
@@ -276,6 +291,12 @@ def _explained(repo: str) -> Iterator[None]:
     except errors.HfHubHTTPError as error:
         raise MissingModel(f"{repo}: {_reason(error)}", kept) from None
     except (httpx2.TransportError, ConnectionError, errors.LocalEntryNotFoundError) as error:
+        if _is_unreachable(error):
+            raise MissingModel(
+                f"cannot reach the hub at {constants.ENDPOINT}: {_reason(error)}",
+                "check the network; HF_ENDPOINT sets a mirror, --model FOLDER takes weights from a"
+                " disk, and --model demo needs neither",
+            ) from None
         raise MissingModel(
             f"{repo} cannot be fetched from {constants.ENDPOINT}: {_reason(error)}",
             f"{kept}; HF_ENDPOINT sets a mirror, --model FOLDER takes weights from a disk",
@@ -297,8 +318,12 @@ def _again(
     operation: Callable[[], Result],
     note: Callable[[str], None],
     progress: Callable[[], int] = lambda: 0,
+    unless_unreachable: bool = False,
 ) -> Result:
-    """Repeat what fails for a passing reason, waiting longer each time nothing came of it."""
+    """Repeat what fails for a passing reason, waiting longer each time nothing came of it.
+
+    `unless_unreachable` gives up at once where no connection can be made.
+    """
     failures, had = 0, progress()
     while True:
         try:
@@ -309,6 +334,8 @@ def _again(
                 failures, had = 0, progress()
             failures += 1
             if wait is None or failures >= ATTEMPTS:
+                raise
+            if unless_unreachable and _is_unreachable(error):
                 raise
             note(f"{_reason(error)}; trying again in {wait:.0f} s")
             time.sleep(wait)
@@ -328,6 +355,13 @@ def _wait_after(error: Exception, failures: int) -> float | None:
     return wait if isinstance(error, httpx2.TransportError | ConnectionError) else None
 
 
+def _is_unreachable(error: Exception) -> bool:
+    """Whether no connection came about: no network, no such host, nobody listening, no proxy."""
+    import httpx2
+
+    return isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout | httpx2.ProxyError)
+
+
 def _reason(error: Exception) -> str:
     import httpx2
     from huggingface_hub.errors import HfHubHTTPError
@@ -336,4 +370,5 @@ def _reason(error: Exception) -> str:
         return f"the hub answered {error.response.status_code}"
     if isinstance(error, httpx2.TimeoutException):
         return f"nothing came for {_timeout():.0f} s"
-    return " ".join(str(error).split()) or type(error).__name__
+    text = re.sub(r"^\[Errno -?\d+\] ", "", " ".join(str(error).split()))
+    return text or type(error).__name__

@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sana_cli.errors import BrokenModel, SanaError
+from sana_cli.system.disk import Lock, replace
 from sana_cli.weights.catalogue import Model, Source
 from sana_cli.weights.layout import (
     COMPONENTS,
@@ -187,7 +187,7 @@ def record(source: Source, commit: str, files: dict[str, Digest]) -> None:
         kept = before["files"] if before.get("commit") == commit else {}
         facts = {name: vars(digest) for name, digest in files.items()}
         lock[_key(source)] = {"commit": commit, "files": kept | facts}
-        _replace(path, json.dumps(lock, indent=1, sort_keys=True))
+        replace(path, json.dumps(lock, indent=1, sort_keys=True).encode())
 
 
 def forget(source: Source, names: list[str]) -> None:
@@ -201,7 +201,7 @@ def forget(source: Source, names: list[str]) -> None:
         entry["files"] = {k: v for k, v in entry["files"].items() if k not in names}
         if not entry["files"]:
             del lock[_key(source)]
-        _replace(path, json.dumps(lock, indent=1, sort_keys=True))
+        replace(path, json.dumps(lock, indent=1, sort_keys=True).encode())
 
 
 def _key(source: Source) -> str:
@@ -211,18 +211,9 @@ def _key(source: Source) -> str:
 
 @contextmanager
 def _alone(path: Path) -> Iterator[None]:
-    from filelock import FileLock
-
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path):
+    with Lock(path, wait=True):
         yield
-
-
-def _replace(path: Path, text: str) -> None:
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        file.write(text)
-    os.replace(name, path)
 
 
 # --- checking and removing ---------------------------------------------------------------------

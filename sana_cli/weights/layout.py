@@ -107,6 +107,11 @@ def find_part(
             f"{folder} holds only {pickles[0]}, a pickle, which is never loaded",
             "convert it to safetensors",
         )
+    if packed := sorted(path.name for path in folder.glob("*.gguf")):
+        raise BrokenModel(
+            f"{folder} holds only {packed[0]}, quantised weights, which are not supported",
+            "use the same model in bfloat16, float16 or float32",
+        )
     raise BrokenModel(
         f"{folder / weight_names(stem, variants[0])[0]} is missing", "is the download complete?"
     )
@@ -202,7 +207,7 @@ def beside_lora(file: str) -> str:
 def read_json(path: Path) -> dict[str, Any]:
     try:
         # Python's parser also takes the bare -Infinity that published scheduler configs hold.
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))  # as Notepad may have saved it
     except FileNotFoundError:
         raise BrokenModel(f"{path} is missing", "is this folder in the published layout?") from None
     except (OSError, ValueError, RecursionError) as error:

@@ -10,7 +10,7 @@ from sana_cli.models.dc_ae import DCAEConfig
 from sana_cli.models.dit import DiTConfig
 from sana_cli.models.gemma import GemmaConfig
 from sana_cli.weights.catalogue import Model
-from sana_cli.weights.checkpoint import read_config
+from sana_cli.weights.checkpoint import read_config, refuse_quantised
 from sana_cli.weights.layout import INDEX, Part, Parts, read_json
 from sana_cli.weights.single_file import SingleFile, architecture_of, native_side
 
@@ -59,6 +59,8 @@ def open_model(parts: Parts) -> ModelFiles:
     known = (*PIPELINES, *SPRINT_PIPELINES)
     if kind not in (None, *known):
         raise BrokenModel(f"{index} names a {kind}", f"only {', '.join(known)} can be drawn")
+    for part in parts.values():
+        refuse_quantised(part)
     dit, strange = read_config(DiTConfig, parts["transformer"].config)
     if dit.guidance_embeds != (kind in SPRINT_PIPELINES):
         has = "has" if dit.guidance_embeds else "lacks"

@@ -21,6 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sana_cli.system.disk import sync
+
 SUFFIX = ".safetensors"
 ABANDONED = 3600  # seconds after which a half-written file belongs to nobody
 READ_WHOLE = 2**24  # bytes
@@ -83,7 +85,7 @@ class Store:
                 save_file(tensors, name, {"sha256": _digest(tensors)} if self.checked else None)
                 if not self.checked:  # a power cut must not leave a file that only looks whole
                     with open(name, "rb+") as file:
-                        os.fsync(file.fileno())
+                        sync(file.fileno())
                 size = os.path.getsize(name)
                 os.replace(name, path)
             finally:

@@ -14,6 +14,7 @@ from faults import (
     FAST,
     PARTS,
     TEXT,
+    edit,
     edit_tensors,
     replace,
 )
@@ -185,3 +186,60 @@ def test_a_text_encoder_of_another_model_is_refused(broken, model):
     config = Gemma2Config(vocab_size=577, hidden_size=32, **sizes, **heads)
     Gemma2Model(config).save_pretrained(model / "text_encoder")
     broken("text")
+
+
+# --- weights that another program has quantised ------------------------------------------------
+
+
+def _beside(*endings: str, dtype: torch.dtype = torch.int8):
+    """Whole numbers in the place of a matrix, and what a program puts beside it."""
+
+    def change(tensors):
+        name = next(n for n in sorted(tensors) if n.endswith(".weight") and tensors[n].dim() == 2)
+        tensors[name] = tensors[name].to(dtype)
+        for ending in endings:
+            tensors[name.removesuffix(".weight") + ending] = torch.ones(2)
+
+    return change
+
+
+QUANTISED = {
+    "fp8": (_beside(dtype=torch.float8_e4m3fn), "FP8"),
+    "fp8-e5m2": (_beside(dtype=torch.float8_e5m2), "FP8"),
+    "fp8-scaled": (_beside(".scale_weight", dtype=torch.float8_e4m3fn), "FP8 with scales"),
+    "bnb-int8": (_beside(".SCB", ".weight_format"), "bitsandbytes in 8 bits"),
+    "bnb-nf4": (
+        _beside(".weight.absmax", ".weight.quant_map", ".weight.quant_state.bitsandbytes__nf4"),
+        "bitsandbytes in 4 bits",
+    ),
+    "gptq": (_beside(".qweight", ".qzeros", ".scales", ".g_idx"), "GPTQ"),
+    "quanto": (_beside(".weight._data", ".weight._scale"), "Quanto"),
+    "mlx": (_beside(".scales", ".biases"), "MLX"),
+    "int8": (_beside(), "whole numbers of 8 bits"),
+}
+
+
+@pytest.mark.parametrize("words", [(), ("--dry-run",)], ids=["", "dry-run"])
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_quantised_weights_are_named_as_such(refused, model, kind, words):
+    change, named = QUANTISED[kind]
+    edit_tensors(model / DIT, change)
+    says = ("transformer holds quantised weights", named, "not supported")
+    refused(1, "a fox", "-m", str(model), *FAST, *words, says=says, hint="bfloat16")
+
+
+@PARTS
+def test_quantised_weights_of_every_part_are_named(refused, model, part):
+    edit_tensors(model / part, _beside(".SCB"))
+    words = ("a fox", "-m", str(model), *FAST, "--dry-run")
+    refused(1, *words, says=("quantised", "bitsandbytes in 8 bits"))
+
+
+def test_a_config_that_tells_of_a_quantisation_is_enough(refused, model):
+    edit(model / "transformer/config.json", quantization_config={"quant_method": "torchao"})
+    refused(1, "a fox", "-m", str(model), *FAST, "--dry-run", says=("quantised", "torchao"))
+
+
+def test_gguf_is_named(broken, model):
+    (model / DIT).rename((model / DIT).with_suffix(".gguf"))
+    broken("holds only diffusion_pytorch_model.gguf, quantised weights")

@@ -1,5 +1,6 @@
 """Rows from a pipe, drawn as they come."""
 
+import json
 import signal
 import sys
 import time
@@ -23,6 +24,16 @@ def test_a_pipe_is_drawn_as_it_comes(sana):
     # What was drawn is not undone by a later row that is wrong.
     assert process.returncode == 3
     assert b"stdin, row 3: a prompt is longer" in err
+
+
+def test_no_mark_of_a_pipe_from_windows_reaches_a_prompt(process):
+    words = ("batch", "-", *DEMO, "--check", "--json", "--input-format", "csv")
+    table = "prompt;seed\na fox;7\n"
+    for data in (table.encode("utf-8-sig"), table.encode("utf-16")):
+        run = process(*words, input=data)
+        assert run.returncode == 0, run.stderr
+        assert b"semicolons" in run.stderr
+        assert json.loads(run.stdout)["jobs"] == 1
 
 
 def test_a_pipe_whose_first_rows_are_wrong_is_refused(process):

@@ -92,6 +92,27 @@ def test_rows_at_fault_are_all_told_before_anything_is_drawn(sana, here):
     ]
 
 
+def test_a_wrong_column_and_wrong_values_are_told_at_once(sana, here):
+    Path("bad.csv").write_text("prompt,sedd,steps,guidance\na fox,1,x,high\nan owl,2,2,101\n")
+    run = sana("batch", "bad.csv", "-m", "demo")
+    assert (run.code, run.out) == (2, "")
+    assert run.err.splitlines() == [
+        "bad.csv, row 1, column sedd: is no field; did you mean seed?",
+        "bad.csv, row 2, column steps: 'x' is not a whole number",
+        "bad.csv, row 2, column guidance: 'high' is not a number",
+        "bad.csv, row 3, column guidance: --guidance 101.0 is not between 0 and 100",
+        "error: bad.csv has 3 rows at fault in 4 places",
+    ]
+
+
+def test_a_table_of_a_european_excel_is_read_and_how_is_said(sana, here):
+    text = "prompt;negative;steps\na fox, red;;2\nun café;blurry;1\n"
+    Path("jobs.csv").write_bytes(text.encode("utf-16"))
+    run = sana("batch", "jobs.csv", *DEMO, "--check", "-g", "4")
+    assert (run.code, run.out) == (0, "2 jobs, 2 to draw into jobs-images\n"), run.err
+    assert "jobs.csv: its columns are separated by semicolons" in run.err
+
+
 @pytest.mark.parametrize(
     ("words", "text", "says"),
     [

@@ -1,5 +1,7 @@
 """What a file of jobs may look like, and how its faults are told."""
 
+import csv
+import io
 import itertools
 
 import pytest
@@ -103,6 +105,146 @@ def test_a_fault_names_its_row_and_column(text, format, row, column, says):
     found = fault(text, format)
     assert (found.row, found.column) == (row, column)
     assert says in found.message
+
+
+CELL = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1).map(str.strip)
+TABLE = st.lists(st.tuples(CELL, st.integers(1, 1000)), min_size=1, max_size=4)
+
+
+def without_mark(text: str) -> str:
+    return text.replace("\ufeff", "").strip()
+
+
+@given(
+    TABLE.filter(lambda rows: all(without_mark(prompt) for prompt, _ in rows)),
+    st.sampled_from(",;\t|"),
+    st.sampled_from(FORMATS[2:]),
+    st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "utf-16-le"]),
+    st.sampled_from(["\n", "\r\n"]),
+    st.booleans(),
+)
+def test_a_table_is_read_whatever_separates_its_columns(
+    table, delimiter, format, encoding, end, told
+):
+    """As csv and Excel write it: quoted where it must be, perhaps with a first line `sep=;`."""
+    file = io.StringIO()
+    writer = csv.writer(file, delimiter=delimiter, lineterminator=end)
+    writer.writerow(["prompt", "steps"])
+    writer.writerows(table)
+    text = (f"sep={delimiter}{end}" if told else "") + file.getvalue()
+    notes: list[str] = []
+    found = list(parse([text.encode(encoding)], format, (), notes.append))
+    assert [row.fields for row in found] == [
+        {"prompt": without_mark(prompt), "steps": steps} for prompt, steps in table
+    ]
+    usual = "," if format == "csv" else "\t"
+    assert bool(notes) == (delimiter != usual and not told)
+    assert [row.number for row in found] == [i + 2 + told for i in range(len(table))]
+
+
+# A cell that no program had to quote, as most that write .tsv never do.
+RAW = st.text(st.characters(exclude_categories=["Cs", "Cc", "Zl", "Zp"]), min_size=1)
+OPEN = RAW.map(lambda text: '"' + text).filter(lambda text: not text.strip().endswith('"'))
+
+
+@given(st.lists(OPEN | RAW.filter(lambda text: '"' not in text), min_size=1, max_size=4))
+@example(['"Starry Night" by van Gogh', 'a 5" floppy', '"half'])
+def test_a_cell_of_a_tsv_that_begins_with_a_quote_is_text(prompts):
+    prompts = [without_mark(prompt) for prompt in prompts]
+    text = "steps\tprompt\n" + "".join(f"3\t{prompt}\n" for prompt in prompts)
+    assert fields(text, "tsv") == [
+        {"steps": 3} | ({"prompt": prompt} if prompt else {}) for prompt in prompts
+    ]
+
+
+def test_a_cell_of_a_tsv_that_is_quoted_whole_is_unquoted():
+    text = 'prompt\tsteps\n"a\tfox, ""red"""\t3\n"two\nlines"\t4\n"x" y\t"5"\n'
+    assert fields(text, "tsv") == [
+        {"prompt": 'a\tfox, "red"', "steps": 3},
+        {"prompt": "two\nlines", "steps": 4},
+        {"prompt": '"x" y', "steps": 5},
+    ]
+
+
+@pytest.mark.parametrize("text", ["prompt,seed,,\nx,1,,\ny,2\n", ",prompt,seed\n,x,1\n,y,2,,,\n"])
+def test_an_empty_header_over_empty_cells_is_ignored(text):
+    assert fields(text, "csv") == [{"prompt": "x", "seed": "1"}, {"prompt": "y", "seed": "2"}]
+
+
+def test_the_index_of_pandas_is_named_once():
+    found = fault(",prompt,seed\n0,x,1\n1,y,2\n", "csv")
+    assert (found.row, found.column) == (2, "1")
+    assert "'0'" in found.message and "index=False" in found.hint
+    found = fault("Unnamed: 0,prompt\n0,x\n1,y\n", "csv")
+    assert (found.row, found.column) == (1, "Unnamed: 0")
+    assert "index=False" in found.hint
+
+
+def test_all_faults_of_a_table_are_told_at_once():
+    text = 'prompt,sedd,steps,guidance\nx,1,many,"4,5"\ny,2,3,4\n"z" z,1,2,3\nw,1,2,high,5,6\n"u\n'
+    assert [(f.row, f.column, f.message) for f in rows(text, "csv") if isinstance(f, Fault)] == [
+        (1, "sedd", "is no field; did you mean seed?"),
+        (2, "steps", "'many' is not a whole number"),
+        (2, "guidance", "'4,5' is not a number; write it with a point: 4.5"),
+        (
+            *(4, None),
+            "this is not CSV: a cell in quotes goes on after them; write a quote inside it twice",
+        ),
+        (5, None, "6 cells, but there are 4 columns"),
+        (6, None, "this is not CSV: a quote is opened here, and nothing closes it"),
+    ]
+    text = '{"promt": "x", "steps": "many", "seed": {}}'
+    assert [(f.row, f.column) for f in rows(text, "jsonl")] == [
+        *((1, "promt"), (1, "steps"), (1, "seed"))
+    ]
+
+
+@given(st.data())
+def test_every_wrong_cell_of_a_table_is_told_with_its_place(data):
+    wrong = {"steps": "many", "guidance": "high", "seed": "-", "instruction": "maybe"}
+    right = {"steps": "2", "guidance": "1", "seed": "7", "instruction": "no"}
+    columns = data.draw(st.permutations(list(wrong)))
+    at = data.draw(st.sets(st.tuples(st.integers(2, 5), st.sampled_from(columns))))
+    at = {(row, name) for row, name in at if name != "seed"}  # which the command line reads
+    cells = [
+        ["x", *((wrong if (row, n) in at else right)[n] for n in columns)] for row in range(2, 6)
+    ]
+    text = "\n".join(map(",".join, [["prompt", *columns], *cells]))
+    found = [row for row in rows(text, "csv") if isinstance(row, Fault)]
+    assert {(fault.row, fault.column) for fault in found} == at
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("sedd", "seed"),
+        ("Prompts", "prompt"),
+        ("negative_prompt", "negative"),
+        ("guidance scale", "guidance"),
+        ("num_inference_steps", "steps"),
+        ("caption", "prompt"),
+        ("colr", "colour"),  # a column that the template uses
+    ],
+)
+def test_a_column_of_another_tool_or_mistyped_is_told_ours(name, meant):
+    assert f"did you mean {meant}?" in fault(f"x,{name}\n,1\n", "csv", "x", "colour").message
+
+
+@pytest.mark.parametrize("text", ['[\n  {"prompt": "x"}\n]\n', '[{"prompt": "x"}, {}]'])
+def test_a_json_array_is_told_what_makes_lines_of_it(text):
+    found = fault(text, "jsonl")
+    assert (found.row, "one JSON array" in found.message) == (1, True)
+    assert "jq" in found.hint
+
+
+def test_a_mark_in_a_name_or_a_value_of_json_is_dropped():
+    assert fields('{"\\ufeffprompt": "\\ufeffa fox"}', "jsonl") == [{"prompt": "a fox"}]
+
+
+def test_text_of_another_code_page_is_named():
+    found = fault("prompt,seed\nun café,1\n".encode("cp1252"), "csv")
+    assert found.row == 2
+    assert "byte 0xE9 after 'un caf'" in found.message and "WINDOWS-1252" in found.hint
 
 
 @given(st.binary(max_size=200), st.sampled_from(FORMATS))

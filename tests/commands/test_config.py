@@ -214,6 +214,15 @@ def test_no_file_whatever_it_holds_gives_more_than_error_lines(sana, content):
         assert all(line.startswith(("error: ", "hint: ")) for line in run.err.splitlines())
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_file_that_powershell_wrote_is_read_and_set_anew(sana, here, encoding):
+    Path(os.environ["SANA_CONFIG"]).write_bytes("steps = 3\r\n# mine\r\n".encode(encoding))
+    assert sana("config", "show").code == 0
+    assert sana("config", "set", "guidance", "2").code == 0
+    text = Path(os.environ["SANA_CONFIG"]).read_text(encoding="utf-8")
+    assert text.splitlines()[:2] == ["steps = 3", "# mine"] and "guidance = 2" in text
+
+
 def test_a_fault_in_a_variable_names_it(sana, monkeypatch):
     monkeypatch.setenv("SANA_STEPS", "many")
     run = sana(*DRY, "-m", "demo")

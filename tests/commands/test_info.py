@@ -86,7 +86,7 @@ def test_the_line_draws_the_same_pixels(sana, process, in_shell, words, shell):
     done = in_shell(shown.out, shell)
     assert done.returncode == 0, done.stderr
     (second,) = (path for path in Path().iterdir() if path != first)
-    one, two = (json.loads(sana("info", "--json", str(p)).out) for p in (first, second))
+    one, two = json.loads(sana("info", "--json", str(first), str(second)).out)["images"]
     assert one["recipe"] == two["recipe"]
     if first.suffix == ".png":
         with Image.open(first) as a, Image.open(second) as b:
@@ -167,7 +167,7 @@ def test_a_prompt_cannot_play_tricks_on_the_terminal(sana):
 
 def test_json_is_one_document(sana):
     path = save(name="fox.webp")
-    document = json.loads(sana("info", "--json", path).out)
+    (document,) = json.loads(sana("info", "--json", path).out)["images"]
     assert document.pop("command").startswith("sana generate ")
     assert document == {
         "path": "fox.webp",
@@ -175,6 +175,7 @@ def test_json_is_one_document(sana):
         "width": 256,
         "height": 256,
         "source": "sana",
+        "tool": "sana",
         "recipe": DEMO.as_dict(),
         "made": {"sana": document["made"]["sana"], "torch": "2.13.0", "device": "cpu"},
         "not_understood": {},
@@ -192,6 +193,9 @@ def test_several_pictures_are_a_list_and_a_bad_one_stops_no_other(sana):
     assert [row["path"] for row in rows] == list(paths)
     assert [row["recipe"]["seed"] for row in rows if "recipe" in row] == [7, 8]
     assert rows[1]["error"] == "bare.png holds no recipe"
+    run = sana("info", "--json", "bare.png")
+    assert run.code == 1
+    assert json.loads(run.out) == {"images": [{"path": "bare.png", "error": rows[1]["error"]}]}
     run = sana("info", "--command", "-q", *paths)
     assert [line.split("--seed ")[1] for line in run.out.splitlines()] == ["7", "8"]
 

@@ -14,7 +14,8 @@ from recipes import RECIPE
 from sana_cli import __version__
 from sana_cli.errors import SanaError, UsageError
 from sana_cli.images import files as images
-from sana_cli.images.metadata import Metadata, parameters
+from sana_cli.images.a1111 import parameters
+from sana_cli.images.metadata import Metadata
 from sana_cli.images.names import parse_output, safe_name, slug
 from sana_cli.recipe import Recipe
 

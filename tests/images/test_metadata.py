@@ -18,7 +18,8 @@ from recipes import RECIPE
 from sana_cli import __version__
 from sana_cli.errors import SanaError, UsageError
 from sana_cli.images import files as images
-from sana_cli.images.metadata import Metadata, parameters, read, recipe_of
+from sana_cli.images.a1111 import parameters
+from sana_cli.images.metadata import Metadata, read, recipe_of
 from sana_cli.recipe import Recipe
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (32, 64, 3), np.uint8)

@@ -5,8 +5,8 @@ import sys
 from collections import Counter
 
 import torch
-from card import card
 
+from card import card
 from sana_cli.models import cuda_graph, fused_dit
 from sana_cli.models.architectures import NARROW
 from sana_cli.models.controlnet import ControlNet, ControlNetConfig

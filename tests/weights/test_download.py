@@ -1,5 +1,6 @@
 """Weights fetched from a hub on loopback by the real client, through everything that goes wrong."""
 
+import errno
 import json
 import os
 import shutil
@@ -339,11 +340,33 @@ def test_a_hub_that_is_down_is_given_up_with_what_came_kept(laptop, hub):
     assert_whole(laptop)
 
 
-def test_no_hub_at_all_is_one_line(laptop, hub):
+UNREACHABLE = {
+    "refused": {},
+    "no-such-host": {"HF_ENDPOINT": "http://hub.invalid"},
+    "no-proxy": {"HF_ENDPOINT": "http://hub.invalid", "HTTP_PROXY": "http://127.0.0.1:1"},
+}
+
+
+@pytest.mark.parametrize("how", UNREACHABLE)
+@pytest.mark.parametrize("words", [("models", "pull", NAME), ("generate", "a fox", "-m", NAME)])
+def test_a_hub_that_cannot_be_reached_is_said_at_once(laptop, hub, how, words):
     hub.close()
-    said = polite(laptop.pull(code=5))
-    assert "cannot be fetched from http://127.0.0.1" in said
+    run = laptop.sana(*words, code=5, **UNREACHABLE[how])
+    said = polite(run)
+    assert "cannot reach the hub at http://" in said and "Errno" not in said
     assert "HF_ENDPOINT" in said
+    assert "again" not in run.stderr  # no attempt was repeated
+
+
+def test_a_cache_without_locks_is_named(laptop, hub, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import errno, fcntl, os\n"
+        "def raising(*args): raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))\n"
+        "fcntl.flock = raising\n"
+    )
+    said = polite(laptop.pull(code=5, PYTHONPATH=str(tmp_path)))
+    assert "cannot be locked" in said and os.strerror(errno.ENOLCK) in said
+    assert "HF_HOME" in said
 
 
 def test_a_disk_too_small_is_found_out_before_the_first_byte(laptop, hub, monkeypatch):
