@@ -1,4 +1,4 @@
-"""Compile every Triton kernel for every GPU generation, without a GPU, and report its resources.
+"""Compile a package's Triton kernels for every GPU generation, without a GPU; report resources.
 
     python -m sana_cli.kernels.aot [--arch 89 90] [--json] [--jobs 2]
 
@@ -22,7 +22,6 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from sana_cli import kernels
 from sana_cli.kernels.cases import Case
 
 # Bytes of shared memory available to one program (CUDA C++ Programming Guide, table of
@@ -64,10 +63,11 @@ class Cost:
 
 
 @functools.cache
-def all_cases(target: tuple[int, int]) -> tuple[Case, ...]:
-    """Collect the cases of all modules on a GPU, without those that compile alike."""
+def all_cases(package: str, target: tuple[int, int]) -> tuple[Case, ...]:
+    """Collect the cases of all modules of a package on a GPU, without those that compile alike."""
     found: list[Case] = []
-    for module in pkgutil.iter_modules(kernels.__path__, f"{kernels.__name__}."):
+    folders = importlib.import_module(package).__path__
+    for module in pkgutil.iter_modules(folders, f"{package}."):
         if module.name.endswith("_triton"):
             for case in importlib.import_module(module.name).cases(target):
                 if not any(case.is_compiled_as(other) for other in found):
@@ -75,12 +75,12 @@ def all_cases(target: tuple[int, int]) -> tuple[Case, ...]:
     return tuple(found)
 
 
-def measure(target: tuple[int, int], index: int) -> Cost:
+def measure(package: str, target: tuple[int, int], index: int) -> Cost:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    case, arch = all_cases(target)[index], target[0] * 10 + target[1]
+    case, arch = all_cases(package, target)[index], target[0] * 10 + target[1]
     names = case.kernel.arg_names
     even = {
         (place,): [["tt.divisibility", 16]]
@@ -123,11 +123,11 @@ def _run(tool: str, *words: str) -> str:
     return subprocess.run([path, *words], check=True, capture_output=True, text=True).stdout
 
 
-def measure_all(archs: list[int], jobs: int) -> list[Cost]:
+def measure_all(package: str, archs: list[int], jobs: int) -> list[Cost]:
     work = [
-        (target, index)
+        (package, target, index)
         for target in (divmod(arch, 10) for arch in archs)
-        for index in range(len(all_cases(target)))
+        for index in range(len(all_cases(package, target)))
     ]
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
         return list(pool.map(measure, *zip(*work, strict=True)))
@@ -151,15 +151,15 @@ def show(costs: list[Cost]) -> None:
     console.print("sm_75 and older: torch's own kernels, as Triton has no tensor-core code there")
 
 
-def main() -> int:
+def main(package: str = "sana_cli.kernels") -> int:
     known = [major * 10 + minor for major, minor in SHARED]
-    parser = argparse.ArgumentParser("python -m sana_cli.kernels.aot", description=__doc__)
+    parser = argparse.ArgumentParser(f"python -m {package}.aot", description=__doc__)
     parser.add_argument("--arch", type=int, nargs="+", choices=known, default=known)
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     os.environ.pop("TRITON_INTERPRET", None)  # the interpreter compiles nothing
-    costs = measure_all(options.arch, options.jobs)
+    costs = measure_all(package, options.arch, options.jobs)
     if options.json:
         rows = [asdict(cost) | {"fault": cost.fault} for cost in costs]
         sys.stdout.write(json.dumps(rows, indent=2) + "\n")

@@ -20,20 +20,16 @@ from sana_cli.kernels.launch import launch, trace_launches
 COLUMNS, ROWS, CHANNELS, WARPS = 8, 8, 32, 4
 
 
-def depthwise_glu(
-    x: Tensor, weight: Tensor, bias: Tensor, halo: bool, gradient: Tensor | None = None
-) -> Tensor:
-    """With `gradient` (B, h, w, E) of the result, return that of the convolution, (B, h, w, 2E)."""
+def depthwise_glu(x: Tensor, weight: Tensor, bias: Tensor, halo: bool) -> Tensor:
     x = x.contiguous()
     batch, height, width, channels = x.shape
     above = 0 if halo else 1  # rows of zero padding
-    made = channels // 2 if gradient is None else channels
-    out = x.new_empty(batch, height - 2 + 2 * above, width, made)
+    out = x.new_empty(batch, height - 2 + 2 * above, width, channels // 2)
     blocks = triton.cdiv(channels // 2, CHANNELS)
     launch(
         depthwise_glu_kernel,
         (blocks * triton.cdiv(width, COLUMNS), triton.cdiv(out.shape[1], ROWS), batch),
-        *(x, weight.contiguous(), bias.contiguous(), gradient, out, height, width, channels // 2),
+        *(x, weight.contiguous(), bias.contiguous(), out, height, width, channels // 2),
         ABOVE=above,
         COLUMNS=COLUMNS,
         ROWS=ROWS,
@@ -45,18 +41,12 @@ def depthwise_glu(
 
 @triton.jit
 def depthwise_glu_kernel(
-    x, weight, bias, gradient, out, height, width, half,
+    x, weight, bias, out, height, width, half,
     ABOVE: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    blocks = tl.cdiv(half, CHANNELS)
-    first = tl.program_id(1) * ROWS
-    image = tl.program_id(2).to(tl.int64)
-    column = (tl.program_id(0) // blocks * COLUMNS + tl.arange(0, COLUMNS))[:, None]
-    channel = (tl.program_id(0) % blocks * CHANNELS + tl.arange(0, CHANNELS))[None]
+    channel, column, first, image = strip_origin(half, COLUMNS, ROWS, CHANNELS)
     real = channel < half
-    # Named by kernel row and column.
-    v00, v01, v02, v10, v11, v12, v20, v21, v22 = taps(weight, channel, real)
-    g00, g01, g02, g10, g11, g12, g20, g21, g22 = taps(weight + half * 9, channel, real)
+    v_weights, g_weights = taps(weight, channel, real), taps(weight + half * 9, channel, real)
     none = tl.zeros((COLUMNS, CHANNELS), tl.float32)
     v_bias = none + tl.load(bias + channel, mask=real, other=0.0).to(tl.float32)
     g_bias = none + tl.load(bias + half + channel, mask=real, other=0.0).to(tl.float32)
@@ -66,41 +56,57 @@ def depthwise_glu_kernel(
     rows_out = height - 2 + 2 * ABOVE
     for step in range(tl.minimum(ROWS, rows_out - first) + 2):
         row = first + step - ABOVE
-        at = x + (image * height + row) * width * (2 * half) + column * (2 * half) + channel
-        inside = real & (column < width) & (column * 0 + row >= 0) & (column * 0 + row < height)
-        left, right = inside & (column > 0), inside & (column + 1 < width)
-        v0 = tl.load(at - 2 * half, mask=left, other=0.0).to(tl.float32)
-        g0 = tl.load(at - half, mask=left, other=0.0).to(tl.float32)
-        v1 = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-        g1 = tl.load(at + half, mask=inside, other=0.0).to(tl.float32)
-        v2 = tl.load(at + 2 * half, mask=right, other=0.0).to(tl.float32)
-        g2 = tl.load(at + 3 * half, mask=right, other=0.0).to(tl.float32)
-        v_above += v0 * v20 + v1 * v21 + v2 * v22
-        g_above += g0 * g20 + g1 * g21 + g2 * g22
-        v_here += v0 * v10 + v1 * v11 + v2 * v12
-        g_here += g0 * g10 + g1 * g11 + g2 * g12
-        v_below += v0 * v00 + v1 * v01 + v2 * v02
-        g_below += g0 * g00 + g1 * g01 + g2 * g02
-        done = first + step - 2
-        to = (image * rows_out + done) * width * half + column * half
+        v_above, v_here, v_below, g_above, g_here, g_below = add_row(
+            x, image, row, column, channel, height, width, half, v_weights, g_weights,
+            v_above, v_here, v_below, g_above, g_here, g_below,
+        )  # fmt: skip
+        y = v_above * (g_above / (1 + tl.exp(-g_above)))
+        to = (image * rows_out + first + step - 2) * width * half + column * half + channel
         whole = real & (column < width) & (column * 0 + step >= 2)
-        if gradient is None:
-            y = v_above * (g_above / (1 + tl.exp(-g_above)))
-            tl.store(out + to + channel, y.to(out.dtype.element_ty), mask=whole)
-        else:
-            given = tl.load(gradient + to + channel, mask=whole, other=0.0).to(tl.float32)
-            share = 1 / (1 + tl.exp(-g_above))
-            v_given = given * g_above * share
-            g_given = given * v_above * share * (1 + g_above * (1 - share))
-            at = out + 2 * to + channel
-            tl.store(at, v_given.to(out.dtype.element_ty), mask=whole)
-            tl.store(at + half, g_given.to(out.dtype.element_ty), mask=whole)
+        tl.store(out + to, y.to(out.dtype.element_ty), mask=whole)
         v_above, v_here, v_below = v_here, v_below, v_bias
         g_above, g_here, g_below = g_here, g_below, g_bias
 
 
 @triton.jit
+def strip_origin(half, COLUMNS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
+    """Return channels (1, CHANNELS), columns (COLUMNS, 1), first row and image of a strip."""
+    blocks = tl.cdiv(half, CHANNELS)
+    channel = (tl.program_id(0) % blocks * CHANNELS + tl.arange(0, CHANNELS))[None]
+    column = (tl.program_id(0) // blocks * COLUMNS + tl.arange(0, COLUMNS))[:, None]
+    return channel, column, tl.program_id(1) * ROWS, tl.program_id(2).to(tl.int64)
+
+
+@triton.jit
+def add_row(
+    x, image, row, column, channel, height, width, half, v_weights, g_weights,
+    v_above, v_here, v_below, g_above, g_here, g_below,
+):  # fmt: skip
+    """Add a row of pixels to the sums of the three output rows that it contributes to."""
+    at = x + (image * height + row) * width * (2 * half) + column * (2 * half) + channel
+    inside = (channel < half) & (column < width)
+    inside &= (column * 0 + row >= 0) & (column * 0 + row < height)
+    left, right = inside & (column > 0), inside & (column + 1 < width)
+    v0 = tl.load(at - 2 * half, mask=left, other=0.0).to(tl.float32)
+    g0 = tl.load(at - half, mask=left, other=0.0).to(tl.float32)
+    v1 = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    g1 = tl.load(at + half, mask=inside, other=0.0).to(tl.float32)
+    v2 = tl.load(at + 2 * half, mask=right, other=0.0).to(tl.float32)
+    g2 = tl.load(at + 3 * half, mask=right, other=0.0).to(tl.float32)
+    v00, v01, v02, v10, v11, v12, v20, v21, v22 = v_weights
+    g00, g01, g02, g10, g11, g12, g20, g21, g22 = g_weights
+    v_above += v0 * v20 + v1 * v21 + v2 * v22
+    g_above += g0 * g20 + g1 * g21 + g2 * g22
+    v_here += v0 * v10 + v1 * v11 + v2 * v12
+    g_here += g0 * g10 + g1 * g11 + g2 * g12
+    v_below += v0 * v00 + v1 * v01 + v2 * v02
+    g_below += g0 * g00 + g1 * g01 + g2 * g02
+    return v_above, v_here, v_below, g_above, g_here, g_below
+
+
+@triton.jit
 def taps(weight, channel, real):
+    """Return the nine weights of each channel, row by row of the 3x3."""
     at = weight + channel * 9
     return (
         tl.load(at, mask=real, other=0.0).to(tl.float32),

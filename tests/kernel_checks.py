@@ -3,7 +3,11 @@
 With a GPU the compiled kernels run, without one Triton's interpreter on the CPU (see conftest).
 """
 
+import json
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -40,3 +44,19 @@ def poison_allocations(monkeypatch: pytest.MonkeyPatch) -> None:
     for place, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
         empty = getattr(place, name)
         monkeypatch.setattr(place, name, lambda *a, empty=empty, **b: poison(empty(*a, **b)))
+
+
+def compiled_cases(*words: str) -> set[str]:
+    """Return the cases that a command compiles for sm_89, all without a fault."""
+    # Triton compiles where it is not told to interpret.
+    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-P", *words, "--arch", "89", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, env=kept, timeout=600)
+    assert done.returncode == 0, done.stderr
+    costs = json.loads(done.stdout)
+    for cost in costs:
+        assert 0 < cost["registers"] <= 255
+        assert cost["stack"] == 0
+        assert cost["fault"] is None
+        assert not cost["matrices"] or "MMA" in cost["tensor_cores"]
+    return {cost["case"] for cost in costs}

@@ -64,6 +64,19 @@ def build(config: DCAEConfig) -> DCAE:
     return model
 
 
+def decoder_loss(
+    model: DCAE, latents: Tensor, image: Tensor, noise: float
+) -> tuple[Tensor, Tensor]:
+    """`reconstruction` of an image from its latents with normal noise added."""
+    return reconstruction(model.decode(latents + noise * torch.randn_like(latents)), image)
+
+
+def crops(settings: Settings, seed: int, stream: int, batch: int, crop: int) -> Crops:
+    """One crop in three out of an image of the low resolution, the others of the high one."""
+    sides = settings.low_side, settings.high_side, settings.high_side
+    return Crops(seed, stream, sides, batch, crop)
+
+
 def stage(settings: Settings, machine: Machine, seed: int) -> Stage:
     torch.manual_seed(seed)
     model = build(settings.autoencoder)
@@ -71,22 +84,13 @@ def stage(settings: Settings, machine: Machine, seed: int) -> Stage:
     def losses(pixels: np.ndarray) -> Losses:
         image = to_image(pixels, machine.device)
         latents = model.encode(image).float()
-        noisy = latents + settings.latent_noise * torch.randn_like(latents)
-        loss, l1 = reconstruction(model.decode(noisy), image)
+        loss, l1 = decoder_loss(model, latents, image, settings.latent_noise)
         loss = loss + settings.latent_decay * latents.square().mean()
         return {"loss": loss, "l1": l1, "std": latents.std()}
 
-    sides = settings.low_side, settings.high_side, settings.high_side
-    crops = Crops(seed, 1, sides, settings.autoencoder_batch, settings.crop)
-    return Stage(
-        "autoencoder",
-        model,
-        settings.autoencoder_steps,
-        settings.autoencoder_rate,
-        0.998,
-        crops,
-        losses,
-    )
+    batch = crops(settings, seed, 1, settings.autoencoder_batch, settings.crop)
+    steps, rate = settings.autoencoder_steps, settings.autoencoder_rate
+    return Stage("autoencoder", model, steps, rate, 0.998, batch, losses)
 
 
 def decoder_stage(settings: Settings, machine: Machine, seed: int, model: DCAE) -> Stage:
@@ -97,15 +101,12 @@ def decoder_stage(settings: Settings, machine: Machine, seed: int, model: DCAE) 
         image = to_image(pixels, machine.device)
         with torch.no_grad():
             latents = model.encode(image).float()
-        noisy = latents + settings.latent_noise * torch.randn_like(latents)
-        loss, l1 = reconstruction(model.decode(noisy), image)
+        loss, l1 = decoder_loss(model, latents, image, settings.latent_noise)
         return {"loss": loss, "l1": l1}
 
-    sides = settings.low_side, settings.high_side, settings.high_side
-    crops = Crops(seed, 2, sides, settings.decoder_batch, settings.low_side)
-    return Stage(
-        "decoder", model, settings.decoder_steps, settings.decoder_rate, 0.998, crops, losses
-    )
+    batch = crops(settings, seed, 2, settings.decoder_batch, settings.low_side)
+    steps, rate = settings.decoder_steps, settings.decoder_rate
+    return Stage("decoder", model, steps, rate, 0.998, batch, losses)
 
 
 def trained(folder: Path, settings: Settings, machine: Machine, seed: int) -> DCAE:

@@ -112,9 +112,14 @@ def caption(scene: Scene, rng: np.random.Generator) -> Caption:
     return found[int(rng.choice(CANDIDATES, p=weights / weights.sum()))]
 
 
+def picker(rng: np.random.Generator) -> Pick:
+    """Return a function that picks one of several words at random."""
+    return lambda options: str(options[int(rng.integers(len(options)))])
+
+
 def candidate(scene: Scene, rng: np.random.Generator) -> Caption:
     """A caption of random length, order and wording; all of it is true of the picture."""
-    pick: Pick = lambda options: str(options[int(rng.integers(len(options)))])  # noqa: E731
+    pick = picker(rng)
     facts: dict[str, str] = {}
     groups, relation = list(scene.groups), scene.relation
     keeps = rng.random(4) < (0.62, 0.7, 0.85, 0.8)

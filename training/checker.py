@@ -20,10 +20,12 @@ from training.palette import (
     SHADE,
     land_colour,
     mix,
+    sky_at,
     sky_colours,
     snow_colour,
     thing_colour,
 )
+from training.patches import along_and_across, resample, scaled_grid
 from training.scenes import AT, HORIZON, KINDS, LANDS, PLACES
 from training.things import THINGS
 
@@ -118,13 +120,9 @@ def _light_of(smooth: np.ndarray) -> str | None:
     upper = rows < 0.42
     share = {}
     for light in LIGHTS:
-        stops = sky_colours(light, 64)
         explained = np.zeros((int(upper.sum()), side), bool)
         for horizon in (0.72, HORIZON["sea"]):
-            way = np.clip(rows[upper] / horizon, 0, 1)
-            sky = np.stack(
-                [np.interp(way, np.linspace(0, 1, 64), stops[:, c]) for c in range(3)], -1
-            )
+            sky = sky_at(light, np.clip(rows[upper] / horizon, 0, 1))
             explained |= np.linalg.norm(smooth[upper] - sky[:, None], axis=-1) < FAR_COLOUR
         share[light] = explained.mean()
     best = max(share, key=lambda light: share[light])
@@ -280,13 +278,9 @@ def overlaps(patch: np.ndarray, details: dict[str, np.ndarray]) -> dict[str, flo
 
     A kind's details have to be of its own tones: a roof over a hull makes no boat.
     """
-    rows, columns = np.nonzero(patch)
-    scale = np.sqrt(patch.sum() / (GRID * GRID / 5))
-    steps = (np.arange(GRID) - (GRID - 1) / 2) * scale
-    where = np.meshgrid(rows.mean() + steps, columns.mean() + steps, indexing="ij")
-    scaled = lambda mask: ndimage.map_coordinates(mask.astype(np.float32), where, order=1)  # noqa: E731
-    main = scaled(patch) > 0.5
-    tones = {name: scaled(mask) for name, mask in details.items()}
+    grid = scaled_grid(patch, GRID)
+    main = resample(patch, grid) > 0.5
+    tones = {name: resample(mask, grid) for name, mask in details.items()}
     result = {}
     for kind, (outline, parts) in _templates().items():
         shape = float((main & outline).sum() / (main | outline).sum())
@@ -315,14 +309,8 @@ def _templates() -> dict[str, tuple[np.ndarray, np.ndarray | None]]:
                 main, beside = main & ~inside, beside | inside
         main = ndimage.binary_fill_holes(main)
         beside &= ~main
-        rows, columns = np.nonzero(main)
-        scale = np.sqrt(main.sum() / (GRID * GRID / 5))
-        steps = (np.arange(GRID) - (GRID - 1) / 2) * scale
-        where = np.meshgrid(rows.mean() + steps, columns.mean() + steps, indexing="ij")
-        small = [
-            ndimage.map_coordinates(m.astype(np.float32), where, order=1) > 0.5
-            for m in (main, beside)
-        ]
+        grid = scaled_grid(main, GRID)
+        small = [resample(mask, grid) > 0.5 for mask in (main, beside)]
         enough = small[1].sum() > 0.06 * small[0].sum()
         result[kind] = (small[0], small[1] if enough else None)
     return result
@@ -338,7 +326,5 @@ def place_of(thing: Found) -> str:
 def _in_relation(relation: str, first: list[Found], second: list[Found]) -> bool:
     dx = np.mean([t.x for t in second]) - np.mean([t.x for t in first])
     dy = np.mean([t.y for t in second]) - np.mean([t.y for t in first])
-    along, across = (dy, dx) if relation in ("above", "below") else (dx, dy)
-    if relation in ("below", "right of"):
-        along = -along
+    along, across = along_and_across(relation, dx, dy)
     return bool(along > 0.12 and (abs(across) < along or relation in ("left of", "right of")))

@@ -1,10 +1,10 @@
-"""Gradients of `depthwise_glu.py`: two passes over token-major pixels.
+"""Gradients of `kernels/depthwise_glu.py` in two passes over token-major pixels.
 
-The first is the forward kernel, which makes value and gate again and then, in place of what they
-give, the gradient of the convolution. The second takes that back through the 3x3: each gradient
-it reads it spreads over nine pixels, and the same nine pixels times it are its part of the
-gradient of the nine weights. A program adds up those of many strips and writes them once; torch
-adds up the programs, in a fixed order.
+The first pass recomputes value and gate, as the forward kernel does, and writes their gradients:
+those of the convolution's result. The second pass takes them back through the 3x3: each gradient is
+spread over nine pixels, and its products with the same nine pixels are its part of the gradients of
+the nine weights. A program adds up those of many strips and writes them once; torch adds up the
+programs, in a fixed order.
 """
 
 from collections.abc import Iterator
@@ -15,10 +15,18 @@ import triton.language as tl
 from torch import Tensor
 
 from sana_cli.kernels.cases import WIDTHS, Case, like
-from sana_cli.kernels.depthwise_glu_triton import depthwise_glu, taps
+from sana_cli.kernels.depthwise_glu_triton import (
+    CHANNELS,
+    COLUMNS,
+    ROWS,
+    WARPS,
+    add_row,
+    depthwise_glu,
+    strip_origin,
+    taps,
+)
 from sana_cli.kernels.launch import launch, trace_launches
 
-COLUMNS, ROWS, CHANNELS, WARPS = 8, 8, 32, 4  # of a strip
 PROGRAMS = 2048  # about so many: enough for a large GPU, and few sums to write
 
 
@@ -28,7 +36,7 @@ def gradients(
     """Those of x, weight and bias, from that of depthwise_glu(x, weight, bias) (B, h, w, E)."""
     x, weight = x.contiguous(), weight.contiguous()
     batch, height, width, channels = x.shape
-    of_y = depthwise_glu(x, weight, bias, False, gradient.contiguous())
+    of_y = gate_gradient(x, weight, bias, gradient)
     of_x = torch.empty_like(x)
     strips = batch * triton.cdiv(height, ROWS) * triton.cdiv(width, COLUMNS)
     blocks = triton.cdiv(channels, CHANNELS)
@@ -47,6 +55,57 @@ def gradients(
     total = sums.sum(0)
     of_weight = total[:9].t().reshape(weight.shape)
     return of_x, of_weight.to(weight.dtype), total[9].to(bias.dtype)
+
+
+def gate_gradient(x: Tensor, weight: Tensor, bias: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient of the convolution (B, h, w, 2E), from that of the gate's result."""
+    batch, height, width, channels = x.shape
+    half = channels // 2
+    of_y = torch.empty_like(x)
+    strips = triton.cdiv(half, CHANNELS) * triton.cdiv(width, COLUMNS)
+    launch(
+        gate_gradient_kernel,
+        (strips, triton.cdiv(height, ROWS), batch),
+        *(x, weight, bias.contiguous(), gradient.contiguous(), of_y, height, width, half),
+        COLUMNS=COLUMNS,
+        ROWS=ROWS,
+        CHANNELS=CHANNELS,
+        num_warps=WARPS,
+    )
+    return of_y
+
+
+@triton.jit
+def gate_gradient_kernel(
+    x, weight, bias, gradient, of_y, height, width, half,
+    COLUMNS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Recompute value and gate of a strip, as `depthwise_glu_kernel`, and write their gradients."""
+    channel, column, first, image = strip_origin(half, COLUMNS, ROWS, CHANNELS)
+    real = channel < half
+    v_weights, g_weights = taps(weight, channel, real), taps(weight + half * 9, channel, real)
+    none = tl.zeros((COLUMNS, CHANNELS), tl.float32)
+    v_bias = none + tl.load(bias + channel, mask=real, other=0.0).to(tl.float32)
+    g_bias = none + tl.load(bias + half + channel, mask=real, other=0.0).to(tl.float32)
+    v_above, v_here, v_below = v_bias, v_bias, v_bias
+    g_above, g_here, g_below = g_bias, g_bias, g_bias
+    for step in range(tl.minimum(ROWS, height - first) + 2):
+        row = first + step - 1
+        v_above, v_here, v_below, g_above, g_here, g_below = add_row(
+            x, image, row, column, channel, height, width, half, v_weights, g_weights,
+            v_above, v_here, v_below, g_above, g_here, g_below,
+        )  # fmt: skip
+        to = (image * height + row - 1) * width * half + column * half
+        whole = real & (column < width) & (column * 0 + step >= 2)
+        given = tl.load(gradient + to + channel, mask=whole, other=0.0).to(tl.float32)
+        sigmoid = 1 / (1 + tl.exp(-g_above))
+        v_given = given * g_above * sigmoid
+        g_given = given * v_above * sigmoid * (1 + g_above * (1 - sigmoid))
+        at = of_y + 2 * to + channel
+        tl.store(at, v_given.to(of_y.dtype.element_ty), mask=whole)
+        tl.store(at + half, g_given.to(of_y.dtype.element_ty), mask=whole)
+        v_above, v_here, v_below = v_here, v_below, v_bias
+        g_above, g_here, g_below = g_here, g_below, g_bias
 
 
 @triton.jit

@@ -13,7 +13,7 @@ import argparse
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -57,7 +57,6 @@ def recipe(
     *,
     solver: str = "flow-dpm",
     side: int = 256,
-    dtype: str = "float32",
 ) -> Recipe:
     return Recipe(
         prompt=prompt,
@@ -75,9 +74,9 @@ def recipe(
         fit="trained",
         model="demo",
         revision=None,
-        text_dtype=dtype,
-        dit_dtype=dtype,
-        vae_dtype=dtype,
+        text_dtype="float32",
+        dit_dtype="float32",
+        vae_dtype="float32",
     )
 
 
@@ -98,6 +97,25 @@ def shape_questions(seed: int = SEED) -> list[Question]:
 
 def pictures(recipes: list[Recipe], files: ModelFiles, device: str) -> list[np.ndarray]:
     return [e.pixels for e in draw(recipes, files, Plan(device)) if isinstance(e, ImageDone)]
+
+
+def answers(
+    asked: list[tuple[int, Question]],
+    files: ModelFiles,
+    device: str,
+    *,
+    steps: int,
+    guidance: float,
+    solver: str,
+    side: int,
+    **dtypes: str,
+) -> list[np.ndarray]:
+    """Draw an image for each of the questions, which come with their seeds."""
+    recipes = [
+        recipe(one.prompt, seed, files.flow_shift, steps, guidance, solver=solver, side=side)
+        for seed, one in asked
+    ]
+    return pictures([replace(one, **dtypes) for one in recipes], files, device)
 
 
 def copies(scenes: list[Sample], files: ModelFiles, side: int) -> list[np.ndarray]:
@@ -136,19 +154,15 @@ def main() -> None:
     if options.copies:
         drawn = copies([question.scene for _, question in questions], files, options.side)
     else:
-        how = options.steps, options.guidance
-        recipes = [
-            recipe(
-                question.prompt,
-                seed,
-                files.flow_shift,
-                *how,
-                solver=options.solver,
-                side=options.side,
-            )
-            for seed, question in questions
-        ]
-        drawn = pictures(recipes, files, options.device)
+        drawn = answers(
+            questions,
+            files,
+            options.device,
+            steps=options.steps,
+            guidance=options.guidance,
+            solver=options.solver,
+            side=options.side,
+        )
     verdicts = [
         (question.category, question.judge(pixels))
         for (_, question), pixels in zip(questions, drawn, strict=True)

@@ -10,7 +10,6 @@ import argparse
 import json
 import os
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
@@ -19,10 +18,11 @@ matplotlib.use("Agg")
 import numpy as np
 from matplotlib import pyplot
 
+from sana_cli.bench.competitor import psnr
 from sana_cli.weights.catalogue import known_models
 from sana_cli.weights.layout import folder_parts
 from sana_cli.weights.model_files import open_model
-from training.evaluate import ROOT, interval, pictures, recipe, scene_questions, shape_questions
+from training.evaluate import ROOT, answers, interval, scene_questions, shape_questions
 
 SOLVERS = ("flow-dpm", "flow-euler")
 STEPS = (2, 4, 6, 8, 10, 14, 20, 28, 50)
@@ -35,10 +35,7 @@ PRECISIONS = {
 }
 
 
-def psnr(one: np.ndarray, other: np.ndarray) -> float:
-    """Of two uint8 pictures, in dB; 99 where they are equal."""
-    error = np.square(one.astype(np.float64) - other).mean()
-    return float(10 * np.log10(255**2 / error)) if error else 99.0
+EQUAL = 99.0  # dB, written for images that are equal
 
 
 class Report:
@@ -81,21 +78,9 @@ def main() -> None:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     report = Report(options.out, about | {"pictures": len(few), "prompts": len(questions)})
 
-    def drawn(asked: list, steps: int = 20, guidance: float = 4.5, **change) -> list[np.ndarray]:
-        solver = change.pop("solver", "flow-dpm")
-        recipes = [
-            recipe(
-                question.prompt,
-                seed,
-                files.flow_shift,
-                steps,
-                guidance,
-                solver=solver,
-                side=options.side,
-            )
-            for seed, question in asked
-        ]
-        return pictures([replace(one, **change) for one in recipes], files, options.device)
+    def drawn(asked: list, **changes) -> list[np.ndarray]:
+        how = {"steps": 20, "guidance": 4.5, "solver": "flow-dpm", "side": options.side} | changes
+        return answers(asked, files, options.device, **how)
 
     def aligned(found: list[np.ndarray]) -> dict:
         pairs = zip(questions, found, strict=True)
@@ -108,20 +93,21 @@ def main() -> None:
 
     def likeness(found: list[np.ndarray], truth: list[np.ndarray]) -> dict:
         each = [psnr(*pair) for pair in zip(found, truth, strict=True)]
+        each = [EQUAL if value is None else value for value in each]
         return {"median psnr": round(float(np.median(each)), 2), "lowest": round(min(each), 2)}
 
     cells = [(solver, steps) for solver in SOLVERS for steps in options.steps]
     if any(f"error, {solver}, {steps} steps" not in report.cells for solver, steps in cells):
-        truth = drawn(few, options.reference)
+        truth = drawn(few, steps=options.reference)
         for solver, steps in [*cells, ("flow-euler", options.reference)]:
             report.measure(
                 f"error, {solver}, {steps} steps",
-                lambda s=solver, n=steps: likeness(drawn(few, n, solver=s), truth),
+                lambda s=solver, n=steps: likeness(drawn(few, steps=n, solver=s), truth),
             )
     for solver, steps in cells:
         report.measure(
             f"alignment, {solver}, {steps} steps",
-            lambda s=solver, n=steps: aligned(drawn(questions, n, solver=s)),
+            lambda s=solver, n=steps: aligned(drawn(questions, steps=n, solver=s)),
         )
     for guidance in options.guidances:
         report.measure(

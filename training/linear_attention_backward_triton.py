@@ -85,11 +85,7 @@ def query_gradient_kernel(
     image = tl.program_id(2).to(tl.int64)
     token, channel = tl.arange(0, STEP), tl.arange(0, BLOCK)
     real = channel < HEAD
-    state += (image * tl.num_programs(0) + head) * ((HEAD + 1) * HEAD) + channel
-    values = tl.load(
-        state[None] + channel[:, None] * HEAD, mask=real[:, None] & real[None], other=0.0
-    )  # the channel of v goes down, as it lies
-    totals = tl.load(state + HEAD * HEAD, mask=real, other=0.0)[None]
+    values, totals = load_state(state, image * tl.num_programs(0) + head, channel, HEAD)
     # Sᵀ da + z dc is (S - m zᵀ)ᵀ da + z (dc + da·m) for any m. With the mean of the values it is
     # not the small difference of large terms, and dc + da·m = -da·(out - m) needs no S either.
     mean = tl.sum(values * totals, 1) / (tl.sum(totals * totals, 1) + eps)
@@ -131,11 +127,7 @@ def key_value_gradient_kernel(
     image = tl.program_id(2).to(tl.int64)
     token, channel = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK)
     real = channel < HEAD
-    of_state += (image * tl.num_programs(0) + head) * ((HEAD + 1) * HEAD) + channel
-    of_values = tl.load(
-        of_state[None] + channel[:, None] * HEAD, mask=real[:, None] & real[None], other=0.0
-    )
-    of_totals = tl.load(of_state + HEAD * HEAD, mask=real, other=0.0)[None]
+    of_values, of_totals = load_state(of_state, image * tl.num_programs(0) + head, channel, HEAD)
     inside = (token < n - row)[:, None] & real[None]
     origin = (image * n + row) * features + head * HEAD
     at = token[:, None] * features + channel[None]
@@ -147,6 +139,16 @@ def key_value_gradient_kernel(
     positive = tl.where(key < 0, 0.0, key)
     made = tl.dot(positive, tl.trans(of_values), input_precision=PRECISION)
     tl.store(of_v + origin + at, made.to(of_v.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def load_state(state, index, channel, HEAD: tl.constexpr):
+    """Σ v φ(k)ᵀ of a head, with a row per channel of v, and Σ φ(k) as one row."""
+    real = channel < HEAD
+    state += index * ((HEAD + 1) * HEAD) + channel
+    inside = real[:, None] & real[None]
+    values = tl.load(state[None] + channel[:, None] * HEAD, mask=inside, other=0.0)
+    return values, tl.load(state + HEAD * HEAD, mask=real, other=0.0)[None]
 
 
 # Batch, tokens and width: those of the bundled model at both its sizes, and of the 0.6B.

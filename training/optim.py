@@ -161,14 +161,6 @@ def load_state(path: Path, model: nn.Module, average: Average, optimiser: Muon) 
     return note
 
 
-def averaged(path: Path, model: nn.Module) -> nn.Module:
-    """Load the averaged weights that a finished stage left."""
-    with safe_open(path, "pt") as file:
-        names = [n for n in file.keys() if n.startswith("average.")]  # noqa: SIM118
-        model.load_state_dict({n.removeprefix("average."): file.get_tensor(n) for n in names})
-    return model.eval().requires_grad_(False)
-
-
 def open_log(path: Path, step: int) -> TextIO:
     """The log of a stage, for appending, without rows later than the step it resumes at."""
     rows = path.read_text().splitlines(keepends=True) if path.is_file() else []

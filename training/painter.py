@@ -12,7 +12,7 @@ from training.palette import (
     SHADE,
     land_colour,
     mix,
-    sky_colours,
+    sky_at,
     snow_colour,
     thing_colour,
 )
@@ -117,11 +117,7 @@ _CRATERS = ((-0.022, -0.018, 0.017), (0.026, 0.012, 0.022), (-0.012, 0.034, 0.01
 def _sky(canvas: Canvas, scene: Scene, rng: np.random.Generator) -> tuple[float, float]:
     """Gradient, stars, sun or moon; where the disc is."""
     horizon = 0.72 if scene.land != "sea" else HORIZON["sea"]
-    way = np.clip(canvas.y / horizon, 0, 1)
-    stops = sky_colours(scene.light, 64)
-    canvas.image[:] = np.stack(
-        [np.interp(way, np.linspace(0, 1, 64), stops[:, c]) for c in range(3)], -1
-    )[:, None]
+    canvas.image[:] = sky_at(scene.light, np.clip(canvas.y / horizon, 0, 1))[:, None]
     light = LIGHTS[scene.light]
     colour = np.array(light.disc, np.float32)
     busy = [x for g in scene.groups for x, y, half in g.spots if y < 0.5]

@@ -112,3 +112,9 @@ def sky_colours(light: str, count: int) -> np.ndarray:
     way = np.linspace(0, 1, count)
     stops = np.array(LIGHTS[light].sky, np.float32)
     return np.stack([np.interp(way, (0, 0.55, 1), stops[:, c]) for c in range(3)], -1)
+
+
+def sky_at(light: str, way: np.ndarray) -> np.ndarray:
+    """(n,) positions from 0 at the top to 1 at the horizon -> (n, 3) colours."""
+    stops = sky_colours(light, 64)
+    return np.stack([np.interp(way, np.linspace(0, 1, 64), stops[:, c]) for c in range(3)], -1)

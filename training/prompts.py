@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from training import shapes
-from training.captions import LAND, NOUNS, RELATION, WHEN, Pick, all_facts, article
+from training.captions import LAND, NOUNS, RELATION, WHEN, Pick, all_facts, article, picker
 from training.scenes import Group, Scene, named_colours, sample_scene
 
 SEED = 20_000  # training uses other streams
@@ -79,7 +79,7 @@ def _scene(category: str, rng: np.random.Generator) -> Scene:
 
 
 def _worded(category: str, scene: Scene, rng: np.random.Generator) -> Prompt:
-    pick: Pick = lambda options: str(options[int(rng.integers(len(options)))])  # noqa: E731
+    pick = picker(rng)
     full = all_facts(scene)
     stated = ["kind 1", "count 1", "kind 2", "count 2"]
     if category in ("colours", "colour binding"):

@@ -122,18 +122,11 @@ def wearable(kind: str, light: str, land: str) -> tuple[str, ...]:
     )
 
 
-def sample_scene(
-    rng: np.random.Generator,
-    *,
-    kinds: tuple[str, ...] | None = None,
-    counts: tuple[int, ...] | None = None,
-) -> Scene:
-    """A scene at random; `kinds` and `counts` fix the groups."""
+def sample_scene(rng: np.random.Generator) -> Scene:
     while True:
         sky = str(rng.choice(SKIES, p=(0.24, 0.24, 0.24, 0.14, 0.14)))
         land = str(rng.choice(LANDS, p=(0.15, 0.15, 0.15, 0.14, 0.26, 0.15)))
-        chosen = kinds if kinds is not None else _kinds(rng, land)
-        scene = _arranged(rng, sky, land, chosen, counts)
+        scene = _arranged(rng, sky, land, _kinds(rng, land))
         if scene is not None:
             return scene
 
@@ -160,11 +153,7 @@ def _row(kind: str) -> str:
 
 
 def _arranged(
-    rng: np.random.Generator,
-    sky: str,
-    land: str,
-    kinds: tuple[str, ...],
-    counts: tuple[int, ...] | None,
+    rng: np.random.Generator, sky: str, land: str, kinds: tuple[str, ...]
 ) -> Scene | None:
     """None if these objects do not go with this sky and land."""
     rows = [_row(kind) for kind in kinds]
@@ -179,11 +168,8 @@ def _arranged(
         if not free:
             return None
         colours.append(str(rng.choice(free)))
-    if counts is None:
-        ones = (0.5, 0.26, 0.24) if len(kinds) == 1 else (0.7, 0.18, 0.12)
-        counts = tuple(1 if k == "bridge" else 1 + int(rng.choice(3, p=ones)) for k in kinds)
-    if "bridge" in kinds and counts[kinds.index("bridge")] > 1:
-        return None
+    likely = (0.5, 0.26, 0.24) if len(kinds) == 1 else (0.7, 0.18, 0.12)
+    counts = tuple(1 if k == "bridge" else 1 + int(rng.choice(3, p=likely)) for k in kinds)
     shared = len(kinds) == 2 and rows[0] == rows[1]
     if sum(counts) > 4 or (shared and sum(counts) > 3):
         return None

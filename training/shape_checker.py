@@ -10,6 +10,7 @@ from functools import cache
 import numpy as np
 from scipy import ndimage
 
+from training.patches import along_and_across, resample, scaled_grid
 from training.shapes import COLOURS, POSITIONS, SHAPES, SIZES, Object, Scene, shape_distance
 
 NAMES = list(COLOURS)
@@ -118,9 +119,7 @@ def _centre(patch: np.ndarray) -> tuple[float, float]:
 def _in_relation(relation: str, first: np.ndarray, second: np.ndarray) -> bool:
     (x1, y1), (x2, y2) = _centre(first), _centre(second)
     dx, dy = x2 - x1, y2 - y1
-    along, across = (dy, dx) if relation in ("above", "below") else (dx, dy)
-    if relation in ("below", "right of"):
-        along = -along
+    along, across = along_and_across(relation, dx, dy)
     return along > 0.15 and abs(across) < along
 
 
@@ -148,25 +147,23 @@ def shape_of(patch: np.ndarray) -> str | None:
 
 def _normalised(patch: np.ndarray) -> np.ndarray:
     """The patch resampled to (GRID, GRID) bool with its centroid in the middle and fixed area."""
-    rows, columns = np.nonzero(patch)
-    scale = np.sqrt(patch.sum() / (GRID * GRID / 5))
-    steps = (np.arange(GRID) - (GRID - 1) / 2) * scale
-    where = np.meshgrid(rows.mean() + steps, columns.mean() + steps, indexing="ij")
-    return ndimage.map_coordinates(patch.astype(np.float32), where, order=1) > 0.5
+    return resample(patch, scaled_grid(patch, GRID)) > 0.5
 
 
 @cache
 def _templates() -> dict[str, np.ndarray]:
-    axis = np.linspace(-1.6, 1.6, 512, dtype=np.float32)
-    u, v = np.meshgrid(axis, axis)
-    return {shape: _normalised(shape_distance(shape, u, v) < 0) for shape in SHAPES}
+    return {shape: _normalised(_unit_shape(shape)) for shape in SHAPES}
 
 
 @cache
 def _unit_area(shape: str) -> float:
+    return float(_unit_shape(shape).mean() * 3.2**2)
+
+
+def _unit_shape(shape: str) -> np.ndarray:
+    """A shape of radius 1, on a square of side 3.2 around it."""
     axis = np.linspace(-1.6, 1.6, 512, dtype=np.float32)
-    u, v = np.meshgrid(axis, axis)
-    return float((shape_distance(shape, u, v) < 0).mean() * 3.2**2)
+    return shape_distance(shape, *np.meshgrid(axis, axis)) < 0
 
 
 def _nothing_else(scene: Scene, names: np.ndarray, found: list[np.ndarray]) -> bool:

@@ -11,6 +11,7 @@ from zlib import crc32
 
 import numpy as np
 
+from training.captions import article
 from training.outlines import box, fan, polygon
 
 COLOURS: dict[str, tuple[int, int, int]] = {
@@ -123,9 +124,9 @@ def sample_scene(rng: np.random.Generator, objects: int | None = None) -> Scene:
     return Scene(tuple(pair), background, axis, relation)
 
 
-def training_scene(rng: np.random.Generator, objects: int | None = None) -> Scene:
+def training_scene(rng: np.random.Generator) -> Scene:
     while True:
-        scene = sample_scene(rng, objects)
+        scene = sample_scene(rng)
         if not scene.held_out:
             return scene
 
@@ -168,10 +169,6 @@ def describe(scene: Scene, rng: np.random.Generator) -> str:
     )
 
 
-def _article(words: str) -> str:
-    return f"an {words}" if words[0] in "aeiou" else f"a {words}"
-
-
 def _name(thing: Object, pick) -> str:
     size = {
         None: "",
@@ -180,16 +177,16 @@ def _name(thing: Object, pick) -> str:
     }
     size["large"] = pick("large ", "big ")
     colour = pick("gray", "grey") if thing.colour == "gray" else thing.colour
-    return _article(f"{size[thing.size]}{colour} {thing.shape}")
+    return article(f"{size[thing.size]}{colour} {thing.shape}")
 
 
 def _ground(scene: Scene, pick) -> str:
     if len(scene.background) == 1:
         colour = scene.background[0]
         return pick(
-            _article(f"{colour} background"),
-            _article(f"{colour} background"),
-            _article(f"plain {colour} background"),
+            article(f"{colour} background"),
+            article(f"{colour} background"),
+            article(f"plain {colour} background"),
             colour,
         )
     first, second = scene.background

@@ -100,8 +100,8 @@ def test_every_stage_of_training_takes_its_steps_on_the_card(trained):
     blocks, steps = 9, 2
     for name in ("low", "high"):
         assert trained[name]["kernels"] == {
-            # Value and gate are made again for the gradient, instead of being kept.
-            "depthwise_glu_kernel": 2 * blocks * steps,
+            "depthwise_glu_kernel": blocks * steps,
+            "gate_gradient_kernel": blocks * steps,
             "depthwise_gradient_kernel": blocks * steps,
             "kv_state_kernel": blocks * steps,
             "attend_tokens_kernel": blocks * steps,

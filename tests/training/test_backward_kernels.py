@@ -6,6 +6,7 @@ With a GPU the compiled kernels run; without one Triton's interpreter does, on t
 import math
 from collections.abc import Callable
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from kernel_checks import (
     LEAST,
     MIN_TRITON,
     ON_GPU,
+    compiled_cases,
     decibels,
     poison_allocations,
 )
@@ -40,6 +42,7 @@ from training.fused import (
     linear_attention,
 )
 
+ROOT = Path(__file__).resolve().parents[2]
 Function = Callable[..., Tensor]
 
 
@@ -199,6 +202,16 @@ def test_narrow_pixels_and_wide_weights(draw, check, dtype):
     x, given = draw(2, 3, 5, 16), draw(2, 3, 5, 8)
     weight, bias = (draw(16, *rest, dtype=torch.float32) for rest in ((1, 3, 3), ()))
     check(depthwise_glu, convolved_and_gated, given, x, weight, bias)
+
+
+@pytest.mark.exhaustive
+def test_backward_kernels_compile_for_a_gpu_that_is_not_here():
+    # `training` is found behind everything installed, as in conftest.
+    entry = "import runpy, sys; sys.path.append(sys.argv.pop(1)); "
+    entry += "runpy.run_module('training.aot', run_name='__main__', alter_sys=True)"
+    compiled = {case.split()[0] for case in compiled_cases("-c", entry, str(ROOT))}
+    assert {"query_gradient_kernel", "key_value_gradient_kernel"} <= compiled
+    assert {"gate_gradient_kernel", "depthwise_gradient_kernel"} <= compiled
 
 
 # --- the transformer that training runs -----------------------------------------------------------
