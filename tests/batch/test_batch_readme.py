@@ -1,4 +1,4 @@
-"""The scripting page of the README, run."""
+"""The commands of sana_cli/batch/README.md, run."""
 
 import os
 import re
@@ -10,8 +10,9 @@ import pytest
 
 from batches import PROMPTS, pictures
 
-README = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
-SCRIPTING = README.split("<!-- scripting -->")[1].split("<!-- /scripting -->")[0]
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "sana_cli/batch/README.md").read_text(encoding="utf-8")
+SCRIPTING = PAGE.split("<!-- scripting -->")[1].split("<!-- /scripting -->")[0]
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", SCRIPTING, re.DOTALL)
 
 
@@ -39,8 +40,8 @@ def test_every_command_on_the_scripting_page_runs(shell, here):
         # Fewer steps than the page, for time.
         text = text.replace("-m demo", "-m demo --steps 1")
         if kind == "cron":
-            (here / "pictures").mkdir()
-            (here / "pictures/jobs.txt").write_text(PROMPTS[0])
+            (here / "images").mkdir()
+            (here / "images/jobs.txt").write_text(PROMPTS[0])
             minute, hour, *days, command = text.split(None, 5)
             assert (minute, hour, days) == ("0", "2", ["*", "*", "*"])
             run = shell(command, HOME=str(here))
@@ -64,5 +65,5 @@ def test_every_command_on_the_scripting_page_runs(shell, here):
     sums = subprocess.run(["sha256sum", "-c", "SHA256"], cwd="rings-images", capture_output=True)
     assert sums.returncode == 0
     assert outputs[4].count("drawn: hearts/") == 2
-    assert (here / "pictures/batch.log").read_text().startswith("jobs-images/")
+    assert (here / "images/batch.log").read_text().startswith("jobs-images/")
     assert pictures("shared").keys() == pictures("shapes").keys() - {".done"}
