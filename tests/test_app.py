@@ -165,6 +165,21 @@ def test_whatever_is_imported_is_declared():
     assert found - ours - OPTIONAL == declared
 
 
+def test_every_verb_is_one_file():
+    """The others in the folder help them, and begin with an underscore."""
+    files = {path.stem for path in (ROOT / "sana_cli/commands").glob("*.py")}
+    verbs = {name for name in files if not name.startswith("_")}
+    assert verbs == set(get_command(app).commands)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_only_the_top_knows_a_terminal(path):
+    """Everything below reports to a `Reporter`, or yields events."""
+    name = path.relative_to(ROOT).as_posix()
+    if not name.startswith("sana_cli/commands/") and name not in ("sana_cli/app.py", "sana_cli/ui.py"):
+        assert not {other.split(".")[0] for other in imported(path)} & {"rich", "typer", "click"}
+
+
 def test_a_solver_sees_no_network():
     names = imported(ROOT / "sana_cli/pipeline/solver.py")
     assert not {name for name in names if name.startswith("sana_cli")}
