@@ -28,9 +28,9 @@ from sana_cli.images.metadata import Metadata
 from sana_cli.pipeline.events import Event, Failure, ImageDone, Notice, Preview, Progress
 from sana_cli.recipe import Recipe
 from sana_cli.reporter import Reporter
-from sana_cli.resolve import InputImages, Resolution, Sampler
+from sana_cli.resolve import Inputs, Resolution, Role, Sampler
 from sana_cli.session import DrawRequest, Session
-from sana_cli.settings import Settings, declared
+from sana_cli.settings import Settings, declared, flag, is_path
 from sana_cli.weights.catalogue import Model
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 CONNECT_SECONDS = 10
+ROLES: dict[str, Role] = {"image": "init", "mask": "mask", "control": "control"}
 SILENT_SECONDS = 60  # a server says every ten that it is still there
 KINDS: dict[int, type[SanaError]] = {
     kind.exit_code: kind for kind in (UsageError, NotEnoughMemory, MissingModel, DiskFull, BadImage)
@@ -100,14 +101,24 @@ class RemoteSession(Session):
     def is_here(self, model: Model) -> bool:
         return True
 
+    def with_components(
+        self, resolution: Resolution, files: Any, *, dry_run: bool = False
+    ) -> Any:
+        return None
+
     def close(self) -> None:
         self._client.close()
 
     # --- resolve -------------------------------------------------------------------------------
 
-    def resolve(self, settings: Settings, images: InputImages) -> RemoteResolution:
-        for name in self._files(settings):  # to be read, and reported, as they are here
-            images.add(getattr(settings, name), "init" if name == "image" else "mask")
+    def resolve(self, settings: Settings, inputs: Inputs) -> RemoteResolution:
+        for name, one in declared(Settings).items():
+            given = getattr(settings, name) != one.default
+            if given and one.repeated and is_path(one):
+                text = f"{flag(name)} cannot be sent to a server"
+                raise UsageError(text, "leave out --server, or the option")
+        for name in self._files(settings):  # read, and reported, as they are here
+            inputs.add(getattr(settings, name), ROLES[name])
         key = replace(settings, prompt="-")
         if key not in self._resolved or self._files(settings):  # which may have changed
             with self._answer(self._body(settings) | {"dry_run": True}, settings) as answer:
@@ -139,12 +150,12 @@ class RemoteSession(Session):
         self,
         settings: Sequence[Settings],
         seeds: Sequence[int],
-        images: InputImages | None = None,
+        inputs: Inputs | None = None,
         *,
         dry_run: bool = False,
     ) -> DrawRequest:
-        images = InputImages() if images is None else images
-        resolved = [self.resolve(one, images) for one in settings]
+        inputs = Inputs() if inputs is None else inputs
+        resolved = [self.resolve(one, inputs) for one in settings]
         recipes = [one.recipe(None, "", seed) for one in resolved for seed in seeds]
         return DrawRequest(
             resolved[0].model, self.open(resolved[0].model), recipes, images, resolved[0].warnings

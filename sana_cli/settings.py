@@ -147,6 +147,7 @@ class Settings:
         None,
         metavar="FILE",
         kept=False,
+        upload=True,
         help="An image that the ControlNet follows, in the form it was trained on.",
     )
     control_scale: float | None = option(
@@ -371,6 +372,12 @@ def _declared(one: "Field[Any]") -> Declared | None:
     default = None if one.default is MISSING else one.default
     kind = kind or typing.cast(type, one.type)
     return Declared(one.name, kind, optional, repeated, default, one.metadata["option"])
+
+
+def is_path(one: Declared) -> bool:
+    """Whether a value may name a file or a folder of this machine."""
+    metavar = one.option.metavar or ""
+    return one.option.upload or "FILE" in metavar or "FOLDER" in metavar
 
 
 def choices(name: str) -> tuple[str, ...]:
