@@ -101,9 +101,7 @@ class RemoteSession(Session):
     def is_here(self, model: Model) -> bool:
         return True
 
-    def with_components(
-        self, resolution: Resolution, files: Any, *, dry_run: bool = False
-    ) -> Any:
+    def with_components(self, resolution: Resolution, files: Any, *, dry_run: bool = False) -> Any:
         return None
 
     def close(self) -> None:
@@ -157,9 +155,8 @@ class RemoteSession(Session):
         inputs = Inputs() if inputs is None else inputs
         resolved = [self.resolve(one, inputs) for one in settings]
         recipes = [one.recipe(None, "", seed) for one in resolved for seed in seeds]
-        return DrawRequest(
-            resolved[0].model, self.open(resolved[0].model), recipes, images, resolved[0].warnings
-        )
+        model, warnings = resolved[0].model, resolved[0].warnings
+        return DrawRequest(model, self.open(model), recipes, inputs, warnings)
 
     def plan(self, request: DrawRequest, *, predict: bool = False) -> Any:
         for text in request.warnings:

@@ -74,9 +74,7 @@ def by_name() -> dict[str, Declared]:
     known = declared(Settings, Seeds, FileOptions)
     allowed = ("model", *COMPONENTS)  # `Service.model_named` checks the first
     return {
-        n: one
-        for n, one in known.items()
-        if one.option.http and (n in allowed or not is_path(one))
+        n: one for n, one in known.items() if one.option.http and (n in allowed or not is_path(one))
     }
 
 
@@ -248,4 +246,5 @@ def read_or_refuse(body: BaseModel) -> Asked:
     try:
         return read(body)
     except UsageError as error:
-        raise of(error) from None
+        names = {one: alias for alias, one in ALIASES.items() if getattr(body, alias) is not None}
+        raise of(error, names) from None
