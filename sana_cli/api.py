@@ -29,7 +29,7 @@ from sana_cli.units import parse_memory
 from sana_cli.weights.catalogue import choose_model
 
 if TYPE_CHECKING:
-    from sana_cli.pipeline.draw import Event
+    from sana_cli.pipeline.events import Event
 
 __all__ = ["Pipeline", "SanaError", "SanaImage"]
 
@@ -155,7 +155,7 @@ class Pipeline:
     ) -> list[SanaImage]:
         request = self.session.request(asked, seeds)
 
-        from sana_cli.pipeline.draw import Failure, ImageDone, Notice
+        from sana_cli.pipeline.events import Failure, ImageDone, Notice
 
         reporter = self.session.reporter
         images: dict[int, SanaImage] = {}

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from sana_cli import __version__
-from sana_cli.commands import batch, bench, config, doctor, generate, info, models
+from sana_cli.commands import batch, bench, config, doctor, generate, info, models, serve
 from sana_cli.commands._defaults import Defaults, origins
 from sana_cli.errors import DiskFull, NotEnoughMemory, SanaError, UsageError
 from sana_cli.system.devices import is_out_of_memory
@@ -44,6 +44,7 @@ app = typer.Typer(
 )
 app.command()(generate.generate)
 app.add_typer(batch.app, name="batch")
+app.command()(serve.serve)
 app.command()(bench.bench)
 app.command()(info.info)
 app.command()(doctor.doctor)

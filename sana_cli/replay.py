@@ -1,11 +1,15 @@
 """From a recipe that was found in a picture back to the settings that give it again."""
 
+import re
+import shlex
 from typing import Any
 
 from sana_cli.instruction import INSTRUCTION
+from sana_cli.settings import flag
 from sana_cli.weights.catalogue import HUB_ID, choose_model, known_models
 from sana_cli.weights.hub_cache import commit_of
 
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 # Fields of a recipe that are settings by the same name.
 DIRECT = (
     *("prompt", "negative", "model", "fit", "steps", "guidance", "solver"),
@@ -59,3 +63,39 @@ def _about_model(recipe: dict[str, Any]) -> list[str]:
     if drawn_with != here:
         return [f"it was drawn with revision {drawn_with!r} of the model; {here!r} is used here"]
     return []
+
+
+def command_of(recipe: dict[str, Any]) -> tuple[str, list[str]]:
+    """The shell line that draws a recipe again, and what it cannot carry."""
+    settings, remarks = settings_of(recipe)
+    prompt = settings.pop("prompt")
+    if recipe.get("image"):
+        settings["image"] = "PICTURE"
+        remarks.append("put the picture it started from in the place of PICTURE")
+    if "seed" in recipe:
+        settings["seed"] = recipe["seed"]
+    words = []
+    for name, value in settings.items():
+        if isinstance(value, bool):
+            words.append(flag(name) if value else flag(f"no_{name}"))
+        elif value != "":
+            text = str(value).removesuffix(".0") if isinstance(value, float) else str(value)
+            words += [flag(name), _quoted(text)]
+    line = " ".join(words)
+    if prompt == "-":  # which would mean stdin, so it goes there
+        return f"echo - | sana generate - {line}", remarks
+    if prompt.startswith("-"):
+        return f"sana generate {line} -- {_quoted(prompt)}", remarks
+    return f"sana generate {_quoted(prompt)} {line}", remarks
+
+
+def _quoted(word: str) -> str:
+    """For any shell; for bash and zsh where it holds what could play tricks on a terminal."""
+    if not CONTROL.search(word):
+        return shlex.quote(word)
+    plain = word.replace("\\", "\\\\").replace("'", "\\'")
+    return "$'" + CONTROL.sub(_octal, plain) + "'"
+
+
+def _octal(found: re.Match[str]) -> str:
+    return "".join(f"\\{byte:03o}" for byte in found[0].encode())

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from sana_cli.errors import SanaError, UsageError
-from sana_cli.images.files import read
+from sana_cli.images.files import check_upload, read
 from sana_cli.images.masks import Margins, parse_outpaint, read_mask
 from sana_cli.instruction import INSTRUCTION
 from sana_cli.recipe import Adapter, Recipe
@@ -73,18 +73,28 @@ class Inputs(Mapping[str, "np.ndarray"]):
         self._inputs: dict[str, InputImage] = {}
         # By role, path, size and time of change.
         self._by_file: dict[tuple[str, str, int, int], InputImage] = {}
+        self._uploads: dict[str, bytes] = {}  # files that are in memory, by name
         self._last: dict[str, tuple[str, np.ndarray]] = {}  # by role
         self.loras: dict[str, Path] = {}  # files by SHA-256
+
+    def add_bytes(self, name: str, data: bytes) -> None:
+        """Put the bytes of an image file under a name, by which `add` finds it.
+
+        UsageError, which names the option `name`, if it is no image or a very large one.
+        """
+        check_upload(data, f"--{name}")
+        self._uploads[name] = data
 
     def add(self, path: str, role: Role = "init") -> InputImage:
         """Read an image, unless its file is as it was when it was added. UsageError if it cannot
         be read."""
         file = None
-        with contextlib.suppress(OSError):  # reading tells what is wrong
-            state = os.stat(os.path.expanduser(path))
-            file = role, path, state.st_size, state.st_mtime_ns
-            if file in self._by_file:
-                return self._by_file[file]
+        if path not in self._uploads:
+            with contextlib.suppress(OSError):  # reading tells what is wrong
+                state = os.stat(os.path.expanduser(path))
+                file = role, path, state.st_size, state.st_mtime_ns
+        if file is not None and file in self._by_file:
+            return self._by_file[file]
         pixels, convention = self._read(path, role)
         sha256 = hashlib.sha256(pixels.tobytes()).hexdigest()
         self._last[role] = sha256, pixels
@@ -96,9 +106,10 @@ class Inputs(Mapping[str, "np.ndarray"]):
         return image
 
     def _read(self, path: str, role: Role) -> "tuple[np.ndarray, str]":
+        data = self._uploads.get(path)
         if role in ("init", "control"):
-            return read(path), ""
-        return read_mask(path, alpha=role == "alpha")
+            return read(path, data), ""
+        return read_mask(path, alpha=role == "alpha", data=data)
 
     def images(self) -> list[InputImage]:
         """All images that were added, each once."""

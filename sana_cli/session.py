@@ -6,7 +6,7 @@ queue.
 """
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,10 +19,11 @@ from sana_cli.resolve import Inputs, Resolution, resolve
 from sana_cli.settings import Settings
 from sana_cli.weights.catalogue import Model
 from sana_cli.weights.fetch import fetch_lora, open_component, open_or_fetch
+from sana_cli.weights.hub_cache import find_parts
 
 if TYPE_CHECKING:
     from sana_cli.images.metadata import Metadata
-    from sana_cli.pipeline.draw import Event
+    from sana_cli.pipeline.events import Event
     from sana_cli.pipeline.networks import Networks
     from sana_cli.pipeline.plan import Plan
     from sana_cli.recipe import Recipe
@@ -107,7 +108,21 @@ class Session:
 
         return Metadata(recipe, self.device, torch.__version__)
 
+    def peak_bytes(self) -> int:
+        """The most memory held so far."""
+        from sana_cli.system.devices import peak_bytes
+
+        return peak_bytes(self.device)
+
     # --- resolve and plan ----------------------------------------------------------------------
+
+    def resolve(self, settings: Settings, inputs: Inputs) -> Resolution:
+        """Resolve settings as far as the catalogue allows, adding the input image to `inputs`."""
+        return resolve(settings, inputs)
+
+    def is_here(self, model: Model) -> bool:
+        """Whether nothing of a model would have to be fetched."""
+        return find_parts(model) is not None
 
     def with_components(
         self, resolution: Resolution, files: "ModelFiles", *, dry_run: bool = False
@@ -160,15 +175,21 @@ class Session:
         return open_or_fetch(model, self.reporter, offline=self.offline, dry_run=dry_run)
 
     def request(
-        self, settings: Sequence[Settings], seeds: Sequence[int], *, dry_run: bool = False
+        self,
+        settings: Sequence[Settings],
+        seeds: Sequence[int],
+        inputs: Inputs | None = None,
+        *,
+        dry_run: bool = False,
     ) -> DrawRequest:
         """Resolve a call: every prompt with every seed, in this order.
 
         The settings may differ in their prompts only. What is wrong with them is found before
-        torch is imported; then the model is opened, and fetched unless this is a dry run.
+        torch is imported; then the model is opened, and fetched unless this is a dry run. `inputs`
+        holds those that are not files, by the names that the settings give.
         """
-        inputs = Inputs()
-        resolutions = [resolve(one, inputs) for one in settings]
+        inputs = Inputs() if inputs is None else inputs
+        resolutions = [self.resolve(one, inputs) for one in settings]
         first = resolutions[0]
         files = self.open(first.model, dry_run=dry_run)
         files = self.with_components(first, files, dry_run=dry_run)
@@ -224,10 +245,12 @@ class Session:
             finally:
                 self._owner = None
 
-    def draw(self, request: DrawRequest, plan: "Plan | None" = None) -> "Iterator[Event]":
+    def draw(
+        self, request: DrawRequest, plan: "Plan | None" = None, previews: int = 0
+    ) -> "Generator[Event, None, None]":
         """Draw the recipes of a request; the events of `pipeline.draw`, as they happen.
 
-        The plan is made now if there is none.
+        The plan is made now if there is none. `previews` are asked for of each image.
 
         The turn of this thread ends with the last event, or when the generator is closed.
         SanaError if this thread is drawing already, as a callback that draws would be.
@@ -247,6 +270,7 @@ class Session:
                     images=request.inputs,
                     loras=request.inputs.loras,
                     cache=self.cache_folder(),
+                    previews=previews,
                 )
             finally:
                 self._is_drawing = False

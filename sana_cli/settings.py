@@ -1,7 +1,8 @@
 """Every option, declared once.
 
 A field of one of the classes below is an option everywhere: of the command line, as a column of a
-batch, as a key of `sana config` and a `SANA_*` variable, and as an argument in Python; its bounds
+batch, as a key of `sana config` and a `SANA_*` variable, as a field of a request to `sana serve`,
+and as an argument in Python; its bounds
 and choices also check what is read from an image. To add an option, add a field here and the code
 that uses it.
 """
@@ -32,7 +33,14 @@ class Option:
     column: bool = True  # may be set by a row of a batch
     kept: bool = True  # may be kept by `sana config` and SANA_* variables
     at_load: bool = False  # decides what is loaded: an argument of `Pipeline`, not of `generate`
+    http: bool = True  # may be set by a request to `sana serve`
+    upload: bool = False  # names an image file, which a request sends instead
     complete: str | None = None  # what the shell completes: "model"
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """What the value of an upload may be instead of a file."""
+        return tuple(word for word in (self.metavar or "").split("|") if word.islower())
 
 
 def option(default: Any, **declared: Any) -> Any:
@@ -97,6 +105,7 @@ class Settings:
         None,
         metavar="FILE",
         kept=False,  # it would start every image from the same one
+        upload=True,
         help="Start from this image, not from noise.",
     )
     strength: float | None = option(
@@ -118,6 +127,7 @@ class Settings:
         None,
         metavar="FILE|alpha",
         kept=False,
+        upload=True,
         help="Repaint --image only where this image is white, or transparent if it has an alpha"
         " channel; [b]alpha[/b] takes that of --image itself.",
     )
@@ -137,6 +147,7 @@ class Settings:
         None,
         metavar="FILE",
         kept=False,
+        upload=True,
         help="An image that the ControlNet follows, in the form it was trained on.",
     )
     control_scale: float | None = option(
@@ -255,6 +266,7 @@ class FileOptions:
         panel=FILES,
         off=False,
         column=False,
+        http=False,
         kept=False,  # it would overwrite what nobody thought of
         help="Overwrite; otherwise the name gets -2, -3, …",
     )
@@ -263,6 +275,7 @@ class FileOptions:
         choices=("png", "jpeg", "webp", "avif"),
         panel=FILES,
         column=False,
+        http=False,
         help="[dim]default: by the output's suffix, else png[/dim]",
     )
     quality: int | None = option(
@@ -271,6 +284,7 @@ class FileOptions:
         bounds=(1, 100),
         panel=FILES,
         column=False,
+        http=False,
         help="Of JPEG, WebP and AVIF.",
     )
     metadata: str = option(
@@ -291,6 +305,7 @@ class RunOptions:
         metavar="NAME",
         panel=RUNNING,
         column=False,
+        http=False,
         at_load=True,
         help="auto, cpu, cuda, cuda:1 or mps.",
     )
@@ -299,6 +314,7 @@ class RunOptions:
         metavar="SIZE",
         panel=RUNNING,
         column=False,
+        http=False,
         at_load=True,
         help="Stay under this much memory, as in 6GB, or refuse. [dim]auto: what is free[/dim]",
     )
@@ -306,6 +322,7 @@ class RunOptions:
         True,
         panel=RUNNING,
         column=False,
+        http=False,
         at_load=True,
         help="Keep what the text encoder computes, and use it again.",
     )
@@ -314,6 +331,7 @@ class RunOptions:
         panel=RUNNING,
         off=False,
         column=False,
+        http=False,
         at_load=True,
         help="Never use the network: weights that are not here are an error.",
     )
@@ -354,6 +372,12 @@ def _declared(one: "Field[Any]") -> Declared | None:
     default = None if one.default is MISSING else one.default
     kind = kind or typing.cast(type, one.type)
     return Declared(one.name, kind, optional, repeated, default, one.metadata["option"])
+
+
+def is_path(one: Declared) -> bool:
+    """Whether a value may name a file or a folder of this machine."""
+    metavar = one.option.metavar or ""
+    return one.option.upload or "FILE" in metavar or "FOLDER" in metavar
 
 
 def choices(name: str) -> tuple[str, ...]:

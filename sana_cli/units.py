@@ -28,6 +28,17 @@ def parse_memory(text: str) -> int | None:
     return count
 
 
+def parse_duration(text: str, name: str) -> float:
+    """`5m`, `90s`, `1h` or `0` -> seconds; infinite for "forever". UsageError for anything else."""
+    word = text.strip().lower()
+    if word == "forever":
+        return float("inf")
+    match = re.fullmatch(r"(\d{1,6}(?:\.\d{1,3})?)(s|m|h|)", word)
+    if match is None or (not match[2] and float(match[1])):
+        raise UsageError(f"{name} {text!r} is not a time", "write it as 5m, 90s, 1h, 0 or forever")
+    return float(match[1]) * {"h": 3600, "m": 60}.get(match[2], 1)
+
+
 def counted(number: int, noun: str) -> str:
     """ "1 job", "2 jobs"."""
     return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -21,7 +21,7 @@ from hub import Hub
 from sana_cli import Pipeline, SanaError, SanaImage
 from sana_cli.errors import BadImage, MissingModel, UsageError
 from sana_cli.images.metadata import recipe_of
-from sana_cli.pipeline.draw import Progress
+from sana_cli.pipeline.events import Progress
 from sana_cli.settings import Settings
 from sana_cli.system.signals import leaving_in_order
 

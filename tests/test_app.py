@@ -21,16 +21,18 @@ HEAVY = ("torch", "transformers", "diffusers", "numpy", "PIL", "huggingface_hub"
 # two files each, X and X_triton, which name each other.
 ORDER = """
     __main__ app
-    commands: bench batch generate doctor models info config _bench_tables _options _completion
-              _defaults
+    commands: serve bench batch generate doctor models info config _bench_tables _options
+              _completion _defaults
     ui
+    server:   app images_api page jobs fields gallery security metrics errors
     api
     batch:    run runner jobs manifest rows templates shards events
     bench:    run baseline competitor phases roofline random_weights
-    session
+    remote session
     replay resolve
     pipeline: draw guidance oom_retry plan text_encoder text_cache networks solver
-    images:   names files metadata other_tools a1111 claims formats masks terminal_preview
+              events
+    images:   names masks files metadata other_tools a1111 claims formats terminal_preview
     weights:  fetch lora download model_files single_file hub_cache checkpoint original_names
               lora_choice catalogue layout tensor_cache
     models:   streaming.autoencoder streaming.strip_pipeline streaming.layers fused_dit

@@ -66,8 +66,10 @@ class RowReader:
         format: str | None,
         template: str | None,
         expanded: bool,
+        resolve: Callable[[Settings, Inputs], Resolution] = resolve,
     ) -> None:
-        """`defaults` holds fields of Settings, and seed and count."""
+        """`defaults` holds fields of Settings, and seed and count. `resolve` is the session's."""
+        self.resolve = resolve
         self.defaults, self.output, self.format = defaults, output, format
         self.template, self.expanded = template, expanded
         self.filled = columns_of(template, expanded) if template is not None else []
@@ -102,7 +104,7 @@ class RowReader:
             raise UsageError(f"--count {count} is not between 1 and {MOST_IMAGES}")
         seeds = parse_seeds(seed, count) if seed is not None else None
         for prompt in self._prompts(row):
-            resolution = resolve(Settings(**given | {"prompt": prompt}), self.inputs)
+            resolution = self.resolve(Settings(**given | {"prompt": prompt}), self.inputs)
             yield JobSpec(row, resolution, seeds, count or 1, output, own)
 
     def _prompts(self, row: Row) -> list[str]:

@@ -194,10 +194,8 @@ class Batch:
 
     def _rehearse(self, specs: list[JobSpec], rows: int) -> "Iterator[BatchEvent]":
         """Find the faults of rows before a download, not after it, where that can be."""
-        from sana_cli.weights.hub_cache import find_parts
-
         models = dict.fromkeys(spec.resolution.model for spec in specs)
-        if any(find_parts(model) is None for model in models):
+        if not all(map(self.session.is_here, models)):
             known = {}
             with suppress(MissingModel):  # of a model of which nothing is known before
                 for model in models:

@@ -6,18 +6,19 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sana_cli.batch.jobs import Job
 from sana_cli.batch.manifest import Line, Manifest
 from sana_cli.errors import BrokenModel, DiskFull, NotEnoughMemory, SanaError
 from sana_cli.images.files import encode, write
-from sana_cli.pipeline.draw import Failure, ImageDone, Progress
-from sana_cli.pipeline.oom_retry import Notice
+from sana_cli.pipeline.events import Failure, ImageDone, Notice, Progress
 from sana_cli.resolve import Inputs
 from sana_cli.session import DrawRequest, Session
 from sana_cli.settings import FileOptions
-from sana_cli.system.devices import peak_bytes
-from sana_cli.weights.model_files import ModelFiles
+
+if TYPE_CHECKING:
+    from sana_cli.weights.model_files import ModelFiles
 
 AT_ONCE = 256  # images whose text states are in memory together: 0.4 GB of Gemma-2-2B's
 
@@ -45,7 +46,7 @@ class Runner:
         self,
         session: Session,
         manifest: Manifest,
-        files_of: Callable[[Job], ModelFiles],
+        files_of: "Callable[[Job], ModelFiles]",
         inputs: Inputs,
         options: FileOptions,
         stopping: Callable[[], bool],
@@ -114,7 +115,8 @@ class Runner:
                     if self.stopping():
                         break
                     continue
-                yield event
+                if isinstance(event, Progress | Notice):
+                    yield event
                 if isinstance(event, Progress):
                     # An image is under way from its first step; once denoised it is decoded.
                     if self.stopping() and not under_way and event.stage != "decode":
@@ -141,7 +143,7 @@ class Runner:
             "seed": job.recipe.seed,
             "sha256": hashlib.sha256(data).hexdigest(),
             "seconds": round(now - self.before, 3),
-            "peak_bytes": peak_bytes(self.session.device),
+            "peak_bytes": self.session.peak_bytes(),
         }
         self.before = now
         with _fatal():

@@ -40,8 +40,7 @@ from sana_cli import __version__
 from sana_cli.bench.roofline import Work, bandwidth, decoding, denoising, matrix_rate
 from sana_cli.images.files import encode, write
 from sana_cli.kernels.dispatch import fallback_reason
-from sana_cli.pipeline.draw import Event, Failure, ImageDone, Progress
-from sana_cli.pipeline.oom_retry import Notice
+from sana_cli.pipeline.events import Event, Failure, ImageDone, Notice, Progress
 from sana_cli.pipeline.plan import Plan
 from sana_cli.recipe import Recipe
 from sana_cli.session import DrawRequest, Session

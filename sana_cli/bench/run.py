@@ -11,7 +11,7 @@ from sana_cli.errors import MissingModel, UsageError
 
 if TYPE_CHECKING:
     from sana_cli.bench.phases import BenchRun
-    from sana_cli.pipeline.draw import Event
+    from sana_cli.pipeline.events import Event
     from sana_cli.pipeline.plan import Plan
     from sana_cli.resolve import Resolution
     from sana_cli.session import DrawRequest, Session
@@ -195,8 +195,7 @@ def _runs(
 ) -> "list[BenchRun]":
     """Run a subject; the runs that count."""
     from sana_cli.bench.phases import measure
-    from sana_cli.pipeline.draw import Progress
-    from sana_cli.pipeline.oom_retry import Notice
+    from sana_cli.pipeline.events import Notice, Progress
 
     (runs, warmup), reporter = times, session.reporter
     recipe, done = subject.request.recipes[0], []

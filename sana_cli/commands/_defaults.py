@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 PROJECT_FILE = Path("sana.toml")
 VARIABLE = "SANA_"
-PLACES = ("SANA_CONFIG", "SANA_CACHE_DIR", "SANA_DATA_DIR")
+PLACES = ("SANA_CONFIG", "SANA_CACHE_DIR", "SANA_DATA_DIR", "SANA_TOKEN")  # are no options
 
 # Options that belong to one call and cannot be kept.
 ONE_CALL = frozenset(

@@ -112,3 +112,11 @@ RunVerbose = Annotated[
 RunColor = Annotated[
     bool, typer.Option("--color/--no-color", help="Colour on a terminal.", rich_help_panel=RUNNING)
 ]
+Server = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL",
+        help="Let this `sana serve` draw; its token, if it has one, is in SANA_TOKEN.",
+        rich_help_panel=RUNNING,
+    ),
+]

@@ -19,8 +19,10 @@ from sana_cli.commands._options import (
     RunColor,
     RunQuiet,
     RunVerbose,
+    Server,
     with_options,
 )
+from sana_cli.commands._session import open_session
 from sana_cli.errors import FAILURES, SanaError, UsageError
 from sana_cli.settings import FILES, RUNNING, FileOptions, RunOptions, Seeds, Settings, declared
 from sana_cli.units import counted
@@ -148,6 +150,7 @@ def run(
         bool,
         typer.Option("--json", help="JSON Lines of events on stdout.", rich_help_panel=RUNNING),
     ] = False,
+    server: Server = None,
     quiet: RunQuiet = False,
     verbose: RunVerbose = False,
     color: RunColor = True,
@@ -176,11 +179,9 @@ def run(
     from sana_cli.batch.run import Batch, RunPolicy
     from sana_cli.batch.shards import parse_shard
     from sana_cli.images.names import parse_batch_output
-    from sana_cli.session import Session
     from sana_cli.settings import check_text
     from sana_cli.system.signals import leaving_when_asked_twice
     from sana_cli.ui import Console
-    from sana_cli.units import parse_memory
 
     # What can be wrong with the call or a row is found before anything heavy is imported.
     console = Console(quiet, verbose, color)
@@ -193,14 +194,8 @@ def run(
     options = FileOptions(**{name: asked[name] for name in declared(FileOptions)})
     running = RunOptions(**{name: asked[name] for name in declared(RunOptions)})
     defaults = {name: asked[name] for name in declared(Settings, Seeds)}
-    reader = RowReader(defaults, names, options.format, template, expand)
-    session = Session(
-        device=running.device,
-        memory=parse_memory(running.memory),
-        cache=running.cache,
-        offline=running.offline,
-        reporter=console,
-    )
+    session = open_session(context, server, running, console)
+    reader = RowReader(defaults, names, options.format, template, expand, session.resolve)
     source = "stdin" if file == "-" else file
     policy = RunPolicy(retry_failed, restart, max_failures)
     batch = Batch(session, reader, folder, share, source, options, policy)
@@ -260,8 +255,7 @@ class _View:
     def show(self, event: "BatchEvent") -> None:
         from sana_cli.batch.run import JobError, Planned, RowError, Summary, Waiting
         from sana_cli.batch.runner import Saved
-        from sana_cli.pipeline.draw import Progress
-        from sana_cli.pipeline.oom_retry import Notice
+        from sana_cli.pipeline.events import Notice, Progress
 
         match event:
             case Planned():

@@ -10,27 +10,33 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sana_cli.commands._defaults import apply_defaults, is_default, was_typed
-from sana_cli.commands._options import RunColor, RunJson, RunQuiet, RunVerbose, with_options
+from sana_cli.commands._options import (
+    RunColor,
+    RunJson,
+    RunQuiet,
+    RunVerbose,
+    Server,
+    with_options,
+)
+from sana_cli.commands._session import open_session
 from sana_cli.errors import UsageError
 from sana_cli.settings import FILES, RUNNING, FileOptions, RunOptions, Seeds, Settings, declared
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from sana_cli.images.names import Output
-    from sana_cli.pipeline.draw import Event, Failure, ImageDone
+    from sana_cli.images.terminal_preview import TerminalPreview
+    from sana_cli.pipeline.events import Event, Failure, ImageDone
     from sana_cli.pipeline.plan import Plan
     from sana_cli.recipe import Recipe
     from sana_cli.session import DrawRequest, Session
     from sana_cli.ui import Console, StageBars
-
-    Preview = Callable[..., None]  # of pixels, on a console
 
 # Fields of a recipe that no option sets directly, and so nobody would expect to have changed.
 UNTYPED = {
     *("revision", "flow_shift", "instruction", "text_dtype", "vae_dtype"),
     *("image", "mask", "control", "lora"),
 }
+PREVIEWS = 3  # of each image while it is denoised
 STAGES = ("load", "encode", "image", "denoise", "decode", "save")
 
 
@@ -73,10 +79,12 @@ def generate(
         bool,
         typer.Option(
             "--preview/--no-preview",
-            help="Show each image in the terminal; not with -q or --json, and never in a pipe.",
+            help="Show each image in the terminal as it forms; not with -q or --json, and never in"
+            " a pipe.",
             rich_help_panel=RUNNING,
         ),
     ] = False,
+    server: Server = None,
     json_output: RunJson = False,
     quiet: RunQuiet = False,
     verbose: RunVerbose = False,
@@ -104,10 +112,8 @@ def generate(
     started = time.perf_counter()
     from sana_cli.images.names import check_quality, check_size, parse_output
     from sana_cli.recipe import parse_seeds
-    from sana_cli.session import Session
     from sana_cli.settings import check_text
     from sana_cli.ui import Console
-    from sana_cli.units import parse_memory
 
     # What can be wrong with the call is found before anything heavy is imported.
     console = Console(quiet, verbose, color)
@@ -130,14 +136,11 @@ def generate(
     check_quality(files.quality, {target.format})
     if target.to_stdout and not dry_run:
         _check_stdout(len(settings) * len(seeds), json_output, files.force)
-    session = Session(
-        device=running.device,
-        memory=parse_memory(running.memory),
-        cache=running.cache,
-        offline=running.offline,
-        keep_loaded=False,  # the process ends with this call
-        reporter=console,
-    )
+    if server and dry_run:
+        text = "--dry-run shows the plan of this machine, not of a --server"
+        raise UsageError(text, 'leave one of them out, or add --server ""')
+    # The process ends with this call, so nothing stays loaded.
+    session = open_session(context, server, running, console, keep_loaded=False)
     request = session.request(settings, seeds, dry_run=dry_run)
     check_size(request.recipes[0], target.format)
     if files.metadata == "full" and target.format == "jpeg":
@@ -150,8 +153,8 @@ def generate(
     if dry_run:
         _print_plan(request, target, plan, console)
         return
-    show = _previewer(console, json_output) if preview else None
-    _draw(session, request, plan, target, files, show, json_output, console, started)
+    terminal = _previewer(console, json_output) if preview else None
+    _draw(session, request, plan, target, files, terminal, json_output, console, started)
 
 
 def _recipe_in(path: str, console: "Console") -> dict[str, Any]:
@@ -275,7 +278,7 @@ def _draw(
     plan: "Plan",
     target: "Output",
     files: FileOptions,
-    show: "Preview | None",
+    preview: "TerminalPreview | None",
     json_output: bool,
     console: "Console",
     started: float,
@@ -290,11 +293,11 @@ def _draw(
     failures: list[Failure] = []
     written: set[Path] = set()
     with leaving_in_order(), StageBars(console, STAGES[1:5]) as bars:
-        drawing = _watched(session.draw(request, plan), seconds, peaks, failures, bars, console)
-        for image in drawing:
-            if show is not None:
+        events = session.draw(request, plan, PREVIEWS if preview else 0)
+        for image in _watched(events, seconds, peaks, failures, bars, console, preview):
+            if preview is not None:
                 with bars.aside():
-                    show(image.pixels, console.rich)
+                    preview.show(image.pixels)
             began = time.perf_counter()
             recipe = request.recipes[image.index]
             path = _save(image, recipe, session, target, files, written)
@@ -323,13 +326,20 @@ def _watched(
     failures: "list[Failure]",
     bars: "StageBars",
     console: "Console",
+    preview: "TerminalPreview | None",
 ) -> "Iterator[ImageDone]":
     """Yield the images among the events; account for and show all others."""
-    from sana_cli.pipeline.draw import Failure, Notice, Progress
+    from sana_cli.pipeline.events import Failure, ImageDone, Notice, Preview, Progress
 
     for event in events:
         if isinstance(event, Notice):
             (console.warn if event.warning else console.detail)(event.text)
+            if preview is not None:
+                preview.leave()
+        elif isinstance(event, Preview):
+            if preview is not None:
+                with bars.aside():
+                    preview.estimate(event.pixels)
         elif isinstance(event, Failure):
             failures.append(event)
         elif isinstance(event, Progress):
@@ -338,7 +348,7 @@ def _watched(
                 bars.update(event.stage, event.done, event.total)
             if event.peak_bytes:
                 peaks[event.stage] = event.peak_bytes
-        else:
+        elif isinstance(event, ImageDone):
             yield event
 
 
@@ -366,14 +376,14 @@ def _save(
     return path
 
 
-def _previewer(console: "Console", json_output: bool) -> "Preview | None":
-    """What shows a picture in the terminal, if that can be."""
-    from sana_cli.images.terminal_preview import fault, show
+def _previewer(console: "Console", json_output: bool) -> "TerminalPreview | None":
+    """What shows images in the terminal, if that can be."""
+    from sana_cli.images.terminal_preview import TerminalPreview, fault
 
     why_not = "--json is for programs" if json_output else fault(console.rich)
     if why_not:
         console.info(f"no preview: {why_not}")
-    return None if why_not or console.quiet else show
+    return None if why_not or console.quiet else TerminalPreview(console.rich)
 
 
 def _read_prompts(words: list[str]) -> list[str]:

@@ -1,8 +1,6 @@
 """`sana info`: what a picture says of itself, and the command that draws it again."""
 
 import json
-import re
-import shlex
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,8 +11,6 @@ from sana_cli.errors import SanaError, UsageError
 
 if TYPE_CHECKING:
     from sana_cli.images.metadata import Found
-
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def info(
@@ -46,6 +42,7 @@ def info(
     if command and json_output:
         raise UsageError("--command and --json both write to stdout", "leave one of them out")
     from sana_cli.images.metadata import read
+    from sana_cli.replay import command_of
     from sana_cli.ui import Console
 
     console = Console(quiet, verbose, color)
@@ -54,7 +51,7 @@ def info(
     for number, image in enumerate(images):
         try:
             found = read(image)
-            line, remarks = redraw(found) if "prompt" in found.recipe else (None, [])
+            line, remarks = command_of(found.recipe) if "prompt" in found.recipe else (None, [])
             if command and line is None:
                 raise SanaError(f"the recipe in {image[:200]} has no prompt", "write one yourself")
         except SanaError as error:
@@ -93,45 +90,6 @@ def _document(found: "Found", line: str | None, remarks: list[str]) -> dict[str,
         "notes": found.notes + remarks,
         "command": line,
     }
-
-
-def redraw(found: "Found") -> tuple[str, list[str]]:
-    """The shell line that draws the picture again, and what it cannot carry."""
-    from sana_cli.replay import settings_of
-    from sana_cli.settings import flag
-
-    settings, remarks = settings_of(found.recipe)
-    prompt = settings.pop("prompt")
-    if found.recipe.get("image"):
-        settings["image"] = "PICTURE"
-        remarks.append("put the picture it started from in the place of PICTURE")
-    if "seed" in found.recipe:
-        settings["seed"] = found.recipe["seed"]
-    words = []
-    for name, value in settings.items():
-        if isinstance(value, bool):
-            words.append(flag(name) if value else flag(f"no_{name}"))
-        elif value != "":
-            text = str(value).removesuffix(".0") if isinstance(value, float) else str(value)
-            words += [flag(name), _quoted(text)]
-    line = " ".join(words)
-    if prompt == "-":  # which would mean stdin, so it goes there
-        return f"echo - | sana generate - {line}", remarks
-    if prompt.startswith("-"):
-        return f"sana generate {line} -- {_quoted(prompt)}", remarks
-    return f"sana generate {_quoted(prompt)} {line}", remarks
-
-
-def _quoted(word: str) -> str:
-    """For any shell; for bash and zsh where it holds what could play tricks on a terminal."""
-    if not CONTROL.search(word):
-        return shlex.quote(word)
-    plain = word.replace("\\", "\\\\").replace("'", "\\'")
-    return "$'" + CONTROL.sub(_octal, plain) + "'"
-
-
-def _octal(found: re.Match[str]) -> str:
-    return "".join(f"\\{byte:03o}" for byte in found[0].encode())
 
 
 def _show(found: "Found", line: str | None, remarks: list[str], verbose: bool, color: bool) -> None:

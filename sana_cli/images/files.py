@@ -22,17 +22,21 @@ MOST_PIXELS = 1 << 27  # of an input image: 400 MB as RGB; phones take up to 108
 NEW_SUBFILE_TYPE = 254  # of a TIFF: its lowest bit marks a page that is a preview of another
 DEFAULT_QUALITY = {"jpeg": 92, "webp": 90, "avif": 80}
 
+UPLOADS = ("PNG", "JPEG", "WEBP", "AVIF")  # what an image that is sent may be
+UPLOAD_PIXELS = 40_000_000  # and of what size: more than the largest model draws
 
-def read(path: str) -> np.ndarray:
+
+def read(path: str, data: bytes | None = None) -> np.ndarray:
     """The pixels of `read_with_notes`."""
-    return read_with_notes(path)[0]
+    return read_with_notes(path, data)[0]
 
 
-def read_with_notes(path: str) -> tuple[np.ndarray, list[str]]:
+def read_with_notes(path: str, data: bytes | None = None) -> tuple[np.ndarray, list[str]]:
     """Read an image in any format of Pillow: uint8 RGB (height, width, 3), and what was decided.
 
     It is turned as its EXIF says; of several frames the first counts; transparent pixels show the
     white behind them, whatever colour they hide. A note says each of these that made a difference.
+    With `data` these are the file's bytes, and `path` is its name.
     UsageError if it is no image, too large to be read, or its values do not say what is black and
     what is white.
     """
@@ -40,11 +44,12 @@ def read_with_notes(path: str) -> tuple[np.ndarray, list[str]]:
     name = os.path.basename(shown)
     notes: list[str] = []
     try:
-        if not stat.S_ISREG(os.stat(os.path.expanduser(path)).st_mode):  # a pipe could wait forever
+        # A pipe could wait forever.
+        if data is None and not stat.S_ISREG(os.stat(os.path.expanduser(path)).st_mode):
             raise UsageError(f"--image {shown} is not a regular file", "save the image to a file")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd files; and at half of Pillow's own limit
-            with Image.open(os.path.expanduser(path)) as image:
+            with opened(path, data) as image:
                 _refuse(image, shown)
                 frames = getattr(image, "n_frames", 1)
                 # The further ones of a phone's MPO, and the layers of a PSD, are no frames.
@@ -58,7 +63,7 @@ def read_with_notes(path: str) -> tuple[np.ndarray, list[str]]:
     except Image.DecompressionBombError:
         raise _too_large(shown, "too many pixels") from None
     except Image.UnidentifiedImageError:
-        raise _no_image(path, shown) from None
+        raise _no_image(path, shown, data) from None
     except OSError as error:
         reason = error.strerror or f"it is damaged ({error})"
         raise UsageError(f"--image {shown} cannot be read: {reason}") from None
@@ -92,9 +97,12 @@ def _too_large(shown: str, what: str) -> UsageError:
     )
 
 
-def _no_image(path: str, shown: str) -> UsageError:
-    with open(os.path.expanduser(path), "rb") as file:
-        head = file.read(formats.HEAD)
+def _no_image(path: str, shown: str, data: bytes | None) -> UsageError:
+    if data is None:
+        with open(os.path.expanduser(path), "rb") as file:
+            head = file.read(formats.HEAD)
+    else:
+        head = data[: formats.HEAD]
     if not head:
         return UsageError(f"--image {shown} cannot be read: it is empty")
     what, hint = formats.describe(head) or ("no image, or a damaged one", None)
@@ -120,6 +128,28 @@ def _rgb(image: Image.Image, name: str, notes: list[str]) -> np.ndarray:
     if not np.array_equal(pixels, np.asarray(image)[..., :3]):
         notes.append(f"{name} is transparent in parts, which are taken as white")
     return pixels
+
+
+def opened(path: str, data: bytes | None = None) -> Image.Image:
+    """Open an image file, or its bytes, which are a stranger's: in the formats of the web only."""
+    if data is None:
+        return Image.open(os.path.expanduser(path))
+    return Image.open(io.BytesIO(data), formats=UPLOADS)
+
+
+def check_upload(data: bytes, name: str) -> None:
+    """UsageError with `name` for what is no image, or has too many pixels. None is decoded."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with opened("", data) as image:
+                width, height = image.size
+    except Exception:  # a damaged file can make any of the parsers raise anything
+        formats = ", ".join(UPLOADS)
+        raise UsageError(f"{name} cannot be read", f"send one of {formats}") from None
+    if width * height > UPLOAD_PIXELS:
+        text = f"{name} has {width}x{height} pixels, more than {UPLOAD_PIXELS // 10**6} million"
+        raise UsageError(text, "make it smaller")
 
 
 def encode(pixels: np.ndarray, format: str, quality: int | None, record: Metadata | None) -> bytes:

@@ -3,13 +3,13 @@
 Everywhere a mask is uint8 (height, width): 255 where the image is repainted, 0 where it is kept.
 """
 
-import os
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageFilter, ImageOps
 
 from sana_cli.errors import UsageError
+from sana_cli.images.files import opened
 
 Size = tuple[int, int]  # (width, height) in pixels
 WHITE, TRANSPARENT = "white is repainted", "transparent is repainted"
@@ -38,14 +38,15 @@ def parse_outpaint(text: str) -> Margins:
     return Margins(*(map(int, words * 4 if len(words) == 1 else words)))
 
 
-def read_mask(path: str, alpha: bool = False) -> tuple[np.ndarray, str]:
+def read_mask(path: str, alpha: bool = False, data: bytes | None = None) -> tuple[np.ndarray, str]:
     """Read a mask, and tell which convention it follows.
 
-    With `alpha` only transparency counts. UsageError if the file is no image or repaints nothing.
+    With `alpha` only transparency counts. With `data` these are the file's bytes, and `path` is
+    its name. UsageError if the file is no image or repaints nothing.
     """
     shown = path[:200]
     try:
-        with Image.open(os.path.expanduser(path)) as image:
+        with opened(path, data) as image:
             mask, convention = mask_of(ImageOps.exif_transpose(image))
     except OSError as error:
         reason = error.strerror or "it is no image, or a damaged one"

@@ -35,24 +35,47 @@ def fault(console: Console) -> str | None:
     return None
 
 
-def show(pixels: np.ndarray, console: Console) -> None:
-    """Write uint8 RGB (height, width, 3) at the cursor, which stands below it afterwards."""
-    image = Image.fromarray(pixels)
-    # Cells are about twice as high as they are wide.
-    lines = max(console.height - LINES_BESIDE, 1)
-    columns = min(console.width, MOST_COLUMNS, 2 * lines * image.width // image.height)
-    columns = max(columns, 1)
-    protocol = _protocol()
-    if protocol is None:
+class TerminalPreview:
+    """An image at the cursor, each drawn over the estimate before it."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._lines = 0  # of the estimate that is directly above the cursor
+
+    def leave(self) -> None:
+        """Something else was written: the next image goes below it."""
+        self._lines = 0
+
+    def estimate(self, pixels: np.ndarray) -> None:
+        """Write uint8 RGB (height, width, 3), to be replaced by the next."""
+        self._lines = self._show(pixels)
+
+    def show(self, pixels: np.ndarray) -> None:
+        """Write uint8 RGB (height, width, 3), to stay. The cursor stands below it afterwards."""
+        self._show(pixels)
+        self._lines = 0
+
+    def _show(self, pixels: np.ndarray) -> int:
+        """The lines that it took."""
+        console = self.console
+        image = Image.fromarray(pixels)
+        # Cells are about twice as high as they are wide.
+        room = max(console.height - LINES_BESIDE, 1)
+        columns = max(min(console.width, MOST_COLUMNS, 2 * room * image.width // image.height), 1)
         lines = max(columns * image.height // (2 * image.width), 1)
-        console.print(_blocks(image.resize((columns, 2 * lines))), end="")
-        return
-    image.thumbnail((MOST_PIXELS, MOST_PIXELS))
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    codes = _kitty if protocol == "kitty" else _iterm2
-    console.file.write(f"{codes(file.getvalue(), columns)}\n")
-    console.file.flush()
+        if self._lines:
+            console.file.write(f"\r\033[{self._lines}A")
+        protocol = _protocol()
+        if protocol is None:
+            console.print(_blocks(image.resize((columns, 2 * lines))), end="")
+            return lines
+        image.thumbnail((MOST_PIXELS, MOST_PIXELS))
+        file = io.BytesIO()
+        image.save(file, "PNG")
+        codes = _kitty if protocol == "kitty" else _iterm2
+        console.file.write(f"{codes(file.getvalue(), lines)}\n")
+        console.file.flush()
+        return lines
 
 
 def _protocol() -> str | None:
@@ -72,17 +95,17 @@ def _blocks(image: Image.Image) -> Segments:
     return Segments(cells)
 
 
-def _kitty(png: bytes, columns: int) -> str:
+def _kitty(png: bytes, lines: int) -> str:
     """a=T: show it at once; f=100: a PNG; q=2: no answer; m=1: more follows."""
     text = base64.b64encode(png).decode("ascii")
     parts = [text[i : i + KITTY_CHUNK] for i in range(0, len(text), KITTY_CHUNK)]
     codes = []
     for i, part in enumerate(parts):
-        first = f"a=T,f=100,c={columns}," if i == 0 else ""
+        first = f"a=T,f=100,r={lines}," if i == 0 else ""
         codes.append(f"\033_G{first}q=2,m={int(i + 1 < len(parts))};{part}\033\\")
     return "".join(codes)
 
 
-def _iterm2(png: bytes, columns: int) -> str:
+def _iterm2(png: bytes, lines: int) -> str:
     text = base64.b64encode(png).decode("ascii")
-    return f"\033]1337;File=inline=1;size={len(png)};width={columns}:{text}\a"
+    return f"\033]1337;File=inline=1;size={len(png)};height={lines}:{text}\a"

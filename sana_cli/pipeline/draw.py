@@ -8,7 +8,7 @@ decoded. It never prints.
 
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from sana_cli.errors import BadImage, NotEnoughMemory, SanaError, UsageError
+from sana_cli.errors import BadImage, NotEnoughMemory, UsageError
 from sana_cli.images.masks import (
     cells,
     fit,
@@ -36,9 +36,10 @@ from sana_cli.models.fused_dit import FusedDiT
 from sana_cli.models.streaming.autoencoder import decode, encode
 from sana_cli.models.streaming.strip_pipeline import Decoded
 from sana_cli.models.streaming.subpixel import fold_upsamples
+from sana_cli.pipeline.events import Event, Failure, ImageDone, Notice, Preview, Progress
 from sana_cli.pipeline.guidance import GuidedVelocity
 from sana_cli.pipeline.networks import NetworkKey, Networks, identity_of
-from sana_cli.pipeline.oom_retry import Notice, OOMRetry
+from sana_cli.pipeline.oom_retry import OOMRetry
 from sana_cli.pipeline.plan import Plan, is_guided
 from sana_cli.pipeline.solver import SOLVERS, Repaint, advance, first_step
 from sana_cli.pipeline.text_cache import TextCache
@@ -57,37 +58,6 @@ Images = Mapping[str, np.ndarray]  # SHA-256 of an input image -> uint8 RGB (hei
 TURN = 4  # images denoised, then decoded, where only one network fits at a time
 
 
-@dataclass(frozen=True)
-class Progress:
-    """`done` of `total` units of a stage took `seconds`."""
-
-    stage: str  # "load", "encode", "image", "denoise" or "decode"
-    done: int
-    total: int
-    seconds: float
-    peak_bytes: int = 0  # when the stage's last unit is done: the most memory held so far
-    network: str = ""  # of "load": what was loaded
-
-
-@dataclass(frozen=True)
-class ImageDone:
-    """uint8 RGB (height, width, 3) of the recipe at `index`."""
-
-    index: int
-    pixels: np.ndarray
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Why there is no image of the recipe at `index`. The others are drawn all the same."""
-
-    index: int
-    error: SanaError
-
-
-Event = Progress | ImageDone | Failure | Notice
-
-
 def draw(
     recipes: list[Recipe],
     files: ModelFiles,
@@ -97,21 +67,23 @@ def draw(
     images: Images | None = None,
     loras: Mapping[str, Path] | None = None,
     cache: Path | None = None,
+    previews: int = 0,
 ) -> Iterator[Event]:
     """Draw every recipe, all with one model and one precision.
 
     All texts are encoded first. Then transformer and decoder make one image after the other if
     both fit in memory, else they take turns. `networks` holds what is loaded already and keeps
-    what is loaded here; `images` holds the pixels of every input
-    image, and `loras` the file of every LoRA by its SHA-256; `cache` is a folder to
-    keep text states in and find them again, and None reads and writes nothing. UsageError if a
-    recipe names a solver that the model cannot use.
+    what is loaded here; `images` holds the pixels of every input image, and `loras` the file of
+    every LoRA by its SHA-256; `cache` is a folder to keep text states in and find them again, and
+    None reads and writes nothing. `previews` are decoded of each image while it is denoised, if
+    transformer and decoder fit in memory together. UsageError if a recipe names a solver that the
+    model cannot use.
     """
     for recipe in recipes:
         if (recipe.solver == "scm") != files.is_sprint:
             raise UsageError(f"{recipe.model} cannot be sampled by {recipe.solver}")
     networks = networks or Networks(keep=False)
-    return Drawing(recipes, files, plan, networks, images, cache, loras).events()
+    return Drawing(recipes, files, plan, networks, images, cache, loras, previews).events()
 
 
 class Drawing:
@@ -126,8 +98,10 @@ class Drawing:
         images: Images | None,
         cache: Path | None,
         loras: Mapping[str, Path] | None = None,
+        previews: int = 0,
     ) -> None:
         self.recipes, self.files, self.plan = recipes, files, plan
+        self.previews = previews
         self.networks, self.cache = networks, cache
         self.images, self.loras = images or {}, loras or {}
         self.text_states: dict[tuple[str, str], Tensor] = {}  # of (instruction, text)
@@ -143,6 +117,9 @@ class Drawing:
         if any(recipe.image or recipe.control for recipe in self.recipes):
             yield from self.encode_images()
             self.done_with("encoder")
+        if self.previews and not self.plan.keep_loaded:
+            self.previews = 0
+            yield Notice("no previews: transformer and decoder do not fit in memory together")
         turn = 1 if self.plan.keep_loaded else TURN
         for first in range(0, len(self.recipes), turn):
             indices = range(first, min(first + turn, len(self.recipes)))
@@ -387,6 +364,7 @@ class Drawing:
         sample = sample.to(self.plan.device)
         began = time.perf_counter()
         launched: list[Callable[[], None]] = []
+        shown = preview_steps(first, recipe.steps, self.previews)
         for step in range(first, recipe.steps):
             attempt = partial(guided, sample, step)
             velocity = yield from retry.attempt(attempt)
@@ -400,11 +378,31 @@ class Drawing:
                 self.steps_done += 1
                 yield self.progress("denoise", self.steps_done, self.steps, began)
                 began = time.perf_counter()
+            if step in shown:
+                yield from self.preview(i, step + 1, previous)
+                began = time.perf_counter()
         self.latents[i] = sample.cpu()
         if reason := transformer.graph_error:
             yield Notice(f"no CUDA graph: {reason}", warning=True)
 
     # --- pixels --------------------------------------------------------------------------------
+
+    def preview(self, i: int, step: int, estimate: Tensor) -> Iterator[Event]:
+        """Decode the estimate of the finished image, the solver's x₀, float32 (1, 32, h, w)."""
+        if not self.previews:
+            return
+        recipe = self.recipes[i]
+        decoder = yield from self.load_decoder()
+        try:
+            decoded = self.pixels_of(decoder, estimate, recipe, self.plan)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            self.previews = 0
+            yield Notice("no more previews: out of memory")
+        else:
+            pixels = self.with_kept_pixels(decoded.pixels.numpy(), recipe)
+            yield Preview(i, step, recipe.steps, pixels)
 
     def decode(self, i: int, decoder: Decoder) -> Iterator[Event]:
         began = time.perf_counter()
@@ -489,6 +487,18 @@ def start_of(recipe: Recipe) -> Recipe:
     blank = dict.fromkeys(("prompt", "negative", "instruction", "solver", "model"), "")
     numbers = dict.fromkeys(("seed", "steps", "guidance"), 0)
     return replace(recipe, **blank, **numbers, strength=None)  # type: ignore[arg-type]
+
+
+def preview_steps(first: int, steps: int, count: int) -> set[int]:
+    """The steps, of those from `first` on, after which one of `count` previews is decoded.
+
+    They are evenly spaced; the last step has none, as the image itself follows.
+    """
+    todo = steps - first
+    return {first + (k + 1) * todo // (count + 1) - 1 for k in range(count)} - {
+        first - 1,
+        steps - 1,
+    }
 
 
 def nbytes(network: nn.Module) -> int:

@@ -1,22 +1,14 @@
 """Running out of memory: release what is idle, then retry by a plan that needs less."""
 
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
 from typing import TypeVar
 
 from sana_cli.errors import NotEnoughMemory
+from sana_cli.pipeline.events import Notice
 from sana_cli.pipeline.plan import Plan
 from sana_cli.system.devices import give_back, is_out_of_memory
 
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class Notice:
-    """Something worth telling that happened while drawing."""
-
-    text: str
-    warning: bool = False
 
 
 class OOMRetry:

@@ -5,7 +5,7 @@ and in a batch after the picture that is being drawn.
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from types import FrameType
 
@@ -48,6 +48,24 @@ def leaving_when_asked_twice() -> Iterator[Asked]:
         if asked:
             _unwind(number, frame)
         asked.code = CODES[signal.Signals(number)]
+
+    with _handling(note):
+        yield asked
+
+
+@contextmanager
+def stopping_in_order(stop: Callable[[], None]) -> Iterator[Asked]:
+    """Call `stop` at the first signal, for a server; leave at once at the second.
+
+    Termination is how a server ends, so the exit code is 0; that of Ctrl-C is 130.
+    """
+    asked = Asked()
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if asked:
+            _leave(number, frame)
+        asked.code = 0 if number == signal.SIGTERM else CODES[signal.Signals(number)]
+        stop()
 
     with _handling(note):
         yield asked

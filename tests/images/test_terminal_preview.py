@@ -78,7 +78,8 @@ def test_half_blocks_show_the_picture(environment, tmp_path):
     code, seen, _ = at_terminal(command, cwd=tmp_path, env=environment(**TRUE_COLOR))
     assert code == 0
     shown = blocks(seen)
-    assert shown.shape == (40, 40, 3)  # a square in 20 lines, so that 4 of 24 are left
+    assert shown.shape == (160, 40, 3)  # three estimates, and the picture drawn over them
+    shown = shown[-40:]  # a square in 20 lines, so that 4 of 24 are left
     small = Image.fromarray(drawn(tmp_path).astype(np.uint8)).resize((40, 40))
     assert np.array_equal(shown, np.asarray(small))
     assert screen(seen)[-1] == "a.png"
@@ -89,7 +90,7 @@ def test_half_blocks_fit_a_narrow_terminal(quick, environment, tmp_path):
     command = [quick / "sana", "generate", PROMPT, *FAST, "-o", "a.png", "--preview"]
     code, seen, _ = at_terminal(command, 30, 50, cwd=tmp_path, env=environment(**TRUE_COLOR))
     assert code == 0
-    assert blocks(seen).shape == (30, 30, 3)
+    assert blocks(seen).shape == (120, 30, 3)
 
 
 @pytest.mark.parametrize(
@@ -109,10 +110,14 @@ def test_a_terminal_with_a_protocol_is_sent_the_picture_itself(
     )
     assert (code, results) == (0, b"a.png\n")
     keys, parts = zip(*re.findall(pattern, seen), strict=True)
+    starts = [i for i, key in enumerate(keys) if key.startswith((b"a=T", b"File="))]
+    assert len(starts) == 4  # three estimates, then the picture
+    assert seen.count(b"\033[20A") == 3
+    keys, parts = keys[starts[-1] :], parts[starts[-1] :]
     with Image.open(io.BytesIO(base64.b64decode(b"".join(parts)))) as image:
         assert np.array_equal(np.asarray(image), drawn(tmp_path))
     if known["TERM"] == "xterm-kitty":
-        assert keys[0] == b"a=T,f=100,c=40,q=2,m=1"
+        assert keys[0] == b"a=T,f=100,r=20,q=2,m=1"
         assert set(keys[1:-1]) <= {b"q=2,m=1"}
         assert keys[-1] == b"q=2,m=0"
         assert max(map(len, parts)) == 4096

@@ -14,8 +14,8 @@ from torch import nn
 from card import card
 from sana_cli.bench.random_weights import random_model
 from sana_cli.pipeline import draw
+from sana_cli.pipeline.events import Notice
 from sana_cli.pipeline.networks import Networks
-from sana_cli.pipeline.oom_retry import Notice
 from sana_cli.pipeline.plan import Plan
 from sana_cli.resolve import Inputs, resolve
 from sana_cli.settings import Settings

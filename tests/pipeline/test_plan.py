@@ -14,9 +14,9 @@ from benchmarks.memory import peaks
 from examples import exhaustive
 from reference import LIKE_1_6B, SPRINT, random_pipeline
 from sana_cli.errors import NotEnoughMemory
-from sana_cli.pipeline.draw import Drawing, Event, Failure, ImageDone, Progress, draw
+from sana_cli.pipeline.draw import Drawing, draw
+from sana_cli.pipeline.events import Event, Failure, ImageDone, Notice, Progress
 from sana_cli.pipeline.networks import Networks
-from sana_cli.pipeline.oom_retry import Notice
 from sana_cli.pipeline.plan import (
     Plan,
     _decode_peak,

@@ -1,0 +1,49 @@
+"""The session of a command: on this machine, or on a server."""
+
+import os
+from typing import TYPE_CHECKING
+
+import typer
+
+from sana_cli.commands._defaults import is_default, was_typed
+from sana_cli.errors import UsageError
+from sana_cli.settings import RunOptions, declared, flag
+from sana_cli.units import parse_memory
+
+if TYPE_CHECKING:
+    from sana_cli.session import Session
+    from sana_cli.ui import Console
+
+
+def open_session(
+    context: typer.Context,
+    server: str | None,
+    running: RunOptions,
+    console: "Console",
+    *,
+    keep_loaded: bool = True,
+) -> "Session":
+    """UsageError for options that are the server's to choose."""
+    if server:
+        for name in declared(RunOptions):
+            if was_typed(context, name):
+                text = f"{flag(name)} has no effect with --server, which has its own"
+                raise UsageError(text, "give it to `sana serve`, or leave it out")
+        kept = [flag(name)[2:] for name in declared(RunOptions) if is_default(context, name)]
+        if kept:
+            console.info(f"ignored, as the server has its own: {', '.join(kept)}")
+        from sana_cli.remote import RemoteSession
+
+        session = RemoteSession(server, os.environ.get("SANA_TOKEN", "").strip() or None, console)
+        console.info(f"drawn by the server at {session.url}")
+        return session
+    from sana_cli.session import Session
+
+    return Session(
+        device=running.device,
+        memory=parse_memory(running.memory),
+        cache=running.cache,
+        offline=running.offline,
+        keep_loaded=keep_loaded,
+        reporter=console,
+    )

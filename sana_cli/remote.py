@@ -1,0 +1,334 @@
+"""A session whose networks are those of a `sana serve`: recipes and events come over HTTP.
+
+Settings are checked here and resolved there. Pixels travel as PNG, so files are written here, with
+the names and bytes that they would have if all of it had happened on the server's machine.
+"""
+
+import base64
+import io
+import json
+import os
+import time
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sana_cli.errors import (
+    BadImage,
+    DiskFull,
+    MissingModel,
+    NotEnoughMemory,
+    SanaError,
+    UsageError,
+)
+from sana_cli.images.files import UPLOADS, encode, read
+from sana_cli.images.metadata import Metadata
+from sana_cli.pipeline.events import Event, Failure, ImageDone, Notice, Preview, Progress
+from sana_cli.recipe import Recipe
+from sana_cli.reporter import Reporter
+from sana_cli.resolve import Inputs, Resolution, Role, Sampler
+from sana_cli.session import DrawRequest, Session
+from sana_cli.settings import Settings, declared, flag, is_path
+from sana_cli.weights.catalogue import Model
+
+if TYPE_CHECKING:
+    import httpx2
+    import numpy as np
+
+CONNECT_SECONDS = 10
+ROLES: dict[str, Role] = {"image": "init", "mask": "mask", "control": "control"}
+SILENT_SECONDS = 60  # a server says every ten that it is still there
+KINDS: dict[int, type[SanaError]] = {
+    kind.exit_code: kind for kind in (UsageError, NotEnoughMemory, MissingModel, DiskFull, BadImage)
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RemoteResolution(Resolution):
+    """Settings, resolved by a server."""
+
+    drawn: Recipe  # with another prompt and seed
+    warnings: tuple[str, ...]
+
+    def sampler(self, files: Any = None) -> Sampler:
+        drawn = self.drawn
+        return Sampler(drawn.solver, drawn.steps, drawn.guidance, drawn.strength, self.warnings)
+
+    def recipe(self, files: Any, device: str, seed: int) -> Recipe:
+        return replace(self.drawn, prompt=self.settings.prompt, seed=seed)
+
+
+class RemoteSession(Session):
+    """A `Session` that draws elsewhere."""
+
+    def __init__(self, url: str, token: str | None, reporter: Reporter) -> None:
+        """UsageError if `url` is no address of a server. Nothing is connected yet."""
+        super().__init__(reporter=reporter)
+        import httpx2
+
+        self.url = url.rstrip("/").removesuffix("/v1")
+        if not self.url.startswith(("http://", "https://")):
+            raise UsageError(f"--server {url} is no URL", "write http://127.0.0.1:7262")
+        try:
+            self._client = httpx2.Client(
+                base_url=self.url,
+                headers={"Authorization": f"Bearer {token}"} if token else {},
+                timeout=httpx2.Timeout(SILENT_SECONDS, connect=CONNECT_SECONDS),
+                trust_env=not is_local(self.url),  # a proxy does not lead to this machine
+            )
+        except (httpx2.InvalidURL, ValueError, UnicodeError) as error:
+            raise UsageError(f"--server {url} is no URL: {error}") from None
+        self._made = ("", "")  # the device and the version of torch there
+        self._resolved: dict[Settings, RemoteResolution] = {}  # by settings, whatever the prompt
+        self._asked: dict[Recipe, Settings] = {}  # by recipes, whatever the prompt and the seed
+
+    @property
+    def device(self) -> str:
+        """The server's, once it has said so."""
+        return self._made[0] or f"the server at {self.url}"
+
+    def metadata(self, recipe: Recipe) -> Metadata:
+        return Metadata(recipe, *self._made)
+
+    def peak_bytes(self) -> int:
+        return 0  # of this process it means nothing
+
+    def open(self, model: Model, *, dry_run: bool = False) -> Any:
+        return None  # the server has its files
+
+    def is_here(self, model: Model) -> bool:
+        return True
+
+    def with_components(self, resolution: Resolution, files: Any, *, dry_run: bool = False) -> Any:
+        return None
+
+    def close(self) -> None:
+        self._client.close()
+
+    # --- resolve -------------------------------------------------------------------------------
+
+    def resolve(self, settings: Settings, inputs: Inputs) -> RemoteResolution:
+        for name, one in declared(Settings).items():
+            given = getattr(settings, name) != one.default
+            if given and one.repeated and is_path(one):
+                text = f"{flag(name)} cannot be sent to a server"
+                raise UsageError(text, "leave out --server, or the option")
+        for name in self._files(settings):  # read, and reported, as they are here
+            inputs.add(getattr(settings, name), ROLES[name])
+        key = replace(settings, prompt="-")
+        if key not in self._resolved or self._files(settings):  # which may have changed
+            with self._answer(self._body(settings) | {"dry_run": True}, settings) as answer:
+                answer.read()
+                document = _json(answer.text)
+            self._resolved[key] = self._read(document, settings)
+        return replace(self._resolved[key], settings=settings)
+
+    def _read(self, document: Any, settings: Settings) -> RemoteResolution:
+        try:
+            drawn = Recipe(**document["recipes"][0])
+            told = document["model"]
+            model = Model(told["name"], licence=told["licence"], folder=told["source"])
+            self._made = document["device"], document["torch"]
+            warnings = tuple(document["warnings"])
+        except (KeyError, TypeError, IndexError):
+            raise self._stranger() from None
+        self._asked[replace(drawn, prompt="", seed=0)] = settings
+        return RemoteResolution(
+            settings=settings,
+            model=model,
+            request=None,
+            aspect=None,
+            drawn=drawn,
+            warnings=warnings,
+        )
+
+    def request(
+        self,
+        settings: Sequence[Settings],
+        seeds: Sequence[int],
+        inputs: Inputs | None = None,
+        *,
+        dry_run: bool = False,
+    ) -> DrawRequest:
+        inputs = Inputs() if inputs is None else inputs
+        resolved = [self.resolve(one, inputs) for one in settings]
+        recipes = [one.recipe(None, "", seed) for one in resolved for seed in seeds]
+        model, warnings = resolved[0].model, resolved[0].warnings
+        return DrawRequest(model, self.open(model), recipes, inputs, warnings)
+
+    def plan(self, request: DrawRequest, *, predict: bool = False) -> Any:
+        for text in request.warnings:
+            self.reporter.warn(text)
+
+    # --- draw ----------------------------------------------------------------------------------
+
+    def draw(
+        self, request: DrawRequest, plan: Any = None, previews: int = 0
+    ) -> Generator[Event, None, None]:
+        """The events of the server's drawing, one request an image."""
+        with self.exclusive():
+            for index, recipe in enumerate(request.recipes):
+                yield from self._draw(index, recipe, len(request.recipes), previews)
+
+    def _draw(self, index: int, recipe: Recipe, count: int, previews: int) -> Iterator[Event]:
+        settings = replace(self._asked[replace(recipe, prompt="", seed=0)], prompt=recipe.prompt)
+        body = self._body(settings) | {"seed": str(recipe.seed), "stream": True, "progress": True}
+        with self._answer(body | {"partial_images": previews}, settings) as answer:
+            for name, data in self._events(answer):
+                match name.rpartition(".")[2]:
+                    case "error":
+                        error = self._error(data)
+                        if "index" not in data:
+                            raise error
+                        yield Failure(index, error)
+                        return
+                    case "progress":
+                        one = Progress(**data)
+                        done, total = index * one.total + one.done, count * one.total
+                        alone = one.stage == "load"  # once, whatever the images
+                        yield one if alone else replace(one, done=done, total=total)
+                    case "notice":
+                        yield Notice(**data)
+                    case "partial_image":
+                        yield Preview(index, data["step"], data["steps"], pixels_of(data))
+                    case "completed":
+                        yield ImageDone(index, pixels_of(data))
+                        return
+        raise self._gone()
+
+    def _events(self, answer: "httpx2.Response") -> Iterator[tuple[str, Any]]:
+        """The server-sent events of an answer, as far as this server writes them."""
+        import httpx2
+
+        name = ""
+        try:
+            for line in answer.iter_lines():
+                if line.startswith("event: "):
+                    name = line.removeprefix("event: ")
+                elif line.startswith("data: "):
+                    yield name, _json(line.removeprefix("data: "))
+        except httpx2.TransportError:
+            raise self._gone() from None
+
+    # --- HTTP ----------------------------------------------------------------------------------
+
+    @staticmethod
+    def _files(settings: Settings) -> list[str]:
+        """The options whose value is an image file."""
+        return [
+            name
+            for name, one in declared(Settings).items()
+            if one.option.upload
+            and (value := getattr(settings, name)) is not None
+            and value not in one.option.words
+        ]
+
+    def _body(self, settings: Settings) -> dict[str, Any]:
+        """The fields of settings that are not left at their defaults, without the files."""
+        known, files = declared(Settings), self._files(settings)
+        given = {one.name: getattr(settings, one.name) for one in fields(settings)}
+        return {
+            name: value
+            for name, value in given.items()
+            if name == "prompt" or (value != known[name].default and name not in files)
+        }
+
+    @contextmanager
+    def _answer(self, body: dict[str, Any], settings: Settings) -> "Iterator[httpx2.Response]":
+        """Post a request, waiting while the queue is full. SanaError unless the answer is good."""
+        import httpx2
+
+        files = {name: ("image", upload(getattr(settings, name))) for name in self._files(settings)}
+        path, content = "/v1/images/generations", {"json": body}
+        if files:
+            path = "/v1/images/edits"
+            form = {
+                k: str(v).lower() if v is True or v is False else str(v) for k, v in body.items()
+            }
+            content = {"data": form, "files": files}
+        told = False
+        while True:
+            try:
+                request = self._client.build_request("POST", path, **content)  # type: ignore[arg-type]
+                answer = self._client.send(request, stream=True)
+            except httpx2.TransportError as error:
+                raise SanaError(
+                    f"no server answers at {self.url}: {error or type(error).__name__}",
+                    "start one with `sana serve`, or leave out --server and SANA_SERVER",
+                ) from None
+            try:
+                if answer.status_code == 200:
+                    yield answer
+                    return
+                answer.read()
+                if answer.status_code != 429:
+                    raise self._error(_json(answer.text), answer.status_code)
+                wait = answer.headers.get("Retry-After", "5")
+            finally:
+                answer.close()
+            if not told:
+                self.reporter.info("the server's queue is full; waiting for room")
+                told = True
+            time.sleep(min(int(wait) if wait.isdigit() else 5, SILENT_SECONDS))
+
+    def _error(self, document: Any, status: int = 500) -> SanaError:
+        """The error that the command line would have shown on the server's machine."""
+        error = document.get("error") if isinstance(document, dict) else None
+        if status == 401:
+            return SanaError(f"the server at {self.url} wants a token", "set SANA_TOKEN to it")
+        if not isinstance(error, dict):
+            return self._stranger()
+        told = error.get("sana") or {
+            "message": f"the server at {self.url} says: {error.get('message')}",
+            "hint": None,
+            "exit_code": UsageError.exit_code if status in (400, 413) else SanaError.exit_code,
+        }
+        try:
+            kind = KINDS.get(told["exit_code"], SanaError)
+            return kind(str(told["message"]), told["hint"])
+        except (KeyError, TypeError):
+            return self._stranger()
+
+    def _stranger(self) -> SanaError:
+        return SanaError(
+            f"{self.url} does not answer as this version of `sana serve` does",
+            "see that --server is the URL that it printed",
+        )
+
+    def _gone(self) -> SanaError:
+        return SanaError(f"the server at {self.url} went away while it was drawing")
+
+
+def is_local(url: str) -> bool:
+    host = url.partition("://")[2].partition("/")[0].rpartition("@")[2]
+    return host.startswith(("127.", "localhost", "[::1]"))
+
+
+def upload(path: str) -> bytes:
+    """The file of an image, in a format that a server takes."""
+    from PIL import Image
+
+    file = Path(os.path.expanduser(path))
+    try:
+        with Image.open(file, formats=UPLOADS):
+            return file.read_bytes()
+    except OSError:
+        return encode(read(path), "png", None, None)
+
+
+def pixels_of(data: Any) -> "np.ndarray":
+    """uint8 RGB (height, width, 3) of an event's PNG."""
+    import numpy as np
+    from PIL import Image
+
+    with Image.open(io.BytesIO(base64.b64decode(data["b64_json"])), formats=("PNG",)) as image:
+        return np.asarray(image)
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None

@@ -1,0 +1,1 @@
+"""`sana serve`: the OpenAI Images API over one `Session`, and a page."""
