@@ -22,7 +22,7 @@ HEAVY = ("torch", "transformers", "diffusers", "numpy", "PIL", "huggingface_hub"
 ORDER = """
     __main__ app
     commands: serve bench batch generate doctor models info config _bench_tables _options
-              _completion _defaults
+              _completion _preview _defaults
     ui
     server:   app images_api page jobs fields gallery security metrics errors
     api
@@ -32,7 +32,7 @@ ORDER = """
     replay resolve
     pipeline: draw guidance oom_retry plan text_encoder text_cache networks solver
               events
-    images:   names masks files metadata other_tools a1111 claims formats terminal_preview
+    images:   names masks files metadata other_tools a1111 claims formats
     weights:  fetch lora download model_files single_file hub_cache checkpoint original_names
               lora_choice catalogue layout tensor_cache
     models:   streaming.autoencoder streaming.strip_pipeline streaming.layers fused_dit
@@ -178,7 +178,10 @@ def test_every_verb_is_one_file():
 def test_only_the_top_knows_a_terminal(path):
     """Everything below reports to a `Reporter`, or yields events."""
     name = path.relative_to(ROOT).as_posix()
-    if not name.startswith("sana_cli/commands/") and name not in ("sana_cli/app.py", "sana_cli/ui.py"):
+    if not name.startswith("sana_cli/commands/") and name not in (
+        "sana_cli/app.py",
+        "sana_cli/ui.py",
+    ):
         assert not {other.split(".")[0] for other in imported(path)} & {"rich", "typer", "click"}
 
 

@@ -23,8 +23,8 @@ from sana_cli.errors import UsageError
 from sana_cli.settings import FILES, RUNNING, FileOptions, RunOptions, Seeds, Settings, declared
 
 if TYPE_CHECKING:
+    from sana_cli.commands._preview import TerminalPreview
     from sana_cli.images.names import Output
-    from sana_cli.images.terminal_preview import TerminalPreview
     from sana_cli.pipeline.events import Event, Failure, ImageDone
     from sana_cli.pipeline.plan import Plan
     from sana_cli.recipe import Recipe
@@ -378,7 +378,7 @@ def _save(
 
 def _previewer(console: "Console", json_output: bool) -> "TerminalPreview | None":
     """What shows images in the terminal, if that can be."""
-    from sana_cli.images.terminal_preview import TerminalPreview, fault
+    from sana_cli.commands._preview import TerminalPreview, fault
 
     why_not = "--json is for programs" if json_output else fault(console.rich)
     if why_not:

@@ -155,6 +155,6 @@ def test_without_colour_there_are_no_blocks(quick, environment, tmp_path):
 
 
 def test_it_is_imported_only_when_it_is_asked_for(sana, tmp_path, monkeypatch):
-    monkeypatch.delitem(sys.modules, "sana_cli.images.terminal_preview", raising=False)
+    monkeypatch.delitem(sys.modules, "sana_cli.commands._preview", raising=False)
     assert sana("generate", PROMPT, *FAST, "-o", str(tmp_path / "a.png")).code == 0
-    assert "sana_cli.images.terminal_preview" not in sys.modules
+    assert "sana_cli.commands._preview" not in sys.modules
