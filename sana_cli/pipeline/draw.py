@@ -496,10 +496,8 @@ def preview_steps(first: int, steps: int, count: int) -> set[int]:
     They are evenly spaced; the last step has none, as the image itself follows.
     """
     todo = steps - first
-    return {first + (k + 1) * todo // (count + 1) - 1 for k in range(count)} - {
-        first - 1,
-        steps - 1,
-    }
+    done = {(k + 1) * todo // (count + 1) for k in range(count)}  # of the steps that are run
+    return {first + n - 1 for n in done if 0 < n < todo}
 
 
 def nbytes(network: nn.Module) -> int:
