@@ -177,26 +177,38 @@ class RemoteSession(Session):
         body = self._body(settings) | {"seed": str(recipe.seed), "stream": True, "progress": True}
         with self._answer(body | {"partial_images": previews}, settings) as answer:
             for name, data in self._events(answer):
-                match name.rpartition(".")[2]:
-                    case "error":
-                        error = self._error(data)
-                        if "index" not in data:
-                            raise error
-                        yield Failure(index, error)
-                        return
-                    case "progress":
-                        one = Progress(**data)
-                        done, total = index * one.total + one.done, count * one.total
-                        alone = one.stage == "load"  # once, whatever the images
-                        yield one if alone else replace(one, done=done, total=total)
-                    case "notice":
-                        yield Notice(**data)
-                    case "partial_image":
-                        yield Preview(index, data["step"], data["steps"], pixels_of(data))
-                    case "completed":
-                        yield ImageDone(index, pixels_of(data))
-                        return
+                event = self._event(name, data, index, count)
+                if event is not None:
+                    yield event
+                if isinstance(event, ImageDone | Failure):
+                    return
         raise self._gone()
+
+    def _event(self, name: str, data: Any, index: int, count: int) -> Event | None:
+        """What a server-sent event means for the recipe at `index` of `count`. SanaError if it
+        ends them all."""
+        try:
+            match name.rpartition(".")[2]:
+                case "error":
+                    error = self._error(data)
+                    if "index" not in data:
+                        raise error
+                    return Failure(index, error)
+                case "progress":
+                    one = Progress(**data)
+                    if one.stage == "load":  # once, whatever the images
+                        return one
+                    done, total = index * one.total + one.done, count * one.total
+                    return replace(one, done=done, total=total)
+                case "notice":
+                    return Notice(**data)
+                case "partial_image":
+                    return Preview(index, data["step"], data["steps"], pixels_of(data))
+                case "completed":
+                    return ImageDone(index, pixels_of(data))
+        except (KeyError, TypeError, ValueError, OSError):
+            raise self._stranger() from None
+        return None
 
     def _events(self, answer: "httpx2.Response") -> Iterator[tuple[str, Any]]:
         """The server-sent events of an answer, as far as this server writes them."""

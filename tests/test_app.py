@@ -63,7 +63,8 @@ FILES = sorted([*(ROOT / "sana_cli").rglob("*.py"), *(ROOT / "kernels").glob("*.
 
 
 @pytest.mark.parametrize(
-    "words", [["--help"], ["generate", "--help"], ["bench", "--help"], ["--version"]]
+    "words",
+    [["--help"], ["generate", "--help"], ["bench", "--help"], ["serve", "--help"], ["--version"]],
 )
 def test_help_imports_nothing_heavy(words):
     code = f"""

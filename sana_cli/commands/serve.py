@@ -92,11 +92,19 @@ def serve(
     from sana_cli.session import Session
     from sana_cli.ui import Console
     from sana_cli.units import parse_duration, parse_memory
+    from sana_cli.weights.catalogue import choose_model
 
     console = Console(quiet, verbose, color)
     asked |= dict.fromkeys(apply_defaults(context, console))
     seconds = parse_duration(keep_alive, "--keep-alive")
     running = RunOptions(**{name: asked[name] for name in declared(RunOptions)})
+    from sana_cli.server.security import is_loopback, listen
+
+    # What can be wrong with the call is found before anything heavy is imported.
+    token, made = _token(token_file, needed=not is_loopback(host))
+    if asked["model"] is not None:
+        choose_model(asked["model"], None)
+    listener = listen(host, port)
     session = Session(
         device=running.device,
         memory=parse_memory(running.memory),
@@ -106,16 +114,13 @@ def serve(
     )
     _open(session, asked["model"], console)
 
-    from sana_cli.server.app import create_app, listen, unforeseen
+    from sana_cli.server.app import create_app, unforeseen
     from sana_cli.server.app import serve as run
     from sana_cli.server.jobs import JobQueue
     from sana_cli.server.metrics import Metrics
-    from sana_cli.server.security import is_loopback
     from sana_cli.server.service import Service
 
-    token, made = _token(token_file, needed=not is_loopback(host))
     metrics = Metrics()
-    listener = listen(host, port)
     drawing = JobQueue(
         session,
         most_waiting=queue,

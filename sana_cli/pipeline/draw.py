@@ -119,7 +119,8 @@ class Drawing:
             self.done_with("encoder")
         if self.previews and not self.plan.keep_loaded:
             self.previews = 0
-            yield Notice("no previews: transformer and decoder do not fit in memory together")
+            text = "no previews: transformer and decoder do not fit in memory together"
+            yield Notice(text, warning=True)
         turn = 1 if self.plan.keep_loaded else TURN
         for first in range(0, len(self.recipes), turn):
             indices = range(first, min(first + turn, len(self.recipes)))
@@ -399,7 +400,7 @@ class Drawing:
             if not is_out_of_memory(error):
                 raise
             self.previews = 0
-            yield Notice("no more previews: out of memory")
+            yield Notice("no more previews: out of memory", warning=True)
         else:
             pixels = self.with_kept_pixels(decoded.pixels.numpy(), recipe)
             yield Preview(i, step, recipe.steps, pixels)
@@ -495,10 +496,8 @@ def preview_steps(first: int, steps: int, count: int) -> set[int]:
     They are evenly spaced; the last step has none, as the image itself follows.
     """
     todo = steps - first
-    return {first + (k + 1) * todo // (count + 1) - 1 for k in range(count)} - {
-        first - 1,
-        steps - 1,
-    }
+    done = {(k + 1) * todo // (count + 1) for k in range(count)}  # of the steps that are run
+    return {first + n - 1 for n in done if 0 < n < todo}
 
 
 def nbytes(network: nn.Module) -> int:

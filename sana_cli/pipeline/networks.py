@@ -42,7 +42,7 @@ class Networks:
     @property
     def held_bytes(self) -> int:
         """Bytes of the tensors of all loaded networks."""
-        return sum(loaded.nbytes for loaded in self._loaded.values())
+        return sum(loaded.nbytes for loaded in list(self._loaded.values()))  # as of one moment
 
     @property
     def loaded(self) -> list[NetworkKey]:

@@ -15,7 +15,6 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from sana_cli import __version__
-from sana_cli.errors import UsageError
 from sana_cli.reporter import Reporter
 from sana_cli.server import images_api, page
 from sana_cli.server.access import Access
@@ -121,16 +120,6 @@ class _ToReporter(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self.reporter.warn(self.format(record))
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """Take an address. UsageError if it cannot be had."""
-    try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        return socket.create_server((host, port), family=family, backlog=1024)
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UsageError(f"--host {host} --port {port}: {reason}", "use another --port") from None
 
 
 def serve(

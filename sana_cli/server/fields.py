@@ -150,6 +150,8 @@ def _field(one: Declared) -> tuple[Any, Any]:
         bounds = {"ge": 1, "le": MOST_IMAGES}
     if one.kind is float:
         bounds["allow_inf_nan"] = False
+    if one.repeated:
+        return (tuple[kind, ...] | None, Field(None, description=_help(one)))
     return (Annotated[kind, Field(**bounds)] | None, Field(None, description=_help(one)))
 
 

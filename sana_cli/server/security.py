@@ -4,6 +4,7 @@ import asyncio
 import hmac
 import ipaddress
 import json
+import socket
 from collections.abc import Collection, Mapping
 from urllib.parse import urlsplit
 
@@ -12,6 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from sana_cli.errors import UsageError
 from sana_cli.server.errors import ApiError
 
 LARGEST_DOCUMENT = 1 << 20  # bytes of a body
@@ -120,6 +122,16 @@ def is_address(name: str) -> bool:
 
 def is_loopback(host: str) -> bool:
     return host == "localhost" or (is_address(host) and ipaddress.ip_address(host).is_loopback)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Take an address. UsageError if it cannot be had."""
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family, backlog=1024)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"--host {host} --port {port}: {reason}", "use another --port") from None
 
 
 def too_large(limit: int) -> ApiError:

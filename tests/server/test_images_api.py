@@ -11,7 +11,7 @@ from PIL import Image
 
 from sana_cli.images.metadata import recipe_of
 from sana_cli.server.fields import ALIASES, PROTOCOL, by_name, request_model, uploads
-from sana_cli.settings import FileOptions, RunOptions, Seeds, Settings, declared
+from sana_cli.settings import FileOptions, RunOptions, Seeds, Settings, declared, is_path
 
 PROMPT = "a red circle on a blue background"
 
@@ -175,6 +175,9 @@ def test_quality_is_a_number_of_steps(served, effort, steps):
         ({"image": "/etc/passwd"}, 400, "image", "send it as a file"),
         ({"mask": "/etc/passwd"}, 400, "mask", "alpha"),
         ({"device": "cpu"}, 400, "device", "unknown field"),
+        ({"lora": ["/etc/passwd"]}, 400, "lora", "unknown field"),
+        ({"vae": "/etc"}, 400, "vae", "should be"),
+        ({"controlnet": "/etc"}, 400, "controlnet", "should be"),
         ({"model": "/etc"}, 404, "model", "offers no model"),
         ({"model": "someone/else"}, 404, "model", "offers no model"),
         ({"model": "sana-0.6b-512"}, 404, "model", "sana models pull"),
@@ -194,12 +197,12 @@ def test_what_cannot_be_is_an_error_that_names_the_field(served, fields, status,
 
 def test_every_option_is_a_field_unless_it_is_declared_otherwise():
     fields = request_model().model_fields.keys()
-    assert fields == {"prompt", *by_name(), *ALIASES, *PROTOCOL, "mask"}
+    assert fields == {"prompt", *by_name(), *ALIASES, *PROTOCOL, "mask"}  # which may be "alpha"
     everything = declared(Settings, Seeds, FileOptions, RunOptions)
     for name, one in everything.items():
         if name in by_name():
             assert one.option.http
-            # What names a file of the server is not for strangers; a model is one of a list.
-            assert name == "model" or "FILE" not in (one.option.metavar or "")
-    assert set(uploads()) == {"image", "mask"}
+            # What names a file of the server is not for strangers; these are one of a list each.
+            assert name in ("model", "vae", "controlnet") or not is_path(one)
+    assert set(uploads()) == {"image", "mask", "control"}
     assert not fields & declared(RunOptions).keys()
