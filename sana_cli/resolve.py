@@ -90,7 +90,7 @@ class Inputs(Mapping[str, "np.ndarray"]):
         be read."""
         file = None
         if path not in self._uploads:
-            with contextlib.suppress(OSError):  # reading tells what is wrong
+            with contextlib.suppress(OSError, ValueError):  # reading tells what is wrong
                 state = os.stat(os.path.expanduser(path))
                 file = role, path, state.st_size, state.st_mtime_ns
         if file is not None and file in self._by_file:

@@ -174,12 +174,14 @@ class Settings:
         None,
         metavar="N",
         bounds=(0, 1000),
+        kept=False,  # it means nothing without --pag
         help="Layer whose self-attention --pag perturbs. [dim]default: 8[/dim]",
     )
     pag_adaptive: float | None = option(
         None,
         metavar="RATE",
         bounds=(0, 100),
+        kept=False,
         help="What --pag loses with every timestep below 1000. [dim]default: 0[/dim]",
     )
     instruction: bool | None = option(

@@ -16,8 +16,10 @@ def test_what_is_no_model_is_refused(refused, name):
     refused(2, "a fox", "-m", name, *FAST, hint="hint:")
 
 
-def test_a_file_is_no_model(refused, model):
-    refused(2, "a fox", "-m", str(model / DIT), says=("is a file",), hint="folder")
+def test_a_file_of_another_network_is_no_model(refused, model):
+    refused(
+        1, "a fox", "-m", str(model / DIT), says=("is of no released Sana model",), hint="folder"
+    )
 
 
 def test_an_empty_folder_is_no_model(refused, tmp_path):

@@ -30,6 +30,8 @@ VALUES = {
     "steps": 3,
     "guidance": 2.5,
     "solver": "flow-euler",
+    "pag": 2.0,
+    "vae": "lite",
     "instruction": False,
     "output": "out/",
     "format": "webp",

@@ -108,7 +108,9 @@ def card() -> Iterator[list[Case]]:
         for name, stand_in in CUDA.items():
             stack.enter_context(patch.object(torch.cuda, name, stand_in))
         stack.enter_context(patch.object(nn.Module, "_apply", _apply))
-        stack.enter_context(patch.object(checkpoint, "_tensors", _unread(checkpoint._tensors)))
+        stack.enter_context(
+            patch.object(checkpoint, "read_tensors", _unread(checkpoint.read_tensors))
+        )
         stack.enter_context(fake)
         stack.enter_context(_OneDtype())
         stack.enter_context(_Literals())

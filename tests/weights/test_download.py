@@ -364,6 +364,7 @@ def test_a_cache_without_locks_is_named(laptop, hub, tmp_path):
         "def raising(*args): raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))\n"
         "fcntl.flock = raising\n"
     )
+    laptop.program = Path(sys.executable).with_name("sana")  # a process that reads it
     said = polite(laptop.pull(code=5, PYTHONPATH=str(tmp_path)))
     assert "cannot be locked" in said and os.strerror(errno.ENOLCK) in said
     assert "HF_HOME" in said
@@ -550,14 +551,14 @@ LORA = "pytorch_lora_weights.safetensors"
 FIND = """
 import sys
 from sana_cli.errors import SanaError
-from sana_cli.ui import Talk
+from sana_cli.ui import Console
 from sana_cli.weights.fetch import fetch_lora
 from sana_cli.weights.lora_choice import parse_lora
-talk = Talk(False, False, False)
+console = Console()
 try:
-    print(fetch_lora(parse_lora(sys.argv[1]).place, talk, offline="offline" in sys.argv))
+    print(fetch_lora(parse_lora(sys.argv[1]).place, console, offline="offline" in sys.argv))
 except SanaError as error:
-    talk.error(error)
+    console.error(error)
     sys.exit(error.exit_code)
 """
 
