@@ -30,6 +30,7 @@ VALUES = {
     "steps": 3,
     "guidance": 2.5,
     "solver": "flow-euler",
+    "server": "http://127.0.0.1:7262",
     "pag": 2.0,
     "vae": "lite",
     "instruction": False,
