@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from hypothesis import is_hypothesis_test, settings
+from hypothesis import HealthCheck, is_hypothesis_test, settings
 
 # Last, and so behind everything installed: `training` is not part of the package.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
@@ -30,8 +30,14 @@ for name in [name for name in os.environ if name.startswith("SANA_")]:
 os.environ["SANA_CONFIG"] = f"{tempfile.gettempdir()}/sana-tests-{os.getpid()}/config.toml"
 
 
-settings.register_profile("default", settings(), max_examples=25)
-settings.register_profile("exhaustive", settings(), max_examples=100)
+settings.register_profile(
+    "default",
+    settings(),
+    max_examples=25,
+    deadline=None,  # no test asserts a time
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.register_profile("exhaustive", settings.get_profile("default"), max_examples=100)
 
 
 def is_exhaustive(config: pytest.Config) -> bool:

@@ -107,7 +107,6 @@ def velocity_error(dit: DiT, height: int, width: int, rows=None, lengths=(2, 5),
 # Of networks, an eighth of what the profile draws of texts.
 few_examples = settings(
     max_examples=settings.default.max_examples // 8,
-    deadline=None,
     derandomize=True,
     phases=[Phase.explicit, Phase.generate],
 )

@@ -1,17 +1,15 @@
 """Files that are damaged at random."""
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from faults import CONFIGS, FAST, PARTS
 
 FUZZ = settings(
     max_examples=settings.default.max_examples // 4,
-    deadline=None,
     derandomize=True,
     database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 # Digits and brackets as well, or nearly every damaged file would be no JSON at all.
 BYTES = st.sampled_from(b'0123456789-.eE"[]{},:tfnaIN') | st.integers(0, 255)

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sana_cli.batch.manifest import Ledger, Manifest, read_lines, repair
@@ -89,7 +89,6 @@ STRANGE = st.fixed_dictionaries(
 )
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @example([{"status": "writing", "id": "", "shard": [0], "path": "", "sha256": ""}])
 @example([{"status": "done", "id": "a", "path": "\0", "sha256": ""}])
 @example([{"status": "run", "todo": True, "shard": "0/9"}])

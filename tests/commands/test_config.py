@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import tomlkit
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from typer.main import get_command
@@ -199,7 +199,6 @@ SCALARS = st.one_of(
 )
 
 
-@settings(deadline=None, suppress_health_check=[*HealthCheck])
 @given(
     content=st.one_of(
         st.binary(max_size=60),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from PIL import Image
@@ -33,7 +33,6 @@ def written(folder: Path, name: str, data: bytes) -> str:
 # --- transparency ------------------------------------------------------------------------------
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(arrays.arrays(np.uint8, (3, 5, 4)))
 def test_transparent_pixels_show_white_whatever_they_hide(tmp_path, rgba):
     pixels, notes = read_with_notes(saved(tmp_path, Image.fromarray(rgba), "a.png"))
@@ -210,7 +209,6 @@ def test_nothing_and_a_pipe_are_no_image(tmp_path):
         read(str(tmp_path / "pipe"))
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(st.sampled_from([data for data, _, _ in FOREIGN.values()]) | st.just(b""), st.binary())
 def test_no_bytes_are_too_strange(tmp_path, head, rest):
     try:

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -50,7 +50,6 @@ def test_a_mask_that_repaints_nothing_is_refused(tmp_path):
         read_mask(str(tmp_path / "none.png"))
 
 
-@settings(max_examples=40, deadline=None)
 @given(st.integers(1, 4), st.integers(1, 4), st.data())
 def test_kept_pixels_are_the_input_s_own_and_the_mask_is_all_new(rows, columns, data):
     height, width = rows * CELL, columns * CELL
@@ -117,7 +116,6 @@ def test_a_crop_keeps_the_middle_and_a_pad_keeps_everything():
     assert (pad[20:60] == image).all() and (pad[0] == pad[20]).all()
 
 
-@settings(max_examples=30, deadline=None)
 @given(st.integers(20, 90), st.integers(20, 90), st.integers(1, 3), st.integers(1, 3))
 def test_what_is_put_on_the_canvas_comes_back_in_its_place(width, height, columns, rows):
     """A cross on the native canvas is a cross in the result, wherever the two sizes differ."""

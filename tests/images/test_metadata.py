@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image, ImageFile, PngImagePlugin
 
@@ -91,7 +91,6 @@ def test_every_format_gives_back_the_whole_recipe(tmp_path, format):
 
 
 @pytest.mark.parametrize("format", ["png", "jpeg"])
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(prompt=prompts, negative=prompts | st.just(""))
 def test_any_text_survives_exactly(tmp_path, format, prompt, negative):
     path = save(tmp_path, format, prompt=prompt, negative=negative)
@@ -161,7 +160,6 @@ def test_a1111_reads_what_we_wrote(prompt, negative, model):
     }
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(
     # "\r" at the end of a line is taken for that of a file from Windows.
     prompt=prompts.filter(lambda text: "Negative prompt:" not in text and "\r" not in text),
@@ -321,7 +319,6 @@ json_values = st.recursive(
 )
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(
     recipe=st.dictionaries(st.sampled_from(list(RECIPE.as_dict())) | st.text(), json_values),
     made=json_values,
@@ -338,7 +335,6 @@ def test_any_json_gives_valid_fields_or_one_error(tmp_path, recipe, made):
         str(value).encode()
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(st.lists(texts | traps).map("".join))
 def test_any_parameters_text_gives_valid_fields_or_one_error(tmp_path, text):
     try:
@@ -348,7 +344,6 @@ def test_any_parameters_text_gives_valid_fields_or_one_error(tmp_path, text):
     json.dumps(vars(found), allow_nan=False)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(
     format=st.sampled_from(FORMATS),
     cuts=st.lists(st.tuples(st.floats(0, 1), st.binary(max_size=8)), max_size=4),

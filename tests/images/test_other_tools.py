@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
@@ -526,7 +526,6 @@ NODES = st.fixed_dictionaries(
 )
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(st.dictionaries(st.sampled_from("123456"), NODES | st.none() | st.text(), min_size=1))
 def test_any_graph_gives_valid_fields_or_one_error(tmp_path, nodes):
     try:

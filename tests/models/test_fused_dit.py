@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,7 +17,6 @@ from sana_cli.models.fused_dit import FusedDiT
 PADDED = 300  # tokens that the reference pads a text to
 
 
-@settings(deadline=None)
 @given(st.integers(1, 20), st.integers(1, 9), st.none() | st.integers(1, 24))
 def test_any_grid_whole_or_in_chunks_of_any_height(height, width, rows):
     assert velocity_error(random_dit(), height, width, rows) < 1e-6

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sana_cli.system import disk
@@ -104,7 +104,6 @@ def test_a_temporary_file_that_cannot_be_removed_costs_no_picture(tmp_path, refu
     assert (tmp_path / "a.png").read_bytes() == b"new"
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(
     st.sampled_from(NOT_HERE), st.sampled_from(NOT_HERE), st.sampled_from(NOT_HERE), st.integers(0)
 )

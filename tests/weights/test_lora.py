@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import SanaPipeline, SanaTransformer2DModel
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoKrConfig, LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict
@@ -309,7 +309,6 @@ def test_a_container_is_the_same_update_in_diffusers_form(
     assert describe(file)["container"] == container
 
 
-@settings(max_examples=20, deadline=None)
 @given(
     writer=st.sampled_from(sorted(WRITERS)),
     rank=st.integers(1, 9),
