@@ -159,10 +159,11 @@ class Session:
                 place if isinstance(place, Path) else fetch_lora(place, self.reporter, self.offline)
             )
             lora = read_lora(path)
-            names = fit(lora, files.dit)
+            fit(lora, files.dit)
             if lora.sha256 not in inputs.loras:
-                for text in remarks(lora, files.dit, list(names)):
-                    self.reporter.warn(f"{choice.name}: {text}")
+                names = (resolution.model.name, resolution.model.source)
+                for text in remarks(lora, files.dit, names):
+                    self.reporter.warn(text)
             inputs.loras[lora.sha256] = path
             adapters.append(Adapter(lora.sha256, choice.scale))
         return replace(resolution, adapters=tuple(adapters))

@@ -47,7 +47,7 @@ from sana_cli.recipe import Recipe, adapters_of
 from sana_cli.system.devices import is_out_of_memory, keep_no_heap, peak_bytes
 from sana_cli.weights.checkpoint import load_weights, on_meta
 from sana_cli.weights.layout import Tensors
-from sana_cli.weights.lora import MergedTensors, read_lora
+from sana_cli.weights.lora import MergedTensors, unchanged_lora
 from sana_cli.weights.model_files import ModelFiles
 
 if TYPE_CHECKING:
@@ -324,7 +324,7 @@ class Drawing:
         dit = on_meta(DiT, self.files.dit, part.config)
         weights: Sequence[Path | Tensors] = part.weights
         if adapters := adapters_of(self.recipes[0]):
-            loras = [(read_lora(self.loras[one.sha256]), one.scale) for one in adapters]
+            loras = [(unchanged_lora(self.loras[a.sha256], a.sha256), a.scale) for a in adapters]
             weights = [MergedTensors(part.weights, loras, self.files.dit, dtype)]
         load_weights(dit, weights, dtype)
         fused = FusedDiT(dit, self.controlnet(dtype))

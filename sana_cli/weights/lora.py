@@ -241,6 +241,14 @@ def read_lora(path: Path) -> Lora:
     )
 
 
+def unchanged_lora(path: Path, sha256: str) -> Lora:
+    """The LoRA that was read from a file before; BrokenModel if the file has changed since."""
+    lora = read_lora(path)
+    if lora.sha256 != sha256:
+        raise BrokenModel(f"{path} has changed since it was first read", "start again")
+    return lora
+
+
 def _modules(path: Path, names: list[str]) -> tuple[str, dict[str, dict[str, str]]]:
     """The container, and the names of each module's parameters."""
     for pattern, reason, hint in REFUSED:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import SanaPipeline
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from reference import assert_same_picture, draw, random_pipeline
 from sana_cli import Pipeline
@@ -133,3 +133,13 @@ def test_a_lora_for_another_width_says_which_model_it_was_made_for(loras, sana):
     run = sana("generate", "a fox", "-m", "demo", "--lora", str(loras[0]))
     assert run.code == 2
     assert "288" in run.err and "224" in run.err
+
+
+def test_a_lora_that_names_another_base_is_warned_of(model, loras, sana, tmp_path):
+    """Files name the model that they were trained on; the same one by its name is no warning."""
+    for base, warned in ((model.name, False), ("someone/other", True)):
+        path = tmp_path / "named.safetensors"
+        save_file(load_file(loras[0]), path, {"ss_sd_model_name": base})
+        run = sana("generate", "a fox", "-m", str(model), "--lora", str(path), *CALL, "--dry-run")
+        assert run.code == 0, run.err
+        assert ("named.safetensors says that it was trained on" in run.err) == warned

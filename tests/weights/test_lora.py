@@ -27,6 +27,7 @@ from sana_cli.weights.lora import (
     read_lora,
     remarks,
     transformer_shapes,
+    unchanged_lora,
 )
 from sana_cli.weights.original_names import published_modules
 
@@ -603,6 +604,15 @@ def test_what_is_no_safetensors_file(config, tmp_path):
     (tmp_path / "half.safetensors").write_bytes(whole[: len(whole) // 2])
     assert "not a whole safetensors file" in refusal(tmp_path / "half.safetensors")
     assert "there is no LoRA" in refusal(tmp_path / "absent.safetensors")
+
+
+def test_a_file_that_changes_between_the_recipe_and_the_drawing_is_refused(config, tmp_path):
+    file = lora_for(config, tmp_path / "lora.safetensors")
+    before = read_lora(file)
+    assert unchanged_lora(file, before.sha256) == before
+    lora_for(config, file, [0])
+    with pytest.raises(BrokenModel, match="has changed"):
+        unchanged_lora(file, before.sha256)
 
 
 def test_a_whole_model_is_no_lora(base):
