@@ -141,7 +141,7 @@ def test_warnings_are_python_warnings(tiny_sprint):
         (lambda: Pipeline("demo").generate("a", seed=[1, 2], count=2), UsageError, "--count"),
         (lambda: Pipeline("demo", dtype="half").generate("a"), UsageError, "'half' is not one of"),
         (lambda: Pipeline("demo", device="abacus").generate("a"), UsageError, "'abacus'"),
-        (lambda: Pipeline("demo").generate("a", image="a.png"), UsageError, "cannot start from"),
+        (lambda: Pipeline("demo").generate("a", image="a.png"), UsageError, "cannot be read"),
         (lambda: Pipeline("a/b", offline=True).generate("a"), MissingModel, "not on this machine"),
         (lambda: Pipeline("demo").generate("a", stpes=3), TypeError, "stpes"),
         (lambda: Pipeline("demo", devise="cpu"), TypeError, "devise"),
