@@ -9,6 +9,7 @@ import click
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
 from typer.main import get_command
 
 from sana_cli.app import app
@@ -67,6 +68,10 @@ def folder(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SANA_CONFIG", str(tmp_path / "config.toml"))
     Image.new("RGB", (512, 512), "teal").save("fox.jpg")
+    Image.new("RGB", (1024, 1024)).save("edges.png")
+    to_q = "transformer.transformer_blocks.0.attn1.to_q"
+    factors = {"A": np.ones((4, 1152), "f4"), "B": np.ones((1152, 4), "f4")}
+    save_file({f"{to_q}.lora_{k}.weight": v for k, v in factors.items()}, "style.safetensors")
     mask = Image.new("L", (512, 512))
     mask.paste(255, (64, 64, 192, 192))
     mask.save("mask.png")
