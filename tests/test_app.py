@@ -21,10 +21,10 @@ HEAVY = ("torch", "transformers", "diffusers", "numpy", "PIL", "huggingface_hub"
 # two files each, X and X_triton, which name each other.
 ORDER = """
     __main__ app
-    commands: serve bench batch generate doctor models info config _bench_tables _options
-              _completion _defaults
+    commands: serve bench batch generate doctor models info config _bench_tables _session
+              _options _completion _defaults
     ui
-    server:   app images_api page jobs fields gallery security metrics errors
+    server:   app access page images_api service metrics jobs fields gallery security errors
     api
     batch:    run runner jobs manifest rows templates shards events
     bench:    run baseline competitor phases roofline random_weights
