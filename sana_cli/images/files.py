@@ -143,12 +143,14 @@ def check_upload(data: bytes, name: str) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with opened("", data) as image:
-                width, height = image.size
+                pixels = image.width * image.height
+    except Image.DecompressionBombError:  # Pillow's own limit
+        pixels = UPLOAD_PIXELS + 1
     except Exception:  # a damaged file can make any of the parsers raise anything
-        formats = ", ".join(UPLOADS)
-        raise UsageError(f"{name} cannot be read", f"send one of {formats}") from None
-    if width * height > UPLOAD_PIXELS:
-        text = f"{name} has {width}x{height} pixels, more than {UPLOAD_PIXELS // 10**6} million"
+        text = f"{name} cannot be read"
+        raise UsageError(text, f"send one of {', '.join(UPLOADS)}") from None
+    if pixels > UPLOAD_PIXELS:
+        text = f"{name} has more than {UPLOAD_PIXELS // 10**6} million pixels"
         raise UsageError(text, "make it smaller")
 
 

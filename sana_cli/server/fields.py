@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
 
 from sana_cli.errors import UsageError
 from sana_cli.images.names import check_quality
@@ -150,9 +150,18 @@ def _field(one: Declared) -> tuple[Any, Any]:
         bounds = {"ge": 1, "le": MOST_IMAGES}
     if one.kind is float:
         bounds["allow_inf_nan"] = False
+    if kind in (int, float):
+        kind = Annotated[kind, BeforeValidator(_no_switch)]
     if one.repeated:
         return (tuple[kind, ...] | None, Field(None, description=_help(one)))
     return (Annotated[kind, Field(**bounds)] | None, Field(None, description=_help(one)))
+
+
+def _no_switch(value: Any) -> Any:
+    """Refuse true and false as numbers, which Python takes for 1 and 0."""
+    if isinstance(value, bool):
+        raise ValueError("a number is wanted")
+    return value
 
 
 def _help(one: Declared) -> str:

@@ -106,12 +106,12 @@ def picture(format: str) -> bytes:
 @pytest.mark.parametrize(
     ("files", "status", "says"),
     [
-        ({"image": bomb()}, 400, "20000x20000 pixels"),
+        ({"image": bomb()}, 400, "more than 40 million pixels"),
         ({"image": b""}, 400, "cannot be read"),
         ({"image": b"GIF89a"}, 400, "cannot be read"),
         ({"image": picture("TIFF")}, 400, "send one of PNG"),
-        ({"image": picture("PNG")[:100]}, 400, "cannot be read"),
-        ({"image": picture("PNG"), "mask": bomb()}, 400, "20000x20000 pixels"),
+        ({"image": picture("PNG")[:60]}, 400, "cannot be read"),
+        ({"image": picture("PNG"), "mask": bomb()}, 400, "more than 40 million pixels"),
         ({"image": picture("PNG"), "mask": picture("PNG")}, 400, "repaints nothing"),
         ({"image": picture("PNG"), "lora": b"x"}, 400, "no image is taken as 'lora'"),
         ({"image": ("../../etc/passwd\r\n\x1b[31m", b"x")}, 400, "cannot be read"),
@@ -270,7 +270,10 @@ def test_slow_headers_are_hung_up_on(patient):
 def test_slow_second_headers_are_hung_up_on(patient):
     with socket.create_connection(patient, timeout=60) as connection:
         connection.sendall(b"GET /read HTTP/1.1\r\nHost: localhost\r\n\r\n")
-        assert connection.recv(1000).startswith(b"HTTP/1.1 200")
+        answer = b""
+        while not answer.endswith(b"0\r\n\r\n"):
+            answer += connection.recv(1000)
+        assert answer.startswith(b"HTTP/1.1 200")
         connection.sendall(b"GET /read HTTP/1.1\r\nX-")
         assert connection.recv(1000) == b""
 
