@@ -8,7 +8,7 @@ from typing import Any
 from sana_cli.errors import UsageError
 
 SEED_LIMIT = 2**32  # as other tools that read these files store it
-MOST_IMAGES = 100_000
+MAX_IMAGES = 100_000
 
 
 @dataclass(frozen=True)
@@ -77,11 +77,11 @@ def adapters_of(recipe: Recipe) -> tuple[Adapter, ...]:
 
 def parse_seeds(text: str | None, count: int | None) -> list[int]:
     """`7` (and the count-1 after it), `1,5,9`, `1..8`, or None for a random one."""
-    highest = SEED_LIMIT - MOST_IMAGES  # leaves room for the seeds after a random one
+    highest = SEED_LIMIT - MAX_IMAGES  # leaves room for the seeds after a random one
     seeds = _parse_seed_list(text) if text is not None else [random.randrange(highest)]
     if count is not None:
-        if count < 1 or count > MOST_IMAGES:
-            raise UsageError(f"--count {count} is not between 1 and {MOST_IMAGES}")
+        if count < 1 or count > MAX_IMAGES:
+            raise UsageError(f"--count {count} is not between 1 and {MAX_IMAGES}")
         if len(seeds) > 1:
             raise UsageError("--count cannot be used with several seeds", "leave one of them out")
         seeds = [seeds[0] + i for i in range(count)]
@@ -95,8 +95,8 @@ def _parse_seed_list(text: str) -> list[int]:
     span = re.fullmatch(r"(\d{1,20})\.\.(\d{1,20})", words)
     if span:
         first, last = int(span[1]), int(span[2])
-        if last < first or last - first >= MOST_IMAGES:
-            raise UsageError(f"--seed {text!r} is not a range of 1 to {MOST_IMAGES} seeds")
+        if last < first or last - first >= MAX_IMAGES:
+            raise UsageError(f"--seed {text!r} is not a range of 1 to {MAX_IMAGES} seeds")
         return list(range(first, last + 1))
     if not re.fullmatch(r"\d{1,20}(,\d{1,20})*", words):
         raise UsageError(

@@ -5,7 +5,7 @@ import re
 from sana_cli.errors import UsageError
 
 UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "ki": 2**10, "mi": 2**20, "gi": 2**30}
-LEAST_MEMORY = 50_000_000
+MIN_MEMORY = 50_000_000
 
 
 def gigabytes(count: int) -> str:
@@ -23,7 +23,7 @@ def parse_memory(text: str) -> int | None:
     if match is None or unit is None:
         raise UsageError(f"--memory {text!r} is not an amount of memory", "write it as 6GB")
     count = int(float(match[1]) * unit)
-    if count < LEAST_MEMORY:
+    if count < MIN_MEMORY:
         raise UsageError(f"--memory {text!r} is too little for any model", "write it as 6GB")
     return count
 

@@ -19,9 +19,9 @@ GRID = 96  # side of the square that outlines are compared in; the shape's area 
 # Intersection over union below which a patch is no shape at all. Chosen by eye on drawings of the
 # bundled model: from here up every star, ring and cross is plainly one (thin shapes lose overlap
 # fast), below there are circles with tails.
-LEAST_OVERLAP = 0.75
-LEAST_AREA = 0.012  # of the picture, for a patch to count as an object
-LEAST_COVER = 0.9  # of a background's pixels that must have its colour
+MIN_OVERLAP = 0.75
+MIN_AREA = 0.012  # of the picture, for a patch to count as an object
+MIN_COVER = 0.9  # of a background's pixels that must have its colour
 FAR_COLOUR = 60.0  # a patch's mean may be this far (in RGB) from the named colour
 
 
@@ -69,7 +69,7 @@ def _background(scene: Scene, names: np.ndarray, pixels: np.ndarray) -> bool:
         margin = height // 12
         areas = [frame & (middle < -margin), frame & (middle > margin)]
     return all(
-        (names[area] == NAMES.index(colour)).mean() >= LEAST_COVER
+        (names[area] == NAMES.index(colour)).mean() >= MIN_COVER
         and _is_colour(colour, area & (names == NAMES.index(colour)), pixels)
         for area, colour in zip(areas, scene.background, strict=True)
     )
@@ -87,7 +87,7 @@ def _components(colour: str, names: np.ndarray) -> list[np.ndarray]:
     labels, count = ndimage.label(names == NAMES.index(colour))
     sizes = ndimage.sum_labels(np.ones_like(names), labels, range(1, count + 1))
     order = np.argsort(-np.asarray(sizes))
-    return [labels == i + 1 for i in order if sizes[i] >= LEAST_AREA * names.size]
+    return [labels == i + 1 for i in order if sizes[i] >= MIN_AREA * names.size]
 
 
 def _patch(thing: Object, scene: Scene, names: np.ndarray) -> np.ndarray | None:
@@ -142,7 +142,7 @@ def shape_of(patch: np.ndarray) -> str | None:
         for shape, template in _templates().items()
     }
     best = max(overlap, key=lambda shape: overlap[shape])
-    return best if overlap[best] >= LEAST_OVERLAP else None
+    return best if overlap[best] >= MIN_OVERLAP else None
 
 
 def _normalised(patch: np.ndarray) -> np.ndarray:
@@ -178,4 +178,4 @@ def _nothing_else(scene: Scene, names: np.ndarray, found: list[np.ndarray]) -> b
         stray &= np.abs(middle) > names.shape[scene.axis] // 16
     labels, count = ndimage.label(ndimage.binary_opening(stray, iterations=2))
     sizes = ndimage.sum_labels(np.ones_like(names), labels, range(1, count + 1))
-    return not np.any(np.asarray(sizes) >= LEAST_AREA * names.size)
+    return not np.any(np.asarray(sizes) >= MIN_AREA * names.size)

@@ -21,7 +21,7 @@ from sana_cli.batch.rows import Fault, Row, RowOrFault
 from sana_cli.batch.templates import alternatives, columns_of, fill
 from sana_cli.errors import SanaError, UsageError
 from sana_cli.images.names import Output, check_size, parse_job_name
-from sana_cli.recipe import MOST_IMAGES, SEED_LIMIT, Recipe, parse_seeds
+from sana_cli.recipe import MAX_IMAGES, SEED_LIMIT, Recipe, parse_seeds
 from sana_cli.resolve import Inputs, Resolution, resolve
 from sana_cli.settings import Settings
 from sana_cli.weights.catalogue import Component, Model
@@ -100,8 +100,8 @@ class RowReader:
         count = given.pop("count")
         seed = given.pop("seed")
         given.pop("output", None)
-        if seed is None and count is not None and not 1 <= count <= MOST_IMAGES:
-            raise UsageError(f"--count {count} is not between 1 and {MOST_IMAGES}")
+        if seed is None and count is not None and not 1 <= count <= MAX_IMAGES:
+            raise UsageError(f"--count {count} is not between 1 and {MAX_IMAGES}")
         seeds = parse_seeds(seed, count) if seed is not None else None
         for prompt in self._prompts(row):
             resolution = self.resolve(Settings(**given | {"prompt": prompt}), self.inputs)
@@ -183,10 +183,10 @@ class JobBuilder:
             del what[part]
         asked = spec.resolution.settings
         precision = {"dtype": asked.dtype, "text_precision": asked.text_precision}
-        start = int(_hash(what)[:8], 16) % (SEED_LIMIT - MOST_IMAGES)
+        start = int(_hash(what)[:8], 16) % (SEED_LIMIT - MAX_IMAGES)
         count = spec.count if spec.seeds is None else len(spec.seeds)
-        if self.count + count > MOST_IMAGES:
-            raise UsageError(f"there are more than {MOST_IMAGES} jobs", "split the file")
+        if self.count + count > MAX_IMAGES:
+            raise UsageError(f"there are more than {MAX_IMAGES} jobs", "split the file")
         for i in range(count):
             seed = None if spec.seeds is None else spec.seeds[i]
             alike = _hash(what | precision | {"seed": seed})

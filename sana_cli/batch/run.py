@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     BatchEvent: TypeAlias = "Planned | RowError | JobError | Waiting | Summary | RunEvent"
     Jobs: TypeAlias = Generator[BatchEvent, None, list[Job]]
 
-MOST_SHOWN = 10  # faults
+MAX_SHOWN = 10  # faults
 
 
 @dataclass(frozen=True)
@@ -234,9 +234,9 @@ class Batch:
         if len(faults) == 1:
             yield (found := self._row_error(first, "raised"))
             raise found.error
-        for fault in sorted(faults, key=lambda fault: fault.row)[:MOST_SHOWN]:
+        for fault in sorted(faults, key=lambda fault: fault.row)[:MAX_SHOWN]:
             yield self._row_error(fault, "listed")
-        more = f", the first {MOST_SHOWN} of them above" if len(faults) > MOST_SHOWN else ""
+        more = f", the first {MAX_SHOWN} of them above" if len(faults) > MAX_SHOWN else ""
         spread = f" in {len(faults)} places" if len(faults) > len(places) else ""
         raise UsageError(f"{self.source} has {counted(len(places), 'row')} at fault{spread}{more}")
 

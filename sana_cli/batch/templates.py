@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from itertools import product
 
 from sana_cli.errors import UsageError
-from sana_cli.recipe import MOST_IMAGES
+from sana_cli.recipe import MAX_IMAGES
 
 TOKEN = re.compile(r"\\[{|}\\]|\{[^{|}\\]*\}|.", re.DOTALL)
 ESCAPE = re.compile(r"\\([{|}\\])")
@@ -79,8 +79,8 @@ def _sequence(text: str, at: int, nested: bool) -> tuple[list[str], int]:
     size = 1
     for choices in parts:
         size *= len(choices)
-    if size > MOST_IMAGES:
-        raise ValueError(f"has more than {MOST_IMAGES} combinations")
+    if size > MAX_IMAGES:
+        raise ValueError(f"has more than {MAX_IMAGES} combinations")
     return ["".join(choice) for choice in product(*parts)], at
 
 

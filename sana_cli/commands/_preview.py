@@ -20,9 +20,9 @@ from rich.style import Style
 
 from sana_cli.system.inventory import picture_protocol
 
-MOST_COLUMNS = 60
+MAX_COLUMNS = 60
 LINES_BESIDE = 4  # of the terminal's height: what was said of the picture stays in sight
-MOST_PIXELS = 1024  # a side, of what is sent
+MAX_PIXELS = 1024  # a side, of what is sent
 KITTY_CHUNK = 4096  # bytes
 
 
@@ -61,7 +61,7 @@ class TerminalPreview:
         image = Image.fromarray(pixels)
         # Cells are about twice as high as they are wide.
         room = max(console.height - LINES_BESIDE, 1)
-        columns = max(min(console.width, MOST_COLUMNS, 2 * room * image.width // image.height), 1)
+        columns = max(min(console.width, MAX_COLUMNS, 2 * room * image.width // image.height), 1)
         lines = max(columns * image.height // (2 * image.width), 1)
         if self._lines:
             console.file.write(f"\r\033[{self._lines}A")
@@ -69,7 +69,7 @@ class TerminalPreview:
         if protocol is None:
             console.print(_blocks(image.resize((columns, 2 * lines))), end="")
             return lines
-        image.thumbnail((MOST_PIXELS, MOST_PIXELS))
+        image.thumbnail((MAX_PIXELS, MAX_PIXELS))
         file = io.BytesIO()
         image.save(file, "PNG")
         codes = _kitty if protocol == "kitty" else _iterm2

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from sana_cli.ui import BatchBar, Console
 
 JOBS = "Jobs"  # panel of --help
-MOST_SHOWN = 10  # faults
+MAX_SHOWN = 10  # faults
 
 
 class RowFormat(StrEnum):
@@ -430,10 +430,10 @@ def _print_status(document: dict[str, Any], color: bool) -> None:
             console.print(f"running: process {row['pid']} on {row['host']}", markup=False)
     if document["resubmit"]:
         console.print(f"shards to run: {', '.join(document['resubmit'])}", markup=False)
-    for line in document["failures"][:MOST_SHOWN]:
+    for line in document["failures"][:MAX_SHOWN]:
         console.print(f"row {line.get('row')}: {line.get('error')}", markup=False)
-    if len(document["failures"]) > MOST_SHOWN:
-        console.print(f"and {len(document['failures']) - MOST_SHOWN} more failures")
+    if len(document["failures"]) > MAX_SHOWN:
+        console.print(f"and {len(document['failures']) - MAX_SHOWN} more failures")
 
 
 def _row_format(file: str, asked: RowFormat | None) -> str:

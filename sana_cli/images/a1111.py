@@ -25,7 +25,7 @@ KNOWN = frozenset(
 )
 FEWEST_KNOWN, FEWEST_PAIRS = 2, 3
 LONGEST = 200_000  # characters of settings
-MOST_TRIED = 5  # places inside lines where they may begin, and values that may be JSON
+MAX_TRIED = 5  # places inside lines where they may begin, and values that may be JSON
 
 NAME = re.compile(r"(\w[\w \-/.+']{1,63}):[ \t]*")
 STRING = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
@@ -119,7 +119,7 @@ def _settings(text: str) -> int | None:
     for start in reversed(starts):
         if _are_settings(text, start):
             return start
-    for match in list(STEPS.finditer(text))[: -MOST_TRIED - 1 : -1]:
+    for match in list(STEPS.finditer(text))[: -MAX_TRIED - 1 : -1]:
         if _are_settings(text, match.start()):
             return match.start()
     return None
@@ -187,7 +187,7 @@ class _Scan:
         if text.startswith('"', at) and (string := STRING.match(text, at)):
             if self.end.match(text, string.end()):
                 return string.end()
-        elif text.startswith(("[", "{"), at) and self.failed < MOST_TRIED:
+        elif text.startswith(("[", "{"), at) and self.failed < MAX_TRIED:
             try:
                 end = json.JSONDecoder().raw_decode(text, at)[1]
             except (ValueError, RecursionError):

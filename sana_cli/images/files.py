@@ -18,7 +18,7 @@ from sana_cli.system import disk
 FORMATS = {"png": ".png", "jpeg": ".jpg", "webp": ".webp", "avif": ".avif"}
 SUFFIXES = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp", ".avif": "avif"}
 LARGEST_SIDE = {"jpeg": 65500, "webp": 16383, "avif": 65535}  # pixels; PNG takes any
-MOST_PIXELS = 1 << 27  # of an input image: 400 MB as RGB; phones take up to 108 million
+MAX_PIXELS = 1 << 27  # of an input image: 400 MB as RGB; phones take up to 108 million
 NEW_SUBFILE_TYPE = 254  # of a TIFF: its lowest bit marks a page that is a preview of another
 DEFAULT_QUALITY = {"jpeg": 92, "webp": 90, "avif": 80}
 
@@ -75,7 +75,7 @@ def read_with_notes(path: str, data: bytes | None = None) -> tuple[np.ndarray, l
 def _refuse(image: Image.Image, shown: str) -> None:
     """UsageError for an image whose header tells that its pixels are not to be had."""
     width, height = image.size
-    if width * height > MOST_PIXELS:
+    if width * height > MAX_PIXELS:
         raise _too_large(shown, f"{width}x{height} pixels")
     if image.mode in ("I", "F"):
         raise UsageError(
@@ -92,7 +92,7 @@ def _refuse(image: Image.Image, shown: str) -> None:
 
 def _too_large(shown: str, what: str) -> UsageError:
     return UsageError(
-        f"--image {shown} has {what}; at most {MOST_PIXELS / 1e6:.0f} million are read",
+        f"--image {shown} has {what}; at most {MAX_PIXELS / 1e6:.0f} million are read",
         "shrink it first: 4096 pixels a side are as many as any model draws",
     )
 

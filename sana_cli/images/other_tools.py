@@ -41,7 +41,7 @@ A1111_FIELDS = {
     **{"Size": "size", "Model": "model"},
     **{"Flow shift": "flow_shift", "Denoising strength": "strength"},  # where they are ours
 }
-MOST_NODES = 10_000
+MAX_NODES = 10_000
 LONGEST_PATH = 50  # links between nodes
 
 
@@ -212,7 +212,7 @@ def _comfy(texts: Texts) -> Claims | None:
     ]
     for graph in graphs:
         nodes = {key: node for key, node in graph.items() if isinstance(node, dict)}
-        if len(nodes) <= MOST_NODES and any("class_type" in node for node in nodes.values()):
+        if len(nodes) <= MAX_NODES and any("class_type" in node for node in nodes.values()):
             return Claims("ComfyUI", _Graph(nodes).settings())
     screens = [*_documents(texts, "workflow"), *_behind_words(texts, "workflow")]
     return Claims("ComfyUI") if any("nodes" in screen for screen in screens) else None

@@ -26,7 +26,7 @@ LONGEST_PROMPT = 300  # tokens
 LONGEST_TEXT = 507  # with the instruction
 # To launch a strip's kernels takes a GPU's driver the same time however large the strip is.
 GPU_STRIP_BYTES = 4 * STRIP_BYTES
-LEAST_STRIP = STRIP_BYTES >> 10
+MIN_STRIP = STRIP_BYTES >> 10
 TALLEST_CHUNK = 32  # rows of the latent grid
 KEPT_FREE = 0.1  # of a device's memory, for what its libraries take beside the tensors
 ROOMY = 0.5  # of the memory: what surely needs less is not rehearsed, as that takes a second
@@ -83,7 +83,7 @@ class Plan:
                 rows //= 2
                 yield (plan := replace(plan, row_chunk=rows))
         if stage in ("image", "decode"):
-            while plan.strip_bytes // 4 >= LEAST_STRIP:
+            while plan.strip_bytes // 4 >= MIN_STRIP:
                 plan = replace(plan, strip_bytes=plan.strip_bytes // 4, keep_loaded=False)
                 yield plan
         if plan.device != "cpu":
