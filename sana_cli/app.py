@@ -17,7 +17,7 @@ from sana_cli.commands import batch, bench, config, doctor, generate, info, mode
 from sana_cli.commands._defaults import Defaults, origins
 from sana_cli.errors import DiskFull, NotEnoughMemory, SanaError, UsageError
 from sana_cli.system.devices import is_out_of_memory
-from sana_cli.system.signals import leaving_at_once
+from sana_cli.system.signals import exit_at_once
 
 GENERATE = 'to draw: sana generate "a red fox"; sana --help lists the commands'
 DASHED = 'before a prompt that begins with a dash put --: sana generate -- "-a red fox"'
@@ -78,7 +78,7 @@ def main() -> None:
     _print_whatever_comes()
     found: dict[str, Any] = {}  # what the call turns out to stand on
     try:
-        with leaving_at_once():
+        with exit_at_once():
             code = app(standalone_mode=False, obj=found)
     except KeyboardInterrupt:
         code = 130

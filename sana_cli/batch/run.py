@@ -19,7 +19,7 @@ from sana_cli.images.names import check_quality
 from sana_cli.resolve import Resolution
 from sana_cli.session import Session
 from sana_cli.settings import FileOptions
-from sana_cli.system.signals import Asked
+from sana_cli.system.signals import StopRequest
 from sana_cli.units import counted
 from sana_cli.weights.catalogue import Component, Model
 
@@ -130,7 +130,7 @@ class Batch:
         yield Planned(jobs, todo, states.count("done"), states.count("failed"))
 
     def run(
-        self, rounds: Iterable[list[RowOrFault]], asked: Asked
+        self, rounds: Iterable[list[RowOrFault]], asked: StopRequest
     ) -> "Generator[BatchEvent, None, None]":
         """Draw everything there is to draw; the last event is the summary.
 
@@ -288,7 +288,7 @@ class Batch:
         yield Planned(jobs, len(todo), there, failed)
         return todo
 
-    def _draw(self, jobs: list[Job], asked: Asked) -> "Iterator[BatchEvent]":
+    def _draw(self, jobs: list[Job], asked: StopRequest) -> "Iterator[BatchEvent]":
         if not jobs:
             return
         from sana_cli.batch.runner import Failed, Saved
@@ -312,7 +312,7 @@ class Batch:
                 text = "stopping after this image; press Ctrl-C again to stop at once"
                 self.session.reporter.info(text)
 
-    def _runner(self, asked: Asked) -> "Runner":
+    def _runner(self, asked: StopRequest) -> "Runner":
         from sana_cli.batch.runner import Runner
 
         assert self.manifest is not None

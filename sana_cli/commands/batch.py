@@ -180,7 +180,7 @@ def run(
     from sana_cli.batch.shards import parse_shard
     from sana_cli.images.names import parse_batch_output
     from sana_cli.settings import check_text
-    from sana_cli.system.signals import leaving_when_asked_twice
+    from sana_cli.system.signals import exit_on_second_signal
     from sana_cli.ui import Console
 
     # What can be wrong with the call or a row is found before anything heavy is imported.
@@ -205,7 +205,7 @@ def run(
 
     rows = [] if file == "-" else list(parse(read_file(file), kind, reader.used, note))
     with ExitStack() as stack:
-        asked_to_stop = stack.enter_context(leaving_when_asked_twice())
+        asked_to_stop = stack.enter_context(exit_on_second_signal())
         rounds: Iterable[list[RowOrFault]] = [rows] if rows else []
         if file == "-":
             pipe = Pipe(0, kind, reader.used, note)

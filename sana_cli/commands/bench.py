@@ -136,7 +136,7 @@ def bench(
 
     before = read_baseline(baseline) if baseline is not None else None
 
-    from sana_cli.system.signals import leaving_in_order
+    from sana_cli.system.signals import exit_by_exception
 
     session = Session(
         device=asked["device"],
@@ -147,7 +147,7 @@ def bench(
         reporter=console,
     )
     with (
-        leaving_in_order(),
+        exit_by_exception(),
         TemporaryDirectory(prefix="sana-bench-") as folder,
         StageBars(console, ("runs", "denoise", "pairs")) as bars,
     ):

@@ -91,7 +91,7 @@ class Metadata:
 
 
 @dataclass
-class Found:
+class ImageMetadata:
     """What a file says of itself, checked field by field: nothing in it was trusted."""
 
     path: str
@@ -117,7 +117,7 @@ def recipe_of(path: str) -> tuple[dict[str, Any], list[str]]:
     return found.recipe, found.notes
 
 
-def read(path: str) -> Found:
+def read(path: str) -> ImageMetadata:
     """The texts of a PNG, JPEG, WebP or AVIF file, of any size: no pixel is decoded.
 
     UsageError for a file that is no such image, SanaError for one that no tool has written its
@@ -150,7 +150,7 @@ def read(path: str) -> Found:
     return found
 
 
-def _texts(path: str, shown: str) -> tuple[Found, Texts]:
+def _texts(path: str, shown: str) -> tuple[ImageMetadata, Texts]:
     """The file's facts, and every text in it by its PNG keyword or EXIF tag."""
     try:
         place = os.path.expanduser(path)
@@ -161,7 +161,7 @@ def _texts(path: str, shown: str) -> tuple[Found, Texts]:
             file.seek(0)
             with _of_any_size(), Image.open(file, formats=READ) as image:
                 kind = (image.format or "").lower().replace("mpo", "jpeg")
-                found = Found(path, kind, *image.size)
+                found = ImageMetadata(path, kind, *image.size)
                 info = image.info.items()
                 texts = {str(key): [str(text)] for key, text in info if isinstance(text, str)}
                 for key in ("comment", "xmp"):
@@ -233,7 +233,7 @@ def _decoded(comment: bytes) -> list[str]:
     return texts
 
 
-def _read_own(text: str, found: Found) -> None:
+def _read_own(text: str, found: ImageMetadata) -> None:
     """Fill `found` from our JSON; ValueError or RecursionError where it is none."""
     document = json.loads(text, parse_constant=str)
     if not isinstance(document, dict) or not isinstance(document.get("recipe"), dict):
@@ -253,7 +253,7 @@ def _read_own(text: str, found: Found) -> None:
     found.recipe, found.not_understood = recipe, unknown
 
 
-def _read_claims(claims: Claims, found: Found) -> None:
+def _read_claims(claims: Claims, found: ImageMetadata) -> None:
     found.tool = claims.tool
     found.source = "a1111" if claims.is_a1111 else "other"
     ours = (claims.tool or "").startswith("sana ")
@@ -263,7 +263,7 @@ def _read_claims(claims: Claims, found: Found) -> None:
     found.recipe, found.not_understood = claims.accepted(ours)
 
 
-def _note(found: Found) -> None:
+def _note(found: ImageMetadata) -> None:
     """Say what the recipe lacks and what of the text was left out."""
     recipe = found.recipe
     if found.source == "sana":
@@ -288,7 +288,7 @@ def _note(found: Found) -> None:
         )
 
 
-def _tool_name(found: Found) -> str:
+def _tool_name(found: ImageMetadata) -> str:
     return _brief(found.tool or "another tool", 40)
 
 

@@ -13,7 +13,7 @@ from sana_cli.errors import BrokenModel
 from sana_cli.models.gemma import KeysValues
 from sana_cli.system.devices import full_name
 from sana_cli.weights.layout import Parts
-from sana_cli.weights.tensor_cache import Store, identity
+from sana_cli.weights.tensor_cache import TensorCache, identity
 
 LIMIT = 256 * 2**20  # bytes: about 2,000 prompts of Gemma-2-2B
 INT8_LIMIT = 8 * 2**30  # bytes of quantised layers: four of Gemma-2-2B
@@ -45,14 +45,14 @@ class TextCache:
             whole = identity([encoder.config, *encoder.files, tokenizer_file(parts)])
         except OSError as error:
             raise BrokenModel(f"{error.filename} cannot be read: {error.strerror}") from None
-        self.texts = Store(folder / "text", LIMIT, [*facts, whole])
-        self.layers: Store | None = None
+        self.texts = TensorCache(folder / "text", LIMIT, [*facts, whole])
+        self.layers: TensorCache | None = None
         if precision == "int8":
             # What is quantised depends on the weights alone, and serves every device.
             library = version("bitsandbytes")
             self.texts.facts.append(library)
             facts = [library, identity(encoder.files)]
-            self.layers = Store(folder / "int8", INT8_LIMIT, facts, checked=False)
+            self.layers = TensorCache(folder / "int8", INT8_LIMIT, facts, checked=False)
         self.device = device
 
     def faults(self) -> list[str]:

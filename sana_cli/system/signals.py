@@ -13,14 +13,14 @@ CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 
 @contextmanager
-def leaving_at_once() -> Iterator[None]:
+def exit_at_once() -> Iterator[None]:
     """Exit without unwinding: an exception inside a library's start-up can abort the process."""
     with _handling(_leave):
         yield
 
 
 @contextmanager
-def leaving_in_order() -> Iterator[None]:
+def exit_by_exception() -> Iterator[None]:
     """Exit through exceptions, so that half-written files are removed on the way.
 
     Only in the command: a program that uses the package has its own ways, which stay.
@@ -30,7 +30,7 @@ def leaving_in_order() -> Iterator[None]:
         yield
 
 
-class Asked:
+class StopRequest:
     """The exit code of the first signal, once it has come."""
 
     code: int | None = None
@@ -40,9 +40,9 @@ class Asked:
 
 
 @contextmanager
-def leaving_when_asked_twice() -> Iterator[Asked]:
+def exit_on_second_signal() -> Iterator[StopRequest]:
     """Note the first signal, for a loop that looks at it; leave in order at the second."""
-    asked = Asked()
+    asked = StopRequest()
 
     def note(number: int, frame: FrameType | None) -> None:
         if asked:
