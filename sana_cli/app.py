@@ -75,7 +75,7 @@ def root(
 
 def main() -> None:
     _open_closed_streams()
-    _print_whatever_comes()
+    _configure_streams()
     found: dict[str, Any] = {}  # what the call turns out to stand on
     try:
         with exit_at_once():
@@ -103,7 +103,7 @@ def _open_closed_streams() -> None:
             setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115
 
 
-def _print_whatever_comes() -> None:
+def _configure_streams() -> None:
     """Let no character of a path end a call, and no width of zero swallow what is said.
 
     What stdout's code page lacks is printed as a question mark; in UTF-8 a file name that is not
@@ -144,7 +144,7 @@ def _report(error: Exception, found: dict[str, Any]) -> int:
     elif isinstance(error, UsageError) and error.message.startswith("no PROMPT"):
         error = UsageError(error.message, DASHED if _is_dashed_prompt("") else error.hint)
     if not isinstance(error, SanaError):
-        error = _unforeseen(error, verbose)
+        error = _unexpected(error, verbose)
     if isinstance(error, UsageError):
         error = _with_origin(error, found)
     Console(color=color and "--no-color" not in sys.argv).error(error)
@@ -175,7 +175,7 @@ def _help_of(context: typer.Context | None) -> str:
     return f"{context.command_path if context else 'sana'} --help shows every option"
 
 
-def _unforeseen(error: Exception, verbose: bool) -> SanaError:
+def _unexpected(error: Exception, verbose: bool) -> SanaError:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return DiskFull("no space left to write the result", "free some, or write elsewhere")
     if isinstance(error, MemoryError) or ("torch" in sys.modules and is_out_of_memory(error)):

@@ -88,7 +88,7 @@ class Console:
             self.rich.print(f"[bold]hint:[/bold] {escape(error.hint)}", soft_wrap=True)
 
 
-class _Shown:
+class _LiveBars:
     """Bars that are on the terminal during a `with` block."""
 
     progress: Progress
@@ -106,7 +106,7 @@ class _Shown:
         self.progress.__exit__(kind, value, trace)
 
 
-class StageBars(_Shown):
+class StageBars(_LiveBars):
     """One bar a stage, with the time left; a line a stage where the terminal cannot draw."""
 
     def __init__(self, console: Console, stages: tuple[str, ...]) -> None:
@@ -129,14 +129,14 @@ class StageBars(_Shown):
         }
 
     @contextmanager
-    def aside(self) -> Iterator[None]:
+    def paused(self) -> Iterator[None]:
         """With the bars out of the way."""
-        with out_of_the_way(self.progress):
+        with pause_bars(self.progress):
             yield
 
     def result(self, line: str) -> None:
         """Write a line to stdout."""
-        with self.aside():
+        with self.paused():
             sys.stdout.write(f"{line}\n")
             sys.stdout.flush()
 
@@ -148,7 +148,7 @@ class StageBars(_Shown):
             self.console.info(f"{stage}: {total} done")
 
 
-class BatchBar(_Shown):
+class BatchBar(_LiveBars):
     """One bar for all images, with the current stage; lines where there is no terminal."""
 
     LINE_EVERY = 10.0  # seconds between lines
@@ -170,7 +170,7 @@ class BatchBar(_Shown):
         )
         self.task = self.progress.add_task("images", total=0, stage="")
         self.done = self.total = 0
-        self.began = self.spoke = time.monotonic()
+        self.began = self.last_output = time.monotonic()
 
     def expect(self, more: int) -> None:
         self.total += more
@@ -185,20 +185,24 @@ class BatchBar(_Shown):
         self.done += 1
         self.progress.update(self.task, completed=self.done)
         now = time.monotonic()
-        if not self.console.live and now - self.spoke > self.LINE_EVERY and self.done < self.total:
-            self.spoke = now
+        if (
+            not self.console.live
+            and now - self.last_output > self.LINE_EVERY
+            and self.done < self.total
+        ):
+            self.last_output = now
             left = (now - self.began) / self.done * (self.total - self.done)
             self.console.info(f"{self.done} of {self.total} images, {left:.0f} s left")
 
     def result(self, line: str) -> None:
         """Write a line to stdout."""
-        with out_of_the_way(self.progress):
+        with pause_bars(self.progress):
             sys.stdout.write(f"{line}\n")
             sys.stdout.flush()
 
 
 @contextmanager
-def out_of_the_way(progress: Progress) -> Iterator[None]:
+def pause_bars(progress: Progress) -> Iterator[None]:
     """Take bars off the terminal, and show them again below what was written meanwhile."""
     if progress.disable:
         yield
@@ -215,7 +219,7 @@ def out_of_the_way(progress: Progress) -> Iterator[None]:
     progress.start()
 
 
-class Downloads(_Shown):
+class Downloads(_LiveBars):
     """A bar a file and one for all, with speed and time left; lines where there is no terminal."""
 
     LINE_EVERY = 10.0  # seconds between lines
@@ -237,9 +241,9 @@ class Downloads(_Shown):
         self.sizes: dict[str, int] = {}
         self.done: dict[str, int] = {}
         self.had = self.size = 0  # bytes of all files: before this run, and in all
-        self.began = self.spoke = time.monotonic()
+        self.began = self.last_output = time.monotonic()
         self.drew = 0.0
-        self.turn = threading.Lock()
+        self.lock = threading.Lock()
 
     def begin(self, sizes: dict[str, int], done: dict[str, int]) -> None:
         self.sizes, self.done = sizes, dict(done)
@@ -252,7 +256,7 @@ class Downloads(_Shown):
                 self.tasks[file] = self.progress.add_task(name, total=size, completed=done[file])
 
     def advance(self, file: str, done: int) -> None:
-        with self.turn:
+        with self.lock:
             self.done[file] = done
             now = time.monotonic()
             if done < self.sizes[file] and now - self.drew < self.DRAW_EVERY:
@@ -262,8 +266,10 @@ class Downloads(_Shown):
             self.progress.update(self.all, completed=total)
             if file in self.tasks:
                 self.progress.update(self.tasks[file], completed=done)
-            if not self.console.live and (total == self.size or now - self.spoke > self.LINE_EVERY):
-                self.spoke = now
+            if not self.console.live and (
+                total == self.size or now - self.last_output > self.LINE_EVERY
+            ):
+                self.last_output = now
                 speed = (total - self.had) / max(now - self.began, 1e-3)
                 left = (self.size - total) / speed if speed else 0
                 self.console.info(

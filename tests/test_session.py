@@ -155,7 +155,7 @@ def test_a_pipe_loads_each_network_once_however_many_rounds_its_rows_come_in(tmp
 
 
 def test_a_file_loads_each_network_once_however_many_chunks_it_is_drawn_in(tmp_path, monkeypatch):
-    monkeypatch.setattr(runner, "AT_ONCE", 2)
+    monkeypatch.setattr(runner, "GROUP_SIZE", 2)
     session = Session(cache=False)
     run, rows = batch(tmp_path, session, b"".join(b"a red circle\n" for _ in range(5)))
     events = list(run.run([rows], StopRequest()))

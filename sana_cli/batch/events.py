@@ -22,8 +22,8 @@ HEARTBEAT = 10.0  # seconds
 
 class EventWriter:
     def __init__(self) -> None:
-        self.turn = threading.Lock()
-        self.spoke = time.monotonic()
+        self.lock = threading.Lock()
+        self.last_output = time.monotonic()
         self.state: dict[str, Any] = {"stage": "read", "done": 0, "total": 0}
         self.ended = threading.Event()
 
@@ -40,7 +40,7 @@ class EventWriter:
         self.ended.set()
 
     def emit(self, event: str, **facts: Any) -> None:
-        with self.turn:
+        with self.lock:
             self._write({"event": event, **facts})
 
     def stage(self, name: str, done: int = 0, total: int = 0) -> None:
@@ -49,12 +49,12 @@ class EventWriter:
     def _write(self, line: dict[str, Any]) -> None:
         sys.stdout.write(json.dumps(line) + "\n")
         sys.stdout.flush()
-        self.spoke = time.monotonic()
+        self.last_output = time.monotonic()
 
     def _beat(self) -> None:
-        while not self.ended.wait(max(0.01, self.spoke + HEARTBEAT - time.monotonic())):
-            with self.turn:
-                if not self.ended.is_set() and time.monotonic() - self.spoke >= HEARTBEAT:
+        while not self.ended.wait(max(0.01, self.last_output + HEARTBEAT - time.monotonic())):
+            with self.lock:
+                if not self.ended.is_set() and time.monotonic() - self.last_output >= HEARTBEAT:
                     try:
                         self._write({"event": "heartbeat", **self.state})
                     except OSError:  # the reader has gone, as the next event will find

@@ -87,7 +87,7 @@ class RowReader:
                 specs += self._specs(row)
             except UsageError as error:
                 faults.append(fault(row, error))
-            except _InColumn as error:
+            except _ColumnError as error:
                 faults.append(Fault(row.number, error.column, error.message))
         return specs, faults
 
@@ -111,10 +111,10 @@ class RowReader:
         if self.template is None:
             prompt = row.fields.get("prompt")
             if prompt is None:
-                raise _InColumn("prompt", "is empty")
+                raise _ColumnError("prompt", "is empty")
         else:
             if "prompt" in row.fields and "prompt" not in self.filled:
-                raise _InColumn("prompt", "is not used by --template")
+                raise _ColumnError("prompt", "is not used by --template")
             columns = {name: _column(row, name, "--template") for name in self.filled}
             prompt = fill(self.template, columns, self.expanded)
         if not self.expanded:
@@ -122,17 +122,17 @@ class RowReader:
         try:
             return alternatives(prompt)
         except ValueError as error:
-            raise _InColumn("prompt", str(error)) from None
+            raise _ColumnError("prompt", str(error)) from None
 
 
-class _InColumn(Exception):
+class _ColumnError(Exception):
     def __init__(self, column: str, message: str) -> None:
         self.column, self.message = column, message
 
 
 def _column(row: Row, name: str, user: str) -> str:
     if name not in row.columns:
-        raise _InColumn(name, f"is empty, but {user} uses it")
+        raise _ColumnError(name, f"is empty, but {user} uses it")
     return row.columns[name]
 
 

@@ -229,7 +229,7 @@ class Manifest(Ledger):
         """Count a picture as done whose file appeared before its line could be written."""
         line = self.last[id]
         if line["status"] == "writing":
-            self.append(**line | {"status": "done"} | self._seen(line["path"]))
+            self.append(**line | {"status": "done"} | self._file_state(line["path"]))
 
     def place(self, id: str, name: Path, force: bool) -> tuple[Path, bool]:
         """Where the picture of a job goes, and whether it may replace what is there.
@@ -246,11 +246,11 @@ class Manifest(Ledger):
 
     def done(self, path: Path, **facts: Any) -> Line:
         """Add the line of a picture that is at `path` inside the folder."""
-        line = {"status": "done", **facts, "path": path.as_posix(), **self._seen(path)}
+        line = {"status": "done", **facts, "path": path.as_posix(), **self._file_state(path)}
         self.append(**line)
         return line
 
-    def _seen(self, path: str | Path) -> Line:
+    def _file_state(self, path: str | Path) -> Line:
         state = (self.folder / path).stat()
         return {"bytes": state.st_size, "mtime_ns": state.st_mtime_ns}
 

@@ -31,8 +31,10 @@ REPEATED = {name for name, one in COLUMNS.items() if one.repeated}
 FIELDS = ("prompt", *KINDS, "output")
 TRUTH = {"true": True, "yes": True, "on": True, "1": True}
 TRUTH |= {"false": False, "no": False, "off": False, "0": False}
-TOGETHER = 1.0  # seconds: rows of a pipe that come within this are validated and drawn together
-POLL = 0.2  # seconds between looks at whether to go on waiting
+ROUND_SECONDS = (
+    1.0  # seconds: rows of a pipe that come within this are validated and drawn together
+)
+POLL_SECONDS = 0.2  # seconds between looks at whether to go on waiting
 
 
 @dataclass(frozen=True)
@@ -175,7 +177,7 @@ class _Table:
         self.text, self.format, self.known, self.note = text, format, known, note
         self.delimiter = "," if format == "csv" else "\t"
         self.names: list[str] = []
-        self.strange: set[int] = set()  # columns whose fault was told, by their places
+        self.faulty_columns: set[int] = set()  # columns whose fault was told, by their places
         self.taken: list[str] = []  # lines of the row under way
 
     def rows(self) -> Parsed:
@@ -230,7 +232,9 @@ class _Table:
                     why = next((w for k, w in CSV_ERRORS.items() if k in str(error)), str(error))
                     yield first, Fault(first, None, f"this is not CSV: {why}")
                     continue
-                cells = [_bare(c) for c in self.taken[0].rstrip("\r\n").split(self.delimiter)]
+                cells = [
+                    _unquoted_cell(c) for c in self.taken[0].rstrip("\r\n").split(self.delimiter)
+                ]
             yield first, [cell.strip() for cell in cells]
 
     def _reader(self) -> Iterator[list[str]]:
@@ -246,7 +250,7 @@ class _Table:
             yield Fault(first, name, "is there twice")
         for place, name in enumerate(self.names):
             if name and field_name(name) not in self.known:
-                self.strange.add(place)
+                self.faulty_columns.add(place)
                 yield Fault(first, name, *_unknown(name, self.known))
 
     def _row(self, first: int, cells: list[str]) -> Parsed:
@@ -258,14 +262,14 @@ class _Table:
             yield first, Fault(first, None, message, f"{hint} quotes around it")
             return
         for place, cell in enumerate(cells):
-            if cell and not self.names[place] and place not in self.strange:
-                self.strange.add(place)
+            if cell and not self.names[place] and place not in self.faulty_columns:
+                self.faulty_columns.add(place)
                 message = f"holds {cell[:40]!r}, but its column has no name"
                 yield first, Fault(first, str(place + 1), message, NAMELESS)
         named = {
             name: cell
             for place, (name, cell) in enumerate(zip(self.names, cells, strict=False))
-            if cell and name and place not in self.strange
+            if cell and name and place not in self.faulty_columns
         }
         yield first, named
 
@@ -273,7 +277,7 @@ class _Table:
 NAMELESS = "name it, or leave it out; pandas writes its index with to_csv unless index=False"
 
 
-def _bare(cell: str) -> str:
+def _unquoted_cell(cell: str) -> str:
     """A cell of a line whose quotes mean nothing, unless they are whole."""
     whole = re.fullmatch(r'\s*"((?:[^"]|"")*)"\s*', cell)
     return whole[1].replace('""', '"') if whole else cell
@@ -412,13 +416,17 @@ class Pipe:
     def rounds(
         self, stopping: Callable[[], bool], whole: bool = False
     ) -> Iterator[list[RowOrFault]]:
-        """Lists of rows: what comes within TOGETHER of the first, or with `whole` all there is."""
+        """Lists of rows: what comes within ROUND_SECONDS of the first, or with `whole` all there is."""
         ended = False
         while not ended and not stopping():
             batch: list[RowOrFault] = []
             until = None
             while not stopping():
-                wait = POLL if until is None else max(0.0, min(POLL, until - time.monotonic()))
+                wait = (
+                    POLL_SECONDS
+                    if until is None
+                    else max(0.0, min(POLL_SECONDS, until - time.monotonic()))
+                )
                 try:
                     found = self.found.get(timeout=wait)
                 except queue.Empty:
@@ -430,7 +438,7 @@ class Pipe:
                     break
                 batch.append(found)
                 if until is None and not whole:
-                    until = time.monotonic() + TOGETHER
+                    until = time.monotonic() + ROUND_SECONDS
             if batch:
                 yield batch
 

@@ -123,36 +123,36 @@ class Batch:
         jobs: list[Job] = []
         for rows in rounds:
             jobs += yield from self._jobs(rows, fetch=False)
-        self._refuse_nothing()
+        self._refuse_empty()
         ledger = Ledger(self.folder)
         states = [ledger.status(job.id) for job in jobs]
         todo = sum(map(self.policy.is_todo, states))
         yield Planned(jobs, todo, states.count("done"), states.count("failed"))
 
     def run(
-        self, rounds: Iterable[list[RowOrFault]], asked: StopRequest
+        self, rounds: Iterable[list[RowOrFault]], stop: StopRequest
     ) -> "Generator[BatchEvent, None, None]":
         """Draw everything there is to draw; the last event is the summary.
 
-        `asked` says whether to stop after the current image.
+        `stop` says whether to stop after the current image.
         """
         with ExitStack() as stack:
             try:
                 for rows in rounds:
                     jobs = yield from self._jobs(rows, fetch=True)
-                    if not asked:
-                        yield from self._draw((yield from self._take(jobs, stack)), asked)
-                    if asked or self._failed_enough():
+                    if not stop:
+                        yield from self._draw((yield from self._take(jobs, stack)), stop)
+                    if stop or self._failed_enough():
                         break
                     yield Waiting()
-                if not asked:
-                    self._refuse_nothing()
+                if not stop:
+                    self._refuse_empty()
             except SanaError as error:
                 if self.manifest is not None:
                     yield self._summary(error.exit_code)
                 raise
             failed = self.failed + self.failed_before + self.bad_rows
-            yield self._summary(asked.code or (FAILURES if failed else 0))
+            yield self._summary(stop.code or (FAILURES if failed else 0))
 
     # --- from rows to jobs ---------------------------------------------------------------------
 
@@ -162,7 +162,7 @@ class Batch:
         A fault in the first round ends the run before it has begun; later ones are failures.
         """
         specs, faults = self.reader.read(rows)
-        yield from self._settle(faults, len(rows))
+        yield from self._report_faults(faults, len(rows))
         device = self.session.device
         if self.manifest is None and fetch:
             yield from self._rehearse(specs, len(rows))
@@ -181,7 +181,7 @@ class Batch:
         survived = UsageError if self.manifest is None else SanaError
         jobs, faults = self.builder.build(specs, prepare, device, survived)
         faults += self._too_long_for_jpeg(jobs)
-        yield from self._settle(faults, len(rows))
+        yield from self._report_faults(faults, len(rows))
         if self.manifest is None and jobs:
             check_quality(self.options.quality, {job.format for job in jobs})
         for spec in specs:
@@ -204,7 +204,7 @@ class Batch:
                 _, faults = self.builder.copy().build(
                     specs, lambda resolution: (resolution, known[resolution.model]), device
                 )
-                yield from self._settle(faults, rows)
+                yield from self._report_faults(faults, rows)
 
     def _too_long_for_jpeg(self, jobs: list[Job]) -> list[Fault]:
         """Faults of prompts that leave no room for the recipe: better known before drawing."""
@@ -217,7 +217,7 @@ class Batch:
                     faults.append(Fault(job.row, None, error.message, error.hint))
         return faults
 
-    def _settle(self, faults: list[Fault], rows: int) -> "Iterator[BatchEvent]":
+    def _report_faults(self, faults: list[Fault], rows: int) -> "Iterator[BatchEvent]":
         """Report faults of rows; UsageError if nothing has been drawn yet."""
         if not faults:
             return
@@ -245,7 +245,7 @@ class Batch:
         message = f"{self.source}, row {fault.row}{column}: {fault.message}"
         return RowError(fault.row, fault.column, UsageError(message, fault.hint), fate)
 
-    def _refuse_nothing(self) -> None:
+    def _refuse_empty(self) -> None:
         if not self.builder.count and not self.bad_rows:
             raise UsageError(f"{self.source} holds no job", "write at least one prompt, one a line")
 
@@ -288,13 +288,13 @@ class Batch:
         yield Planned(jobs, len(todo), there, failed)
         return todo
 
-    def _draw(self, jobs: list[Job], asked: StopRequest) -> "Iterator[BatchEvent]":
+    def _draw(self, jobs: list[Job], stop: StopRequest) -> "Iterator[BatchEvent]":
         if not jobs:
             return
         from sana_cli.batch.runner import Failed, Saved
 
-        said = False
-        for event in self._runner(asked).run(jobs):
+        announced = False
+        for event in self._runner(stop).run(jobs):
             if isinstance(event, Failed):
                 self.failed += 1
                 message = f"{self.source}, row {event.job.row}: {event.error.message}"
@@ -307,12 +307,12 @@ class Batch:
             else:
                 self.drawn += isinstance(event, Saved)
                 yield event
-            if asked and not said:
-                said = True
+            if stop and not announced:
+                announced = True
                 text = "stopping after this image; press Ctrl-C again to stop at once"
                 self.session.reporter.info(text)
 
-    def _runner(self, asked: StopRequest) -> "Runner":
+    def _runner(self, stop: StopRequest) -> "Runner":
         from sana_cli.batch.runner import Runner
 
         assert self.manifest is not None
@@ -322,7 +322,7 @@ class Batch:
             lambda job: self.files[job.model, job.vae, job.controlnet],
             self.reader.inputs,
             self.options,
-            lambda: bool(asked),
+            lambda: bool(stop),
         )
 
     def _failed_enough(self) -> bool:

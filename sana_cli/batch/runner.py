@@ -20,7 +20,7 @@ from sana_cli.settings import FileOptions
 if TYPE_CHECKING:
     from sana_cli.weights.model_files import ModelFiles
 
-AT_ONCE = 256  # images whose text states are in memory together: 0.4 GB of Gemma-2-2B's
+GROUP_SIZE = 256  # images whose text states are in memory together: 0.4 GB of Gemma-2-2B's
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Runner:
         count = sum(map(len, groups.values()))
         self.before = time.perf_counter()
         for group in groups.values():
-            waiting = [group[at : at + AT_ONCE] for at in range(0, len(group), AT_ONCE)]
+            waiting = [group[at : at + GROUP_SIZE] for at in range(0, len(group), GROUP_SIZE)]
             while waiting and not self.stopping():
                 some = waiting.pop(0)
                 left, error = (yield from self._draw(some)) if some else ([], None)

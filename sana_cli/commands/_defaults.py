@@ -91,7 +91,7 @@ class Defaults:
         """From the lowest rank to the highest."""
         for path in (config_file(), PROJECT_FILE):
             try:
-                yield shown(path), read_file(path)
+                yield display_path(path), read_file(path)
             except UsageError as error:
                 self.broken.append(error)
         for variable, text in sorted(os.environ.items()):
@@ -105,7 +105,7 @@ class Defaults:
         if name in self.options:
             return name
         try:
-            known(name, self.options)
+            option_name(name, self.options)
         except UsageError as error:
             if not is_variable:
                 self.broken.append(UsageError(f"{origin}: {error.message}", error.hint))
@@ -151,7 +151,7 @@ def keepable_options(root: Any) -> dict[str, Any]:
     return {option.name: option for option in options if option.name not in ONE_CALL}
 
 
-def known(key: str, options: Mapping[str, Any]) -> str:
+def option_name(key: str, options: Mapping[str, Any]) -> str:
     """The option's name for a key written with - or _. UsageError with a suggestion otherwise."""
     name = key.replace("-", "_")
     if name in options:
@@ -170,14 +170,20 @@ def read_file(path: Path) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"{shown(path)} is not valid TOML: {error}", "correct that line") from None
+        raise UsageError(
+            f"{display_path(path)} is not valid TOML: {error}", "correct that line"
+        ) from None
     except decoding.NotText as error:
-        raise UsageError(f"{shown(path)}: {error}", error.hint) from None
+        raise UsageError(f"{display_path(path)}: {error}", error.hint) from None
     except (ValueError, RecursionError) as error:  # numbers too long, arrays too deep
-        raise UsageError(f"{shown(path)} cannot be read: {error}", "write it again") from None
+        raise UsageError(
+            f"{display_path(path)} cannot be read: {error}", "write it again"
+        ) from None
     except OSError as error:
         reason = error.strerror
-        raise UsageError(f"{shown(path)} cannot be read: {reason}", "make it readable") from None
+        raise UsageError(
+            f"{display_path(path)} cannot be read: {reason}", "make it readable"
+        ) from None
 
 
 def read_value(parameter: Any, text: str, context: typer.Context) -> Any:
@@ -191,7 +197,7 @@ def read_value(parameter: Any, text: str, context: typer.Context) -> Any:
     return value
 
 
-def shown(path: Path) -> str:
+def display_path(path: Path) -> str:
     return str(path) if path.is_absolute() else f"./{path}"
 
 

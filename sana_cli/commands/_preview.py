@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.segment import Segment, Segments
 from rich.style import Style
 
-from sana_cli.system.inventory import picture_protocol
+from sana_cli.system.inventory import image_protocol
 
 MAX_COLUMNS = 60
 LINES_BESIDE = 4  # of the terminal's height: what was said of the picture stays in sight
@@ -79,7 +79,7 @@ class TerminalPreview:
 
 
 def _protocol() -> str | None:
-    name, _ = picture_protocol(os.environ, is_terminal=True)
+    name, _ = image_protocol(os.environ, is_terminal=True)
     return name if name in ("kitty", "iterm2") else None
 
 

@@ -56,14 +56,14 @@ class _RunsByDefault(TyperGroup):
         return ("" if name == "run" else name), command, rest
 
 
-class _Nameless(TyperCommand.context_class):  # type: ignore[misc, valid-type]
+class _BatchContext(TyperCommand.context_class):  # type: ignore[misc, valid-type]
     @property
     def command_path(self) -> str:
         return super().command_path.rstrip()
 
 
 class _Run(TyperCommand):
-    context_class = _Nameless
+    context_class = _BatchContext
 
 
 app = typer.Typer(cls=_RunsByDefault, help="Draw the jobs of a file or a pipe; resume.")

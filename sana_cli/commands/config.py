@@ -13,10 +13,10 @@ from sana_cli.commands._defaults import (
     PROJECT_FILE,
     VARIABLE,
     Defaults,
-    known,
+    display_path,
+    option_name,
     read_file,
     read_value,
-    shown,
 )
 from sana_cli.commands._options import Color, Json, Quiet, Verbose, plain
 from sana_cli.errors import SanaError, UsageError
@@ -103,7 +103,7 @@ def set_value(
     if unset == (text is not None):
         raise UsageError("a key is given either a VALUE or --unset", f"sana config set {key} VALUE")
     console = Console(quiet, verbose, color)
-    name = known(key, defaults.options)
+    name = option_name(key, defaults.options)
     if text is None:
         was_there = _edit(name, None)
         console.info(f"{name} is {'removed from' if was_there else 'not in'} {config_file()}")
@@ -118,7 +118,7 @@ def set_value(
     _edit(name, plain(value))
     console.info(f"{name} = {text} in {config_file()}")
     higher = defaults.settings.get(name)
-    if higher and higher.origin != shown(config_file()):
+    if higher and higher.origin != display_path(config_file()):
         console.warn(f"{higher.origin} has the higher rank here: {name} is {higher.text}")
 
 

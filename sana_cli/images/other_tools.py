@@ -47,7 +47,17 @@ LONGEST_PATH = 50  # links between nodes
 
 def read(texts: Texts) -> Claims | None:
     """The settings of the first tool that knows its own text, None if there is none."""
-    for find in (_a1111, _swarm, _fooocus, _invoke, _novelai, _mflux, _comfy, _easy, _draw_things):
+    for find in (
+        _a1111,
+        _swarm,
+        _fooocus,
+        _invokeai,
+        _novelai,
+        _mflux,
+        _comfy,
+        _easy_diffusion,
+        _draw_things,
+    ):
         if (claims := find(texts)) is not None:
             return claims
     return None
@@ -132,7 +142,7 @@ def _fooocus(texts: Texts) -> Claims | None:
     return None
 
 
-def _invoke(texts: Texts) -> Claims | None:
+def _invokeai(texts: Texts) -> Claims | None:
     for document in _documents(texts, "invokeai_metadata"):
         model = document.get("model")
         if isinstance(model, dict):
@@ -181,7 +191,7 @@ def _mflux(texts: Texts) -> Claims | None:
     return None
 
 
-def _easy(texts: Texts) -> Claims | None:
+def _easy_diffusion(texts: Texts) -> Claims | None:
     flat = {key: some[0] for key, some in texts.items() if some}
     for document in (flat, *_documents(texts, "UserComment")):
         if "prompt" in document and {"use_stable_diffusion_model", "num_inference_steps"} & set(

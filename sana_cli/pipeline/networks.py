@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sana_cli.recipe import Adapter
-from sana_cli.system.devices import give_back
+from sana_cli.system.devices import release_unused_memory
 from sana_cli.weights.layout import Part
 
 
@@ -72,7 +72,7 @@ class Networks:
             held -= self._loaded.pop(others.pop(0)).nbytes
             released = True
         if released:
-            give_back(device)
+            release_unused_memory(device)
 
     def release(self, *parts: str, device: str) -> None:
         """Release every network of these parts."""
@@ -80,7 +80,7 @@ class Networks:
         for key in keys:
             del self._loaded[key]
         if keys:
-            give_back(device)
+            release_unused_memory(device)
 
     def release_idle(self, using: NetworkKey, device: str) -> bool:
         """Release everything but one network; whether there was anything to release."""
@@ -88,13 +88,13 @@ class Networks:
         for key in idle:
             del self._loaded[key]
         if idle:
-            give_back(device)
+            release_unused_memory(device)
         return bool(idle)
 
     def clear(self, device: str) -> None:
         """Release everything."""
         self._loaded.clear()
-        give_back(device)
+        release_unused_memory(device)
 
 
 @dataclass(frozen=True, eq=False)

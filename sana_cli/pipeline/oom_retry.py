@@ -6,7 +6,7 @@ from typing import TypeVar
 from sana_cli.errors import NotEnoughMemory
 from sana_cli.pipeline.events import Notice
 from sana_cli.pipeline.plan import Plan
-from sana_cli.system.devices import give_back, is_out_of_memory
+from sana_cli.system.devices import is_out_of_memory, release_unused_memory
 
 Result = TypeVar("Result")
 
@@ -35,7 +35,7 @@ class OOMRetry:
             if self.release_idle():
                 yield Notice(f"{self.what}: out of memory; retrying without the idle networks")
                 continue
-            give_back(self.plan.device)  # the failed attempt's tensors are free by now
+            release_unused_memory(self.plan.device)  # the failed attempt's tensors are free by now
             before, smaller = self.plan, next(self.plans, None)
             if smaller is None:
                 raise NotEnoughMemory(

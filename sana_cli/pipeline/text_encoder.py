@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from sana_cli.errors import BrokenModel
-from sana_cli.instruction import as_read
+from sana_cli.instruction import normalise_prompt
 from sana_cli.models.gemma import Gemma, GemmaConfig, MappedEmbedding
 from sana_cli.pipeline.text_cache import Prefix, TextCache, tokenizer_file
 from sana_cli.system.devices import wide_dtype
@@ -79,15 +79,15 @@ class TextEncoder:
         With an instruction the whole is read, and of it <bos> and the part from the
         instruction's last token on are kept. Longer prompts are cut on the right.
         """
-        ids = self.tokens(instruction + as_read(prompt))
+        ids = self.tokens(instruction + normalise_prompt(prompt))
         start = max(len(self.tokens(instruction)) - 1, 1)
         ids = ids[: start - 1 + MAX_TOKENS]
         if (self.eight_bit or self.cache) and start > 1:
-            return self._behind(self._prefix(instruction), ids)
+            return self._encode_after_prefix(self._prefix(instruction), ids)
         states, _ = self.model(self._batch(ids))
         return torch.cat([states[:, :1], states[:, start:]], dim=1) if start > 1 else states
 
-    def _behind(self, prefix: Prefix, ids: list[int]) -> Tensor:
+    def _encode_after_prefix(self, prefix: Prefix, ids: list[int]) -> Tensor:
         """The states that `encode` keeps, from the tokens that differ from the prefix alone.
 
         A tokenizer may merge a prompt's first word with what stands before it.

@@ -111,7 +111,7 @@ def full_name(device: str) -> str:
     return device
 
 
-def keep_no_heap() -> None:
+def return_freed_blocks() -> None:
     """Let glibc return large blocks as they are freed, and not save them up for the next request.
 
     Left alone it raises the size from which it does so to that of the largest block freed yet.
@@ -125,7 +125,7 @@ def keep_no_heap() -> None:
         mallopt(M_TRIM_THRESHOLD, 128 << 10)
 
 
-def give_back(device: str) -> None:
+def release_unused_memory(device: str) -> None:
     """Return freed memory to the system, which allocators otherwise keep for the next request."""
     if device.startswith("cuda"):
         import torch
@@ -137,7 +137,7 @@ def give_back(device: str) -> None:
             trim(0)
 
 
-def forget_pages(tensor: "Tensor") -> None:
+def drop_pages(tensor: "Tensor") -> None:
     """Let go of what a tensor in a mapped file holds in memory; used again, it is read again.
 
     Of any other tensor the values are lost.

@@ -195,7 +195,7 @@ def _existing(path: Path) -> Path:
     return path
 
 
-def picture_protocol(environment: Mapping[str, str], is_terminal: bool) -> tuple[str | None, str]:
+def image_protocol(environment: Mapping[str, str], is_terminal: bool) -> tuple[str | None, str]:
     """How the terminal shows pictures: "kitty", "iterm2", "sixel" or None, and how that is known.
 
     By the environment alone: asking the terminal itself could leave its answer in the shell.

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sana_cli.system.inventory import picture_protocol
+from sana_cli.system.inventory import image_protocol
 from sana_cli.weights.catalogue import known_models
 from sana_cli.weights.layout import CONFIGS
 
@@ -209,10 +209,10 @@ def test_people_get_aligned_lines_with_the_next_command_last(sana):
     ],
 )
 def test_the_terminals_pictures_are_told_from_its_environment(environment, protocol, reason):
-    found, because = picture_protocol(environment, is_terminal=True)
+    found, because = image_protocol(environment, is_terminal=True)
     assert found == protocol
     assert reason in because
-    assert picture_protocol(environment, is_terminal=False) == (None, "stdout is no terminal")
+    assert image_protocol(environment, is_terminal=False) == (None, "stdout is no terminal")
 
 
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs POSIX terminals")
