@@ -1,13 +1,13 @@
 """The JSON Lines that `sana batch --json` writes to stdout, each an object with an `event`.
 
-plan       jobs, done (there already), failed (in an earlier run), todo, folder, shard, device,
-           models; of a pipe, one for each round of rows
-image      id, row, path, seed, width, height, model, sha256, bytes, seconds (since the image
-           before), peak_bytes (so far), recipe
+plan       jobs, done (in an earlier run), failed (in an earlier run), todo, folder, shard, device,
+           models; for a pipe, one per round of rows
+image      id, row, path, seed, width, height, model, sha256, bytes, seconds (since the previous
+           image), peak_bytes (so far), recipe
 error      id, row, column (or null), message, hint (or null), exit_code
-heartbeat  stage, done, total: whenever nothing else was said for ten seconds
-summary    drawn, done, failed, left, seconds, exit_code: the last line, unless it
-           was stopped at once, or the call was wrong and nothing has begun
+heartbeat  stage, done, total: after ten seconds without another event
+summary    drawn, done, failed, left, seconds, exit_code: the last line, unless the run
+           was killed or a usage error ended it before it began
 """
 
 import json
@@ -57,5 +57,5 @@ class EventWriter:
                 if not self.ended.is_set() and time.monotonic() - self.last_output >= HEARTBEAT:
                     try:
                         self._write({"event": "heartbeat", **self.state})
-                    except OSError:  # the reader has gone, as the next event will find
+                    except OSError:  # the reader has closed the pipe; the next event raises
                         return

@@ -1,10 +1,10 @@
-"""Rows to jobs: one image each, identified by what it draws and not by where its row stands.
+"""Rows to jobs: one image each, identified by what it draws and not by the position of its row.
 
-A job's id is a hash of its recipe, of the precision that was asked for (not of what this machine
-made of it, so that all machines agree), of its row's own name for it and the columns in that name,
-and of how many jobs equal in all this came before it. Where no seed is given it is a hash of the
-same, less the precision, and equal jobs count on from it. So a job has the same id, seed and
-image alone or in any batch, in any order and any shard.
+A job's id is a hash of its recipe, the requested precision (not the resolved one, so that all
+machines agree), the row's `output` and the columns used in the name, and the number of equal jobs
+before it. Where no seed is given, the seed is a hash of the same without the precision, and equal
+jobs get consecutive seeds. So a job has the same id, seed and image alone or in any batch, in any
+order and any shard.
 """
 
 import hashlib
@@ -46,14 +46,14 @@ class Job:
 
 @dataclass(frozen=True)
 class JobSpec:
-    """A prompt of a row with what its settings amount to, before any file of the model is read."""
+    """A prompt of a row with its resolved settings, before any file of the model is read."""
 
     row: Row
     resolution: Resolution
-    seeds: list[int] | None  # None: from a hash, `count` of them
+    seeds: list[int] | None  # None: `count` seeds from a hash
     count: int
     output: Output
-    columns: dict[str, str]  # that tell apart jobs of one recipe: those in the name, and `output`
+    columns: dict[str, str]  # part of the id: columns in the name, and `output`
 
 
 class RowReader:
@@ -137,7 +137,7 @@ def _column(row: Row, name: str, user: str) -> str:
 
 
 def fault(row: Row, error: SanaError) -> Fault:
-    """Where in a row the fault lies: at what the message names by its option, or quotes."""
+    """Return the fault with its column: the one whose option or value the message names."""
     named = [name.replace("-", "_") for name in re.findall(r"--([a-z][a-z-]+)", error.message)]
     named += [name for name, value in row.fields.items() if repr(value) in error.message]
     column = next((name for name in named if name in row.fields), None)
@@ -145,12 +145,14 @@ def fault(row: Row, error: SanaError) -> Fault:
 
 
 class JobBuilder:
-    """Build jobs; remember those before: their count, names, and how often each came."""
+    """Build jobs; keep the count, the names and the repeats of all jobs built so far."""
 
     def __init__(self) -> None:
         self.count = 0
         self.repeats: Counter[str] = Counter()
-        self.names: dict[str, int] = {}  # path, as the least particular file system sees it -> row
+        self.names: dict[
+            str, int
+        ] = {}  # case-folded path -> row, for file systems that ignore case
 
     def copy(self) -> "JobBuilder":
         return deepcopy(self)
@@ -162,8 +164,8 @@ class JobBuilder:
         device: str,
         survived: type[SanaError] = UsageError,
     ) -> tuple[list[Job], list[Fault]]:
-        """Build the jobs of some specs. `prepare` gives the files of a model, and identifies the
-        LoRAs of a resolution. Errors of the kind `survived` are faults of a row; others
+        """Build the jobs of some specs. `prepare` returns the files of a model and a resolution
+        whose LoRAs are identified. Errors of class `survived` become faults of the row; others
         are raised."""
         jobs: list[Job] = []
         faults: list[Fault] = []

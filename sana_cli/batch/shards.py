@@ -1,4 +1,4 @@
-"""Shares of a batch for machines that know nothing of each other, by the hash in a job's id."""
+"""Shards of a batch for independent machines, by the hash in a job's id."""
 
 import re
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ class Shard:
     count: int
 
     def holds(self, id: str) -> bool:
-        """Every id of hexadecimal digits is in one shard, whatever other jobs there are."""
+        """Whether an id of hexadecimal digits is in this shard; every id is in exactly one."""
         return int(id, 16) % self.count == self.number - 1
 
     def __str__(self) -> str:
@@ -37,7 +37,7 @@ class Shard:
 
 
 def parse_shard(text: str, environment: Mapping[str, str]) -> Shard:
-    """`2/3`, or `auto` for what a scheduler's variables say."""
+    """Parse `2/3`, or `auto`, which reads a scheduler's variables."""
     if text == "auto":
         return _scheduled(environment)
     match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)

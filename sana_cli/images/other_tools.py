@@ -1,4 +1,4 @@
-"""Settings in the images of other tools, as far as each says them, and the tool's name.
+"""Read the settings and the tool's name from images of other tools.
 
 ComfyUI         `prompt`, the graph that ran, and `workflow`, the one on the screen; in EXIF
                 behind the words "prompt:" and "workflow:"
@@ -21,11 +21,9 @@ from typing import Any
 from sana_cli.images import a1111
 from sana_cli.images.claims import Claims
 
-Texts = dict[
-    str, list[str]
-]  # by PNG keywords and EXIF tags; several where the encoding is not told
+Texts = dict[str, list[str]]  # by PNG keyword or EXIF tag; several where the encoding is ambiguous
 
-# Our fields by what tools call them, in lower case and without what joins words.
+# Our fields by their names in other tools, in lower case and without separators.
 FIELDS = {
     **dict.fromkeys(("prompt", "positiveprompt", "c"), "prompt"),
     **dict.fromkeys(("negativeprompt", "uc"), "negative"),
@@ -46,7 +44,7 @@ LONGEST_PATH = 50  # links between nodes
 
 
 def read(texts: Texts) -> Claims | None:
-    """The settings of the first tool that knows its own text, None if there is none."""
+    """Return the settings of the first tool whose format matches, or None."""
     for find in (
         _a1111,
         _swarm,
@@ -68,7 +66,7 @@ def _named(document: dict[str, Any]) -> list[tuple[str, str | None, Any]]:
 
 
 def _json(text: str) -> dict[str, Any]:
-    """The object in a text; empty where it is none."""
+    """Parse a JSON object; empty if the text is not one."""
     if text[:1] != "{":
         return {}
     try:
@@ -105,7 +103,7 @@ def _a1111(texts: Texts) -> Claims | None:
 
 
 def _writer(pairs: dict[str, str], texts: Texts) -> str | None:
-    """The tool by what its text gives away."""
+    """Identify the tool by features of its text."""
     version = pairs.get("Version", "")
     if pairs.get("App") == "SD.Next" or pairs.get("Pipeline") == "Original" or "Parser" in pairs:
         return f"SD.Next {version}".strip()
@@ -172,7 +170,9 @@ def _invokeai(texts: Texts) -> Claims | None:
 
 def _novelai(texts: Texts) -> Claims | None:
     about = texts
-    for document in _documents(texts, "UserComment"):  # a WebP holds there what a PNG has as texts
+    for document in _documents(
+        texts, "UserComment"
+    ):  # a WebP has in EXIF what a PNG has in text chunks
         if isinstance(document.get("Comment"), str):
             about = {key: [text] for key, text in document.items() if isinstance(text, str)}
     if not any(text.startswith("NovelAI") for text in about.get("Software", ())):
@@ -236,7 +236,7 @@ def _behind_words(texts: Texts, word: str) -> Iterator[dict[str, Any]]:
 
 
 class _Graph:
-    """Nodes with inputs that are values, or links [node, output] to what computes them."""
+    """A graph of nodes whose inputs are values or links [node, output]."""
 
     def __init__(self, nodes: dict[str, Node]) -> None:
         self.nodes = nodes
@@ -261,7 +261,7 @@ class _Graph:
         ]
 
     def _sampler(self) -> Node | None:
-        """The one that starts from an empty latent, else the first; others refine its image."""
+        """Return the sampler that starts from an empty latent, else the first one."""
         samplers = [
             node
             for _, node in sorted(self.nodes.items(), key=lambda item: (len(item[0]), item[0]))
@@ -281,8 +281,8 @@ class _Graph:
         return None
 
     def _upwards(self, node: Node, through: str = "") -> Iterator[Node]:
-        """A node and all that it is computed from, the nearest first; of a node with an input
-        called `through`, only by that."""
+        """Yield a node and all that it is computed from, the nearest first; a node that has an
+        input called `through` is followed only along that."""
         level, seen = [node], {id(node)}
         for _ in range(LONGEST_PATH):
             yield from level
@@ -296,7 +296,7 @@ class _Graph:
             level = above
 
     def _nearest(self, start: Node, *names: str) -> Any:
-        """The nearest value of those names, or what a node holds that is linked in its place."""
+        """Return the nearest value of those names, or the value of a node linked in its place."""
         for node in self._upwards(start):
             inputs = _inputs(node)
             for name in filter(inputs.__contains__, names):
@@ -310,7 +310,7 @@ class _Graph:
         return None
 
     def _text(self, sampler: Node, name: str) -> str | None:
-        """The text that a conditioning was made from: the nearest, behind whatever changes it."""
+        """Return the nearest text that a conditioning was computed from."""
         start: Any = _inputs(sampler).get(name)
         if start is None:  # of a sampler with a guider of its own
             guider = _inputs(self._link(sampler, "guider") or {})
@@ -333,7 +333,7 @@ class _Graph:
         return "\n".join(dict.fromkeys(found)) if found else None
 
     def _strings(self, node: Node) -> list[str]:
-        """The texts that a node holds: what came out of its wildcards, or else all of them."""
+        """Return the texts in a node: the result of its wildcards, or else all of them."""
         held = {k: v for k, v in _inputs(node).items() if isinstance(v, str) and HELD.search(k)}
         return [held["populated_text"]] if "populated_text" in held else list(held.values())
 
