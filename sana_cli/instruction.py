@@ -25,5 +25,5 @@ INSTRUCTION = "\n".join(
 
 
 def normalise_prompt(prompt: str) -> str:
-    """A prompt as the reference reads it; the instruction before it keeps its case."""
+    """Lower-case and strip a prompt, as the reference does; the instruction keeps its case."""
     return prompt.lower().strip()

@@ -31,8 +31,8 @@ from rich.theme import Theme
 from sana_cli.errors import SanaError
 
 NAME_COLUMNS = 12  # of facts, two of them blank
-# Colours of the terminal's own palette, which its owner can read on light and on dark; Rich's bars
-# have fixed ones that are made for dark.
+# Colours of the terminal's own palette, readable on light and on dark; the default colours of
+# Rich's bars are for dark backgrounds.
 THEME = Theme(
     {
         "bar.back": "bright_black",
@@ -56,12 +56,12 @@ class Console:
 
     @property
     def live(self) -> bool:
-        """Whether bars can move: a person is looking, at a terminal that can."""
+        """Whether bars can be redrawn: not quiet, and on a terminal with cursor control."""
         return not self.quiet and self.rich.is_terminal and not self.rich.is_dumb_terminal
 
     def info(self, text: str) -> None:
         if not self.quiet:
-            # Broken between words for people; never for whoever reads lines.
+            # Wrapped between words on a terminal; never for programs, which read lines.
             broken = self.rich.is_terminal
             self.rich.print(f"[dim]{escape(text)}[/dim]", soft_wrap=not broken)
 
@@ -74,11 +74,11 @@ class Console:
             self.rich.print(f"[yellow]warning:[/yellow] {escape(text)}", soft_wrap=True)
 
     def line(self, text: str) -> None:
-        """Print a line even when quiet: what an error is about."""
+        """Print a line even when quiet, as the context of an error."""
         self.rich.print(escape(" ".join(text.split())), soft_wrap=True)
 
     def transfer(self) -> "Downloads":
-        """Bars for a download, to be used as a context manager."""
+        """Return a context manager that shows bars for a download."""
         return Downloads(self)
 
     def error(self, error: SanaError) -> None:
@@ -89,7 +89,7 @@ class Console:
 
 
 class _LiveBars:
-    """Bars that are on the terminal during a `with` block."""
+    """Bars shown on the terminal during a `with` block."""
 
     progress: Progress
 
@@ -107,7 +107,7 @@ class _LiveBars:
 
 
 class StageBars(_LiveBars):
-    """One bar a stage, with the time left; a line a stage where the terminal cannot draw."""
+    """One bar per stage, with the time left; one line per stage without a live terminal."""
 
     def __init__(self, console: Console, stages: tuple[str, ...]) -> None:
         self.console, self.live = console, console.live
@@ -130,7 +130,7 @@ class StageBars(_LiveBars):
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """With the bars out of the way."""
+        """Hide the bars during a `with` block."""
         with pause_bars(self.progress):
             yield
 
@@ -142,14 +142,14 @@ class StageBars(_LiveBars):
 
     def update(self, stage: str, done: int, total: int) -> None:
         task = self.tasks[stage]
-        self.progress.start_task(task)  # its clock; nothing if it runs already
+        self.progress.start_task(task)  # starts its clock, if it is not running
         self.progress.update(task, completed=done, total=total, visible=True)
         if done == total and not self.live:
             self.console.info(f"{stage}: {total} done")
 
 
 class BatchBar(_LiveBars):
-    """One bar for all images, with the current stage; lines where there is no terminal."""
+    """One bar for all images, with the current stage; lines without a live terminal."""
 
     LINE_EVERY = 10.0  # seconds between lines
 
@@ -181,7 +181,7 @@ class BatchBar(_LiveBars):
         self.progress.update(self.task, stage=text)
 
     def advance(self) -> None:
-        """One more is drawn, or has failed."""
+        """Count one more image as drawn or failed."""
         self.done += 1
         self.progress.update(self.task, completed=self.done)
         now = time.monotonic()
@@ -203,13 +203,13 @@ class BatchBar(_LiveBars):
 
 @contextmanager
 def pause_bars(progress: Progress) -> Iterator[None]:
-    """Take bars off the terminal, and show them again below what was written meanwhile."""
+    """Remove bars from the terminal during a block, and show them again below its output."""
     if progress.disable:
         yield
         return
     progress.stop()
     yield
-    # The old one would begin by erasing as many lines as it had drawn: now those just written.
+    # The old display would begin by erasing as many lines as it drew, which are now output.
     progress.live = Live(
         console=progress.console,
         transient=True,
@@ -220,7 +220,7 @@ def pause_bars(progress: Progress) -> Iterator[None]:
 
 
 class Downloads(_LiveBars):
-    """A bar a file and one for all, with speed and time left; lines where there is no terminal."""
+    """One bar per file and one for all, with speed and time left; lines without a terminal."""
 
     LINE_EVERY = 10.0  # seconds between lines
     DRAW_EVERY = 0.1  # and between updates of a bar
@@ -250,7 +250,7 @@ class Downloads(_LiveBars):
         self.size, self.had = sum(sizes.values()), sum(done.values())
         self.all = self.progress.add_task(f"{len(sizes)} files", total=self.size)
         for file, size in sizes.items():
-            # The configs would be a screen full of bars that are full at once.
+            # Bars for the small configs would fill the screen.
             if size > 10_000_000:
                 name = file.split("/", 2)[-1]  # without the repository
                 self.tasks[file] = self.progress.add_task(name, total=size, completed=done[file])
@@ -284,9 +284,9 @@ class Downloads(_LiveBars):
 def print_fact(
     console: RichConsole, name: str, value: str, style: str = "", one_line: bool = False
 ) -> None:
-    """A name and its value in two columns. Long values wrap on a terminal, and there only.
+    """Print a name and its value in two columns. Long values wrap only on a terminal.
 
-    `one_line` is for what is copied from there: the terminal itself breaks it, and joins it again.
+    `one_line` is for values to be copied: the terminal wraps them, and a copy is one line.
     """
     value = visible(value)
     if console.is_terminal and not one_line:
@@ -302,7 +302,7 @@ def print_fact(
 
 
 def visible(text: str) -> str:
-    """Text from a stranger, for a terminal: what would move, colour or reorder it is spelled out.
+    """Escape untrusted text for a terminal: characters that would move, colour or reorder it.
 
     Line breaks, tabs and the joiners inside emoji stay.
     """
@@ -318,5 +318,5 @@ def write_stdout(data: bytes) -> None:
 
 
 def close_stdout_quietly() -> None:
-    """After the reader of a pipe has gone: nothing more can be said there, so nothing is."""
+    """Redirect stdout to the null device after the reader of a pipe has closed it."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

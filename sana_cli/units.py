@@ -1,4 +1,4 @@
-"""Numbers and bytes, as people read and write them."""
+"""Parse and format quantities."""
 
 import re
 
@@ -9,12 +9,12 @@ MIN_MEMORY = 50_000_000
 
 
 def gigabytes(count: int) -> str:
-    """1_249_001_100 -> "1.25 GB"; small counts in MB."""
+    """Format bytes: 1_249_001_100 -> "1.25 GB"; small counts in MB."""
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def parse_memory(text: str) -> int | None:
-    """`6GB`, `512M` or `2.5GiB` -> bytes; None for "auto". UsageError for anything else."""
+    """Parse `6GB`, `512M` or `2.5GiB` to bytes; "auto" to None. UsageError for anything else."""
     word = text.strip().lower()
     if word == "auto":
         return None
@@ -29,7 +29,7 @@ def parse_memory(text: str) -> int | None:
 
 
 def parse_duration(text: str, name: str) -> float:
-    """`5m`, `90s`, `1h` or `0` -> seconds; infinite for "forever". UsageError for anything else."""
+    """Parse `5m`, `90s`, `1h` or `0` to seconds; "forever" to infinity. UsageError otherwise."""
     word = text.strip().lower()
     if word == "forever":
         return float("inf")

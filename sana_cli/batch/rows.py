@@ -158,7 +158,7 @@ def _twice(names: Iterable[str]) -> list[str]:
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 # Messages of the csv module, and what each means for the author of the file.
 CSV_ERRORS = {
-    "expected after": "a quoted cell has text after its closing quote; write a quote inside it twice",
+    "expected after": "a quoted cell has text after its closing quote; double a quote inside it",
     "unexpected end of data": "a quote is opened here and never closed",
 }
 
@@ -414,7 +414,7 @@ class Pipe:
     def rounds(
         self, stopping: Callable[[], bool], whole: bool = False
     ) -> Iterator[list[RowOrFault]]:
-        """Yield lists of rows: those within ROUND_SECONDS of the first; with `whole`, all of them."""
+        """Yield lists of rows: those within ROUND_SECONDS of the first; with `whole`, all."""
         ended = False
         while not ended and not stopping():
             batch: list[RowOrFault] = []

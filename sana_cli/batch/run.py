@@ -35,7 +35,7 @@ MAX_SHOWN = 10  # faults
 
 @dataclass(frozen=True)
 class RunPolicy:
-    """What is drawn again, and when a run gives up."""
+    """Which jobs are drawn again, and after how many failures a run stops."""
 
     retry_failed: bool = False
     restart: bool = False
@@ -48,7 +48,7 @@ class RunPolicy:
 
 @dataclass(frozen=True)
 class Planned:
-    """What a round of rows amounts to: the jobs of this shard, and their states before the run."""
+    """The jobs of this shard in a round of rows, and their states before the run."""
 
     jobs: list[Job]
     todo: int
@@ -60,8 +60,8 @@ class Planned:
 class RowError:
     """A row that is at fault.
 
-    `fate` is "skipped" if the run goes on without it, "raised" if its error ends the run, and
-    "listed" if it is one of several that end it together.
+    `fate` is "skipped" if the run continues without it, "raised" if its error ends the run, and
+    "listed" if it is one of several that together end it.
     """
 
     row: int
@@ -72,7 +72,7 @@ class RowError:
 
 @dataclass(frozen=True)
 class JobError:
-    """A job that failed; its row is named in the message."""
+    """A job that failed; the message names its row."""
 
     job: Job
     error: SanaError
@@ -88,7 +88,7 @@ class Summary:
     """The counts of a run, and its exit code."""
 
     drawn: int
-    done: int  # were there before
+    done: int  # in an earlier run
     failed: int
     failed_before: int  # of those, in an earlier run
     left: int
@@ -112,7 +112,7 @@ class Batch:
         self.source, self.options, self.policy = source, options, policy
         self.builder = JobBuilder()
         self.files: dict[tuple[Model, Component | None, Component | None], ModelFiles] = {}
-        self.manifest: Manifest | None = None  # from the first round without a fault on
+        self.manifest: Manifest | None = None  # set at the first round without a fault
         self.warned: set[str] = set()
         self.todo = self.drawn = self.there = self.failed_before = self.failed = 0
         self.bad_rows = 0
@@ -132,9 +132,9 @@ class Batch:
     def run(
         self, rounds: Iterable[list[RowOrFault]], stop: StopRequest
     ) -> "Generator[BatchEvent, None, None]":
-        """Draw everything there is to draw; the last event is the summary.
+        """Draw all open jobs; the last event is the summary.
 
-        `stop` says whether to stop after the current image.
+        Once `stop` is true, the run ends after the current image.
         """
         with ExitStack() as stack:
             try:
@@ -157,9 +157,9 @@ class Batch:
     # --- from rows to jobs ---------------------------------------------------------------------
 
     def _jobs(self, rows: list[RowOrFault], fetch: bool) -> "Jobs":
-        """The jobs of some rows that fall to this shard, with their models on this machine.
+        """Return the jobs of some rows that are in this shard, with their models on this machine.
 
-        A fault in the first round ends the run before it has begun; later ones are failures.
+        A fault in the first round ends the run before it begins; later ones are failures.
         """
         specs, faults = self.reader.read(rows)
         yield from self._report_faults(faults, len(rows))
@@ -193,11 +193,11 @@ class Batch:
         return [job for job in jobs if self.shard is None or self.shard.holds(job.id)]
 
     def _rehearse(self, specs: list[JobSpec], rows: int) -> "Iterator[BatchEvent]":
-        """Find the faults of rows before a download, not after it, where that can be."""
+        """Find faults of rows before a download, where the model's configs are known."""
         models = dict.fromkeys(spec.resolution.model for spec in specs)
         if not all(map(self.session.is_here, models)):
             known = {}
-            with suppress(MissingModel):  # of a model of which nothing is known before
+            with suppress(MissingModel):  # a model whose configs are only known after its download
                 for model in models:
                     known[model] = self.session.open(model, dry_run=True)
                 device = self.session.device
@@ -207,7 +207,7 @@ class Batch:
                 yield from self._report_faults(faults, rows)
 
     def _too_long_for_jpeg(self, jobs: list[Job]) -> list[Fault]:
-        """Faults of prompts that leave no room for the recipe: better known before drawing."""
+        """Return faults of recipes too long for a JPEG's metadata, before anything is drawn."""
         faults = []
         for job in jobs:
             if job.format == "jpeg" and self.options.metadata == "full":
@@ -252,7 +252,7 @@ class Batch:
     # --- from jobs to images -------------------------------------------------------------------
 
     def _take(self, jobs: list[Job], stack: ExitStack) -> "Jobs":
-        """Take the folder, look at the earlier runs in it, and return the jobs to draw."""
+        """Lock the folder, read its earlier runs, and return the jobs to draw."""
         if self.manifest is None:
             self.manifest = stack.enter_context(Manifest(self.folder, self.shard))
             if self.manifest.damaged:
@@ -260,8 +260,8 @@ class Batch:
                 self.session.reporter.warn(text)
             if self.manifest.lock.missing:
                 self.session.reporter.warn(
-                    f"{self.folder} cannot be locked ({self.manifest.lock.missing}), so nothing"
-                    " keeps a second batch out of it: start none"
+                    f"{self.folder} cannot be locked ({self.manifest.lock.missing}), so do not"
+                    " start a second batch in it"
                 )
         manifest = self.manifest
         places = {Path(line["path"]).parent for line in manifest.last.values() if "path" in line}

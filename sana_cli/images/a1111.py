@@ -182,7 +182,7 @@ class _Scan:
                 self.closers[opened.pop()] = at
 
     def value(self, at: int) -> int:
-        """Return the end of the value at an offset; separators in quotes or brackets are skipped."""
+        """Return the end of the value at an offset; quotes and brackets protect separators."""
         text = self.text
         if text.startswith('"', at) and (string := STRING.match(text, at)):
             if self.end.match(text, string.end()):
