@@ -129,7 +129,7 @@ class Defaults:
         mine: dict[str, Any] = {}
         for parameter in command.params:
             name = parameter.name
-            # An option of the same name with another meaning, such as --output of a batch, is skipped.
+            # Skip an option of another meaning, such as --output of a batch.
             if name not in self.options or self.options[name].help != parameter.help:
                 continue
             if strict and self.broken:
