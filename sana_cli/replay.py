@@ -68,8 +68,8 @@ def command_of(recipe: dict[str, Any]) -> tuple[str, list[str]]:
     settings, remarks = settings_of(recipe)
     prompt = settings.pop("prompt")
     if recipe.get("image"):
-        settings["image"] = "PICTURE"
-        remarks.append("put the picture it started from in the place of PICTURE")
+        settings["image"] = "IMAGE"
+        remarks.append("replace IMAGE by the image it started from")
     if "seed" in recipe:
         settings["seed"] = recipe["seed"]
     words = []

@@ -42,7 +42,7 @@ def read_mask(path: str, alpha: bool = False, data: bytes | None = None) -> tupl
     """Read a mask, and tell which convention it follows.
 
     With `alpha` only transparency counts. With `data` these are the file's bytes, and `path` is
-    its name. UsageError if the file is no image or repaints nothing.
+    its name. UsageError if the file is not an image or repaints nothing.
     """
     shown = path[:200]
     try:

@@ -154,7 +154,7 @@ def _texts(path: str, shown: str) -> tuple[ImageMetadata, Texts]:
     try:
         place = os.path.expanduser(path)
         if not stat.S_ISREG(os.stat(place).st_mode):  # opening a pipe could wait for ever
-            raise UsageError(f"{shown} is no file", "give an image")
+            raise UsageError(f"{shown} is not a file", "give an image")
         with open(place, "rb") as file:
             head = file.read(formats.HEAD)
             file.seek(0)

@@ -188,7 +188,8 @@ def test_all_faults_of_a_table_are_told_at_once():
         (2, "guidance", "'4,5' is not a number; write it with a point: 4.5"),
         (
             *(4, None),
-            "this is not CSV: a quoted cell has text after its closing quote; double a quote inside it",
+            "this is not CSV: a quoted cell has text after its closing quote;"
+            " double a quote inside it",
         ),
         (5, None, "6 cells, but there are 4 columns"),
         (6, None, "this is not CSV: a quote is opened here and never closed"),
