@@ -53,11 +53,11 @@ def ours(work: Path, side: int, steps: int) -> dict:
     from sana_cli.models.streaming.autoencoder import decode
     from sana_cli.models.streaming.subpixel import fold_upsamples
     from sana_cli.pipeline.solver import SOLVERS, advance
-    from sana_cli.system.devices import give_back, keep_no_heap
+    from sana_cli.system.devices import release_unused_memory, return_freed_blocks
     from sana_cli.weights.checkpoint import load_weights, on_meta
     from sana_cli.weights.layout import find_part
 
-    keep_no_heap()
+    return_freed_blocks()
     sample, empty, text = inputs(side)
     solver = SOLVERS["flow-dpm"]
     schedule = solver.schedule(steps, 3.0)
@@ -74,7 +74,7 @@ def ours(work: Path, side: int, steps: int) -> dict:
         sample, previous = advance(solver.update(schedule, step), sample, velocity, previous, None)
     denoise = time.perf_counter() - began
     del engine, dit, texts, times
-    give_back("cpu")
+    release_unused_memory("cpu")
     decoder = on_meta(Decoder, DCAEConfig(**RELEASED), work)
     load_weights(decoder, find_part(work / "vae").weights, None, only="decoder.")
     fold_upsamples(decoder)

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from sana_cli.bench.competitor import psnr
-from sana_cli.system.devices import give_back
+from sana_cli.system.devices import release_unused_memory
 
 RELEASED = {
     "encoder_block_types": ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3,
@@ -60,11 +60,11 @@ def ours(weights: Path, device: str, dtype: torch.dtype, strip_bytes: int):
     from sana_cli.models.dc_ae import DCAEConfig, Decoder
     from sana_cli.models.streaming.autoencoder import decode
     from sana_cli.models.streaming.subpixel import fold_upsamples
-    from sana_cli.system.devices import keep_no_heap
+    from sana_cli.system.devices import return_freed_blocks
     from sana_cli.weights.checkpoint import load_weights, on_meta
     from sana_cli.weights.layout import find_part
 
-    keep_no_heap()
+    return_freed_blocks()
     decoder = on_meta(Decoder, DCAEConfig(**RELEASED), weights)
     load_weights(decoder, find_part(weights).weights, None, only="decoder.")
     fold_upsamples(decoder)
@@ -108,7 +108,7 @@ def measure(way: str, side: int, options: argparse.Namespace) -> dict:
     decode(latent(128).to(options.device))
     z = latent(side).to(options.device)
     seconds = []
-    give_back(options.device)
+    release_unused_memory(options.device)
     if cuda:
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()

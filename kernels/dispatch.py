@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-LEAST_CAPABILITY = (8, 0)  # Ampere: Triton generates no tensor-core code for older GPUs
+MIN_CAPABILITY = (8, 0)  # Ampere: Triton generates no tensor-core code for older GPUs
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -28,7 +28,7 @@ def fallback_reason(device: torch.device) -> str | None:
         return f"there is no Triton for {device.type}"
     if torch.version.hip:
         return "the kernels are untested on AMD GPUs"
-    if torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
+    if torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
         return "this GPU is older than Ampere, the first generation that Triton supports well"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sana_cli.kernels.cases import Case
-from sana_cli.kernels.dispatch import LEAST_CAPABILITY
+from sana_cli.kernels.dispatch import MIN_CAPABILITY
 
 _DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.uint8: "u8"}
 _traced: tuple[tuple[int, int], list[Case]] | None = None  # a capability and its launches
@@ -43,7 +43,7 @@ def capability(device: torch.device) -> tuple[int, int]:
     """Compute capability to choose block shapes for; the interpreter reports the least one."""
     if _traced is not None:
         return _traced[0]
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else LEAST_CAPABILITY
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else MIN_CAPABILITY
 
 
 def precision() -> str:

@@ -16,7 +16,7 @@ from sana_cli.kernels.cases import Case, like
 from sana_cli.kernels.launch import launch, precision, trace_launches
 
 ROWS, COLUMNS = 8, 16  # of a tile
-LEAST_GROUP = 16  # sides of the smallest matrix product
+MIN_GROUP = 16  # sides of the smallest matrix product
 
 
 def aggregate(window: Tensor, depth: Tensor, point: Tensor, out: Tensor) -> Tensor:
@@ -35,7 +35,7 @@ def aggregate(window: Tensor, depth: Tensor, point: Tensor, out: Tensor) -> Tens
         *(*window.stride()[:3], *out.stride()[:3]),
         KERNEL=kernel,
         GROUP=group,
-        BLOCK=max(LEAST_GROUP, triton.next_power_of_2(group)),
+        BLOCK=max(MIN_GROUP, triton.next_power_of_2(group)),
         ROWS=ROWS,
         COLUMNS=COLUMNS,
         PRECISION=precision(),

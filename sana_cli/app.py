@@ -1,7 +1,7 @@
-"""The `sana` command: verbs, and the one place where errors become lines and exit codes.
+"""The `sana` command: its verbs, and the conversion of errors to messages and exit codes.
 
 0 done · 1 other failure · 2 usage · 3 a batch with failures · 4 not enough memory · 5 model missing
-· 6 not enough disk · 7 bad picture · 130 interrupted · 143 terminated
+· 6 not enough disk · 7 bad image · 130 interrupted · 143 terminated
 """
 
 import errno
@@ -17,11 +17,11 @@ from sana_cli.commands import batch, bench, config, doctor, generate, info, mode
 from sana_cli.commands._defaults import Defaults, origins
 from sana_cli.errors import DiskFull, NotEnoughMemory, SanaError, UsageError
 from sana_cli.system.devices import is_out_of_memory
-from sana_cli.system.signals import leaving_at_once
+from sana_cli.system.signals import exit_at_once
 
 GENERATE = 'to draw: sana generate "a red fox"; sana --help lists the commands'
 DASHED = 'before a prompt that begins with a dash put --: sana generate -- "-a red fox"'
-# Options of other tools that draw pictures, and of diffusers.
+# Options of other image generators, and of diffusers.
 ELSEWHERE = {
     **dict.fromkeys(("-W", "-H", "-w", "--width", "--height", "--size"), "--res 1280x720"),
     **dict.fromkeys(("-p", "--prompt"), 'the first word: sana generate "a red fox"'),
@@ -65,7 +65,7 @@ def root(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Draw pictures from text with the Sana models, from the shell.
+    """Draw images from text with the Sana models, from the shell.
 
     [dim]sana generate "a red circle on a blue background" --model demo[/dim]
     """
@@ -75,10 +75,10 @@ def root(
 
 def main() -> None:
     _open_closed_streams()
-    _print_whatever_comes()
-    found: dict[str, Any] = {}  # what the call turns out to stand on
+    _configure_streams()
+    found: dict[str, Any] = {}  # facts about the call, for error messages
     try:
-        with leaving_at_once():
+        with exit_at_once():
             code = app(standalone_mode=False, obj=found)
     except KeyboardInterrupt:
         code = 130
@@ -93,7 +93,7 @@ def main() -> None:
 
 
 def _open_closed_streams() -> None:
-    """Put the null device where a caller closed a standard stream, lest a file take its number."""
+    """Open the null device for each closed standard stream, so that no file gets its number."""
     for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
         if getattr(sys, name) is None:
             descriptor = os.open(os.devnull, os.O_RDWR)
@@ -103,13 +103,13 @@ def _open_closed_streams() -> None:
             setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115
 
 
-def _print_whatever_comes() -> None:
-    """Let no character of a path end a call, and no width of zero swallow what is said.
+def _configure_streams() -> None:
+    """Make every character printable, and ignore a terminal width of zero.
 
-    What stdout's code page lacks is printed as a question mark; in UTF-8 a file name that is not
-    text is printed as the bytes that it is.
+    A character that stdout's code page lacks is printed as a question mark; in UTF-8 a file name
+    that is not text is printed as its bytes.
     """
-    if sys.stdout.errors in ("strict", "surrogateescape"):  # what Python chose, and not the user
+    if sys.stdout.errors in ("strict", "surrogateescape"):  # set by Python, not by the user
         is_utf8 = sys.stdout.encoding.lower().replace("-", "").startswith("utf8")
         errors = "surrogateescape" if is_utf8 else "replace"
         sys.stdout.reconfigure(errors=errors)  # type: ignore[union-attr]
@@ -119,7 +119,7 @@ def _print_whatever_comes() -> None:
 
 
 def _report(error: Exception, found: dict[str, Any]) -> int:
-    """One line and a hint for anything a user can meet; the traceback only with --verbose."""
+    """Print any error as one line and a hint, with --verbose also its traceback."""
     from sana_cli.ui import Console
 
     defaults: Defaults | None = found.get("defaults")
@@ -144,7 +144,7 @@ def _report(error: Exception, found: dict[str, Any]) -> int:
     elif isinstance(error, UsageError) and error.message.startswith("no PROMPT"):
         error = UsageError(error.message, DASHED if _is_dashed_prompt("") else error.hint)
     if not isinstance(error, SanaError):
-        error = _unforeseen(error, verbose)
+        error = _unexpected(error, verbose)
     if isinstance(error, UsageError):
         error = _with_origin(error, found)
     Console(color=color and "--no-color" not in sys.argv).error(error)
@@ -152,9 +152,9 @@ def _report(error: Exception, found: dict[str, Any]) -> int:
 
 
 def _is_dashed_prompt(option: str) -> bool:
-    """Whether words with spaces were taken for options, `option` being the one that there is not.
+    """Whether a prompt with spaces was parsed as options, of which `option` does not exist.
 
-    Without it: for options that there are, such as the -s of "-s of fog".
+    Without `option`: as existing ones, such as the -s of "-s of fog".
     """
     typed = [word.partition("=")[0] for word in sys.argv]
     if option:
@@ -164,7 +164,7 @@ def _is_dashed_prompt(option: str) -> bool:
 
 
 def _with_origin(error: UsageError, found: dict[str, Any]) -> UsageError:
-    """The same, with the place of each option in it that nobody typed."""
+    """Add the origin of each option in the message that was not typed."""
     words = {word.replace("-", "_") for word in re.findall(r"--([a-z-]+)", error.message)}
     blamed = {name: s for name, s in found.get("used", {}).items() if name in words}
     message = f"{error.message} ({origins(blamed)})" if blamed else error.message
@@ -175,7 +175,7 @@ def _help_of(context: typer.Context | None) -> str:
     return f"{context.command_path if context else 'sana'} --help shows every option"
 
 
-def _unforeseen(error: Exception, verbose: bool) -> SanaError:
+def _unexpected(error: Exception, verbose: bool) -> SanaError:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return DiskFull("no space left to write the result", "free some, or write elsewhere")
     if isinstance(error, MemoryError) or ("torch" in sys.modules and is_out_of_memory(error)):

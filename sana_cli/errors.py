@@ -1,10 +1,10 @@
-"""What can go wrong in a way the user can mend: one line, a hint, and a documented exit code."""
+"""Errors that the user can fix: a one-line message, a hint, and a documented exit code."""
 
-FAILURES = 3  # exit code of a batch that is through, but not with every job
+FAILURES = 3  # exit code of a batch that ended with failed jobs
 
 
 class SanaError(Exception):
-    """A failure with a message in one line and, where there is one, what to type next."""
+    """A failure with a one-line message and, where there is one, a hint of what to type next."""
 
     exit_code = 1
 
@@ -15,13 +15,13 @@ class SanaError(Exception):
 
 
 class UsageError(SanaError):
-    """Something is wrong with the call itself."""
+    """An invalid call: a wrong option, value or input file."""
 
     exit_code = 2
 
 
 class BrokenModel(SanaError):
-    """Weights or configs that are there but cannot be used."""
+    """Weights or configs that exist but cannot be used."""
 
     exit_code = 1
 

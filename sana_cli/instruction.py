@@ -24,6 +24,6 @@ INSTRUCTION = "\n".join(
 )
 
 
-def as_read(prompt: str) -> str:
-    """A prompt as the reference reads it; the instruction before it keeps its case."""
+def normalise_prompt(prompt: str) -> str:
+    """Lower-case and strip a prompt, as the reference does; the instruction keeps its case."""
     return prompt.lower().strip()

@@ -1,4 +1,4 @@
-"""The Recipe: everything that decides which picture comes out, and nothing else."""
+"""The Recipe: everything that determines an image, and nothing else."""
 
 import random
 import re
@@ -7,13 +7,13 @@ from typing import Any
 
 from sana_cli.errors import UsageError
 
-SEED_LIMIT = 2**32  # as other tools that read these files store it
-MOST_IMAGES = 100_000
+SEED_LIMIT = 2**32  # the range of other tools that read these files
+MAX_IMAGES = 100_000
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Two equal recipes give equal pictures on one machine, alone or in any batch."""
+    """The full description of an image: on one machine equal recipes give equal images."""
 
     prompt: str
     negative: str
@@ -23,9 +23,9 @@ class Recipe:
     guidance: float
     solver: str
     flow_shift: float | None  # None where the solver has none
-    width: int  # of the picture, in pixels
+    width: int  # of the image, in pixels
     height: int
-    native_width: int  # of what the network draws; resized or cropped to width x height
+    native_width: int  # of the network's output, which is resized or cropped to width x height
     native_height: int
     fit: str  # "trained" or "exact"
     model: str
@@ -35,8 +35,8 @@ class Recipe:
     vae_dtype: str
     image: str | None = None  # SHA-256 of the input image, as RGB bytes; None for noise alone
     strength: float | None = None  # of the noise put on it, in (0, 1]
-    # Since version 0.2, and left out of what is written where they have these values: so recipes,
-    # and the job ids made of them, are those of version 0.1 for what that could draw.
+    # Added in version 0.2, and only written if they differ from these defaults, so that recipes
+    # and job ids of images that version 0.1 could draw are unchanged.
     image_fit: str | None = None  # "crop", "pad" or "stretch"; None stretches, as version 0.1 did
     mask: str | None = None  # SHA-256 of where to repaint, a byte of 0 or 255 a pixel
     outpaint: str | None = None  # pixels added to the input image: "left,top,right,bottom"
@@ -47,10 +47,10 @@ class Recipe:
     vae: str | None = None  # the name of an autoencoder that is not the model's own
     pag: float | None = None  # scale of perturbed-attention guidance; None for none
     pag_layer: int | None = None  # the transformer block that it perturbs
-    pag_adaptive: float | None = None  # what the scale loses with a timestep; None for nothing
+    pag_adaptive: float | None = None  # decrease of the scale per timestep; None for none
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields, for JSON."""
+        """Return the fields, for JSON."""
         values = asdict(self)
         first = list(values).index("image_fit")
         later = {name for i, name in enumerate(values) if i >= first and values[name] is None}
@@ -59,7 +59,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Adapter:
-    """A LoRA by the SHA-256 of its file, and the factor of its update."""
+    """A LoRA: the SHA-256 of its file, and the scale of its update."""
 
     sha256: str
     scale: float
@@ -69,19 +69,19 @@ class Adapter:
 
 
 def adapters_of(recipe: Recipe) -> tuple[Adapter, ...]:
-    """The LoRAs of a recipe, in order."""
+    """Return the LoRAs of a recipe, in order."""
     words = recipe.lora.split(",") if recipe.lora else []
     pairs = (word.rpartition(":") for word in words)
     return tuple(Adapter(sha256, float(scale)) for sha256, _, scale in pairs)
 
 
 def parse_seeds(text: str | None, count: int | None) -> list[int]:
-    """`7` (and the count-1 after it), `1,5,9`, `1..8`, or None for a random one."""
-    highest = SEED_LIMIT - MOST_IMAGES  # leaves room for the seeds after a random one
+    """Parse `7` (and the count-1 seeds after it), `1,5,9` or `1..8`; None is a random seed."""
+    highest = SEED_LIMIT - MAX_IMAGES  # leaves room for the seeds after a random one
     seeds = _parse_seed_list(text) if text is not None else [random.randrange(highest)]
     if count is not None:
-        if count < 1 or count > MOST_IMAGES:
-            raise UsageError(f"--count {count} is not between 1 and {MOST_IMAGES}")
+        if count < 1 or count > MAX_IMAGES:
+            raise UsageError(f"--count {count} is not between 1 and {MAX_IMAGES}")
         if len(seeds) > 1:
             raise UsageError("--count cannot be used with several seeds", "leave one of them out")
         seeds = [seeds[0] + i for i in range(count)]
@@ -95,8 +95,8 @@ def _parse_seed_list(text: str) -> list[int]:
     span = re.fullmatch(r"(\d{1,20})\.\.(\d{1,20})", words)
     if span:
         first, last = int(span[1]), int(span[2])
-        if last < first or last - first >= MOST_IMAGES:
-            raise UsageError(f"--seed {text!r} is not a range of 1 to {MOST_IMAGES} seeds")
+        if last < first or last - first >= MAX_IMAGES:
+            raise UsageError(f"--seed {text!r} is not a range of 1 to {MAX_IMAGES} seeds")
         return list(range(first, last + 1))
     if not re.fullmatch(r"\d{1,20}(,\d{1,20})*", words):
         raise UsageError(

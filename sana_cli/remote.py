@@ -64,7 +64,7 @@ class RemoteSession(Session):
     """A `Session` that draws elsewhere."""
 
     def __init__(self, url: str, token: str | None, reporter: Reporter) -> None:
-        """UsageError if `url` is no address of a server. Nothing is connected yet."""
+        """UsageError if `url` is not the address of a server. Nothing is connected yet."""
         super().__init__(reporter=reporter)
         import httpx2
 

@@ -1,4 +1,4 @@
-"""From a recipe that was found in a picture back to the settings that give it again."""
+"""Convert a recipe from an image back to the settings that reproduce it."""
 
 import re
 import shlex
@@ -10,7 +10,7 @@ from sana_cli.weights.catalogue import HUB_ID, choose_model, known_models
 from sana_cli.weights.hub_cache import commit_of
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-# Fields of a recipe that are settings by the same name.
+# Fields of a recipe that are settings of the same name.
 DIRECT = (
     *("prompt", "negative", "model", "fit", "steps", "guidance", "solver"),
     *("pag", "pag_layer", "pag_adaptive"),
@@ -20,10 +20,10 @@ TEXT_PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "int8": "int8"}
 
 
 def settings_of(recipe: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Fields of Settings for as much of a recipe as is known; what they cannot say, in sentences.
+    """Return the Settings fields of a recipe, maybe partial, and remarks on what they lack.
 
-    They leave no choice open that the recipe has made, since those of another version may differ.
-    The picture that it started from, if any, is not among them: only its hash is known.
+    Every choice in the recipe is set explicitly, as the defaults of another version may differ.
+    An input image is not among them: only its hash is known.
     """
     settings = {name: recipe[name] for name in DIRECT if name in recipe}
     remarks = _about_model(recipe)
@@ -38,18 +38,16 @@ def settings_of(recipe: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     dit, text = recipe.get("dit_dtype"), recipe.get("text_dtype")
     if dit:
         settings["dtype"] = dit
-    # float16 is the transformer's alone: the rest is then in what the device is best at.
+    # Only the transformer runs in float16; the device decides the precision of the rest.
     if text == "int8" or (text and dit not in (None, "float16", text)):
         settings["text_precision"] = TEXT_PRECISIONS[text]
     if recipe.get("image"):
         settings["image_fit"] = recipe.get("image_fit") or "stretch"  # as version 0.1 did
         if recipe.get("outpaint"):
             settings["outpaint"] = recipe["outpaint"]
-        remarks.append(
-            f"it started from a picture whose RGB bytes have SHA-256 {recipe['image']!r}"
-        )
+        remarks.append(f"it started from an image whose RGB bytes have SHA-256 {recipe['image']!r}")
     if "seed" not in recipe:
-        remarks.append("its seed is not known, so the picture will be another one")
+        remarks.append("its seed is not known, so the image will be another one")
     return settings, remarks
 
 
@@ -66,12 +64,12 @@ def _about_model(recipe: dict[str, Any]) -> list[str]:
 
 
 def command_of(recipe: dict[str, Any]) -> tuple[str, list[str]]:
-    """The shell line that draws a recipe again, and what it cannot carry."""
+    """Return the shell command that reproduces a recipe, and remarks on what it lacks."""
     settings, remarks = settings_of(recipe)
     prompt = settings.pop("prompt")
     if recipe.get("image"):
-        settings["image"] = "PICTURE"
-        remarks.append("put the picture it started from in the place of PICTURE")
+        settings["image"] = "IMAGE"
+        remarks.append("replace IMAGE by the image it started from")
     if "seed" in recipe:
         settings["seed"] = recipe["seed"]
     words = []
@@ -90,7 +88,7 @@ def command_of(recipe: dict[str, Any]) -> tuple[str, list[str]]:
 
 
 def _quoted(word: str) -> str:
-    """For any shell; for bash and zsh where it holds what could play tricks on a terminal."""
+    """Quote for any shell; words with control characters for bash and zsh only."""
     if not CONTROL.search(word):
         return shlex.quote(word)
     plain = word.replace("\\", "\\\\").replace("'", "\\'")

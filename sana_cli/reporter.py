@@ -1,4 +1,4 @@
-"""How everything below the command line reports: one protocol, and the implementation for programs.
+"""The Reporter protocol for everything below the command line, and its implementation for programs.
 
 Nothing below `commands/` prints. A library call reports through `LogReporter`; the command line
 through `ui.Console`.
@@ -29,7 +29,7 @@ class TransferReporter(Protocol):
 
 
 class Reporter(Protocol):
-    """Receives what a call has to tell: choices that were made, details, warnings, transfers."""
+    """A receiver for the choices, details, warnings and downloads of a call."""
 
     def info(self, text: str) -> None: ...
     def detail(self, text: str) -> None: ...
@@ -38,7 +38,7 @@ class Reporter(Protocol):
 
 
 class LogReporter:
-    """For programs: warnings become Python warnings, the rest goes to the logger "sana_cli"."""
+    """Report to programs: by Python warnings, and by the logger "sana_cli" for the rest."""
 
     def info(self, text: str) -> None:
         logger.info(text)
@@ -50,7 +50,7 @@ class LogReporter:
         level, frame = 2, sys._getframe(1)
         while frame.f_back and frame.f_code.co_filename.startswith(PACKAGE):
             level, frame = level + 1, frame.f_back
-        warnings.warn(text, stacklevel=level)  # at the line that called the package
+        warnings.warn(text, stacklevel=level)  # attributed to the line that called the package
 
     def transfer(self) -> AbstractContextManager[TransferReporter]:
         return nullcontext(self)

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 # Of an input image. "alpha" is its own transparency as a mask.
 Role = Literal["init", "mask", "alpha", "control"]
 
-MOST_SPRINT_STEPS = 4  # that Sana-Sprint was distilled to
+MAX_SPRINT_STEPS = 4  # that Sana-Sprint was distilled to
 DEFAULT_STRENGTH = 0.6
 DEFAULT_PAG_LAYER = 8  # that of NVlabs' pipeline and of the model cards
 
@@ -347,8 +347,8 @@ def _resolve_sprint(model: Model, asked: Settings, steps: int, guidance: float) 
             f"{model.name} cannot use --pag: its guidance is built in", f"use --model {able}"
         )
     warnings = []
-    if steps > MOST_SPRINT_STEPS:
-        warnings.append(f"{model.name} was made for 1 to {MOST_SPRINT_STEPS} steps, not {steps}")
+    if steps > MAX_SPRINT_STEPS:
+        warnings.append(f"{model.name} was made for 1 to {MAX_SPRINT_STEPS} steps, not {steps}")
     strength, more = _resolve_strength(asked, steps)
     return Sampler("scm", steps, guidance, strength, (*warnings, *more))
 

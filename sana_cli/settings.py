@@ -21,7 +21,7 @@ DRAWING, FILES, RUNNING = None, "Files", "Running"  # panels of --help
 
 @dataclass(frozen=True)
 class Option:
-    """What is declared of an option beside its name, type and default."""
+    """The declaration of an option, beside its name, type and default."""
 
     help: str
     flag: str | None = None  # a short one, such as "-r"
@@ -50,7 +50,7 @@ def option(default: Any, **declared: Any) -> Any:
 
 @dataclass(frozen=True)
 class Settings:
-    """What is asked of an image, all but its seed. None leaves the choice to the model.
+    """The settings of an image, except its seed. None leaves the choice to the model.
 
     UsageError for a value that no model takes.
     """
@@ -104,7 +104,7 @@ class Settings:
     image: str | None = option(
         None,
         metavar="FILE",
-        kept=False,  # it would start every image from the same one
+        kept=False,  # kept, it would start every image from the same one
         upload=True,
         help="Start from this image, not from noise.",
     )
@@ -239,7 +239,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Seeds:
-    """Which images are drawn of a prompt. Both are text, as they are typed; see `parse_seeds`."""
+    """The images to draw of a prompt. Both are text, as they are typed; see `parse_seeds`."""
 
     count: int | None = option(
         None,
@@ -252,7 +252,7 @@ class Seeds:
         None,
         flag="-s",
         metavar="SEED",
-        kept=False,  # it would draw the same image again and again
+        kept=False,  # kept, it would draw the same image every time
         help="7, 1,5,9 or 1..8. [dim]default: random, and printed; in a batch a hash of the"
         " job[/dim]",
     )
@@ -260,7 +260,7 @@ class Seeds:
 
 @dataclass(frozen=True)
 class FileOptions:
-    """How an image is written."""
+    """Options of the image file."""
 
     force: bool = option(
         False,
@@ -269,7 +269,7 @@ class FileOptions:
         off=False,
         column=False,
         http=False,
-        kept=False,  # it would overwrite what nobody thought of
+        kept=False,  # kept, it would overwrite files unexpectedly
         help="Overwrite; otherwise the name gets -2, -3, …",
     )
     format: str | None = option(
@@ -300,7 +300,7 @@ class FileOptions:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Where and within what limits the networks run. UsageError for what is impossible anywhere."""
+    """The device, memory and precision limits of a run. UsageError for invalid values."""
 
     device: str = option(
         "auto",
@@ -348,7 +348,7 @@ GROUPS = (Settings, Seeds, FileOptions, RunOptions)
 
 @dataclass(frozen=True)
 class Declared:
-    """An option with what its field says: the whole of a declaration."""
+    """A complete declaration: an option with the name, type and default of its field."""
 
     name: str
     kind: type  # str, int, float or bool; of each value, if it is repeated
@@ -359,7 +359,7 @@ class Declared:
 
 
 def declared(*groups: type) -> dict[str, Declared]:
-    """The options of some groups, of all where none is named, in order."""
+    """Return the options of some groups, or of all, in order."""
     found = (_declared(one) for group in groups or GROUPS for one in fields(group))
     return {one.name: one for one in found if one is not None}
 
@@ -383,25 +383,25 @@ def is_path(one: Declared) -> bool:
 
 
 def choices(name: str) -> tuple[str, ...]:
-    """The values that an option takes, if they are few."""
+    """Return the choices of an option; empty if it has none."""
     return declared()[name].option.choices
 
 
 def bounds(name: str) -> tuple[float, float]:
-    """The least and the largest value of a numeric option."""
+    """Return the minimum and maximum of a numeric option."""
     found = declared()[name].option.bounds
     assert found is not None, f"{name} is declared without bounds"
     return found
 
 
 def check(group: Any) -> None:
-    """UsageError for a value of a group that is outside its declared choices or bounds."""
+    """Check all values of a group against their choices and bounds; UsageError."""
     for name, one in declared(type(group)).items():
         check_value(one, getattr(group, name))
 
 
 def check_value(one: Declared, value: Any) -> None:
-    """UsageError if a value is outside the choices or bounds of an option."""
+    """Check a value against the choices and bounds of an option; UsageError."""
     if value is None:
         return
     if one.option.choices and value not in one.option.choices:
@@ -419,7 +419,7 @@ def flag(name: str) -> str:
 
 
 def check_text(text: str, what: str) -> None:
-    """UsageError for text that no tokenizer, file name or image can hold."""
+    """Check that text is valid UTF-8, without NUL and not too long; UsageError."""
     if "\0" in text or len(text) > LONGEST_PROMPT:
         limit = f"is longer than {LONGEST_PROMPT} characters or holds a NUL"
         raise UsageError(f"{what} {limit}", "shorten it")

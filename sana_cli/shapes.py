@@ -1,4 +1,4 @@
-"""Picture sizes: what was asked for, and the trained shape that the model draws for it."""
+"""Image sizes: the requested size, and the trained shape that the model draws for it."""
 
 import math
 import re
@@ -10,10 +10,10 @@ from sana_cli.errors import UsageError
 NAMED_SIDES = {"1k": 1024, "2k": 2048, "4k": 4096}
 SMALLEST_SIDE = 32
 LARGEST_ASPECT = 100
-# A picture may be this many times larger than the model's native area before it is refused:
-# beyond it the resize would invent detail that the model never drew.
+# The largest ratio of an image's area to the model's native area: beyond it a resize would only
+# blur.
 LARGEST_AREA_RATIO = 1.5
-# How far the aspect of the nearest trained shape may be from the one asked for.
+# The largest ratio of the requested aspect to that of the nearest trained shape.
 LARGEST_ASPECT_RATIO = 1.2
 
 
@@ -26,7 +26,7 @@ class SizeRequest(NamedTuple):
 
 
 class Canvas(NamedTuple):
-    """The size of the picture and the (native) size the network draws it at, in pixels."""
+    """The size of the image and the (native) size the network draws it at, in pixels."""
 
     width: int
     height: int
@@ -35,7 +35,7 @@ class Canvas(NamedTuple):
 
 
 def parse_resolution(text: str) -> SizeRequest:
-    """`1024`, `4k` or `1280x720`; UsageError for anything else."""
+    """Parse `1024`, `4k` or `1280x720`; UsageError for anything else."""
     word = text.strip().lower()
     if word in NAMED_SIDES:
         return SizeRequest(side=NAMED_SIDES[word])
@@ -50,7 +50,7 @@ def parse_resolution(text: str) -> SizeRequest:
 
 
 def parse_aspect(text: str) -> float:
-    """`16:9` -> 16/9, width over height; UsageError for anything else."""
+    """Parse `16:9` to 16/9, width over height; UsageError for anything else."""
     match = re.fullmatch(r"(\d{1,4}(?:\.\d+)?):(\d{1,4}(?:\.\d+)?)", text.strip())
     width, height = (float(group) for group in match.groups()) if match else (0.0, 0.0)
     if not height or not 1 / LARGEST_ASPECT <= width / height <= LARGEST_ASPECT:
@@ -59,7 +59,7 @@ def parse_aspect(text: str) -> float:
 
 
 def nearest_class(request: SizeRequest, classes: Collection[int]) -> int:
-    """The native side, of those given, whose area is nearest to the request's."""
+    """Return the native side whose area is nearest to the request's."""
     area = request.side**2 if request.side is not None else request.width * request.height
     return min(classes, key=lambda side: abs(math.log(area / side**2)))
 
@@ -71,11 +71,11 @@ def choose_canvas(
     native_side: int,
     squares: tuple[int, ...] = (),
 ) -> Canvas:
-    """The canvas of a model of `native_side` for a request; UsageError where it cannot serve.
+    """Choose the canvas of a model of `native_side`; UsageError if it cannot draw the request.
 
     `fit` "trained" draws the nearest trained shape and, for an exact size, resizes and crops it
     as the reference pipeline does; "exact" draws the next multiples of 32 and crops only.
-    A model that was trained on `squares` of these sides and on nothing else serves any of them.
+    `squares` are the sides of a model that was trained on square images only.
     """
     sides = squares or (native_side,)
     native_side = nearest_class(request, sides)
@@ -111,12 +111,12 @@ def choose_canvas(
 
 
 def squares_of(sides: Collection[int]) -> str:
-    """ "256x256 or 512x512", for people."""
+    """Format sides as "256x256 or 512x512"."""
     return " or ".join(f"{side}x{side}" for side in sides)
 
 
 def _trained_shape(shapes: "Shapes", native_side: int, ratio: float) -> tuple[int, int]:
-    """(height, width) of the shape nearest in height/width, the first of two equally near."""
+    """Return the (height, width) nearest in height/width, the first of two equally near."""
     table = shapes.get(native_side, ((1.0, native_side, native_side),))
     nearest, height, width = min(table, key=lambda row: abs(row[0] - ratio))
     if not 1 / LARGEST_ASPECT_RATIO <= ratio / nearest <= LARGEST_ASPECT_RATIO:

@@ -31,8 +31,8 @@ from rich.theme import Theme
 from sana_cli.errors import SanaError
 
 NAME_COLUMNS = 12  # of facts, two of them blank
-# Colours of the terminal's own palette, which its owner can read on light and on dark; Rich's bars
-# have fixed ones that are made for dark.
+# Colours of the terminal's own palette, readable on light and on dark; the default colours of
+# Rich's bars are for dark backgrounds.
 THEME = Theme(
     {
         "bar.back": "bright_black",
@@ -56,12 +56,12 @@ class Console:
 
     @property
     def live(self) -> bool:
-        """Whether bars can move: a person is looking, at a terminal that can."""
+        """Whether bars can be redrawn: not quiet, and on a terminal with cursor control."""
         return not self.quiet and self.rich.is_terminal and not self.rich.is_dumb_terminal
 
     def info(self, text: str) -> None:
         if not self.quiet:
-            # Broken between words for people; never for whoever reads lines.
+            # Wrapped between words on a terminal; never for programs, which read lines.
             broken = self.rich.is_terminal
             self.rich.print(f"[dim]{escape(text)}[/dim]", soft_wrap=not broken)
 
@@ -74,11 +74,11 @@ class Console:
             self.rich.print(f"[yellow]warning:[/yellow] {escape(text)}", soft_wrap=True)
 
     def line(self, text: str) -> None:
-        """Print a line even when quiet: what an error is about."""
+        """Print a line even when quiet, as the context of an error."""
         self.rich.print(escape(" ".join(text.split())), soft_wrap=True)
 
     def transfer(self) -> "Downloads":
-        """Bars for a download, to be used as a context manager."""
+        """Return a context manager that shows bars for a download."""
         return Downloads(self)
 
     def error(self, error: SanaError) -> None:
@@ -88,8 +88,8 @@ class Console:
             self.rich.print(f"[bold]hint:[/bold] {escape(error.hint)}", soft_wrap=True)
 
 
-class _Shown:
-    """Bars that are on the terminal during a `with` block."""
+class _LiveBars:
+    """Bars shown on the terminal during a `with` block."""
 
     progress: Progress
 
@@ -106,8 +106,8 @@ class _Shown:
         self.progress.__exit__(kind, value, trace)
 
 
-class StageBars(_Shown):
-    """One bar a stage, with the time left; a line a stage where the terminal cannot draw."""
+class StageBars(_LiveBars):
+    """One bar per stage, with the time left; one line per stage without a live terminal."""
 
     def __init__(self, console: Console, stages: tuple[str, ...]) -> None:
         self.console, self.live = console, console.live
@@ -129,27 +129,27 @@ class StageBars(_Shown):
         }
 
     @contextmanager
-    def aside(self) -> Iterator[None]:
-        """With the bars out of the way."""
-        with out_of_the_way(self.progress):
+    def paused(self) -> Iterator[None]:
+        """Hide the bars during a `with` block."""
+        with pause_bars(self.progress):
             yield
 
     def result(self, line: str) -> None:
         """Write a line to stdout."""
-        with self.aside():
+        with self.paused():
             sys.stdout.write(f"{line}\n")
             sys.stdout.flush()
 
     def update(self, stage: str, done: int, total: int) -> None:
         task = self.tasks[stage]
-        self.progress.start_task(task)  # its clock; nothing if it runs already
+        self.progress.start_task(task)  # starts its clock, if it is not running
         self.progress.update(task, completed=done, total=total, visible=True)
         if done == total and not self.live:
             self.console.info(f"{stage}: {total} done")
 
 
-class BatchBar(_Shown):
-    """One bar for all images, with the current stage; lines where there is no terminal."""
+class BatchBar(_LiveBars):
+    """One bar for all images, with the current stage; lines without a live terminal."""
 
     LINE_EVERY = 10.0  # seconds between lines
 
@@ -170,7 +170,7 @@ class BatchBar(_Shown):
         )
         self.task = self.progress.add_task("images", total=0, stage="")
         self.done = self.total = 0
-        self.began = self.spoke = time.monotonic()
+        self.began = self.last_output = time.monotonic()
 
     def expect(self, more: int) -> None:
         self.total += more
@@ -181,31 +181,35 @@ class BatchBar(_Shown):
         self.progress.update(self.task, stage=text)
 
     def advance(self) -> None:
-        """One more is drawn, or has failed."""
+        """Count one more image as drawn or failed."""
         self.done += 1
         self.progress.update(self.task, completed=self.done)
         now = time.monotonic()
-        if not self.console.live and now - self.spoke > self.LINE_EVERY and self.done < self.total:
-            self.spoke = now
+        if (
+            not self.console.live
+            and now - self.last_output > self.LINE_EVERY
+            and self.done < self.total
+        ):
+            self.last_output = now
             left = (now - self.began) / self.done * (self.total - self.done)
             self.console.info(f"{self.done} of {self.total} images, {left:.0f} s left")
 
     def result(self, line: str) -> None:
         """Write a line to stdout."""
-        with out_of_the_way(self.progress):
+        with pause_bars(self.progress):
             sys.stdout.write(f"{line}\n")
             sys.stdout.flush()
 
 
 @contextmanager
-def out_of_the_way(progress: Progress) -> Iterator[None]:
-    """Take bars off the terminal, and show them again below what was written meanwhile."""
+def pause_bars(progress: Progress) -> Iterator[None]:
+    """Remove bars from the terminal during a block, and show them again below its output."""
     if progress.disable:
         yield
         return
     progress.stop()
     yield
-    # The old one would begin by erasing as many lines as it had drawn: now those just written.
+    # The old display would begin by erasing as many lines as it drew, which are now output.
     progress.live = Live(
         console=progress.console,
         transient=True,
@@ -215,8 +219,8 @@ def out_of_the_way(progress: Progress) -> Iterator[None]:
     progress.start()
 
 
-class Downloads(_Shown):
-    """A bar a file and one for all, with speed and time left; lines where there is no terminal."""
+class Downloads(_LiveBars):
+    """One bar per file and one for all, with speed and time left; lines without a terminal."""
 
     LINE_EVERY = 10.0  # seconds between lines
     DRAW_EVERY = 0.1  # and between updates of a bar
@@ -237,22 +241,22 @@ class Downloads(_Shown):
         self.sizes: dict[str, int] = {}
         self.done: dict[str, int] = {}
         self.had = self.size = 0  # bytes of all files: before this run, and in all
-        self.began = self.spoke = time.monotonic()
+        self.began = self.last_output = time.monotonic()
         self.drew = 0.0
-        self.turn = threading.Lock()
+        self.lock = threading.Lock()
 
     def begin(self, sizes: dict[str, int], done: dict[str, int]) -> None:
         self.sizes, self.done = sizes, dict(done)
         self.size, self.had = sum(sizes.values()), sum(done.values())
         self.all = self.progress.add_task(f"{len(sizes)} files", total=self.size)
         for file, size in sizes.items():
-            # The configs would be a screen full of bars that are full at once.
+            # Bars for the small configs would fill the screen.
             if size > 10_000_000:
                 name = file.split("/", 2)[-1]  # without the repository
                 self.tasks[file] = self.progress.add_task(name, total=size, completed=done[file])
 
     def advance(self, file: str, done: int) -> None:
-        with self.turn:
+        with self.lock:
             self.done[file] = done
             now = time.monotonic()
             if done < self.sizes[file] and now - self.drew < self.DRAW_EVERY:
@@ -262,8 +266,10 @@ class Downloads(_Shown):
             self.progress.update(self.all, completed=total)
             if file in self.tasks:
                 self.progress.update(self.tasks[file], completed=done)
-            if not self.console.live and (total == self.size or now - self.spoke > self.LINE_EVERY):
-                self.spoke = now
+            if not self.console.live and (
+                total == self.size or now - self.last_output > self.LINE_EVERY
+            ):
+                self.last_output = now
                 speed = (total - self.had) / max(now - self.began, 1e-3)
                 left = (self.size - total) / speed if speed else 0
                 self.console.info(
@@ -278,9 +284,9 @@ class Downloads(_Shown):
 def print_fact(
     console: RichConsole, name: str, value: str, style: str = "", one_line: bool = False
 ) -> None:
-    """A name and its value in two columns. Long values wrap on a terminal, and there only.
+    """Print a name and its value in two columns. Long values wrap only on a terminal.
 
-    `one_line` is for what is copied from there: the terminal itself breaks it, and joins it again.
+    `one_line` is for values to be copied: the terminal wraps them, and a copy is one line.
     """
     value = visible(value)
     if console.is_terminal and not one_line:
@@ -296,7 +302,7 @@ def print_fact(
 
 
 def visible(text: str) -> str:
-    """Text from a stranger, for a terminal: what would move, colour or reorder it is spelled out.
+    """Escape untrusted text for a terminal: characters that would move, colour or reorder it.
 
     Line breaks, tabs and the joiners inside emoji stay.
     """
@@ -312,5 +318,5 @@ def write_stdout(data: bytes) -> None:
 
 
 def close_stdout_quietly() -> None:
-    """After the reader of a pipe has gone: nothing more can be said there, so nothing is."""
+    """Redirect stdout to the null device after the reader of a pipe has closed it."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,20 +1,20 @@
-"""Numbers and bytes, as people read and write them."""
+"""Parse and format quantities."""
 
 import re
 
 from sana_cli.errors import UsageError
 
 UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "ki": 2**10, "mi": 2**20, "gi": 2**30}
-LEAST_MEMORY = 50_000_000
+MIN_MEMORY = 50_000_000
 
 
 def gigabytes(count: int) -> str:
-    """1_249_001_100 -> "1.25 GB"; small counts in MB."""
+    """Format bytes: 1_249_001_100 -> "1.25 GB"; small counts in MB."""
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def parse_memory(text: str) -> int | None:
-    """`6GB`, `512M` or `2.5GiB` -> bytes; None for "auto". UsageError for anything else."""
+    """Parse `6GB`, `512M` or `2.5GiB` to bytes; "auto" to None. UsageError for anything else."""
     word = text.strip().lower()
     if word == "auto":
         return None
@@ -23,13 +23,13 @@ def parse_memory(text: str) -> int | None:
     if match is None or unit is None:
         raise UsageError(f"--memory {text!r} is not an amount of memory", "write it as 6GB")
     count = int(float(match[1]) * unit)
-    if count < LEAST_MEMORY:
+    if count < MIN_MEMORY:
         raise UsageError(f"--memory {text!r} is too little for any model", "write it as 6GB")
     return count
 
 
 def parse_duration(text: str, name: str) -> float:
-    """`5m`, `90s`, `1h` or `0` -> seconds; infinite for "forever". UsageError for anything else."""
+    """Parse `5m`, `90s`, `1h` or `0` to seconds; "forever" to infinity. UsageError otherwise."""
     word = text.strip().lower()
     if word == "forever":
         return float("inf")

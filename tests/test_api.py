@@ -23,7 +23,7 @@ from sana_cli.errors import BadImage, MissingModel, UsageError
 from sana_cli.images.metadata import recipe_of
 from sana_cli.pipeline.events import Progress
 from sana_cli.settings import Settings
-from sana_cli.system.signals import leaving_in_order
+from sana_cli.system.signals import exit_by_exception
 
 PROMPT = "a red circle on a blue background"
 
@@ -164,7 +164,7 @@ def test_a_flat_picture_is_an_error(tiny_model, tmp_path):
 
 def test_a_program_keeps_its_own_ways_with_signals():
     before = signal.getsignal(signal.SIGINT)
-    with leaving_in_order():
+    with exit_by_exception():
         assert signal.getsignal(signal.SIGINT) is before
 
 

@@ -19,7 +19,7 @@ from sana_cli.images.names import parse_batch_output
 from sana_cli.pipeline.draw import Event, ImageDone, Progress
 from sana_cli.session import Session
 from sana_cli.settings import FileOptions, Seeds, Settings, declared
-from sana_cli.system.signals import Asked
+from sana_cli.system.signals import StopRequest
 
 PROMPT = "a red circle on a blue background"
 SMALL = {"res": "256", "steps": 1}
@@ -149,16 +149,16 @@ def batch(folder, session: Session, text: bytes) -> tuple[Batch, list]:
 def test_a_pipe_loads_each_network_once_however_many_rounds_its_rows_come_in(tmp_path):
     session = Session(cache=False)
     run, rows = batch(tmp_path, session, b"a red circle\na blue star\na green ring\n")
-    events = list(run.run(([row] for row in rows), Asked()))
+    events = list(run.run(([row] for row in rows), StopRequest()))
     assert loads(events) == ["text_encoder", "transformer", "decoder"]
     assert next(e for e in events if isinstance(e, Summary)).drawn == 3
 
 
 def test_a_file_loads_each_network_once_however_many_chunks_it_is_drawn_in(tmp_path, monkeypatch):
-    monkeypatch.setattr(runner, "AT_ONCE", 2)
+    monkeypatch.setattr(runner, "GROUP_SIZE", 2)
     session = Session(cache=False)
     run, rows = batch(tmp_path, session, b"".join(b"a red circle\n" for _ in range(5)))
-    events = list(run.run([rows], Asked()))
+    events = list(run.run([rows], StopRequest()))
     assert loads(events) == ["text_encoder", "transformer", "decoder"]
     assert next(e for e in events if isinstance(e, Summary)).drawn == 5
 

@@ -33,11 +33,11 @@ GRID = 64  # side of the square in which outlines are compared; the main patch f
 # Least overlap of outline and details together for a patch to be an object. It was chosen by eye on
 # distorted drawings: those below it are visibly crooked, although many could still be recognised.
 # One blob in nine reaches it for some kind, and hardly any for the kind that it should be.
-LEAST_OVERLAP = 0.66
-LEAST_AREA = 0.003  # of the image; smaller patches are ignored
+MIN_OVERLAP = 0.66
+MIN_AREA = 0.003  # of the image; smaller patches are ignored
 DETAILED = 0.35  # weight of the details, for kinds that have any
 FAR_COLOUR = 46.0  # RGB distance beyond which a sky or a land does not explain a pixel
-LEAST_SKY, LEAST_LAND = 0.5, 0.6  # least shares of explained pixels
+MIN_SKY, MIN_LAND = 0.5, 0.6  # least shares of explained pixels
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def _light_of(smooth: np.ndarray) -> str | None:
             explained |= np.linalg.norm(smooth[upper] - sky[:, None], axis=-1) < FAR_COLOUR
         share[light] = explained.mean()
     best = max(share, key=lambda light: share[light])
-    return best if share[best] >= LEAST_SKY else None
+    return best if share[best] >= MIN_SKY else None
 
 
 def _land_of(smooth: np.ndarray, light: str) -> str | None:
@@ -135,7 +135,7 @@ def _land_of(smooth: np.ndarray, light: str) -> str | None:
     cells = _cells(smooth[(np.arange(side) + 0.5) / side > 0.5])
     share = {land: float(_explained(light, land)[cells].mean()) for land in LANDS}
     best = max(share, key=lambda land: share[land])
-    return best if share[best] >= LEAST_LAND else None
+    return best if share[best] >= MIN_LAND else None
 
 
 @cache
@@ -259,13 +259,13 @@ def _objects(mask: np.ndarray, details: dict[str, np.ndarray], colour: str) -> l
     labels, count = ndimage.label(mask)
     sizes = np.bincount(labels.ravel())[1:]
     for i, window in enumerate(ndimage.find_objects(labels)):
-        if sizes[i] < LEAST_AREA * mask.size:
+        if sizes[i] < MIN_AREA * mask.size:
             continue
         patch = np.zeros_like(mask)
         patch[window] = ndimage.binary_fill_holes(labels[window] == i + 1)
         overlap = overlaps(patch, details)
         kind = max(overlap, key=lambda name: overlap[name])
-        if overlap[kind] >= LEAST_OVERLAP and (kind != "cloud" or colour == "white"):
+        if overlap[kind] >= MIN_OVERLAP and (kind != "cloud" or colour == "white"):
             rows, columns = window
             x = (columns.start + columns.stop) / 2 / mask.shape[1]
             y = (rows.start + rows.stop) / 2 / mask.shape[0]

@@ -18,9 +18,9 @@ GRID = 96  # side of the square in which outlines are compared; a shape fills a 
 # Least intersection over union for a patch to be a shape. It was chosen by eye on images of the
 # bundled model: above it every star, ring and cross is clearly one (thin shapes lose overlap fast),
 # below it there are circles with tails.
-LEAST_OVERLAP = 0.75
-LEAST_AREA = 0.012  # of the image; smaller patches are ignored
-LEAST_COVER = 0.9  # least share of a background's pixels in its colour
+MIN_OVERLAP = 0.75
+MIN_AREA = 0.012  # of the image; smaller patches are ignored
+MIN_COVER = 0.9  # least share of a background's pixels in its colour
 FAR_COLOUR = 60.0  # largest RGB distance of a patch's mean from its colour
 
 
@@ -68,7 +68,7 @@ def _background(scene: Scene, names: np.ndarray, pixels: np.ndarray) -> bool:
         margin = height // 12
         areas = [frame & (middle < -margin), frame & (middle > margin)]
     return all(
-        (names[area] == NAMES.index(colour)).mean() >= LEAST_COVER
+        (names[area] == NAMES.index(colour)).mean() >= MIN_COVER
         and _is_colour(colour, area & (names == NAMES.index(colour)), pixels)
         for area, colour in zip(areas, scene.background, strict=True)
     )
@@ -86,7 +86,7 @@ def _components(colour: str, names: np.ndarray) -> list[np.ndarray]:
     labels, count = ndimage.label(names == NAMES.index(colour))
     sizes = ndimage.sum_labels(np.ones_like(names), labels, range(1, count + 1))
     order = np.argsort(-np.asarray(sizes))
-    return [labels == i + 1 for i in order if sizes[i] >= LEAST_AREA * names.size]
+    return [labels == i + 1 for i in order if sizes[i] >= MIN_AREA * names.size]
 
 
 def _patch(thing: Object, scene: Scene, names: np.ndarray) -> np.ndarray | None:
@@ -141,7 +141,7 @@ def shape_of(patch: np.ndarray) -> str | None:
         for shape, template in _templates().items()
     }
     best = max(overlap, key=lambda shape: overlap[shape])
-    return best if overlap[best] >= LEAST_OVERLAP else None
+    return best if overlap[best] >= MIN_OVERLAP else None
 
 
 def _normalised(patch: np.ndarray) -> np.ndarray:
@@ -177,4 +177,4 @@ def _nothing_else(scene: Scene, names: np.ndarray, found: list[np.ndarray]) -> b
         stray &= np.abs(middle) > names.shape[scene.axis] // 16
     labels, count = ndimage.label(ndimage.binary_opening(stray, iterations=2))
     sizes = ndimage.sum_labels(np.ones_like(names), labels, range(1, count + 1))
-    return not np.any(np.asarray(sizes) >= LEAST_AREA * names.size)
+    return not np.any(np.asarray(sizes) >= MIN_AREA * names.size)

@@ -22,7 +22,7 @@ def strips(options: argparse.Namespace, report: Report) -> None:
     from sana_cli.models.dc_ae import DCAE
     from sana_cli.models.streaming.autoencoder import decode
     from sana_cli.models.streaming.subpixel import fold_upsamples
-    from sana_cli.system.devices import give_back
+    from sana_cli.system.devices import release_unused_memory
     from sana_cli.weights.checkpoint import load_weights, on_meta
 
     device = options.device
@@ -50,7 +50,7 @@ def strips(options: argparse.Namespace, report: Report) -> None:
             for dtype in (torch.bfloat16, torch.float32):
                 network = decoder(dtype, True)
                 decode(network, z.to(device))
-                give_back(device)
+                release_unused_memory(device)
                 facts: Row = {"side": side, "dtype": str(dtype).removeprefix("torch.")}
                 with peak(device) as held:
                     began = time.perf_counter()

@@ -1,1 +1,1 @@
-"""From what is asked for to recipes, and from many rows to a folder of pictures."""
+"""Batches: rows to jobs, and jobs to a folder of images."""

@@ -1,13 +1,13 @@
 """The JSON Lines that `sana batch --json` writes to stdout, each an object with an `event`.
 
-plan       jobs, done (there already), failed (in an earlier run), todo, folder, shard, device,
-           models; of a pipe, one for each round of rows
-image      id, row, path, seed, width, height, model, sha256, bytes, seconds (since the image
-           before), peak_bytes (so far), recipe
+plan       jobs, done (in an earlier run), failed (in an earlier run), todo, folder, shard, device,
+           models; for a pipe, one per round of rows
+image      id, row, path, seed, width, height, model, sha256, bytes, seconds (since the previous
+           image), peak_bytes (so far), recipe
 error      id, row, column (or null), message, hint (or null), exit_code
-heartbeat  stage, done, total: whenever nothing else was said for ten seconds
-summary    drawn, done, failed, left, seconds, exit_code: the last line, unless it
-           was stopped at once, or the call was wrong and nothing has begun
+heartbeat  stage, done, total: after ten seconds without another event
+summary    drawn, done, failed, left, seconds, exit_code: the last line, unless the run
+           was killed or a usage error ended it before it began
 """
 
 import json
@@ -22,8 +22,8 @@ HEARTBEAT = 10.0  # seconds
 
 class EventWriter:
     def __init__(self) -> None:
-        self.turn = threading.Lock()
-        self.spoke = time.monotonic()
+        self.lock = threading.Lock()
+        self.last_output = time.monotonic()
         self.state: dict[str, Any] = {"stage": "read", "done": 0, "total": 0}
         self.ended = threading.Event()
 
@@ -40,7 +40,7 @@ class EventWriter:
         self.ended.set()
 
     def emit(self, event: str, **facts: Any) -> None:
-        with self.turn:
+        with self.lock:
             self._write({"event": event, **facts})
 
     def stage(self, name: str, done: int = 0, total: int = 0) -> None:
@@ -49,13 +49,13 @@ class EventWriter:
     def _write(self, line: dict[str, Any]) -> None:
         sys.stdout.write(json.dumps(line) + "\n")
         sys.stdout.flush()
-        self.spoke = time.monotonic()
+        self.last_output = time.monotonic()
 
     def _beat(self) -> None:
-        while not self.ended.wait(max(0.01, self.spoke + HEARTBEAT - time.monotonic())):
-            with self.turn:
-                if not self.ended.is_set() and time.monotonic() - self.spoke >= HEARTBEAT:
+        while not self.ended.wait(max(0.01, self.last_output + HEARTBEAT - time.monotonic())):
+            with self.lock:
+                if not self.ended.is_set() and time.monotonic() - self.last_output >= HEARTBEAT:
                     try:
                         self._write({"event": "heartbeat", **self.state})
-                    except OSError:  # the reader has gone, as the next event will find
+                    except OSError:  # the reader has closed the pipe; the next event raises
                         return

@@ -1,10 +1,10 @@
-"""Rows to jobs: one image each, identified by what it draws and not by where its row stands.
+"""Rows to jobs: one image each, identified by what it draws and not by the position of its row.
 
-A job's id is a hash of its recipe, of the precision that was asked for (not of what this machine
-made of it, so that all machines agree), of its row's own name for it and the columns in that name,
-and of how many jobs equal in all this came before it. Where no seed is given it is a hash of the
-same, less the precision, and equal jobs count on from it. So a job has the same id, seed and
-image alone or in any batch, in any order and any shard.
+A job's id is a hash of its recipe, the requested precision (not the resolved one, so that all
+machines agree), the row's `output` and the columns used in the name, and the number of equal jobs
+before it. Where no seed is given, the seed is a hash of the same without the precision, and equal
+jobs get consecutive seeds. So a job has the same id, seed and image alone or in any batch, in any
+order and any shard.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from sana_cli.batch.rows import Fault, Row, RowOrFault
 from sana_cli.batch.templates import alternatives, columns_of, fill
 from sana_cli.errors import SanaError, UsageError
 from sana_cli.images.names import Output, check_size, parse_job_name
-from sana_cli.recipe import MOST_IMAGES, SEED_LIMIT, Recipe, parse_seeds
+from sana_cli.recipe import MAX_IMAGES, SEED_LIMIT, Recipe, parse_seeds
 from sana_cli.resolve import Inputs, Resolution, resolve
 from sana_cli.settings import Settings
 from sana_cli.weights.catalogue import Component, Model
@@ -46,14 +46,14 @@ class Job:
 
 @dataclass(frozen=True)
 class JobSpec:
-    """A prompt of a row with what its settings amount to, before any file of the model is read."""
+    """A prompt of a row with its resolved settings, before any file of the model is read."""
 
     row: Row
     resolution: Resolution
-    seeds: list[int] | None  # None: from a hash, `count` of them
+    seeds: list[int] | None  # None: `count` seeds from a hash
     count: int
     output: Output
-    columns: dict[str, str]  # that tell apart jobs of one recipe: those in the name, and `output`
+    columns: dict[str, str]  # part of the id: columns in the name, and `output`
 
 
 class RowReader:
@@ -87,7 +87,7 @@ class RowReader:
                 specs += self._specs(row)
             except UsageError as error:
                 faults.append(fault(row, error))
-            except _InColumn as error:
+            except _ColumnError as error:
                 faults.append(Fault(row.number, error.column, error.message))
         return specs, faults
 
@@ -100,8 +100,8 @@ class RowReader:
         count = given.pop("count")
         seed = given.pop("seed")
         given.pop("output", None)
-        if seed is None and count is not None and not 1 <= count <= MOST_IMAGES:
-            raise UsageError(f"--count {count} is not between 1 and {MOST_IMAGES}")
+        if seed is None and count is not None and not 1 <= count <= MAX_IMAGES:
+            raise UsageError(f"--count {count} is not between 1 and {MAX_IMAGES}")
         seeds = parse_seeds(seed, count) if seed is not None else None
         for prompt in self._prompts(row):
             resolution = self.resolve(Settings(**given | {"prompt": prompt}), self.inputs)
@@ -111,10 +111,10 @@ class RowReader:
         if self.template is None:
             prompt = row.fields.get("prompt")
             if prompt is None:
-                raise _InColumn("prompt", "is empty")
+                raise _ColumnError("prompt", "is empty")
         else:
             if "prompt" in row.fields and "prompt" not in self.filled:
-                raise _InColumn("prompt", "is not used by --template")
+                raise _ColumnError("prompt", "is not used by --template")
             columns = {name: _column(row, name, "--template") for name in self.filled}
             prompt = fill(self.template, columns, self.expanded)
         if not self.expanded:
@@ -122,22 +122,22 @@ class RowReader:
         try:
             return alternatives(prompt)
         except ValueError as error:
-            raise _InColumn("prompt", str(error)) from None
+            raise _ColumnError("prompt", str(error)) from None
 
 
-class _InColumn(Exception):
+class _ColumnError(Exception):
     def __init__(self, column: str, message: str) -> None:
         self.column, self.message = column, message
 
 
 def _column(row: Row, name: str, user: str) -> str:
     if name not in row.columns:
-        raise _InColumn(name, f"is empty, but {user} uses it")
+        raise _ColumnError(name, f"is empty, but {user} uses it")
     return row.columns[name]
 
 
 def fault(row: Row, error: SanaError) -> Fault:
-    """Where in a row the fault lies: at what the message names by its option, or quotes."""
+    """Return the fault with its column: the one whose option or value the message names."""
     named = [name.replace("-", "_") for name in re.findall(r"--([a-z][a-z-]+)", error.message)]
     named += [name for name, value in row.fields.items() if repr(value) in error.message]
     column = next((name for name in named if name in row.fields), None)
@@ -145,12 +145,14 @@ def fault(row: Row, error: SanaError) -> Fault:
 
 
 class JobBuilder:
-    """Build jobs; remember those before: their count, names, and how often each came."""
+    """Build jobs; keep the count, the names and the repeats of all jobs built so far."""
 
     def __init__(self) -> None:
         self.count = 0
         self.repeats: Counter[str] = Counter()
-        self.names: dict[str, int] = {}  # path, as the least particular file system sees it -> row
+        self.names: dict[
+            str, int
+        ] = {}  # case-folded path -> row, for file systems that ignore case
 
     def copy(self) -> "JobBuilder":
         return deepcopy(self)
@@ -162,8 +164,8 @@ class JobBuilder:
         device: str,
         survived: type[SanaError] = UsageError,
     ) -> tuple[list[Job], list[Fault]]:
-        """Build the jobs of some specs. `prepare` gives the files of a model, and identifies the
-        LoRAs of a resolution. Errors of the kind `survived` are faults of a row; others
+        """Build the jobs of some specs. `prepare` returns the files of a model and a resolution
+        whose LoRAs are identified. Errors of class `survived` become faults of the row; others
         are raised."""
         jobs: list[Job] = []
         faults: list[Fault] = []
@@ -183,10 +185,10 @@ class JobBuilder:
             del what[part]
         asked = spec.resolution.settings
         precision = {"dtype": asked.dtype, "text_precision": asked.text_precision}
-        start = int(_hash(what)[:8], 16) % (SEED_LIMIT - MOST_IMAGES)
+        start = int(_hash(what)[:8], 16) % (SEED_LIMIT - MAX_IMAGES)
         count = spec.count if spec.seeds is None else len(spec.seeds)
-        if self.count + count > MOST_IMAGES:
-            raise UsageError(f"there are more than {MOST_IMAGES} jobs", "split the file")
+        if self.count + count > MAX_IMAGES:
+            raise UsageError(f"there are more than {MAX_IMAGES} jobs", "split the file")
         for i in range(count):
             seed = None if spec.seeds is None else spec.seeds[i]
             alike = _hash(what | precision | {"seed": seed})

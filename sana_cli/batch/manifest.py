@@ -1,16 +1,16 @@
-"""What a folder of a batch knows of its jobs: `manifest.jsonl`, which only ever grows.
+"""The state of the jobs of a batch folder: `manifest.jsonl`, which is only appended to.
 
 Each line is a JSON object with a `status`:
 
-    run       a process took the folder: its pid and host, how many jobs it had and has to do
-    writing   the file at `path` is about to appear, with this sha256
-    done      it has: id, row, seed, path, sha256, bytes, mtime_ns, seconds, peak_bytes
-    failed    there is no picture: id, row, seed, error, exit_code
-    again     what was said of this id no longer counts (--restart)
+    run       a process started: its pid and host, its jobs and how many are to be drawn
+    writing   the file at `path` is about to be written, with this sha256
+    done      the file is written: id, row, seed, path, sha256, bytes, mtime_ns, seconds, peak_bytes
+    failed    no image was written: id, row, seed, error, exit_code
+    again     earlier lines of this id no longer count (--restart)
 
-Of an id the last line counts, and a line is on disk before the next thing is done. So whenever the
-process is killed, a file is either claimed by a line that has its hash, or not there. Shards keep
-manifests of their own, `manifest.2-of-3.jsonl`; all those of a folder are read as one.
+The last line of an id counts. Each line is synced to disk before the next operation, so after a
+kill every file is either listed with its hash or absent. Each shard writes its own manifest,
+`manifest.2-of-3.jsonl`; all manifests of a folder are read as one.
 """
 
 import hashlib
@@ -34,21 +34,23 @@ STATUSES = ("run", "writing", "done", "failed", "again")
 
 
 class Ledger:
-    """The manifests of a folder, read."""
+    """The state of each job, read from the manifests of a folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.last: dict[str, Line] = {}  # of each id
-        self.runs: dict[str, list[Line]] = {}  # of each manifest: its last run, and all since
-        self.hashes: dict[tuple[str, str], set[str]] = {}  # of an id at a path: what was written
-        self.damaged = 0  # lines that are none
+        self.last: dict[str, Line] = {}  # the last line of each id
+        self.runs: dict[str, list[Line]] = {}  # by manifest: its last `run` line and all after it
+        self.hashes: dict[
+            tuple[str, str], set[str]
+        ] = {}  # by id and path: hashes of what was written
+        self.damaged = 0  # lines that do not parse
         lines: list[Line] = []
         for path in sorted(folder.glob("manifest*.jsonl")):
             found, damaged = read_lines(path.read_bytes())
             self.damaged += damaged
             time = ""
             for line in found:
-                # Never back in time within a file, whatever the clock did.
+                # Times never decrease within a file, even if the clock did.
                 time = line["time"] = max(time, str(line.get("time", "")))
                 if line["status"] == "run":
                     self.runs[path.name] = []
@@ -66,7 +68,7 @@ class Ledger:
             self.hashes.setdefault((line["id"], line["path"]), set()).add(line["sha256"])
 
     def status(self, id: str) -> str:
-        """ "done" if the picture is on disk as it was written, "failed", or "open"."""
+        """ "done" if the image is on disk as it was written, "failed", or "open"."""
         line = self.last.get(id)
         if line is None or line["status"] == "again":
             return "open"
@@ -75,7 +77,7 @@ class Ledger:
         return "done" if self._is_whole(line) else "open"
 
     def _is_whole(self, line: Line) -> bool:
-        """Size and time of the last change settle it where they fit, as for make; else the hash."""
+        """Compare size and modification time, as make does; where the time differs, the hash."""
         path = self.folder / line["path"]
         try:
             state = path.stat()
@@ -84,23 +86,23 @@ class Ledger:
             if line["status"] == "done" and state.st_mtime_ns == line.get("mtime_ns"):
                 return True
             return sha256(path) == line["sha256"]
-        except (OSError, ValueError):  # it is gone, or its name is no name
+        except (OSError, ValueError):  # the file is gone, or the path is invalid
             return False
 
     def is_of(self, id: str, path: Path) -> bool:
-        """Whether what lies at a path inside the folder was written there as the picture of `id`.
+        """Whether the file at a path inside the folder was written as the image of `id`.
 
-        An empty file is the claim of a writer that was killed, where there are no hard links.
+        An empty file was left by a killed writer on a disk without hard links.
         """
         known, file = self.hashes.get((id, path.as_posix())), self.folder / path
         try:
             return known is not None and (file.stat().st_size == 0 or sha256(file) in known)
-        except (OSError, ValueError):  # a folder, or not for us to read
+        except (OSError, ValueError):  # a folder, or not readable
             return False
 
 
 def read_lines(data: bytes) -> tuple[list[Line], int]:
-    """The lines of a manifest and how many are damaged; a last one that is torn is neither."""
+    """Return the lines of a manifest and the count of damaged ones, less an incomplete last one."""
     found, damaged = [], 0
     whole, _, rest = data.rpartition(b"\n")
     for text in [*whole.split(b"\n"), *([rest] if _line(rest) else [])]:
@@ -128,7 +130,7 @@ def _line(text: bytes) -> Line | None:
 
 
 def repair(path: Path) -> None:
-    """Take off a last line that is torn, or end one that only lacks its end."""
+    """Remove an incomplete last line, or add the newline that a complete one lacks."""
     with path.open("rb+") as file:
         whole, newline, rest = file.read().rpartition(b"\n")
         if not rest:
@@ -147,7 +149,7 @@ def sha256(path: Path) -> str:
 
 
 class Manifest(Ledger):
-    """The one process that works in a folder, or on a shard of it, and writes its manifest."""
+    """The locked manifest of a folder, or of a shard of it, open for appending."""
 
     def __init__(self, folder: Path, shard: Shard | None = None) -> None:
         self.shard = shard
@@ -178,7 +180,7 @@ class Manifest(Ledger):
         self.stack.close()
 
     def _lock(self, folder: Path) -> Lock:
-        """SanaError if another process has this manifest, or one that may hold the same jobs."""
+        """SanaError if another process holds this manifest, or one that may have the same jobs."""
         taken = self.stem
         with ExitStack() as stack:
             try:
@@ -202,11 +204,11 @@ class Manifest(Ledger):
             return lock
 
     def begin(self, **facts: Any) -> None:
-        """Say who works here, and on how much."""
+        """Append the `run` line: process, host and job counts."""
         self.append(status="run", pid=os.getpid(), host=socket.gethostname(), **facts)
 
     def append(self, **facts: Any) -> None:
-        """Add a line, on disk when this returns. DiskFull or SanaError if it cannot be."""
+        """Append a line and sync it to disk. DiskFull or SanaError if that fails."""
         self.append_all([facts])
 
     def append_all(self, lines: Iterable[Line]) -> None:
@@ -226,15 +228,15 @@ class Manifest(Ledger):
             self.note(line)
 
     def adopt(self, id: str) -> None:
-        """Count a picture as done whose file appeared before its line could be written."""
+        """Add the `done` line of an image whose file was written before its line could be."""
         line = self.last[id]
         if line["status"] == "writing":
-            self.append(**line | {"status": "done"} | self._seen(line["path"]))
+            self.append(**line | {"status": "done"} | self._file_state(line["path"]))
 
     def place(self, id: str, name: Path, force: bool) -> tuple[Path, bool]:
-        """Where the picture of a job goes, and whether it may replace what is there.
+        """Return the path for a job's image, and whether it may replace an existing file.
 
-        An earlier picture of the same job is replaced, any other file only with `force`.
+        An earlier image of the same job is replaced, any other file only with `force`.
         """
         number, path = 1, name
         while os.path.lexists(self.folder / path):
@@ -245,17 +247,17 @@ class Manifest(Ledger):
         return path, False
 
     def done(self, path: Path, **facts: Any) -> Line:
-        """Add the line of a picture that is at `path` inside the folder."""
-        line = {"status": "done", **facts, "path": path.as_posix(), **self._seen(path)}
+        """Append the `done` line of the image at `path` inside the folder."""
+        line = {"status": "done", **facts, "path": path.as_posix(), **self._file_state(path)}
         self.append(**line)
         return line
 
-    def _seen(self, path: str | Path) -> Line:
+    def _file_state(self, path: str | Path) -> Line:
         state = (self.folder / path).stat()
         return {"bytes": state.st_size, "mtime_ns": state.st_mtime_ns}
 
     def sweep(self, folders: Iterable[Path]) -> None:
-        """Remove temporary files that killed runs of this manifest have left in some folders."""
+        """Remove temporary files that killed runs of this manifest left in some folders."""
         mark = f"{PARTIAL}-{self.stem}" + ("-" if self.shard else "")
         for folder in set(folders):
             for path in (self.folder / folder).glob(f"{PARTIAL}-manifest*.partial"):
@@ -264,14 +266,14 @@ class Manifest(Ledger):
 
 
 def is_held(folder: Path, stem: str) -> bool:
-    """Whether a process works on that manifest, as far as a lock can tell."""
+    """Whether a process holds the lock of that manifest."""
     path = folder / f"{PARTIAL}-{stem}.lock"
     try:
         if path.exists():
             Lock(path).release()
     except BlockingIOError:
         return True
-    except OSError:  # a disk that is only read
+    except OSError:  # a read-only disk
         pass
     return False
 

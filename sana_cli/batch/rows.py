@@ -1,8 +1,8 @@
-"""Rows of a batch: what each line of a file or a pipe asks for, and where it is at fault.
+"""Rows of a batch: the fields of each line of a file or a pipe, and the faults in them.
 
 txt          a prompt a line; blank lines and those that begin with # are skipped
 jsonl        a JSON object a line
-csv, tsv     the first row names the columns; an empty cell is as good as none
+csv, tsv     the first row names the columns; an empty cell sets nothing
 
 All of them in UTF-8, or in UTF-16 as Windows writes it.
 """
@@ -31,15 +31,15 @@ REPEATED = {name for name, one in COLUMNS.items() if one.repeated}
 FIELDS = ("prompt", *KINDS, "output")
 TRUTH = {"true": True, "yes": True, "on": True, "1": True}
 TRUTH |= {"false": False, "no": False, "off": False, "0": False}
-TOGETHER = 1.0  # seconds: rows of a pipe that come within this are validated and drawn together
-POLL = 0.2  # seconds between looks at whether to go on waiting
+ROUND_SECONDS = 1.0  # rows of a pipe that arrive within this are validated and drawn together
+POLL_SECONDS = 0.2  # between checks of whether to keep waiting
 
 
 @dataclass(frozen=True)
 class Row:
     number: int  # of the line that it begins on, from 1
     fields: dict[str, Any]  # those of FIELDS that it sets
-    columns: dict[str, str]  # all that it holds as text, for templates and names
+    columns: dict[str, str]  # all of its values as text, for templates and names
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,9 @@ def parse(
     used: Collection[str] = (),
     note: Note = lambda text: None,
 ) -> Iterator[RowOrFault]:
-    """The rows of a text in one of FORMATS and all that is wrong with them.
+    """Parse a text in one of FORMATS into rows and faults.
 
-    `used` are columns allowed beside FIELDS; `note` is told what was found out of a table's form.
+    `used` are columns allowed beside FIELDS; `note` receives the detected delimiter of a table.
     """
     text = _Text(chunks)
     parsers = {"txt": _prompts, "jsonl": _objects}
@@ -132,7 +132,7 @@ def _objects(text: _Text) -> Parsed:
         if isinstance(found, list):
             yield text.number, Fault(text.number, None, *array)
         elif not isinstance(found, _Object):
-            message = 'this is no JSON object, such as {"prompt": "a fox"}'
+            message = 'this is not a JSON object, such as {"prompt": "a fox"}'
             yield text.number, Fault(text.number, None, message)
         elif twice := _twice(found.names):
             for name in twice:
@@ -142,7 +142,7 @@ def _objects(text: _Text) -> Parsed:
 
 
 class _Object(dict[str, Any]):
-    """A JSON object that remembers a name that it had twice."""
+    """A JSON object with the names that occurred twice in it."""
 
     def __init__(self, pairs: list[tuple[str, Any]]) -> None:
         super().__init__(pairs)
@@ -156,26 +156,26 @@ def _twice(names: Iterable[str]) -> list[str]:
 # --- tables ------------------------------------------------------------------------------------
 
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
-# How the csv module puts it, and what it means for whoever has written the file.
+# Messages of the csv module, and what each means for the author of the file.
 CSV_ERRORS = {
-    "expected after": "a cell in quotes goes on after them; write a quote inside it twice",
-    "unexpected end of data": "a quote is opened here, and nothing closes it",
+    "expected after": "a quoted cell has text after its closing quote; double a quote inside it",
+    "unexpected end of data": "a quote is opened here and never closed",
 }
 
 
 class _Table:
-    """Rows of cells under a row of names, between delimiters that the header tells.
+    """Rows of cells under a header row; the delimiter is detected from the header.
 
-    Excel separates by semicolons where a comma is the decimal sign, and says so in a first line
-    `sep=;` if asked to. A cell of a .tsv that only begins with a quote is text, as most programs
-    that write such files know no quotes.
+    Excel writes semicolons where a comma is the decimal sign, and can put a line `sep=;` first.
+    A .tsv cell that only begins with a quote is plain text, as most programs that write .tsv
+    do not quote.
     """
 
     def __init__(self, text: _Text, format: str, known: Collection[str], note: Note) -> None:
         self.text, self.format, self.known, self.note = text, format, known, note
         self.delimiter = "," if format == "csv" else "\t"
         self.names: list[str] = []
-        self.strange: set[int] = set()  # columns whose fault was told, by their places
+        self.faulty_columns: set[int] = set()  # indices of columns already reported
         self.taken: list[str] = []  # lines of the row under way
 
     def rows(self) -> Parsed:
@@ -201,7 +201,7 @@ class _Table:
                 yield from self._row(first, cells)
 
     def _find_delimiter(self, header: str) -> None:
-        """The one that makes the most known names of the header, else the most names."""
+        """Choose the delimiter that gives the most known column names, else the most names."""
 
         def score(delimiter: str) -> tuple[int, int, bool]:
             names = [name.strip(' "\r\n') for name in header.split(delimiter)]
@@ -214,7 +214,7 @@ class _Table:
             self.delimiter = best
 
     def _records(self) -> Iterator[tuple[int, list[str] | Fault]]:
-        """The number of its first line, and its cells, of each row."""
+        """Yield the number of the first line and the cells of each row."""
         reader = self._reader()
         while True:
             first, self.taken = self.text.number + 1, []
@@ -223,14 +223,16 @@ class _Table:
             except StopIteration:
                 return
             except csv.Error as error:
-                # Its first line alone is at fault; what it has swallowed may be in order.
+                # Only the first line is at fault; the lines read into its cell may be valid.
                 self.text.put_back(self.taken[1:])
                 reader = self._reader()
                 if self.format == "csv":
                     why = next((w for k, w in CSV_ERRORS.items() if k in str(error)), str(error))
                     yield first, Fault(first, None, f"this is not CSV: {why}")
                     continue
-                cells = [_bare(c) for c in self.taken[0].rstrip("\r\n").split(self.delimiter)]
+                cells = [
+                    _unquoted_cell(c) for c in self.taken[0].rstrip("\r\n").split(self.delimiter)
+                ]
             yield first, [cell.strip() for cell in cells]
 
     def _reader(self) -> Iterator[list[str]]:
@@ -246,7 +248,7 @@ class _Table:
             yield Fault(first, name, "is there twice")
         for place, name in enumerate(self.names):
             if name and field_name(name) not in self.known:
-                self.strange.add(place)
+                self.faulty_columns.add(place)
                 yield Fault(first, name, *_unknown(name, self.known))
 
     def _row(self, first: int, cells: list[str]) -> Parsed:
@@ -258,14 +260,14 @@ class _Table:
             yield first, Fault(first, None, message, f"{hint} quotes around it")
             return
         for place, cell in enumerate(cells):
-            if cell and not self.names[place] and place not in self.strange:
-                self.strange.add(place)
+            if cell and not self.names[place] and place not in self.faulty_columns:
+                self.faulty_columns.add(place)
                 message = f"holds {cell[:40]!r}, but its column has no name"
                 yield first, Fault(first, str(place + 1), message, NAMELESS)
         named = {
             name: cell
             for place, (name, cell) in enumerate(zip(self.names, cells, strict=False))
-            if cell and name and place not in self.strange
+            if cell and name and place not in self.faulty_columns
         }
         yield first, named
 
@@ -273,20 +275,20 @@ class _Table:
 NAMELESS = "name it, or leave it out; pandas writes its index with to_csv unless index=False"
 
 
-def _bare(cell: str) -> str:
-    """A cell of a line whose quotes mean nothing, unless they are whole."""
+def _unquoted_cell(cell: str) -> str:
+    """Return a cell of a malformed line, without its quotes if they are balanced."""
     whole = re.fullmatch(r'\s*"((?:[^"]|"")*)"\s*', cell)
     return whole[1].replace('""', '"') if whole else cell
 
 
 def field_name(name: str) -> str:
-    """`Text-Precision` -> `text_precision`; a name that is no field stays."""
+    """`Text-Precision` -> `text_precision`; a name that is not a field is returned as it is."""
     plain = name.strip().replace("-", "_").lower()
     return plain if plain in FIELDS else name.strip()
 
 
 def _checked(number: int, values: dict[str, Any], used: Collection[str]) -> Iterator[RowOrFault]:
-    """The row, or everything that is wrong with it."""
+    """Yield the row, or each of its faults."""
     given: dict[str, Any] = {}
     columns: dict[str, str] = {}
     faults = []
@@ -310,7 +312,7 @@ def _checked(number: int, values: dict[str, Any], used: Collection[str]) -> Iter
         yield Row(number, given, columns)
 
 
-# What other tools and data sets call the fields.
+# Names of the fields in other tools and data sets.
 ELSEWHERE = {
     **dict.fromkeys(("text", "caption", "description"), "prompt"),
     **dict.fromkeys(("negative_prompt", "neg_prompt", "uc"), "negative"),
@@ -327,14 +329,14 @@ ELSEWHERE = {
 
 
 def _unknown(name: str, known: Collection[str]) -> tuple[str, str | None]:
-    """What to say of a name that is no field, and what it may have been meant for."""
+    """Return a message and a hint for a name that is not a field."""
     plain = re.sub(r"\W+", "_", name.strip().lower())
     close = get_close_matches(plain, sorted(known), n=1, cutoff=0.7)
     meant = ELSEWHERE.get(plain) or (close[0] if close else None)
     if meant:
-        return f"is no field; did you mean {meant}?", None
+        return f"is not a field; did you mean {meant}?", None
     hint = NAMELESS if re.fullmatch(r"unnamed_\d+", plain) else None
-    return "is no field, and neither --template nor the name of the picture uses it", hint
+    return "is not a field, and neither --template nor the name of the image uses it", hint
 
 
 def _convert(name: str, value: Any) -> Any:
@@ -371,7 +373,7 @@ def _is_integer(value: Any) -> bool:
 
 
 def _whole(text: str) -> str:
-    """`7.0` -> `7`: how tables that once held an empty cell write whole numbers."""
+    """`7.0` -> `7`: pandas writes integers as floats in a column with an empty cell."""
     return text[:-2] if re.fullmatch(r"\d+\.0", text) else text
 
 
@@ -385,7 +387,7 @@ def _as_text(value: Any) -> str:
 
 
 def read_file(path: str) -> list[bytes]:
-    """The whole of it, in one chunk."""
+    """Return the bytes of a file, in one chunk."""
     try:
         with open(os.path.expanduser(path), "rb") as file:
             return [file.read()]
@@ -397,7 +399,7 @@ def read_file(path: str) -> list[bytes]:
 
 
 class Pipe:
-    """Rows of a pipe, in the rounds that they arrive in."""
+    """Rows of a pipe, in rounds as they arrive."""
 
     def __init__(self, descriptor: int, format: str, used: Collection[str], note: Note) -> None:
         self.found: queue.SimpleQueue[RowOrFault | None] = queue.SimpleQueue()
@@ -412,13 +414,17 @@ class Pipe:
     def rounds(
         self, stopping: Callable[[], bool], whole: bool = False
     ) -> Iterator[list[RowOrFault]]:
-        """Lists of rows: what comes within TOGETHER of the first, or with `whole` all there is."""
+        """Yield lists of rows: those within ROUND_SECONDS of the first; with `whole`, all."""
         ended = False
         while not ended and not stopping():
             batch: list[RowOrFault] = []
             until = None
             while not stopping():
-                wait = POLL if until is None else max(0.0, min(POLL, until - time.monotonic()))
+                wait = (
+                    POLL_SECONDS
+                    if until is None
+                    else max(0.0, min(POLL_SECONDS, until - time.monotonic()))
+                )
                 try:
                     found = self.found.get(timeout=wait)
                 except queue.Empty:
@@ -430,12 +436,12 @@ class Pipe:
                     break
                 batch.append(found)
                 if until is None and not whole:
-                    until = time.monotonic() + TOGETHER
+                    until = time.monotonic() + ROUND_SECONDS
             if batch:
                 yield batch
 
 
 def _chunks(descriptor: int) -> Iterator[bytes]:
-    """Not by way of sys.stdin, whose lock a thread that waits for input would hold at exit."""
+    """Read without sys.stdin, whose lock a thread that waits for input would hold at exit."""
     while chunk := os.read(descriptor, 1 << 16):
         yield chunk

@@ -19,7 +19,7 @@ from sana_cli.images.names import check_quality
 from sana_cli.resolve import Resolution
 from sana_cli.session import Session
 from sana_cli.settings import FileOptions
-from sana_cli.system.signals import Asked
+from sana_cli.system.signals import StopRequest
 from sana_cli.units import counted
 from sana_cli.weights.catalogue import Component, Model
 
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
     BatchEvent: TypeAlias = "Planned | RowError | JobError | Waiting | Summary | RunEvent"
     Jobs: TypeAlias = Generator[BatchEvent, None, list[Job]]
 
-MOST_SHOWN = 10  # faults
+MAX_SHOWN = 10  # faults
 
 
 @dataclass(frozen=True)
 class RunPolicy:
-    """What is drawn again, and when a run gives up."""
+    """Which jobs are drawn again, and after how many failures a run stops."""
 
     retry_failed: bool = False
     restart: bool = False
@@ -48,7 +48,7 @@ class RunPolicy:
 
 @dataclass(frozen=True)
 class Planned:
-    """What a round of rows amounts to: the jobs of this shard, and their states before the run."""
+    """The jobs of this shard in a round of rows, and their states before the run."""
 
     jobs: list[Job]
     todo: int
@@ -60,8 +60,8 @@ class Planned:
 class RowError:
     """A row that is at fault.
 
-    `fate` is "skipped" if the run goes on without it, "raised" if its error ends the run, and
-    "listed" if it is one of several that end it together.
+    `fate` is "skipped" if the run continues without it, "raised" if its error ends the run, and
+    "listed" if it is one of several that together end it.
     """
 
     row: int
@@ -72,7 +72,7 @@ class RowError:
 
 @dataclass(frozen=True)
 class JobError:
-    """A job that failed; its row is named in the message."""
+    """A job that failed; the message names its row."""
 
     job: Job
     error: SanaError
@@ -88,7 +88,7 @@ class Summary:
     """The counts of a run, and its exit code."""
 
     drawn: int
-    done: int  # were there before
+    done: int  # in an earlier run
     failed: int
     failed_before: int  # of those, in an earlier run
     left: int
@@ -112,7 +112,7 @@ class Batch:
         self.source, self.options, self.policy = source, options, policy
         self.builder = JobBuilder()
         self.files: dict[tuple[Model, Component | None, Component | None], ModelFiles] = {}
-        self.manifest: Manifest | None = None  # from the first round without a fault on
+        self.manifest: Manifest | None = None  # set at the first round without a fault
         self.warned: set[str] = set()
         self.todo = self.drawn = self.there = self.failed_before = self.failed = 0
         self.bad_rows = 0
@@ -123,46 +123,46 @@ class Batch:
         jobs: list[Job] = []
         for rows in rounds:
             jobs += yield from self._jobs(rows, fetch=False)
-        self._refuse_nothing()
+        self._refuse_empty()
         ledger = Ledger(self.folder)
         states = [ledger.status(job.id) for job in jobs]
         todo = sum(map(self.policy.is_todo, states))
         yield Planned(jobs, todo, states.count("done"), states.count("failed"))
 
     def run(
-        self, rounds: Iterable[list[RowOrFault]], asked: Asked
+        self, rounds: Iterable[list[RowOrFault]], stop: StopRequest
     ) -> "Generator[BatchEvent, None, None]":
-        """Draw everything there is to draw; the last event is the summary.
+        """Draw all open jobs; the last event is the summary.
 
-        `asked` says whether to stop after the current image.
+        Once `stop` is true, the run ends after the current image.
         """
         with ExitStack() as stack:
             try:
                 for rows in rounds:
                     jobs = yield from self._jobs(rows, fetch=True)
-                    if not asked:
-                        yield from self._draw((yield from self._take(jobs, stack)), asked)
-                    if asked or self._failed_enough():
+                    if not stop:
+                        yield from self._draw((yield from self._take(jobs, stack)), stop)
+                    if stop or self._failed_enough():
                         break
                     yield Waiting()
-                if not asked:
-                    self._refuse_nothing()
+                if not stop:
+                    self._refuse_empty()
             except SanaError as error:
                 if self.manifest is not None:
                     yield self._summary(error.exit_code)
                 raise
             failed = self.failed + self.failed_before + self.bad_rows
-            yield self._summary(asked.code or (FAILURES if failed else 0))
+            yield self._summary(stop.code or (FAILURES if failed else 0))
 
     # --- from rows to jobs ---------------------------------------------------------------------
 
     def _jobs(self, rows: list[RowOrFault], fetch: bool) -> "Jobs":
-        """The jobs of some rows that fall to this shard, with their models on this machine.
+        """Return the jobs of some rows that are in this shard, with their models on this machine.
 
-        A fault in the first round ends the run before it has begun; later ones are failures.
+        A fault in the first round ends the run before it begins; later ones are failures.
         """
         specs, faults = self.reader.read(rows)
-        yield from self._settle(faults, len(rows))
+        yield from self._report_faults(faults, len(rows))
         device = self.session.device
         if self.manifest is None and fetch:
             yield from self._rehearse(specs, len(rows))
@@ -181,7 +181,7 @@ class Batch:
         survived = UsageError if self.manifest is None else SanaError
         jobs, faults = self.builder.build(specs, prepare, device, survived)
         faults += self._too_long_for_jpeg(jobs)
-        yield from self._settle(faults, len(rows))
+        yield from self._report_faults(faults, len(rows))
         if self.manifest is None and jobs:
             check_quality(self.options.quality, {job.format for job in jobs})
         for spec in specs:
@@ -193,21 +193,21 @@ class Batch:
         return [job for job in jobs if self.shard is None or self.shard.holds(job.id)]
 
     def _rehearse(self, specs: list[JobSpec], rows: int) -> "Iterator[BatchEvent]":
-        """Find the faults of rows before a download, not after it, where that can be."""
+        """Find faults of rows before a download, where the model's configs are known."""
         models = dict.fromkeys(spec.resolution.model for spec in specs)
         if not all(map(self.session.is_here, models)):
             known = {}
-            with suppress(MissingModel):  # of a model of which nothing is known before
+            with suppress(MissingModel):  # a model whose configs are only known after its download
                 for model in models:
                     known[model] = self.session.open(model, dry_run=True)
                 device = self.session.device
                 _, faults = self.builder.copy().build(
                     specs, lambda resolution: (resolution, known[resolution.model]), device
                 )
-                yield from self._settle(faults, rows)
+                yield from self._report_faults(faults, rows)
 
     def _too_long_for_jpeg(self, jobs: list[Job]) -> list[Fault]:
-        """Faults of prompts that leave no room for the recipe: better known before drawing."""
+        """Return faults of recipes too long for a JPEG's metadata, before anything is drawn."""
         faults = []
         for job in jobs:
             if job.format == "jpeg" and self.options.metadata == "full":
@@ -217,7 +217,7 @@ class Batch:
                     faults.append(Fault(job.row, None, error.message, error.hint))
         return faults
 
-    def _settle(self, faults: list[Fault], rows: int) -> "Iterator[BatchEvent]":
+    def _report_faults(self, faults: list[Fault], rows: int) -> "Iterator[BatchEvent]":
         """Report faults of rows; UsageError if nothing has been drawn yet."""
         if not faults:
             return
@@ -234,9 +234,9 @@ class Batch:
         if len(faults) == 1:
             yield (found := self._row_error(first, "raised"))
             raise found.error
-        for fault in sorted(faults, key=lambda fault: fault.row)[:MOST_SHOWN]:
+        for fault in sorted(faults, key=lambda fault: fault.row)[:MAX_SHOWN]:
             yield self._row_error(fault, "listed")
-        more = f", the first {MOST_SHOWN} of them above" if len(faults) > MOST_SHOWN else ""
+        more = f", the first {MAX_SHOWN} of them above" if len(faults) > MAX_SHOWN else ""
         spread = f" in {len(faults)} places" if len(faults) > len(places) else ""
         raise UsageError(f"{self.source} has {counted(len(places), 'row')} at fault{spread}{more}")
 
@@ -245,14 +245,14 @@ class Batch:
         message = f"{self.source}, row {fault.row}{column}: {fault.message}"
         return RowError(fault.row, fault.column, UsageError(message, fault.hint), fate)
 
-    def _refuse_nothing(self) -> None:
+    def _refuse_empty(self) -> None:
         if not self.builder.count and not self.bad_rows:
             raise UsageError(f"{self.source} holds no job", "write at least one prompt, one a line")
 
     # --- from jobs to images -------------------------------------------------------------------
 
     def _take(self, jobs: list[Job], stack: ExitStack) -> "Jobs":
-        """Take the folder, look at the earlier runs in it, and return the jobs to draw."""
+        """Lock the folder, read its earlier runs, and return the jobs to draw."""
         if self.manifest is None:
             self.manifest = stack.enter_context(Manifest(self.folder, self.shard))
             if self.manifest.damaged:
@@ -260,8 +260,8 @@ class Batch:
                 self.session.reporter.warn(text)
             if self.manifest.lock.missing:
                 self.session.reporter.warn(
-                    f"{self.folder} cannot be locked ({self.manifest.lock.missing}), so nothing"
-                    " keeps a second batch out of it: start none"
+                    f"{self.folder} cannot be locked ({self.manifest.lock.missing}), so do not"
+                    " start a second batch in it"
                 )
         manifest = self.manifest
         places = {Path(line["path"]).parent for line in manifest.last.values() if "path" in line}
@@ -288,13 +288,13 @@ class Batch:
         yield Planned(jobs, len(todo), there, failed)
         return todo
 
-    def _draw(self, jobs: list[Job], asked: Asked) -> "Iterator[BatchEvent]":
+    def _draw(self, jobs: list[Job], stop: StopRequest) -> "Iterator[BatchEvent]":
         if not jobs:
             return
         from sana_cli.batch.runner import Failed, Saved
 
-        said = False
-        for event in self._runner(asked).run(jobs):
+        announced = False
+        for event in self._runner(stop).run(jobs):
             if isinstance(event, Failed):
                 self.failed += 1
                 message = f"{self.source}, row {event.job.row}: {event.error.message}"
@@ -307,12 +307,12 @@ class Batch:
             else:
                 self.drawn += isinstance(event, Saved)
                 yield event
-            if asked and not said:
-                said = True
+            if stop and not announced:
+                announced = True
                 text = "stopping after this image; press Ctrl-C again to stop at once"
                 self.session.reporter.info(text)
 
-    def _runner(self, asked: Asked) -> "Runner":
+    def _runner(self, stop: StopRequest) -> "Runner":
         from sana_cli.batch.runner import Runner
 
         assert self.manifest is not None
@@ -322,7 +322,7 @@ class Batch:
             lambda job: self.files[job.model, job.vae, job.controlnet],
             self.reader.inputs,
             self.options,
-            lambda: bool(asked),
+            lambda: bool(stop),
         )
 
     def _failed_enough(self) -> bool:

@@ -1,4 +1,4 @@
-"""Draw the jobs of a batch and save each image; one bad job never stops the others."""
+"""Draw the jobs of a batch and save each image; a job that fails does not stop the others."""
 
 import hashlib
 import time
@@ -20,7 +20,7 @@ from sana_cli.settings import FileOptions
 if TYPE_CHECKING:
     from sana_cli.weights.model_files import ModelFiles
 
-AT_ONCE = 256  # images whose text states are in memory together: 0.4 GB of Gemma-2-2B's
+GROUP_SIZE = 256  # images whose text states are in memory together: 0.4 GB with Gemma-2-2B
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Runner:
         options: FileOptions,
         stopping: Callable[[], bool],
     ) -> None:
-        """`stopping` asks for an end after the current image."""
+        """`stopping` returns whether to stop after the current image."""
         self.session, self.manifest, self.files_of = session, manifest, files_of
         self.inputs, self.options, self.stopping = inputs, options, stopping
         self.before = 0.0  # when the last image was saved
@@ -59,7 +59,7 @@ class Runner:
     def run(self, jobs: Iterable[Job]) -> Iterator[RunEvent]:
         """Run jobs, all with the same networks together, in the order of the first of each.
 
-        SanaError if no more can be drawn or saved; what was reported as saved is on disk.
+        SanaError if no job can be drawn or saved any more; images reported as saved are on disk.
         """
         try:
             yield from self._run(jobs)
@@ -75,7 +75,7 @@ class Runner:
         count = sum(map(len, groups.values()))
         self.before = time.perf_counter()
         for group in groups.values():
-            waiting = [group[at : at + AT_ONCE] for at in range(0, len(group), AT_ONCE)]
+            waiting = [group[at : at + GROUP_SIZE] for at in range(0, len(group), GROUP_SIZE)]
             while waiting and not self.stopping():
                 some = waiting.pop(0)
                 left, error = (yield from self._draw(some)) if some else ([], None)
@@ -84,12 +84,14 @@ class Runner:
                 if isinstance(error, NotEnoughMemory):
                     size = max(map(_pixels, left))
                     bad = [job for job in left if _pixels(job) == size]
-                    if len(bad) == count:  # of all there is: no fault of the jobs
+                    if (
+                        len(bad) == count
+                    ):  # every job fails: the machine is too small, not the jobs at fault
                         raise _Fatal(error)
                     waiting.insert(0, [job for job in left if _pixels(job) < size])
                 elif len(left) == 1 or isinstance(error, BrokenModel):
                     bad = left
-                else:  # not of one image: halves will tell
+                else:  # of an unknown job: bisect
                     half, bad = len(left) // 2, []
                     waiting[:0] = [left[:half], left[half:]]
                 for job in bad:
@@ -98,7 +100,7 @@ class Runner:
     def _draw(
         self, jobs: list[Job]
     ) -> Generator[RunEvent, None, tuple[list[Job], SanaError | None]]:
-        """Draw jobs; return those that are left, and the error that ended it if one did."""
+        """Draw jobs; return those that are left, and the error that ended the drawing, if any."""
         left = dict(enumerate(jobs))
         under_way = False
         try:
@@ -173,7 +175,7 @@ def _pixels(job: Job) -> int:
 
 
 class _Fatal(Exception):
-    """No other job would fare better: the disk is full, or there is too little memory for any."""
+    """An error that ends the run: the disk is full, or no job fits in memory."""
 
     def __init__(self, error: SanaError) -> None:
         self.error = error
@@ -188,7 +190,7 @@ def _fatal() -> Iterator[None]:
 
 
 def _plain(error: Exception) -> SanaError:
-    """The error without its traceback, which would keep the memory of what failed."""
+    """Return the error without its traceback, which would keep the failed tensors alive."""
     if isinstance(error, SanaError):
         return error.with_traceback(None)
     return SanaError(f"{type(error).__name__}: {error}", "this is a bug, please report it")

@@ -1,4 +1,4 @@
-"""Shares of a batch for machines that know nothing of each other, by the hash in a job's id."""
+"""Shards of a batch for independent machines, by the hash in a job's id."""
 
 import re
 from collections.abc import Mapping
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from sana_cli.errors import UsageError
 
-MOST_SHARDS = 100_000
+MAX_SHARDS = 100_000
 
 # Schedulers: the variables of a task's number, the count of tasks, and the first task's number.
 SCHEDULERS = (
@@ -29,7 +29,7 @@ class Shard:
     count: int
 
     def holds(self, id: str) -> bool:
-        """Every id of hexadecimal digits is in one shard, whatever other jobs there are."""
+        """Whether an id of hexadecimal digits is in this shard; every id is in exactly one."""
         return int(id, 16) % self.count == self.number - 1
 
     def __str__(self) -> str:
@@ -37,11 +37,11 @@ class Shard:
 
 
 def parse_shard(text: str, environment: Mapping[str, str]) -> Shard:
-    """`2/3`, or `auto` for what a scheduler's variables say."""
+    """Parse `2/3`, or `auto`, which reads a scheduler's variables."""
     if text == "auto":
         return _scheduled(environment)
     match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
-    if not match or not 1 <= int(match[1]) <= int(match[2]) <= MOST_SHARDS:
+    if not match or not 1 <= int(match[1]) <= int(match[2]) <= MAX_SHARDS:
         raise UsageError(f"--shard {text!r} is not a shard", "use 1/3, 2/3 and 3/3, or auto")
     return Shard(int(match[1]), int(match[2]))
 
@@ -57,7 +57,7 @@ def _scheduled(environment: Mapping[str, str]) -> Shard:
             shard = Shard(at + 1, int(environment[count]))
         except (ValueError, ZeroDivisionError):
             shard, rest = Shard(0, 0), 0
-        if rest or not 1 <= shard.number <= shard.count <= MOST_SHARDS:
+        if rest or not 1 <= shard.number <= shard.count <= MAX_SHARDS:
             values = f"{index}={environment[index]}, {count}={environment[count]}"
             raise UsageError(f"--shard auto: {values} are not a task and a count")
         return shard

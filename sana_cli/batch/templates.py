@@ -1,6 +1,6 @@
-r"""Prompts from patterns: `a {style} photo` filled from columns, `{red|blue}` taken each in turn.
+r"""Prompts from patterns: `a {style} photo` is filled from columns, `{red|blue}` is expanded.
 
-A backslash before `{`, `|`, `}` or another backslash makes a plain character of it.
+A backslash before `{`, `|`, `}` or another backslash makes it a plain character.
 """
 
 import re
@@ -8,14 +8,14 @@ from collections.abc import Mapping
 from itertools import product
 
 from sana_cli.errors import UsageError
-from sana_cli.recipe import MOST_IMAGES
+from sana_cli.recipe import MAX_IMAGES
 
 TOKEN = re.compile(r"\\[{|}\\]|\{[^{|}\\]*\}|.", re.DOTALL)
 ESCAPE = re.compile(r"\\([{|}\\])")
 
 
 def columns_of(template: str, expanded: bool) -> list[str]:
-    """The columns that a template names. UsageError if it is none."""
+    """Return the columns that a template names. UsageError if it is not a template."""
     names = [token[1:-1].strip() for token in TOKEN.findall(template) if _is_column(token)]
     if "" in names:
         raise UsageError("--template has an empty {}", "name a column, as in {animal}")
@@ -29,9 +29,9 @@ def columns_of(template: str, expanded: bool) -> list[str]:
 
 
 def fill(template: str, columns: Mapping[str, str], expanded: bool) -> str:
-    """The template with its columns in place; KeyError names one that is not there.
+    """Fill in the columns of a template; KeyError names a missing one.
 
-    Escapes stay for `alternatives` to read where the result will be `expanded`.
+    With `expanded`, escapes are left for `alternatives` to read.
     """
     text = ""
     for token in TOKEN.findall(template):
@@ -47,9 +47,9 @@ def _is_column(token: str) -> bool:
 
 
 def alternatives(text: str) -> list[str]:
-    """`a {red|blue} {fox|owl}` -> all four, the last group changing fastest; groups nest.
+    """Expand `a {red|blue} {fox|owl}` to all four, the last group changing fastest; groups nest.
 
-    ValueError if braces do not match, a group has nothing to choose from, or there are too many.
+    ValueError if braces do not match, a group has one alternative, or there are too many results.
     """
     try:
         return _sequence(text, 0, nested=False)[0]
@@ -58,7 +58,7 @@ def alternatives(text: str) -> list[str]:
 
 
 def _sequence(text: str, at: int, nested: bool) -> tuple[list[str], int]:
-    """Every reading from `at` to the end, or to the `|` or `}` that ends a nested one."""
+    """Expand from `at` to the end, or to the `|` or `}` that ends a nested group."""
     parts: list[list[str]] = [[""]]
     while at < len(text):
         character = text[at]
@@ -79,8 +79,8 @@ def _sequence(text: str, at: int, nested: bool) -> tuple[list[str], int]:
     size = 1
     for choices in parts:
         size *= len(choices)
-    if size > MOST_IMAGES:
-        raise ValueError(f"has more than {MOST_IMAGES} combinations")
+    if size > MAX_IMAGES:
+        raise ValueError(f"has more than {MAX_IMAGES} combinations")
     return ["".join(choice) for choice in product(*parts)], at
 
 

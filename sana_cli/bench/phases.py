@@ -45,7 +45,7 @@ from sana_cli.pipeline.plan import Plan
 from sana_cli.recipe import Recipe
 from sana_cli.session import DrawRequest, Session
 from sana_cli.system import inventory
-from sana_cli.system.devices import give_back
+from sana_cli.system.devices import release_unused_memory
 from sana_cli.weights.model_files import ModelFiles
 
 SCHEMA = 1
@@ -154,7 +154,7 @@ def measure(
         peak, before = meter.look(), run.peaks.get(phase)
         run.peaks[phase] = max(peak, before or 0) if peak is not None else None
 
-    give_back(plan.device)
+    release_unused_memory(plan.device)
     meter.look()
     for event in session.draw(request, plan):
         watch(event)

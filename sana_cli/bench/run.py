@@ -227,7 +227,7 @@ def _compete(
     """Run a subject and a competitor in turns; what came of it, or why nothing did."""
     from sana_cli.bench.competitor import Diffusers, result
     from sana_cli.bench.phases import measure
-    from sana_cli.system.devices import give_back
+    from sana_cli.system.devices import release_unused_memory
 
     runs, warmup = times
     warmup = max(1, warmup)
@@ -250,4 +250,4 @@ def _compete(
         reason = (str(error).splitlines() or [""])[0]
         return {"with": competitor.value, "failed": f"{type(error).__name__}: {reason}"}
     finally:
-        give_back(plan.device)
+        release_unused_memory(plan.device)

@@ -39,7 +39,7 @@ APPEARANCE = {"quiet", "verbose", "color", "preview"}  # which change no image
 
 @dataclass(frozen=True)
 class Setting:
-    """A value as it would have been typed, as its option reads it, and where it was found."""
+    """A value as text, as parsed by its option, and its origin."""
 
     text: str
     value: Any
@@ -48,7 +48,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class _Fault:
-    """A default that cannot be had. Click calls it for its value; help shows it as a text."""
+    """An invalid default. Click calls it for its value, which raises; help shows it as text."""
 
     error: UsageError
 
@@ -60,7 +60,7 @@ class _Fault:
 
 
 class Defaults:
-    """The default of the highest rank for each option, and what is wrong with the sources."""
+    """The highest-ranking default for each option, and the faults of the sources."""
 
     def __init__(self, context: typer.Context) -> None:
         """Read the variables and both files. `context` is that of the whole command."""
@@ -88,10 +88,10 @@ class Defaults:
                     )
 
     def _sources(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """From the lowest rank to the highest."""
+        """Yield the sources from the lowest rank to the highest."""
         for path in (config_file(), PROJECT_FILE):
             try:
-                yield shown(path), read_file(path)
+                yield display_path(path), read_file(path)
             except UsageError as error:
                 self.broken.append(error)
         for variable, text in sorted(os.environ.items()):
@@ -99,26 +99,26 @@ class Defaults:
                 yield variable, {variable: text}
 
     def _known(self, key: str, origin: str) -> str | None:
-        """The option that a key means. An unknown key is a fault, an unknown variable a remark."""
+        """Return the option of a key. An unknown key is a fault, an unknown variable a remark."""
         is_variable = key == origin
         name = key.removeprefix(VARIABLE).lower() if is_variable else key.replace("-", "_")
         if name in self.options:
             return name
         try:
-            known(name, self.options)
+            option_name(name, self.options)
         except UsageError as error:
             if not is_variable:
                 self.broken.append(UsageError(f"{origin}: {error.message}", error.hint))
             elif error.hint and "did you mean" in error.hint or name in ONE_CALL:
-                # Of others, somebody else may be the reader.
+                # Other variables may be for another program.
                 self.remarks.append(f"{key} is not used: {error.message}")
         return None
 
     def defaults(self, command: Any, strict: bool = True) -> dict[str, Any]:
         """Click's `default_map` for a command and those below it.
 
-        A fault is raised when an option is looked up that needs to know: help never fails by it,
-        nor does `sana config`, which shows and mends it.
+        A fault is raised when a command looks up its option. So --help never fails, nor does
+        `sana config`, which shows and repairs faults.
         """
         below = {
             name: self.defaults(sub, strict and name != "config")
@@ -129,7 +129,7 @@ class Defaults:
         mine: dict[str, Any] = {}
         for parameter in command.params:
             name = parameter.name
-            # The same name with another meaning, as the --output of a batch, is another option.
+            # Skip an option of another meaning, such as --output of a batch.
             if name not in self.options or self.options[name].help != parameter.help:
                 continue
             if strict and self.broken:
@@ -141,18 +141,18 @@ class Defaults:
         return mine | below
 
     def value(self, name: str) -> Any:
-        """None if nothing valid was found."""
+        """Return the value of an option; None if no valid one was found."""
         return self.settings[name].value if name in self.settings else None
 
 
 def keepable_options(root: Any) -> dict[str, Any]:
-    """The options of `sana generate` that may be kept, by name."""
+    """Return the options of `sana generate` that may be kept, by name."""
     options = root.commands["generate"].params
     return {option.name: option for option in options if option.name not in ONE_CALL}
 
 
-def known(key: str, options: Mapping[str, Any]) -> str:
-    """The option's name for a key written with - or _. UsageError with a suggestion otherwise."""
+def option_name(key: str, options: Mapping[str, Any]) -> str:
+    """Return the option's name for a key with - or _. UsageError with a suggestion otherwise."""
     name = key.replace("-", "_")
     if name in options:
         return name
@@ -164,24 +164,30 @@ def known(key: str, options: Mapping[str, Any]) -> str:
 
 
 def read_file(path: Path) -> dict[str, Any]:
-    """The values of a TOML file; none if it is not there. UsageError in one line."""
+    """Read the values of a TOML file; empty if it does not exist. UsageError if it is invalid."""
     try:
         return tomllib.loads(decoding.text(path.read_bytes()))
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"{shown(path)} is not valid TOML: {error}", "correct that line") from None
+        raise UsageError(
+            f"{display_path(path)} is not valid TOML: {error}", "correct that line"
+        ) from None
     except decoding.NotText as error:
-        raise UsageError(f"{shown(path)}: {error}", error.hint) from None
+        raise UsageError(f"{display_path(path)}: {error}", error.hint) from None
     except (ValueError, RecursionError) as error:  # numbers too long, arrays too deep
-        raise UsageError(f"{shown(path)} cannot be read: {error}", "write it again") from None
+        raise UsageError(
+            f"{display_path(path)} cannot be read: {error}", "write it again"
+        ) from None
     except OSError as error:
         reason = error.strerror
-        raise UsageError(f"{shown(path)} cannot be read: {reason}", "make it readable") from None
+        raise UsageError(
+            f"{display_path(path)} cannot be read: {reason}", "make it readable"
+        ) from None
 
 
 def read_value(parameter: Any, text: str, context: typer.Context) -> Any:
-    """What an option makes of a text. ValueError with its complaint."""
+    """Parse text as the value of an option. ValueError with the option's message."""
     try:
         value = parameter.process_value(context, text)
     except typer.BadParameter as error:
@@ -191,7 +197,7 @@ def read_value(parameter: Any, text: str, context: typer.Context) -> Any:
     return value
 
 
-def shown(path: Path) -> str:
+def display_path(path: Path) -> str:
     return str(path) if path.is_absolute() else f"./{path}"
 
 
@@ -204,7 +210,7 @@ def origins(settings: Mapping[str, Setting]) -> str:
 
 
 def _text(value: Any, parameter: Any) -> str:
-    """A TOML value as it would be typed. ValueError for what has no such form."""
+    """Convert a TOML value to option text. ValueError if it has no such form."""
     if isinstance(value, bool):
         if not parameter.is_flag:
             raise ValueError("it is not a switch")
@@ -234,8 +240,8 @@ def _source(context: typer.Context, name: str) -> str | None:
 def apply_defaults(context: typer.Context, reporter: "Reporter") -> set[str]:
     """Report which defaults this call uses; return those that contradict what was typed.
 
-    What was typed has the higher rank, also where it contradicts the default of another option:
-    the caller sets those aside.
+    Typed options take precedence, also over a contradicting default of another option: the caller
+    ignores those defaults.
     """
     defaults: Defaults = context.obj["defaults"]
     for text in defaults.remarks:
@@ -259,7 +265,7 @@ def _contradicted(context: typer.Context) -> set[str]:
     names: set[str] = set()
     if "output" not in values:  # a verb that writes no images
         return names
-    file = os.path.basename(values["output"] or "")  # nothing of a folder, which ends in /
+    file = os.path.basename(values["output"] or "")  # no suffix of a folder, which ends in /
     implied = SUFFIXES.get(os.path.splitext(file)[1].lower())
     if was_typed(context, "output") and implied:
         names.add("format")

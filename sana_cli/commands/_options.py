@@ -1,4 +1,4 @@
-"""Declared options as options of a command, and those that belong to the command line alone."""
+"""Convert declared options to Typer's, and declare those of the command line alone."""
 
 import functools
 import inspect
@@ -24,10 +24,10 @@ Color = Annotated[bool, typer.Option("--color/--no-color", help="Colour on a ter
 def with_options(
     *groups: type, only: frozenset[str] | None = None
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command the options declared in some groups, or `only` some of them.
+    """Add the options declared in some groups to a command, or `only` some of them.
 
-    They stand in --help behind its own positional parameters and before its keyword-only ones,
-    and reach it by name through `**`; a choice arrives as plain text.
+    In --help they are listed after its positional parameters and before its keyword-only ones.
+    The command receives them by name through `**`, a choice as plain text.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
@@ -57,7 +57,7 @@ def with_options(
 
 
 def plain(value: Any) -> Any:
-    """The text of a choice; any other value as it is."""
+    """Return the text of a choice, any other value unchanged."""
     if isinstance(value, list):
         return tuple(map(plain, value))
     return value.value if isinstance(value, Enum) else value
@@ -65,7 +65,7 @@ def plain(value: Any) -> Any:
 
 @functools.cache
 def _enum(name: str, choices: tuple[str, ...]) -> Any:
-    """What Typer needs to list choices in --help and to check them."""
+    """Create the enum by which Typer lists and checks choices."""
     return StrEnum(name, {choice.replace("-", "_"): choice for choice in choices})
 
 

@@ -1,7 +1,7 @@
-"""A picture in the terminal: by the terminal's own protocol where it has one, else in half-blocks.
+"""Show an image in the terminal: by the terminal's own protocol, else in half-blocks.
 
-Rich draws the blocks. Both protocols take a PNG as it is; the libraries that speak them write to
-stdout, which is for results, and wait for the terminal to answer.
+Rich draws the blocks. Both protocols take a PNG; the existing libraries for them write to stdout,
+which is for results, and wait for an answer of the terminal.
 
     kitty   https://sw.kovidgoyal.net/kitty/graphics-protocol/
     iterm2  https://iterm2.com/documentation-images.html
@@ -18,32 +18,32 @@ from rich.console import Console
 from rich.segment import Segment, Segments
 from rich.style import Style
 
-from sana_cli.system.inventory import picture_protocol
+from sana_cli.system.inventory import image_protocol
 
-MOST_COLUMNS = 60
-LINES_BESIDE = 4  # of the terminal's height: what was said of the picture stays in sight
-MOST_PIXELS = 1024  # a side, of what is sent
+MAX_COLUMNS = 60
+LINES_BESIDE = 4  # of the terminal's height: the lines about the image stay visible
+MAX_PIXELS = 1024  # a side, of what is sent
 KITTY_CHUNK = 4096  # bytes
 
 
 def fault(console: Console) -> str | None:
-    """Why this console cannot show pictures, if it cannot."""
-    if not console.file.isatty():  # whatever the environment makes Rich believe
-        return "stderr is no terminal"
+    """Return why this console cannot show images, or None."""
+    if not console.file.isatty():  # Rich may be overridden by the environment
+        return "stderr is not a terminal"
     if _protocol() is None and (console.no_color or not console.color_system):
-        return "this terminal shows pictures by coloured blocks only, and has no colour"
+        return "this terminal shows images by coloured blocks only, and has no colour"
     return None
 
 
 class TerminalPreview:
-    """An image at the cursor, each drawn over the estimate before it."""
+    """Images shown at the cursor, each over the estimate before it."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
         self._lines = 0  # of the estimate that is directly above the cursor
 
     def leave(self) -> None:
-        """Something else was written: the next image goes below it."""
+        """Show the next image below other output that was written."""
         self._lines = 0
 
     def estimate(self, pixels: np.ndarray) -> None:
@@ -51,17 +51,17 @@ class TerminalPreview:
         self._lines = self._show(pixels)
 
     def show(self, pixels: np.ndarray) -> None:
-        """Write uint8 RGB (height, width, 3), to stay. The cursor stands below it afterwards."""
+        """Write uint8 RGB (height, width, 3), to stay, and leave the cursor below it."""
         self._show(pixels)
         self._lines = 0
 
     def _show(self, pixels: np.ndarray) -> int:
-        """The lines that it took."""
+        """Write an image; return the lines that it takes."""
         console = self.console
         image = Image.fromarray(pixels)
         # Cells are about twice as high as they are wide.
         room = max(console.height - LINES_BESIDE, 1)
-        columns = max(min(console.width, MOST_COLUMNS, 2 * room * image.width // image.height), 1)
+        columns = max(min(console.width, MAX_COLUMNS, 2 * room * image.width // image.height), 1)
         lines = max(columns * image.height // (2 * image.width), 1)
         if self._lines:
             console.file.write(f"\r\033[{self._lines}A")
@@ -69,7 +69,7 @@ class TerminalPreview:
         if protocol is None:
             console.print(_blocks(image.resize((columns, 2 * lines))), end="")
             return lines
-        image.thumbnail((MOST_PIXELS, MOST_PIXELS))
+        image.thumbnail((MAX_PIXELS, MAX_PIXELS))
         file = io.BytesIO()
         image.save(file, "PNG")
         codes = _kitty if protocol == "kitty" else _iterm2
@@ -79,12 +79,12 @@ class TerminalPreview:
 
 
 def _protocol() -> str | None:
-    name, _ = picture_protocol(os.environ, is_terminal=True)
+    name, _ = image_protocol(os.environ, is_terminal=True)
     return name if name in ("kitty", "iterm2") else None
 
 
 def _blocks(image: Image.Image) -> Segments:
-    """Each character is two pixels: the upper in its own colour, the lower in its background's."""
+    """Draw two pixels per character: the upper as its colour, the lower as its background."""
     rows = np.asarray(image).tolist()
     cells = []
     for above, below in zip(rows[::2], rows[1::2], strict=True):

@@ -1,4 +1,4 @@
-"""`sana batch`: a file or a pipe of jobs in, a folder of images out, resumed where it ended."""
+"""`sana batch`: draw a file or a pipe of jobs into a folder of images, resumably."""
 
 import json
 import os
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from sana_cli.ui import BatchBar, Console
 
 JOBS = "Jobs"  # panel of --help
-MOST_SHOWN = 10  # faults
+MAX_SHOWN = 10  # faults
 
 
 class RowFormat(StrEnum):
@@ -46,7 +46,7 @@ class RowFormat(StrEnum):
 
 
 class _RunsByDefault(TyperGroup):
-    """`sana batch FILE` runs a batch; only `sana batch status` is a verb of its own."""
+    """A command group where `sana batch FILE` runs a batch; `sana batch status` is a subcommand."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         return super().parse_args(ctx, args if args[:1] == ["status"] else ["run", *args])
@@ -56,14 +56,14 @@ class _RunsByDefault(TyperGroup):
         return ("" if name == "run" else name), command, rest
 
 
-class _Nameless(TyperCommand.context_class):  # type: ignore[misc, valid-type]
+class _BatchContext(TyperCommand.context_class):  # type: ignore[misc, valid-type]
     @property
     def command_path(self) -> str:
         return super().command_path.rstrip()
 
 
 class _Run(TyperCommand):
-    context_class = _Nameless
+    context_class = _BatchContext
 
 
 app = typer.Typer(cls=_RunsByDefault, help="Draw the jobs of a file or a pipe; resume.")
@@ -109,7 +109,7 @@ def run(
         bool,
         typer.Option(
             "--check",
-            help="Check every row, say how many jobs there are; draw nothing.",
+            help="Check every row and count the jobs; draw nothing.",
             rich_help_panel=JOBS,
         ),
     ] = False,
@@ -156,11 +156,11 @@ def run(
     color: RunColor = True,
     **asked: Any,
 ) -> None:
-    """Draw every job of a file into a folder; run it again to go on where it ended.
+    """Draw every job of a file into a folder; run it again to resume.
 
     Options are defaults for all rows, and rows win: the fields of .jsonl and the columns of .csv
-    are called as the options, with [b]prompt[/b], and [b]output[/b] for a name in the folder.
-    [b]sana batch status FOLDER[/b] says how far it is.
+    have the names of the options, with [b]prompt[/b], and [b]output[/b] for a name in the folder.
+    [b]sana batch status FOLDER[/b] shows its progress.
 
     [b]Examples[/b]
 
@@ -180,10 +180,10 @@ def run(
     from sana_cli.batch.shards import parse_shard
     from sana_cli.images.names import parse_batch_output
     from sana_cli.settings import check_text
-    from sana_cli.system.signals import leaving_when_asked_twice
+    from sana_cli.system.signals import exit_on_second_signal
     from sana_cli.ui import Console
 
-    # What can be wrong with the call or a row is found before anything heavy is imported.
+    # Faults of the call and the rows are reported before heavy imports.
     console = Console(quiet, verbose, color)
     asked |= dict.fromkeys(apply_defaults(context, console))
     for name, text in (("--output", output), ("--template", template)):
@@ -205,7 +205,7 @@ def run(
 
     rows = [] if file == "-" else list(parse(read_file(file), kind, reader.used, note))
     with ExitStack() as stack:
-        asked_to_stop = stack.enter_context(leaving_when_asked_twice())
+        asked_to_stop = stack.enter_context(exit_on_second_signal())
         rounds: Iterable[list[RowOrFault]] = [rows] if rows else []
         if file == "-":
             pipe = Pipe(0, kind, reader.used, note)
@@ -224,7 +224,7 @@ def _show(
     console: "Console",
     stack: ExitStack,
 ) -> int:
-    """Show the events of a batch, as text and bars or as JSON Lines; the exit code."""
+    """Show the events of a batch, as text and bars or as JSON Lines; return the exit code."""
     from sana_cli.batch.events import EventWriter
     from sana_cli.ui import BatchBar
 
@@ -237,7 +237,7 @@ def _show(
 
 
 class _View:
-    """What a person or a program sees of a batch."""
+    """The output of a batch, for a terminal or a program."""
 
     def __init__(
         self,
@@ -369,7 +369,7 @@ def status(
     json_output: Json = False,
     color: Color = True,
 ) -> None:
-    """Say how far a batch is, and what has failed; exit code 3 if anything is left to do."""
+    """Show the progress of a batch and its failures; exit code 3 if any job is left."""
     from sana_cli.batch.manifest import Ledger, is_held
 
     ledger = Ledger(folder)
@@ -400,7 +400,7 @@ def status(
 
 
 def _run_row(name: str, lines: list[dict[str, Any]]) -> dict[str, Any]:
-    """A manifest's last run: its facts, and how many of its jobs are left."""
+    """Return a manifest's last run, with the number of jobs that are left."""
     run = lines[0]
     ended = {line["id"] for line in lines[1:] if line["status"] in ("done", "failed")}
     left = max(0, run.get("todo", 0) - len(ended))
@@ -409,7 +409,7 @@ def _run_row(name: str, lines: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _shards_to_resubmit(runs: list[dict[str, Any]]) -> list[str]:
-    """Of the newest division into shards, those that no process has begun, or none will finish."""
+    """Return the shards of the newest division that were never started, or ended unfinished."""
     shards = [row for row in runs if row["shard"]]
     if not shards:
         return []
@@ -430,10 +430,10 @@ def _print_status(document: dict[str, Any], color: bool) -> None:
             console.print(f"running: process {row['pid']} on {row['host']}", markup=False)
     if document["resubmit"]:
         console.print(f"shards to run: {', '.join(document['resubmit'])}", markup=False)
-    for line in document["failures"][:MOST_SHOWN]:
+    for line in document["failures"][:MAX_SHOWN]:
         console.print(f"row {line.get('row')}: {line.get('error')}", markup=False)
-    if len(document["failures"]) > MOST_SHOWN:
-        console.print(f"and {len(document['failures']) - MOST_SHOWN} more failures")
+    if len(document["failures"]) > MAX_SHOWN:
+        console.print(f"and {len(document['failures']) - MAX_SHOWN} more failures")
 
 
 def _row_format(file: str, asked: RowFormat | None) -> str:

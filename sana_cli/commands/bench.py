@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 TAKEN = frozenset(
     {"model", "steps", "guidance", "dtype", "text_precision", "force", "device", "memory"}
 )
-MOST_RUNS = 1000
-MOST_COUNT = 1000
+MAX_RUNS = 1000
+MAX_COUNT = 1000
 
 
 @with_options(Settings, FileOptions, RunOptions, only=TAKEN)
@@ -111,11 +111,11 @@ def bench(
 
     console = Console(quiet, verbose, color)
     apply_defaults(context, console)
-    for name, value, most in (("runs", runs, MOST_RUNS), ("count", count, MOST_COUNT)):
+    for name, value, most in (("runs", runs, MAX_RUNS), ("count", count, MAX_COUNT)):
         if not 1 <= value <= most:
             raise UsageError(f"--{name} {value} is not between 1 and {most}")
-    if not 0 <= warmup <= MOST_RUNS:
-        raise UsageError(f"--warmup {warmup} is not between 0 and {MOST_RUNS}")
+    if not 0 <= warmup <= MAX_RUNS:
+        raise UsageError(f"--warmup {warmup} is not between 0 and {MAX_RUNS}")
     if asked["force"] and save is None:
         raise UsageError("--force has no effect without --save", "leave it out")
     limit = parse_memory(asked["memory"])
@@ -136,7 +136,7 @@ def bench(
 
     before = read_baseline(baseline) if baseline is not None else None
 
-    from sana_cli.system.signals import leaving_in_order
+    from sana_cli.system.signals import exit_by_exception
 
     session = Session(
         device=asked["device"],
@@ -147,7 +147,7 @@ def bench(
         reporter=console,
     )
     with (
-        leaving_in_order(),
+        exit_by_exception(),
         TemporaryDirectory(prefix="sana-bench-") as folder,
         StageBars(console, ("runs", "denoise", "pairs")) as bars,
     ):

@@ -1,4 +1,4 @@
-"""`sana config`: which choices stand, where each comes from, and the file that keeps them."""
+"""`sana config`: show the defaults and their origins, and edit the user's file."""
 
 import json
 import os
@@ -13,10 +13,10 @@ from sana_cli.commands._defaults import (
     PROJECT_FILE,
     VARIABLE,
     Defaults,
-    known,
+    display_path,
+    option_name,
     read_file,
     read_value,
-    shown,
 )
 from sana_cli.commands._options import Color, Json, Quiet, Verbose, plain
 from sana_cli.errors import SanaError, UsageError
@@ -25,7 +25,7 @@ from sana_cli.system.folders import cache_folder, config_file, used_bytes
 
 app = typer.Typer(
     no_args_is_help=True,
-    help="Show and keep choices that stand until something else is typed.",
+    help="Show and keep default values of options.",
 )
 
 
@@ -37,10 +37,10 @@ def show(
     verbose: Verbose = False,
     color: Color = True,
 ) -> None:
-    """Every setting with its value and where it comes from, and where everything is kept.
+    """Show every setting with its value and origin, and where files are kept.
 
-    What is typed comes first, then variables such as SANA_STEPS, ./sana.toml, the user's file, and
-    last the defaults.
+    Typed options take precedence, then variables such as SANA_STEPS, ./sana.toml, the user's file,
+    and last the built-in defaults.
     """
     from sana_cli.ui import Console
 
@@ -103,7 +103,7 @@ def set_value(
     if unset == (text is not None):
         raise UsageError("a key is given either a VALUE or --unset", f"sana config set {key} VALUE")
     console = Console(quiet, verbose, color)
-    name = known(key, defaults.options)
+    name = option_name(key, defaults.options)
     if text is None:
         was_there = _edit(name, None)
         console.info(f"{name} is {'removed from' if was_there else 'not in'} {config_file()}")
@@ -118,7 +118,7 @@ def set_value(
     _edit(name, plain(value))
     console.info(f"{name} = {text} in {config_file()}")
     higher = defaults.settings.get(name)
-    if higher and higher.origin != shown(config_file()):
+    if higher and higher.origin != display_path(config_file()):
         console.warn(f"{higher.origin} has the higher rank here: {name} is {higher.text}")
 
 
@@ -167,7 +167,7 @@ def _print(document: dict[str, Any], color: bool) -> None:
             value = row["value"]
         table.add_row(*(Text(visible(text), style) for text in (name, value, row["origin"])))
     console = Console(no_color=None if color else True, highlight=False)
-    # Paths are for copying: where there is no terminal to fill, nothing is broken or cut.
+    # Paths may be copied: without a terminal they are neither wrapped nor cut.
     console.print(table, width=None if console.is_terminal else 10_000)
     console.print()
     for name, facts in document["places"].items():
@@ -178,7 +178,7 @@ def _print(document: dict[str, Any], color: bool) -> None:
 
 
 def _check(name: str, value: Any) -> None:
-    """What an option's type alone does not see. UsageError."""
+    """Check what an option's type alone does not. UsageError."""
     from sana_cli.images.names import check_quality
     from sana_cli.settings import Settings
     from sana_cli.shapes import parse_aspect, parse_resolution
@@ -194,12 +194,12 @@ def _check(name: str, value: Any) -> None:
 
 
 def _edit(name: str, value: Any) -> bool:
-    """Put a value into the user's file, or take the key out of it; whether the key was there."""
+    """Write a value to the user's file, or remove its key; return whether the key was there."""
     import tomlkit
 
-    # A link, as those who keep such files under version control have it, stays one.
+    # A symbolic link, common for files under version control, is kept.
     file = Path(os.path.realpath(config_file()))
-    read_file(file)  # whose complaints are the better ones
+    read_file(file)  # for its better error messages
     if file.exists() and not file.is_file():  # such as /dev/null
         raise UsageError(f"{file} is not a file", f"{VARIABLE}CONFIG=FILE keeps settings elsewhere")
     document = tomlkit.parse(decoding.text(file.read_bytes()) if file.is_file() else "")
@@ -215,7 +215,7 @@ def _edit(name: str, value: Any) -> bool:
 
 
 def _write(file: Path, text: str) -> None:
-    """Atomically: a reader sees the old file or the new one, whatever happens meanwhile."""
+    """Write atomically: a reader sees the old file or the new one."""
     try:
         disk.replace(file, text.encode(), keep_mode=True)
     except OSError as error:

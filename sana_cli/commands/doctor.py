@@ -150,10 +150,10 @@ def _models() -> list[Facts]:
 def _terminal(color: bool) -> Facts:
     from rich.console import Console
 
-    from sana_cli.system.inventory import picture_protocol
+    from sana_cli.system.inventory import image_protocol
 
     console = Console(no_color=None if color else True)
-    protocol, reason = picture_protocol(os.environ, console.is_terminal)
+    protocol, reason = image_protocol(os.environ, console.is_terminal)
     return {
         "is_terminal": console.is_terminal,
         "color": None if console.no_color else console.color_system,

@@ -284,7 +284,7 @@ def _draw(
     started: float,
 ) -> None:
     """Draw, show progress, and write every image as it is finished."""
-    from sana_cli.system.signals import leaving_in_order
+    from sana_cli.system.signals import exit_by_exception
     from sana_cli.ui import StageBars
 
     seconds = {stage: 0.0 for stage in STAGES if stage != "image" or len(request.inputs)}
@@ -292,11 +292,11 @@ def _draw(
     rows: list[dict[str, Any]] = []
     failures: list[Failure] = []
     written: set[Path] = set()
-    with leaving_in_order(), StageBars(console, STAGES[1:5]) as bars:
+    with exit_by_exception(), StageBars(console, STAGES[1:5]) as bars:
         events = session.draw(request, plan, PREVIEWS if preview else 0)
         for image in _watched(events, seconds, peaks, failures, bars, console, preview):
             if preview is not None:
-                with bars.aside():
+                with bars.paused():
                     preview.show(image.pixels)
             began = time.perf_counter()
             recipe = request.recipes[image.index]
@@ -338,7 +338,7 @@ def _watched(
                 preview.leave()
         elif isinstance(event, Preview):
             if preview is not None:
-                with bars.aside():
+                with bars.paused():
                     preview.estimate(event.pixels)
         elif isinstance(event, Failure):
             failures.append(event)

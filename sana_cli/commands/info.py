@@ -1,4 +1,4 @@
-"""`sana info`: what a picture says of itself, and the command that draws it again."""
+"""`sana info`: show the recipe in an image, and the command that reproduces it."""
 
 import json
 import sys
@@ -10,7 +10,7 @@ from sana_cli.commands._options import Color, Json, Quiet, Verbose
 from sana_cli.errors import SanaError, UsageError
 
 if TYPE_CHECKING:
-    from sana_cli.images.metadata import Found
+    from sana_cli.images.metadata import ImageMetadata
 
 
 def info(
@@ -76,7 +76,7 @@ def info(
         raise typer.Exit(code)
 
 
-def _document(found: "Found", line: str | None, remarks: list[str]) -> dict[str, Any]:
+def _document(found: "ImageMetadata", line: str | None, remarks: list[str]) -> dict[str, Any]:
     return {
         "path": found.path,
         "format": found.format,
@@ -92,7 +92,9 @@ def _document(found: "Found", line: str | None, remarks: list[str]) -> dict[str,
     }
 
 
-def _show(found: "Found", line: str | None, remarks: list[str], verbose: bool, color: bool) -> None:
+def _show(
+    found: "ImageMetadata", line: str | None, remarks: list[str], verbose: bool, color: bool
+) -> None:
     from rich.console import Console
     from rich.text import Text
 
@@ -109,8 +111,8 @@ def _show(found: "Found", line: str | None, remarks: list[str], verbose: bool, c
         print_fact(console, "redraw", line, one_line=True)
 
 
-def _facts(found: "Found", verbose: bool) -> list[tuple[str, str]]:
-    """Names and values of what is known, in the order in which people ask."""
+def _facts(found: "ImageMetadata", verbose: bool) -> list[tuple[str, str]]:
+    """Return names and values of the known fields, the most useful first."""
     recipe, rows = found.recipe, []
     if recipe.get("negative"):
         rows.append(("negative", recipe["negative"]))
@@ -131,7 +133,7 @@ def _facts(found: "Found", verbose: bool) -> list[tuple[str, str]]:
     if recipe.get("image"):
         strength = recipe.get("strength")
         how = f", strength {strength:g}" if strength is not None else ""
-        rows.append(("started from", f"a picture, SHA-256 {recipe['image']}{how}"))
+        rows.append(("started from", f"an image, SHA-256 {recipe['image']}{how}"))
     if "instruction" in recipe:
         text = recipe["instruction"]
         rows.append(("instruction", text if text and verbose else "on" if text else "off"))
@@ -149,7 +151,7 @@ def _facts(found: "Found", verbose: bool) -> list[tuple[str, str]]:
     return [(name, value) for name, value in rows if value]
 
 
-def _size(found: "Found") -> str:
+def _size(found: "ImageMetadata") -> str:
     recipe = found.recipe
     size = f"{found.width}x{found.height}"
     native = (recipe.get("native_width"), recipe.get("native_height"))

@@ -1,1 +1,1 @@
-"""Pictures as files: what they hold, what they are called, and how they look in a terminal."""
+"""Image files: pixels, metadata, names, masks, and the preview in a terminal."""

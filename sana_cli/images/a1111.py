@@ -1,11 +1,11 @@
-"""The text that A1111 and the tools after it write into images: written, and read from anybody.
+"""Write and read the text that A1111 and later tools put into images.
 
     PROMPT, of any number of lines
     Negative prompt: NEGATIVE, likewise
     Steps: 20, Sampler: Euler, CFG scale: 7, Seed: 1, Size: 512x768, …
 
-Nobody has specified it. Values that hold a comma, a colon or a line break are JSON strings, lists
-or objects where their writer was careful; extensions put lines of their own below the settings.
+The format has no specification. Most tools write values that contain a comma, a colon or a line
+break as JSON strings, lists or objects; extensions add lines below the settings.
 """
 
 import json
@@ -18,24 +18,24 @@ from sana_cli import __version__
 from sana_cli.recipe import Recipe
 
 NEGATIVE = "Negative prompt:"
-# The line of settings is known by its first name, and by how many of these are in it.
+# The line of settings is recognised by its first name and by how many of these it contains.
 KNOWN = frozenset(
     ("steps", "sampler", "schedule type", "scheduler", "cfg scale", "guidance", "seed", "size")
     + ("model", "model hash", "denoising strength", "clip skip", "version", "rng", "vae")
 )
 FEWEST_KNOWN, FEWEST_PAIRS = 2, 3
 LONGEST = 200_000  # characters of settings
-MOST_TRIED = 5  # places inside lines where they may begin, and values that may be JSON
+MAX_TRIED = 5  # places inside lines where they may begin, and values that may be JSON
 
 NAME = re.compile(r"(\w[\w \-/.+']{1,63}):[ \t]*")
 STRING = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
 STEPS = re.compile(r"(?<!\w)Steps: *[0-9]")
-# SD.Next of 2023 separates by bars. Its texts may begin with the word "prompt:".
+# SD.Next of 2023 separates pairs by bars. Its texts may begin with the word "prompt:".
 BARS = re.compile(r"Steps: *[0-9]+ \| ")
 
 
 def parameters(recipe: Recipe) -> str:
-    """The text of a recipe: prompt, negative, and `Name: value` pairs in one line."""
+    """Format a recipe: prompt, negative, and `Name: value` pairs in one line."""
     pairs = {
         "Steps": recipe.steps,
         "Sampler": recipe.solver,
@@ -55,7 +55,7 @@ def parameters(recipe: Recipe) -> str:
 
 
 def _quoted(value: object) -> str:
-    """Values that would end or change in the line are JSON strings, as the readers expect."""
+    """Quote a value as JSON where the plain text would be ambiguous, as readers expect."""
     text = str(value)
     plain = text == text.strip() and not re.search(r'[,:\n\r"]', text)
     return text if plain else json.dumps(text, ensure_ascii=False)
@@ -63,16 +63,16 @@ def _quoted(value: object) -> str:
 
 @dataclass
 class Text:
-    """What a text says, all of it as text."""
+    """A parsed text, with all values as strings."""
 
     prompt: str
     negative: str
     pairs: dict[str, str] = field(default_factory=dict)  # the first of each name
-    rest: list[str] = field(default_factory=list)  # what is no pair, or a name's second value
+    rest: list[str] = field(default_factory=list)  # text that is not a pair, and repeated names
 
 
 def read(text: str) -> Text | None:
-    """None if the text is not in this form."""
+    """Parse a text; None if it is not in this form."""
     text = text.replace("\r\n", "\n").rstrip()
     if _is_json(text):  # of a tool that writes that in the same place
         return None
@@ -109,8 +109,8 @@ def _is_json(text: str) -> bool:
 
 
 def _settings(text: str) -> int | None:
-    """Where the settings begin: at the last line of them that begins with the steps, as nearly all
-    do, else at the last line of them, else inside a line."""
+    """Return the offset of the settings: the last settings line that begins with the steps, as
+    nearly all do, else the last settings line, else a place inside a line."""
     starts, at = [], 0
     for line in text.split("\n"):
         starts.append(at)
@@ -119,7 +119,7 @@ def _settings(text: str) -> int | None:
     for start in reversed(starts):
         if _are_settings(text, start):
             return start
-    for match in list(STEPS.finditer(text))[: -MOST_TRIED - 1 : -1]:
+    for match in list(STEPS.finditer(text))[: -MAX_TRIED - 1 : -1]:
         if _are_settings(text, match.start()):
             return match.start()
     return None
@@ -137,7 +137,7 @@ def _are_settings(text: str, start: int) -> bool:
 
 
 def _pairs(text: str, separator: str) -> Iterator[tuple[str, str]]:
-    """Names and values of settings; text that has no name comes under ""."""
+    """Yield names and values of settings; text without a name is yielded under ""."""
     ends = re.compile(rf"[{separator}\n]")
     gaps = re.compile(rf"[{separator}\s]*")
     scan = _Scan(text, ends)
@@ -165,13 +165,13 @@ def _end(ends: re.Pattern[str], text: str, at: int) -> int:
 
 
 class _Scan:
-    """Finds where a value ends, with the pairs of brackets in the text known beforehand."""
+    """A scanner for the ends of values, with the pairs of brackets found beforehand."""
 
     def __init__(self, text: str, ends: re.Pattern[str]) -> None:
         self.text = text
         self.opening = re.compile(ends.pattern[:-1] + r"(\[{]")
         self.end = re.compile(rf"[ \t]*(?:{ends.pattern}|\Z)")
-        self.failed = 0  # values that looked like JSON and were none
+        self.failed = 0  # where values began that were not valid JSON
         self.closers: dict[int, int] = {}
         opened: list[int] = []
         for match in re.finditer(r"[()\[\]{}]", text):
@@ -182,12 +182,12 @@ class _Scan:
                 self.closers[opened.pop()] = at
 
     def value(self, at: int) -> int:
-        """The end of the value at a place: nothing in quotes or brackets ends it."""
+        """Return the end of the value at an offset; quotes and brackets protect separators."""
         text = self.text
         if text.startswith('"', at) and (string := STRING.match(text, at)):
             if self.end.match(text, string.end()):
                 return string.end()
-        elif text.startswith(("[", "{"), at) and self.failed < MOST_TRIED:
+        elif text.startswith(("[", "{"), at) and self.failed < MAX_TRIED:
             try:
                 end = json.JSONDecoder().raw_decode(text, at)[1]
             except (ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""What a file claims about how its image was made, field by field: nothing in it is trusted."""
+"""Settings read from an image file, validated field by field, as the file is untrusted."""
 
 import json
 import math
@@ -10,7 +10,7 @@ from sana_cli.recipe import SEED_LIMIT, Recipe
 from sana_cli.settings import bounds, choices
 from sana_cli.weights.catalogue import known_models
 
-# Of fields in a file that anyone may have written; `generate` checks again, against the model.
+# Checks of fields in an untrusted file; `generate` checks again, against the model.
 LIMITS = {
     "seed": (0, SEED_LIMIT - 1),
     "steps": bounds("steps"),
@@ -42,7 +42,7 @@ SIZE = re.compile(r"[(\[]?'?([0-9]{1,6})'?\s*[x×*,]\s*'?([0-9]{1,6})'?[)\]]?")
 
 
 def checked(name: str, value: object) -> Any:
-    """The value if it may be that field of a Recipe, else KeyError, ValueError or OverflowError."""
+    """Return the value if it is valid for that field; KeyError, ValueError or OverflowError."""
     kinds = KINDS[name]
     if value is None and type(None) in kinds:
         return None
@@ -65,17 +65,17 @@ def checked(name: str, value: object) -> Any:
 
 @dataclass
 class Claims:
-    """The settings of an image by another tool, under its own names and ours, in its order."""
+    """The settings written by another tool, under its own names and ours, in its order."""
 
-    tool: str | None  # its name and, where it says so, its version; None if it is not known
+    tool: str | None  # name and, if given, version; None if unknown
     settings: list[tuple[str, str | None, Any]] = field(default_factory=list)  # its name, ours
     is_a1111: bool = False  # read from the text that many tools share
 
     def accepted(self, ours: bool = False) -> tuple[dict[str, Any], dict[str, str]]:
-        """Valid fields of a Recipe, and the rest as text under the tool's own names.
+        """Return valid fields of a Recipe, and the rest as text under the tool's own names.
 
-        The first claim about a field counts. `ours` is for text that this program wrote: only then
-        a model need not be known, and numbers that other tools use differently are taken.
+        The first value for a field counts. `ours` is for text that this program wrote: only then
+        are unknown models accepted, and numbers that other tools define differently.
         """
         recipe: dict[str, Any] = {}
         rest: dict[str, str] = {}
@@ -92,7 +92,7 @@ class Claims:
 
 
 def _converted(name: str | None, value: Any, ours: bool) -> dict[str, Any]:
-    """Fields of a Recipe; KeyError, ValueError or OverflowError where it means nothing to us."""
+    """Convert to fields of a Recipe; KeyError, ValueError or OverflowError if that fails."""
     if name is None or (name in ("flow_shift", "strength") and not ours):
         raise KeyError
     if name == "size":

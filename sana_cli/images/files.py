@@ -1,4 +1,4 @@
-"""Image files to pixels, and pixels to files with the recipe inside, whole or not at all."""
+"""Image files to pixels, and pixels to files with the recipe inside, written atomically."""
 
 import io
 import os
@@ -18,27 +18,26 @@ from sana_cli.system import disk
 FORMATS = {"png": ".png", "jpeg": ".jpg", "webp": ".webp", "avif": ".avif"}
 SUFFIXES = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp", ".avif": "avif"}
 LARGEST_SIDE = {"jpeg": 65500, "webp": 16383, "avif": 65535}  # pixels; PNG takes any
-MOST_PIXELS = 1 << 27  # of an input image: 400 MB as RGB; phones take up to 108 million
+MAX_PIXELS = 1 << 27  # of an input image: 400 MB as RGB; phones take up to 108 million
 NEW_SUBFILE_TYPE = 254  # of a TIFF: its lowest bit marks a page that is a preview of another
 DEFAULT_QUALITY = {"jpeg": 92, "webp": 90, "avif": 80}
 
-UPLOADS = ("PNG", "JPEG", "WEBP", "AVIF")  # what an image that is sent may be
-UPLOAD_PIXELS = 40_000_000  # and of what size: more than the largest model draws
+UPLOADS = ("PNG", "JPEG", "WEBP", "AVIF")  # formats of an uploaded image
+UPLOAD_PIXELS = 40_000_000  # of an uploaded image: more than the largest model draws
 
 
 def read(path: str, data: bytes | None = None) -> np.ndarray:
-    """The pixels of `read_with_notes`."""
+    """Return the pixels of `read_with_notes`."""
     return read_with_notes(path, data)[0]
 
 
 def read_with_notes(path: str, data: bytes | None = None) -> tuple[np.ndarray, list[str]]:
-    """Read an image in any format of Pillow: uint8 RGB (height, width, 3), and what was decided.
+    """Read an image in any format of Pillow: uint8 RGB (height, width, 3), and notes.
 
-    It is turned as its EXIF says; of several frames the first counts; transparent pixels show the
-    white behind them, whatever colour they hide. A note says each of these that made a difference.
-    With `data` these are the file's bytes, and `path` is its name.
-    UsageError if it is no image, too large to be read, or its values do not say what is black and
-    what is white.
+    EXIF orientation is applied; the first of several frames is used; transparent pixels are
+    composited on white. Each of these that changes the image is in the notes. `data` holds the
+    file's bytes if `path` is only its name. UsageError if the file is not an image, is too large,
+    or its values do not define black and white.
     """
     shown = path[:200]
     name = os.path.basename(shown)
@@ -52,7 +51,7 @@ def read_with_notes(path: str, data: bytes | None = None) -> tuple[np.ndarray, l
             with opened(path, data) as image:
                 _refuse(image, shown)
                 frames = getattr(image, "n_frames", 1)
-                # The further ones of a phone's MPO, and the layers of a PSD, are no frames.
+                # The additional images of a phone's MPO and the layers of a PSD are not frames.
                 if frames > 1 and image.format not in ("MPO", "PSD"):
                     notes.append(f"{name} has {frames} frames, of which the first is used")
                 image.load()
@@ -73,9 +72,9 @@ def read_with_notes(path: str, data: bytes | None = None) -> tuple[np.ndarray, l
 
 
 def _refuse(image: Image.Image, shown: str) -> None:
-    """UsageError for an image whose header tells that its pixels are not to be had."""
+    """UsageError for an image whose pixels cannot be used, according to its header."""
     width, height = image.size
-    if width * height > MOST_PIXELS:
+    if width * height > MAX_PIXELS:
         raise _too_large(shown, f"{width}x{height} pixels")
     if image.mode in ("I", "F"):
         raise UsageError(
@@ -92,7 +91,7 @@ def _refuse(image: Image.Image, shown: str) -> None:
 
 def _too_large(shown: str, what: str) -> UsageError:
     return UsageError(
-        f"--image {shown} has {what}; at most {MOST_PIXELS / 1e6:.0f} million are read",
+        f"--image {shown} has {what}; at most {MAX_PIXELS / 1e6:.0f} million are read",
         "shrink it first: 4096 pixels a side are as many as any model draws",
     )
 
@@ -105,7 +104,7 @@ def _no_image(path: str, shown: str, data: bytes | None) -> UsageError:
         head = data[: formats.HEAD]
     if not head:
         return UsageError(f"--image {shown} cannot be read: it is empty")
-    what, hint = formats.describe(head) or ("no image, or a damaged one", None)
+    what, hint = formats.describe(head) or ("not an image, or a damaged one", None)
     return UsageError(f"--image {shown} cannot be read: it is {what}", hint)
 
 
@@ -131,14 +130,14 @@ def _rgb(image: Image.Image, name: str, notes: list[str]) -> np.ndarray:
 
 
 def opened(path: str, data: bytes | None = None) -> Image.Image:
-    """Open an image file, or its bytes, which are a stranger's: in the formats of the web only."""
+    """Open an image file, or untrusted bytes, of which only the web's formats are accepted."""
     if data is None:
         return Image.open(os.path.expanduser(path))
     return Image.open(io.BytesIO(data), formats=UPLOADS)
 
 
 def check_upload(data: bytes, name: str) -> None:
-    """UsageError with `name` for what is no image, or has too many pixels. None is decoded."""
+    """UsageError with `name` for data that is not an image, or too large. No pixel is decoded."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -155,7 +154,7 @@ def check_upload(data: bytes, name: str) -> None:
 
 
 def encode(pixels: np.ndarray, format: str, quality: int | None, record: Metadata | None) -> bytes:
-    """The file's bytes. uint8 RGB (height, width, 3); a record of None writes no metadata."""
+    """Encode uint8 RGB (height, width, 3); with a record of None no metadata is written."""
     buffer = io.BytesIO()
     options = saving(format, quality, record)
     Image.fromarray(pixels).save(buffer, format.upper(), **options)
@@ -163,7 +162,7 @@ def encode(pixels: np.ndarray, format: str, quality: int | None, record: Metadat
 
 
 def saving(format: str, quality: int | None, record: Metadata | None) -> dict[str, Any]:
-    """What Pillow's `save` is told for a format: the recipe, and how hard to squeeze."""
+    """Return the arguments of Pillow's `save` for a format: metadata and compression."""
     if format == "png":
         text = record.as_png_text() if record is not None else None
         return {"pnginfo": text, "compress_level": 6}
@@ -174,11 +173,10 @@ def saving(format: str, quality: int | None, record: Metadata | None) -> dict[st
 
 
 def write(path: Path, data: bytes, force: bool, mark: str = "") -> Path:
-    """Put `data` at `path`, or at `path` with -2, -3 … if that exists and `force` is not set.
+    """Write `data` to `path`, or to `path` with -2, -3 … if that exists and `force` is not set.
 
-    The file appears complete or not at all, and an existing one is never lost half-way. Returns
-    the path written. DiskFull or SanaError if it cannot be. `mark` is put into the name of the
-    temporary file, for whoever has to clean up after a process that was killed.
+    The write is atomic. Returns the path written. DiskFull or SanaError if it fails. `mark`
+    becomes part of the temporary file's name, so that files of a killed process can be found.
     """
     try:
         if not force:

@@ -1,4 +1,4 @@
-"""What a file is that is not read as an image, by its first bytes, and what to do about it."""
+"""Recognise files that cannot be read as images by their first bytes, and suggest a fix."""
 
 import re
 
@@ -36,9 +36,9 @@ KINDS: tuple[tuple[bytes, str, str], ...] = (
 
 
 def describe(head: bytes) -> tuple[str, str] | None:
-    """What it is and what to do, for a sentence each; None for what is not known here either.
+    """Return what a file is and what to do, as parts of sentences; None if it is unknown.
 
-    `head` is the first HEAD bytes of a file that no reader takes for an image.
+    `head` is the first HEAD bytes of a file that Pillow does not recognise.
     """
     start = head.removeprefix(b"\xef\xbb\xbf")
     for pattern, name, hint in KINDS:

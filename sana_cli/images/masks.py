@@ -1,4 +1,4 @@
-"""Input images on the canvas: fitting, outpainting, and masks that say where to repaint.
+"""Input images on the canvas: fitting, outpainting, and masks of the area to repaint.
 
 Everywhere a mask is uint8 (height, width): 255 where the image is repainted, 0 where it is kept.
 """
@@ -26,7 +26,7 @@ class Margins(NamedTuple):
 
 
 def parse_outpaint(text: str) -> Margins:
-    """`256,0,256,0` (left, top, right, bottom), or one number for every side. UsageError."""
+    """Parse `256,0,256,0` (left, top, right, bottom), or one number for every side. UsageError."""
     words = text.replace(" ", "").split(",")
     if not all(word.isascii() and word.isdigit() and len(word) < 6 for word in words):
         words = []
@@ -42,14 +42,14 @@ def read_mask(path: str, alpha: bool = False, data: bytes | None = None) -> tupl
     """Read a mask, and tell which convention it follows.
 
     With `alpha` only transparency counts. With `data` these are the file's bytes, and `path` is
-    its name. UsageError if the file is no image or repaints nothing.
+    its name. UsageError if the file is not an image or repaints nothing.
     """
     shown = path[:200]
     try:
         with opened(path, data) as image:
             mask, convention = mask_of(ImageOps.exif_transpose(image))
     except OSError as error:
-        reason = error.strerror or "it is no image, or a damaged one"
+        reason = error.strerror or "it is not an image, or a damaged one"
         raise UsageError(f"--mask {shown} cannot be read: {reason}") from None
     except Exception as error:  # a damaged file can make any of the decoders raise anything
         raise UsageError(f"--mask {shown} cannot be read: it is damaged ({error})") from None
@@ -66,9 +66,9 @@ def read_mask(path: str, alpha: bool = False, data: bytes | None = None) -> tupl
 
 
 def mask_of(image: Image.Image) -> tuple[np.ndarray, str]:
-    """Read an image as a mask, and say which convention it follows.
+    """Convert an image to a mask, and return it with the convention it follows.
 
-    An alpha channel that is not constant decides: transparent is repainted. Else white is.
+    If the alpha channel is not constant, transparent pixels are repainted, else white ones.
     """
     if image.has_transparency_data:
         alpha = np.asarray(image.convert("RGBA").getchannel("A"))
@@ -81,10 +81,10 @@ def mask_of(image: Image.Image) -> tuple[np.ndarray, str]:
 def outpainted(
     pixels: np.ndarray, mask: np.ndarray | None, margins: Margins
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Grow the canvas by margins that are to be painted; the image and its mask.
+    """Grow the canvas by margins to be painted; return the image and its mask.
 
-    The margins are filled with the image's edge, which is what the latents under them start from
-    at a strength below 1.
+    The margins are filled with the image's edge, from which their latents start at a strength
+    below 1.
     """
     around = ((margins.top, margins.bottom), (margins.left, margins.right))
     kept = np.zeros(pixels.shape[:2], np.uint8) if mask is None else mask
@@ -113,10 +113,10 @@ def fit(image: Image.Image, size: Size, mode: str) -> Image.Image:
 
 
 def on_canvas(image: Image.Image, size: Size, native: Size, mode: str) -> Image.Image:
-    """Fit an image to the size of the result, then put it where that lies on the native canvas.
+    """Fit an image to the size of the result, then place it on the native canvas.
 
-    The network draws `native`; the result is that resized to cover `size` and cropped about its
-    centre. What is cropped away is filled with the image's edge.
+    The network draws `native`, which is then resized to cover `size` and cropped about its centre.
+    The part that is cropped away is filled with the image's edge.
     """
     if size == native:
         return fit(image, native, mode)
@@ -138,7 +138,7 @@ def cells(mask: np.ndarray, side: int) -> np.ndarray:
 
 
 def on_result(mask: np.ndarray, size: Size) -> np.ndarray:
-    """Follow a mask of the native canvas to the result: resized to cover it, and cropped."""
+    """Map a mask of the native canvas to the result: resize to cover it, then crop."""
     height, width = mask.shape
     ratio = max(side / whole for side, whole in zip(size, (width, height), strict=True))
     covering = max(size[0], int(width * ratio)), max(size[1], int(height * ratio))

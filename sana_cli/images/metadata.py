@@ -1,9 +1,9 @@
-"""What a picture file says of itself: its recipe as text, written, and read back.
+"""Image metadata: the recipe of an image as text, written and read back.
 
-Two texts go into every file. `sana` is JSON, holds the whole recipe, and is exact. `parameters` is
-the form that A1111 and the tools after it share: the prompt, `Negative prompt: …`, and a last line
-of `Name: value` pairs. It is ambiguous: a line of the prompt that begins with "Negative prompt:"
-reads as the negative. So where both are there, `sana` decides.
+Every file gets two texts. `sana` is JSON, holds the whole recipe, and is exact. `parameters` is
+the format that A1111 and later tools share: the prompt, `Negative prompt: …`, and a last line of
+`Name: value` pairs. It is ambiguous: a line of the prompt that begins with "Negative prompt:" is
+read as the negative. So where a file has both, `sana` is read.
 
     PNG               text chunks `sana` and `parameters`
     JPEG, WebP, AVIF  EXIF ImageDescription and UserComment
@@ -40,7 +40,7 @@ TAGS = {  # that tools write into
     "UserComment": USER_COMMENT,
 }
 READ = ("PNG", "JPEG", "WEBP", "AVIF")
-OURS = '{"recipe"'  # what our JSON begins with
+OURS = '{"recipe"'  # how our JSON begins
 LONGEST_JPEG_EXIF = 65533  # bytes of the one segment it has, b"Exif\0\0" among them
 
 # --- writing -----------------------------------------------------------------------------------
@@ -48,7 +48,7 @@ LONGEST_JPEG_EXIF = 65533  # bytes of the one segment it has, b"Exif\0\0" among 
 
 @dataclass(frozen=True)
 class Metadata:
-    """What a file says of itself: the recipe, which replays it, and where it was drawn."""
+    """The metadata of a file to write: its recipe, and the version and device that drew it."""
 
     recipe: Recipe
     device: str
@@ -71,8 +71,8 @@ class Metadata:
         return info
 
     def as_exif(self, format: str) -> Image.Exif:
-        """In a JPEG, which has room for one segment, a text that is too long for both leaves
-        out the one for other tools. UsageError if ours does not fit either."""
+        """Return the EXIF of a format. A JPEG has one segment: if it cannot hold both texts, the
+        one for other tools is left out. UsageError if ours alone does not fit."""
         exif = Image.Exif()
         exif[IMAGE_DESCRIPTION] = self.as_json()
         if format == "jpeg" and len(exif.tobytes()) > LONGEST_JPEG_EXIF:
@@ -91,25 +91,25 @@ class Metadata:
 
 
 @dataclass
-class Found:
-    """What a file says of itself, checked field by field: nothing in it was trusted."""
+class ImageMetadata:
+    """The metadata read from a file, validated field by field, as the file is untrusted."""
 
     path: str
     format: str  # "png", "jpeg", "webp" or "avif"
     width: int  # of the file, in pixels
     height: int
-    source: str = "sana"  # whose text it was read from: "sana", "a1111" or "other"
-    tool: str | None = "sana"  # what made it, with its version where that is told; None if unknown
-    recipe: dict[str, Any] = field(default_factory=dict)  # fields of Recipe, not always all
+    source: str = "sana"  # the format of the text: "sana", "a1111" or "other"
+    tool: str | None = "sana"  # name and, if given, version; None if unknown
+    recipe: dict[str, Any] = field(default_factory=dict)  # fields of Recipe, maybe not all
     made: dict[str, str] = field(default_factory=dict)
     not_understood: dict[str, str] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)  # what the user should know, a sentence each
+    notes: list[str] = field(default_factory=list)  # for the user, a sentence each
 
 
 def recipe_of(path: str) -> tuple[dict[str, Any], list[str]]:
-    """The recipe in an image: its valid fields of Recipe, and what to tell the user of the rest.
+    """Return the valid fields of the recipe in an image, and notes for the user on the rest.
 
-    UsageError for a file that is no image, SanaError for an image without a recipe.
+    UsageError for a file that is not an image, SanaError for an image without a recipe.
     """
     found = read(path)
     if not found.recipe:
@@ -117,15 +117,14 @@ def recipe_of(path: str) -> tuple[dict[str, Any], list[str]]:
     return found.recipe, found.notes
 
 
-def read(path: str) -> Found:
-    """The texts of a PNG, JPEG, WebP or AVIF file, of any size: no pixel is decoded.
+def read(path: str) -> ImageMetadata:
+    """Read the metadata of a PNG, JPEG, WebP or AVIF file of any size; no pixel is decoded.
 
-    UsageError for a file that is no such image, SanaError for one that no tool has written its
-    settings into.
+    UsageError for any other file, SanaError for an image without the settings of any tool.
     """
     shown = path[:200]
     found, texts = _texts(path, shown)
-    # Other tools put JSON of theirs where ours is in EXIF.
+    # Other tools put their own JSON in the EXIF tag that ours is in.
     own = texts.get("sana", []) + [
         t for t in texts.get("ImageDescription", ()) if t.startswith(OURS)
     ]
@@ -150,24 +149,24 @@ def read(path: str) -> Found:
     return found
 
 
-def _texts(path: str, shown: str) -> tuple[Found, Texts]:
-    """The file's facts, and every text in it by its PNG keyword or EXIF tag."""
+def _texts(path: str, shown: str) -> tuple[ImageMetadata, Texts]:
+    """Return the format and size of a file, and every text in it by PNG keyword or EXIF tag."""
     try:
         place = os.path.expanduser(path)
         if not stat.S_ISREG(os.stat(place).st_mode):  # opening a pipe could wait for ever
-            raise UsageError(f"{shown} is no file", "give an image")
+            raise UsageError(f"{shown} is not a file", "give an image")
         with open(place, "rb") as file:
             head = file.read(formats.HEAD)
             file.seek(0)
             with _of_any_size(), Image.open(file, formats=READ) as image:
                 kind = (image.format or "").lower().replace("mpo", "jpeg")
-                found = Found(path, kind, *image.size)
+                found = ImageMetadata(path, kind, *image.size)
                 info = image.info.items()
                 texts = {str(key): [str(text)] for key, text in info if isinstance(text, str)}
                 for key in ("comment", "xmp"):
                     if isinstance(image.info.get(key), bytes):
                         texts[key] = [image.info[key].decode(errors="replace")]
-                # A PNG without EXIF would be decoded in search of some behind its pixels.
+                # For a PNG without EXIF Pillow would decode the pixels to look for EXIF after them.
                 if kind != "png" or "exif" in image.info:
                     try:
                         _add_exif(image.getexif(), texts)
@@ -178,7 +177,7 @@ def _texts(path: str, shown: str) -> tuple[Found, Texts]:
     except Image.UnidentifiedImageError:
         what = formats.describe(head)
         raise UsageError(
-            f"{shown} is no PNG, JPEG, WebP or AVIF" + (f"; it is {what[0]}" if what else "")
+            f"{shown} is not a PNG, JPEG, WebP or AVIF" + (f"; it is {what[0]}" if what else "")
         ) from None
     except OSError as error:
         reason = error.strerror or "it is damaged"
@@ -201,7 +200,7 @@ def _add_exif(exif: Image.Exif, texts: Texts) -> None:
 
 @contextmanager
 def _of_any_size() -> Iterator[None]:
-    """Lift Pillow's limit on pixels, which is there for those who decode them."""
+    """Lift Pillow's limit on pixels, which only matters when they are decoded."""
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
         with warnings.catch_warnings():
@@ -212,7 +211,7 @@ def _of_any_size() -> Iterator[None]:
 
 
 def _decoded(comment: bytes) -> list[str]:
-    """An EXIF UserComment (8 bytes that name a code, then text), in every way it may be meant.
+    """Decode an EXIF UserComment (8 bytes that name a code, then text), in every plausible way.
 
     "UNICODE" is UTF-16 in either byte order, whatever the file's own; some tools put UTF-8 there.
     """
@@ -233,8 +232,8 @@ def _decoded(comment: bytes) -> list[str]:
     return texts
 
 
-def _read_own(text: str, found: Found) -> None:
-    """Fill `found` from our JSON; ValueError or RecursionError where it is none."""
+def _read_own(text: str, found: ImageMetadata) -> None:
+    """Fill `found` from our JSON; ValueError or RecursionError if the text is not that."""
     document = json.loads(text, parse_constant=str)
     if not isinstance(document, dict) or not isinstance(document.get("recipe"), dict):
         raise ValueError
@@ -253,7 +252,7 @@ def _read_own(text: str, found: Found) -> None:
     found.recipe, found.not_understood = recipe, unknown
 
 
-def _read_claims(claims: Claims, found: Found) -> None:
+def _read_claims(claims: Claims, found: ImageMetadata) -> None:
     found.tool = claims.tool
     found.source = "a1111" if claims.is_a1111 else "other"
     ours = (claims.tool or "").startswith("sana ")
@@ -263,8 +262,8 @@ def _read_claims(claims: Claims, found: Found) -> None:
     found.recipe, found.not_understood = claims.accepted(ours)
 
 
-def _note(found: Found) -> None:
-    """Say what the recipe lacks and what of the text was left out."""
+def _note(found: ImageMetadata) -> None:
+    """Add notes on fields the recipe lacks and on text that was not understood."""
     recipe = found.recipe
     if found.source == "sana":
         needed = [f.name for f in fields(Recipe) if f.default is MISSING]
@@ -288,7 +287,7 @@ def _note(found: Found) -> None:
         )
 
 
-def _tool_name(found: Found) -> str:
+def _tool_name(found: ImageMetadata) -> str:
     return _brief(found.tool or "another tool", 40)
 
 

@@ -1,4 +1,4 @@
-"""Where a picture goes: `--output` as a file, a folder or a template, and names safe anywhere."""
+"""Output paths: `--output` as a file, a folder or a template, and portable file names."""
 
 import os
 import re
@@ -27,7 +27,7 @@ WINDOWS_DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Output:
-    """A validated `--output`: `folder` and `template` make a path for any recipe."""
+    """A validated `--output`: a folder and a template that give the path for any recipe."""
 
     folder: str
     template: str
@@ -36,7 +36,7 @@ class Output:
     columns: tuple[str, ...] = ()  # that its fields name beside the known ones
 
     def path(self, recipe: Recipe, index: int, more: Mapping[str, str] | None = None) -> Path:
-        """`index` counts the pictures of the run from 1; `more` has an id and the columns."""
+        """Return the path of an image. `index` counts from 1; `more` has an id and the columns."""
         values = {name: _safe_stem(value) for name, value in (more or {}).items()}
         known: dict[str, Any] = {
             "slug": slug(recipe.prompt),
@@ -54,7 +54,7 @@ class Output:
 
 
 def parse_output(output: str | None, format: str | None) -> Output:
-    """Check everything about `--output` and `--format` that can be known before drawing."""
+    """Parse `--output` and `--format`, and check all that can be checked before drawing."""
     if output == "-":
         return Output("", "", format or "png", to_stdout=True)
     if not output:
@@ -75,14 +75,14 @@ def parse_output(output: str | None, format: str | None) -> Output:
 
 
 def parse_batch_output(output: str | None, format: str | None, usual: str) -> tuple[Path, Output]:
-    """The folder of a batch, and how its pictures are named inside; `usual` where none is given."""
+    """Parse the folder of a batch and the template of names in it; `usual` is the default."""
     if output is None:
         check_writable(Path(usual))
         return Path(usual), parse_job_name("", format)
     if output == "-":
-        raise UsageError("-o - is for a single picture", "give a folder for those of a batch")
+        raise UsageError("-o - is for a single image", "give a folder for those of a batch")
     if not output or "\0" in output:
-        raise UsageError("--output is no folder", "give a folder for the pictures of a batch")
+        raise UsageError("--output is not a folder", "give a folder for the images of a batch")
     head, brace, tail = os.path.expanduser(output).partition("{")
     folder, template = head, ""
     if brace:
@@ -97,7 +97,7 @@ def parse_batch_output(output: str | None, format: str | None, usual: str) -> tu
 
 
 def parse_job_name(name: str, format: str | None) -> Output:
-    """A name inside the folder of a batch, with the fields of JOB_FIELDS and any column."""
+    """Parse a name inside the folder of a batch, with the fields of JOB_FIELDS and any column."""
     if "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts:
         raise UsageError(f"--output {name[:200]!r} is not inside the folder of the batch")
     folder, template = os.path.split(name)
@@ -115,7 +115,7 @@ def _named(folder: str, template: str, format: str | None, known: tuple[str, ...
     if not implied:
         if suffix and "{" not in suffix and template != DEFAULT_TEMPLATE:
             raise UsageError(
-                f"--output ends in {suffix}, which is no format this writes",
+                f"--output ends in {suffix}, which is not a format that sana writes",
                 f"use {', '.join(SUFFIXES)}",
             )
         template += FORMATS[format or "png"]
@@ -127,7 +127,7 @@ def _named(folder: str, template: str, format: str | None, known: tuple[str, ...
 
 
 def check_size(recipe: Recipe, format: str) -> None:
-    """UsageError for a picture that a format cannot hold."""
+    """UsageError for an image that is too large for a format."""
     if max(recipe.width, recipe.height) > LARGEST_SIDE.get(format, sys.maxsize):
         raise UsageError(
             f"{recipe.width}x{recipe.height} is too large for {format}, which takes"
@@ -137,7 +137,7 @@ def check_size(recipe: Recipe, format: str) -> None:
 
 
 def check_quality(quality: int | None, formats: set[str]) -> None:
-    """UsageError for a quality that no picture of these formats has."""
+    """UsageError for a quality that has no effect on these formats or is out of range."""
     if quality is not None:
         if formats == {"png"}:
             raise UsageError("--quality has no effect on PNG", "add --format webp, or leave it out")
@@ -146,7 +146,7 @@ def check_quality(quality: int | None, formats: set[str]) -> None:
 
 
 def _check_fields(template: str, known: tuple[str, ...] | None) -> list[str]:
-    """The fields of a template; UsageError for one that is not `known`, unless that is None."""
+    """Return the fields of a template; UsageError for one not in `known`, unless that is None."""
     found = []
     try:
         for _, field, spec, conversion in string.Formatter().parse(template):
@@ -171,7 +171,7 @@ def _check_fields(template: str, known: tuple[str, ...] | None) -> list[str]:
 
 
 def check_writable(folder: Path) -> None:
-    """The nearest folder that exists must take new files: better known before drawing."""
+    """Check before drawing that the nearest existing folder takes new files."""
     try:
         while not folder.exists():
             folder = folder.parent
@@ -186,7 +186,7 @@ def check_writable(folder: Path) -> None:
             pass
     except OSError as error:
         if error.errno in FULL:
-            return  # a full disk is not the call's fault; the write itself will say so
+            return  # a full disk is not a usage error; the write itself reports it
         reason = error.strerror
         raise UsageError(
             f"--output: cannot write in {folder}: {reason}", "use another -o"
@@ -194,7 +194,7 @@ def check_writable(folder: Path) -> None:
 
 
 def slug(text: str) -> str:
-    """Letters and digits of any script in lower case, joined by hyphens; "image" if none."""
+    """Join the letters and digits of any script by hyphens, in lower case; "image" if none."""
     name = ""
     for character in unicodedata.normalize("NFC", text.lower()):
         if character.isalnum() or (name[-1:] not in ("", "-") and _is_mark(character)):
@@ -205,19 +205,19 @@ def slug(text: str) -> str:
 
 
 def _is_mark(character: str) -> bool:
-    """Vowel signs and accents, as most scripts of India write them; not what selects an emoji."""
+    """Whether a character is a vowel sign or accent, and not a variation selector of an emoji."""
     return unicodedata.category(character) in ("Mn", "Mc") and not "\ufe00" <= character <= "\ufe0f"
 
 
 def safe_name(name: str) -> str:
-    """A file name that every common file system takes, cut to length before its suffix."""
+    """Make a file name valid on every common file system, shortened before its suffix."""
     name = UNSAFE.sub("-", _encodable(name))
     stem, dot, ending = name.rpartition(".")
     return _safe_stem(stem, room=LONGEST_NAME_BYTES - len((dot + ending).encode())) + dot + ending
 
 
 def _safe_stem(text: str, room: int = LONGEST_NAME_BYTES) -> str:
-    """The same of what has no suffix, in `room` bytes; "image" of nothing."""
+    """Make a valid name of text without a suffix, in `room` bytes; "image" for empty text."""
     stem = UNSAFE.sub("-", _encodable(text)).strip(" .") or "image"
     if WINDOWS_DEVICES.fullmatch(stem.split(".")[0]):
         stem = f"_{stem}"
@@ -225,7 +225,7 @@ def _safe_stem(text: str, room: int = LONGEST_NAME_BYTES) -> str:
 
 
 def _encodable(text: str) -> str:
-    """With hyphens for what this machine's file names cannot hold, as in the C locale."""
+    """Replace by hyphens what this machine's file names cannot encode, as in the C locale."""
     encoding = sys.getfilesystemencoding()
     try:
         text.encode(encoding)

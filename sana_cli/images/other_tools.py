@@ -1,4 +1,4 @@
-"""Settings in the images of other tools, as far as each says them, and the tool's name.
+"""Read the settings and the tool's name from images of other tools.
 
 ComfyUI         `prompt`, the graph that ran, and `workflow`, the one on the screen; in EXIF
                 behind the words "prompt:" and "workflow:"
@@ -21,11 +21,9 @@ from typing import Any
 from sana_cli.images import a1111
 from sana_cli.images.claims import Claims
 
-Texts = dict[
-    str, list[str]
-]  # by PNG keywords and EXIF tags; several where the encoding is not told
+Texts = dict[str, list[str]]  # by PNG keyword or EXIF tag; several where the encoding is ambiguous
 
-# Our fields by what tools call them, in lower case and without what joins words.
+# Our fields by their names in other tools, in lower case and without separators.
 FIELDS = {
     **dict.fromkeys(("prompt", "positiveprompt", "c"), "prompt"),
     **dict.fromkeys(("negativeprompt", "uc"), "negative"),
@@ -41,13 +39,23 @@ A1111_FIELDS = {
     **{"Size": "size", "Model": "model"},
     **{"Flow shift": "flow_shift", "Denoising strength": "strength"},  # where they are ours
 }
-MOST_NODES = 10_000
+MAX_NODES = 10_000
 LONGEST_PATH = 50  # links between nodes
 
 
 def read(texts: Texts) -> Claims | None:
-    """The settings of the first tool that knows its own text, None if there is none."""
-    for find in (_a1111, _swarm, _fooocus, _invoke, _novelai, _mflux, _comfy, _easy, _draw_things):
+    """Return the settings of the first tool whose format matches, or None."""
+    for find in (
+        _a1111,
+        _swarm,
+        _fooocus,
+        _invokeai,
+        _novelai,
+        _mflux,
+        _comfy,
+        _easy_diffusion,
+        _draw_things,
+    ):
         if (claims := find(texts)) is not None:
             return claims
     return None
@@ -58,7 +66,7 @@ def _named(document: dict[str, Any]) -> list[tuple[str, str | None, Any]]:
 
 
 def _json(text: str) -> dict[str, Any]:
-    """The object in a text; empty where it is none."""
+    """Parse a JSON object; empty if the text is not one."""
     if text[:1] != "{":
         return {}
     try:
@@ -95,7 +103,7 @@ def _a1111(texts: Texts) -> Claims | None:
 
 
 def _writer(pairs: dict[str, str], texts: Texts) -> str | None:
-    """The tool by what its text gives away."""
+    """Identify the tool by features of its text."""
     version = pairs.get("Version", "")
     if pairs.get("App") == "SD.Next" or pairs.get("Pipeline") == "Original" or "Parser" in pairs:
         return f"SD.Next {version}".strip()
@@ -132,7 +140,7 @@ def _fooocus(texts: Texts) -> Claims | None:
     return None
 
 
-def _invoke(texts: Texts) -> Claims | None:
+def _invokeai(texts: Texts) -> Claims | None:
     for document in _documents(texts, "invokeai_metadata"):
         model = document.get("model")
         if isinstance(model, dict):
@@ -162,7 +170,9 @@ def _invoke(texts: Texts) -> Claims | None:
 
 def _novelai(texts: Texts) -> Claims | None:
     about = texts
-    for document in _documents(texts, "UserComment"):  # a WebP holds there what a PNG has as texts
+    for document in _documents(
+        texts, "UserComment"
+    ):  # a WebP has in EXIF what a PNG has in text chunks
         if isinstance(document.get("Comment"), str):
             about = {key: [text] for key, text in document.items() if isinstance(text, str)}
     if not any(text.startswith("NovelAI") for text in about.get("Software", ())):
@@ -181,7 +191,7 @@ def _mflux(texts: Texts) -> Claims | None:
     return None
 
 
-def _easy(texts: Texts) -> Claims | None:
+def _easy_diffusion(texts: Texts) -> Claims | None:
     flat = {key: some[0] for key, some in texts.items() if some}
     for document in (flat, *_documents(texts, "UserComment")):
         if "prompt" in document and {"use_stable_diffusion_model", "num_inference_steps"} & set(
@@ -212,7 +222,7 @@ def _comfy(texts: Texts) -> Claims | None:
     ]
     for graph in graphs:
         nodes = {key: node for key, node in graph.items() if isinstance(node, dict)}
-        if len(nodes) <= MOST_NODES and any("class_type" in node for node in nodes.values()):
+        if len(nodes) <= MAX_NODES and any("class_type" in node for node in nodes.values()):
             return Claims("ComfyUI", _Graph(nodes).settings())
     screens = [*_documents(texts, "workflow"), *_behind_words(texts, "workflow")]
     return Claims("ComfyUI") if any("nodes" in screen for screen in screens) else None
@@ -226,7 +236,7 @@ def _behind_words(texts: Texts, word: str) -> Iterator[dict[str, Any]]:
 
 
 class _Graph:
-    """Nodes with inputs that are values, or links [node, output] to what computes them."""
+    """A graph of nodes whose inputs are values or links [node, output]."""
 
     def __init__(self, nodes: dict[str, Node]) -> None:
         self.nodes = nodes
@@ -251,7 +261,7 @@ class _Graph:
         ]
 
     def _sampler(self) -> Node | None:
-        """The one that starts from an empty latent, else the first; others refine its image."""
+        """Return the sampler that starts from an empty latent, else the first one."""
         samplers = [
             node
             for _, node in sorted(self.nodes.items(), key=lambda item: (len(item[0]), item[0]))
@@ -271,8 +281,8 @@ class _Graph:
         return None
 
     def _upwards(self, node: Node, through: str = "") -> Iterator[Node]:
-        """A node and all that it is computed from, the nearest first; of a node with an input
-        called `through`, only by that."""
+        """Yield a node and all that it is computed from, the nearest first; a node that has an
+        input called `through` is followed only along that."""
         level, seen = [node], {id(node)}
         for _ in range(LONGEST_PATH):
             yield from level
@@ -286,7 +296,7 @@ class _Graph:
             level = above
 
     def _nearest(self, start: Node, *names: str) -> Any:
-        """The nearest value of those names, or what a node holds that is linked in its place."""
+        """Return the nearest value of those names, or the value of a node linked in its place."""
         for node in self._upwards(start):
             inputs = _inputs(node)
             for name in filter(inputs.__contains__, names):
@@ -300,7 +310,7 @@ class _Graph:
         return None
 
     def _text(self, sampler: Node, name: str) -> str | None:
-        """The text that a conditioning was made from: the nearest, behind whatever changes it."""
+        """Return the nearest text that a conditioning was computed from."""
         start: Any = _inputs(sampler).get(name)
         if start is None:  # of a sampler with a guider of its own
             guider = _inputs(self._link(sampler, "guider") or {})
@@ -323,7 +333,7 @@ class _Graph:
         return "\n".join(dict.fromkeys(found)) if found else None
 
     def _strings(self, node: Node) -> list[str]:
-        """The texts that a node holds: what came out of its wildcards, or else all of them."""
+        """Return the texts in a node: the result of its wildcards, or else all of them."""
         held = {k: v for k, v in _inputs(node).items() if isinstance(v, str) and HELD.search(k)}
         return [held["populated_text"]] if "populated_text" in held else list(held.values())
 

@@ -15,7 +15,7 @@ from sana_cli.kernels.linear_attention import relu_linear_attention
 from sana_cli.kernels.rms_norm import ACTIVATIONS
 
 Stages = tuple[int, ...]
-MOST_BLOCKS = 100
+MAX_BLOCKS = 100
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ class DCAEConfig:
             unknown = set(per_stage(getattr(self, f"{side}_block_types"), stages)) - set(BLOCKS)
             if unknown:
                 raise ValueError(f"{side}_block_types has {sorted(unknown)}, not {sorted(BLOCKS)}")
-            if max(getattr(self, f"{side}_layers_per_block")) > MOST_BLOCKS:
-                raise ValueError(f"{side}_layers_per_block has more than {MOST_BLOCKS} in a stage")
+            if max(getattr(self, f"{side}_layers_per_block")) > MAX_BLOCKS:
+                raise ValueError(f"{side}_layers_per_block has more than {MAX_BLOCKS} in a stage")
         if not self.scaling_factor > 0:
             raise ValueError(f"scaling_factor is {self.scaling_factor}")
         if set(per_stage(self.decoder_norm_types, 1)) != {"rms_norm"}:

@@ -28,7 +28,7 @@ from sana_cli.images.masks import (
     parse_outpaint,
     paste,
 )
-from sana_cli.instruction import as_read
+from sana_cli.instruction import normalise_prompt
 from sana_cli.models.controlnet import ControlNet
 from sana_cli.models.dc_ae import DCAE, Decoder, Encoder
 from sana_cli.models.dit import DiT
@@ -44,7 +44,7 @@ from sana_cli.pipeline.plan import Plan, is_guided
 from sana_cli.pipeline.solver import SOLVERS, Repaint, advance, first_step
 from sana_cli.pipeline.text_cache import TextCache
 from sana_cli.recipe import Recipe, adapters_of
-from sana_cli.system.devices import is_out_of_memory, keep_no_heap, peak_bytes
+from sana_cli.system.devices import is_out_of_memory, peak_bytes, return_freed_blocks
 from sana_cli.weights.checkpoint import load_weights, on_meta
 from sana_cli.weights.layout import Tensors
 from sana_cli.weights.lora import MergedTensors, unchanged_lora
@@ -111,7 +111,7 @@ class Drawing:
         self.steps = sum(r.steps - first_step(r.steps, r.strength) for r in recipes)
 
     def events(self) -> Iterator[Event]:
-        keep_no_heap()
+        return_freed_blocks()
         yield from self.encode_texts()
         self.done_with("text_encoder")
         if any(recipe.image or recipe.control for recipe in self.recipes):
@@ -215,7 +215,7 @@ class Drawing:
         found = 0
         for i, (instruction, text) in enumerate(wanted):
             began = time.perf_counter()
-            prompt = as_read(text), instruction
+            prompt = normalise_prompt(text), instruction
             states = cache.states(*prompt) if cache else None
             if states is not None:
                 found += 1

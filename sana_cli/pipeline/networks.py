@@ -1,6 +1,6 @@
-"""The networks that are loaded: they outlive a call, within a budget of memory.
+"""The loaded networks, kept between calls within a memory budget.
 
-What fits stays. When a stage needs room, the networks used longest ago are released first.
+When a stage needs room, the least recently used networks are released first.
 """
 
 from collections.abc import Hashable
@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sana_cli.recipe import Adapter
-from sana_cli.system.devices import give_back
+from sana_cli.system.devices import release_unused_memory
 from sana_cli.weights.layout import Part
 
 
 class NetworkKey(NamedTuple):
-    """What decides the tensors of a loaded network."""
+    """All that determines the tensors of a loaded network."""
 
     part: str  # "text_encoder", "transformer", "encoder" or "decoder"
     weights: tuple[Hashable, ...]  # identity of every source of tensors
     dtype: str
-    device: str = ""  # only of a network that cannot be moved
+    device: str = ""  # only for a network that cannot be moved
     adapters: tuple[Adapter, ...] = ()  # LoRAs merged into the weights
 
 
@@ -30,7 +30,7 @@ class _Loaded:
 
 
 class Networks:
-    """Loaded networks by their keys. `keep` is whether they stay after the call that loaded them.
+    """Loaded networks by key. With `keep` they stay loaded after the call that loaded them.
 
     Not thread-safe: the session that owns it serialises its calls.
     """
@@ -41,12 +41,12 @@ class Networks:
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of the tensors of all loaded networks."""
+        """Return the bytes of the tensors of all loaded networks."""
         return sum(loaded.nbytes for loaded in list(self._loaded.values()))  # as of one moment
 
     @property
     def loaded(self) -> list[NetworkKey]:
-        """The keys of the loaded networks, the most recently used last."""
+        """Return the keys of the loaded networks, the most recently used last."""
         return list(self._loaded)
 
     def find(self, key: NetworkKey) -> Any | None:
@@ -72,7 +72,7 @@ class Networks:
             held -= self._loaded.pop(others.pop(0)).nbytes
             released = True
         if released:
-            give_back(device)
+            release_unused_memory(device)
 
     def release(self, *parts: str, device: str) -> None:
         """Release every network of these parts."""
@@ -80,26 +80,26 @@ class Networks:
         for key in keys:
             del self._loaded[key]
         if keys:
-            give_back(device)
+            release_unused_memory(device)
 
     def release_idle(self, using: NetworkKey, device: str) -> bool:
-        """Release everything but one network; whether there was anything to release."""
+        """Release everything but one network; return whether anything was released."""
         idle = [key for key in self._loaded if key != using]
         for key in idle:
             del self._loaded[key]
         if idle:
-            give_back(device)
+            release_unused_memory(device)
         return bool(idle)
 
     def clear(self, device: str) -> None:
         """Release everything."""
         self._loaded.clear()
-        give_back(device)
+        release_unused_memory(device)
 
 
 @dataclass(frozen=True, eq=False)
 class _SameObject:
-    """Weights that are in no file, told apart by the object that holds them."""
+    """The identity of weights that are not in a file: the object that holds them."""
 
     source: Any
 
@@ -111,9 +111,9 @@ class _SameObject:
 
 
 def identity_of(part: Part) -> tuple[Hashable, ...]:
-    """Tell apart the weights of parts: files by path, size and time of change, others by object.
+    """Return the identity of a part's weights: path, size and mtime of a file, else the object.
 
-    A file that was replaced between two calls is another network.
+    A file that is replaced between two calls gets another identity.
     """
     identities: list[Any] = []
     for source in part.weights:

@@ -1,4 +1,4 @@
-"""Running out of memory: release what is idle, then retry by a plan that needs less."""
+"""Retries after running out of memory: release idle networks, then use a smaller plan."""
 
 from collections.abc import Callable, Generator, Iterator
 from typing import TypeVar
@@ -6,13 +6,13 @@ from typing import TypeVar
 from sana_cli.errors import NotEnoughMemory
 from sana_cli.pipeline.events import Notice
 from sana_cli.pipeline.plan import Plan
-from sana_cli.system.devices import give_back, is_out_of_memory
+from sana_cli.system.devices import is_out_of_memory, release_unused_memory
 
 Result = TypeVar("Result")
 
 
 class OOMRetry:
-    """The plans of one stage, from the one that was made to those that need ever less memory."""
+    """The plans of one stage, from the chosen one to those that need less and less memory."""
 
     def __init__(
         self, plans: Iterator[Plan], what: str, release_idle: Callable[[], bool] = lambda: False
@@ -22,7 +22,7 @@ class OOMRetry:
         self.release_idle = release_idle
 
     def attempt(self, work: Callable[[Plan], Result]) -> Generator[Notice, None, Result]:
-        """Return what `work` makes by the first plan that does not run out of memory.
+        """Return the result of `work` with the first plan that does not run out of memory.
 
         NotEnoughMemory if no plan is left.
         """
@@ -35,7 +35,7 @@ class OOMRetry:
             if self.release_idle():
                 yield Notice(f"{self.what}: out of memory; retrying without the idle networks")
                 continue
-            give_back(self.plan.device)  # the failed attempt's tensors are free by now
+            release_unused_memory(self.plan.device)  # the failed attempt's tensors are free by now
             before, smaller = self.plan, next(self.plans, None)
             if smaller is None:
                 raise NotEnoughMemory(

@@ -1,7 +1,7 @@
-"""How this machine will draw: what runs at once and in what pieces. Never what comes out.
+"""Memory plans: what runs at once and in what pieces. A plan does not affect the image.
 
-A stage's peak is its weights and the most that its forward pass holds at once. The latter is found
-by running the pass on the meta device, where tensors have shapes and no memory, and counting.
+A stage's peak is its weights plus the peak of its forward pass, which is measured by running the
+pass on the meta device, where tensors have shapes but take no memory.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,12 +24,12 @@ from sana_cli.weights.model_files import ModelFiles, released_model
 
 LONGEST_PROMPT = 300  # tokens
 LONGEST_TEXT = 507  # with the instruction
-# To launch a strip's kernels takes a GPU's driver the same time however large the strip is.
+# The launch overhead of a strip's kernels does not depend on its size.
 GPU_STRIP_BYTES = 4 * STRIP_BYTES
-LEAST_STRIP = STRIP_BYTES >> 10
+MIN_STRIP = STRIP_BYTES >> 10
 TALLEST_CHUNK = 32  # rows of the latent grid
-KEPT_FREE = 0.1  # of a device's memory, for what its libraries take beside the tensors
-ROOMY = 0.5  # of the memory: what surely needs less is not rehearsed, as that takes a second
+KEPT_FREE = 0.1  # of a device's memory, reserved for its libraries
+ROOMY = 0.5  # of the memory: stages bounded below this are not measured, which would take a second
 
 
 @dataclass(frozen=True)
@@ -38,18 +38,18 @@ class Plan:
     batched_cfg: bool = True  # both halves of guidance in one batch
     row_chunk: int | None = None  # rows of the latent grid denoised at once; None: all
     strip_bytes: int = STRIP_BYTES  # of the widest tensor in a strip of the autoencoder
-    keep_loaded: bool = False  # transformer and decoder fit side by side
+    keep_loaded: bool = False  # transformer and decoder fit in memory together
     budget: int = 0  # bytes that tensors on the device may take
     peaks: dict[str, int] = field(default_factory=dict)  # predicted bytes by stage, if predicted
     bounds: dict[str, int] = field(default_factory=dict)  # bytes by stage, never exceeded
 
     @property
     def folds_text(self) -> bool:
-        """Whether the text may be folded into the projections, which takes memory to save time."""
+        """Whether the text may be folded into the projections, which trades memory for time."""
         return self.batched_cfg and self.row_chunk is None
 
     def choices(self) -> dict[str, Any]:
-        """What was chosen, for JSON documents."""
+        """Return the choices, for JSON documents."""
         names = ("batched_cfg", "row_chunk", "strip_bytes", "keep_loaded")
         return {name: getattr(self, name) for name in names}
 
@@ -83,7 +83,7 @@ class Plan:
                 rows //= 2
                 yield (plan := replace(plan, row_chunk=rows))
         if stage in ("image", "decode"):
-            while plan.strip_bytes // 4 >= LEAST_STRIP:
+            while plan.strip_bytes // 4 >= MIN_STRIP:
                 plan = replace(plan, strip_bytes=plan.strip_bytes // 4, keep_loaded=False)
                 yield plan
         if plan.device != "cpu":
@@ -112,13 +112,13 @@ def make_plan(
 ) -> Plan:
     """Make the fastest plan whose peaks stay under `limit` bytes, or what is free on the device.
 
-    With `predict` the peaks are predicted even if there is plainly room. `held` are bytes of
-    networks that are loaded already: they may be released, so they count as free. `overhead` is
-    what the process held before any network, if that was measured. NotEnoughMemory, with the
-    least that would do, if no plan fits.
+    With `predict` the peaks are predicted even if the upper bounds fit. `held` is the bytes of
+    loaded networks, which count as free, as they may be released. `overhead` is what the process
+    held before any network, if that was measured. NotEnoughMemory, with the smallest change that
+    would fit, if no plan fits.
     """
     recipe = max(recipes, key=lambda r: r.native_width * r.native_height)
-    # On the CPU what the interpreter and its libraries hold counts against the user's limit.
+    # On the CPU the memory of the interpreter and its libraries counts against the user's limit.
     used = 0
     if limit is not None and not device.startswith("cuda"):
         used = resident_bytes() if overhead is None else overhead
@@ -155,10 +155,10 @@ def make_plan(
 
 
 def fits(model: Model, device: str, free: int) -> str:
-    """Whether a model at its native size fits in `free` bytes: "yes", "tight" or "no".
+    """Return whether a model at its native size fits in `free` bytes: "yes", "tight" or "no".
 
-    Where it is tight everything is done in small pieces. The figures are those of `weights.toml`,
-    which are a GPU's; elsewhere all is float32.
+    "tight" means that every stage runs in small pieces. The figures in `weights.toml` are for a
+    GPU; on other devices everything is float32.
     """
     if model.memory is None or model.least_memory is None:
         return "yes"  # a bundled one
@@ -171,7 +171,7 @@ def fits(model: Model, device: str, free: int) -> str:
 
 
 def free_memory(device: str) -> int:
-    """Bytes that are free on a device now; a great many where the system does not tell."""
+    """Return the free bytes on a device; a very large number where the system does not report."""
     if device.startswith("cuda"):
         return torch.cuda.mem_get_info(device)[0]
     facts = memory()
@@ -182,7 +182,7 @@ def free_memory(device: str) -> int:
 
 
 def is_guided(recipe: Recipe, files: ModelFiles) -> bool:
-    """Whether every step runs with the negative text too, for classifier-free guidance."""
+    """Whether every step also runs with the negative text, for classifier-free guidance."""
     return recipe.guidance > 1 and not files.is_sprint
 
 
@@ -203,7 +203,7 @@ def _fit(
 ) -> tuple[Plan, int]:
     """Return the first plan whose peak is within the budget, else the smallest; and its peak."""
     budget = first.budget
-    # The last resort, another device, is not for planning.
+    # The last fallback, another device, is not planned for.
     others = [plan for plan in first.fallback_plans(stage) if plan.device == first.device][1:]
     needed = peak(first, recipe, files)
     if needed <= budget or not others:
@@ -261,7 +261,7 @@ def _autoencoder_peak(
 
 
 def _grid(recipe: Recipe, files: ModelFiles) -> tuple[int, int]:
-    """(h, w) of the latent."""
+    """Return (h, w) of the latents."""
     return (
         recipe.native_height // files.vae.compression,
         recipe.native_width // files.vae.compression,
@@ -269,7 +269,7 @@ def _grid(recipe: Recipe, files: ModelFiles) -> tuple[int, int]:
 
 
 def _upper_bounds(recipe: Recipe, files: ModelFiles) -> dict[str, int]:
-    """Bytes by stage that no plan exceeds, from sizes alone: it must take no time."""
+    """Return bytes by stage that no plan exceeds, computed from sizes alone to be fast."""
     cells = recipe.native_height * recipe.native_width // files.vae.compression**2
     each = 1 if recipe.text_dtype == "int8" else _dtype(recipe.text_dtype).itemsize
     text = files.text.linear_weights * each + LONGEST_TEXT * files.text.intermediate_size * 8 * 4
@@ -289,9 +289,9 @@ def _dtype(name: str) -> torch.dtype:
 
 
 def _what_fits(recipe: Recipe, files: ModelFiles, plan: Plan, peaks: dict[str, int]) -> str | None:
-    """The least change that fits, as words to type: a smaller text encoder, then picture.
+    """Return the smallest change that fits, as options: a smaller text encoder, then image.
 
-    `peaks` are those of the recipe. Texts are looked at first, as their peak is known at once.
+    `peaks` are those of the recipe. The text encoder is tried first, as its peak is computed fast.
     """
     defaults = {model.side: model for model in reversed(known_models().values()) if model.sources}
     area = recipe.native_width * recipe.native_height

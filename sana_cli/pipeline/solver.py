@@ -1,6 +1,6 @@
 """Flow-DPM-Solver++ (2M), Flow-Euler and SCM as pure functions of floats.
 
-The flow runs from noise at σ = 1 to the picture at σ = 0 with x_σ = (1-σ)·x₀ + σ·noise, and the
+The flow runs from noise at σ = 1 to the image at σ = 0 with x_σ = (1-σ)·x₀ + σ·noise, and the
 network predicts the velocity v = noise - x₀ (arXiv 2410.10629, section 2.3 and appendix on
 Flow-DPM-Solver). The arithmetic is that of diffusers' `DPMSolverMultistepScheduler` with flow
 sigmas, `FlowMatchEulerDiscreteScheduler` and `SCMScheduler`.
@@ -15,19 +15,19 @@ import torch
 from torch import Tensor
 
 TRAIN_STEPS = 1000
-SCM_FIRST_ANGLE = 1.5708  # just beyond π/2, as the reference writes it
+SCM_FIRST_ANGLE = 1.5708  # just beyond π/2, as in the reference
 SCM_TWO_STEPS = (SCM_FIRST_ANGLE, 1.3, 0.0)  # the middle one was tuned for these models
 
 
 class Schedule(NamedTuple):
-    """`sigmas` has one entry more than `timesteps`: the last is 0. Both fall."""
+    """Decreasing noise levels and timesteps; `sigmas` has one more entry, 0, at the end."""
 
     sigmas: tuple[float, ...]
     timesteps: tuple[float, ...]
 
 
 class Update(NamedTuple):
-    """A step of a solver: what it makes of tensors is linear, with these factors.
+    """The factors of one step of a solver, which is linear in the tensors.
 
     The estimate of x₀ is x - sigma·v, and the next sample is sample·x + clean·(that estimate)
     + history·(that estimate - the one of the step before) + noise·(fresh noise).
@@ -44,7 +44,7 @@ class Update(NamedTuple):
 class Solver:
     """`schedule(steps, shift)`, and `update(schedule, i)`: the step from sigmas[i] to sigmas[i+1].
 
-    A `stochastic` one is to be given fresh noise at every step.
+    A `stochastic` solver needs fresh noise at every step.
     """
 
     schedule: Callable[[int, float | None], Schedule]
@@ -53,7 +53,7 @@ class Solver:
 
 
 class Repaint(NamedTuple):
-    """What stays and where: float32 latents z (1, 32, h, w), mask m (1, 1, h, w), 1 to repaint.
+    """The latents to keep: float32 z (1, 32, h, w), and mask m (1, 1, h, w), 1 to repaint.
 
     The estimate of x₀ becomes z + m·(x₀ - z). Where m is 0 every estimate is z, so the history of
     a multistep solver vanishes there, and from x_σ = (1-σ)·z + σ·noise each step leads to
@@ -72,9 +72,9 @@ def advance(
     noise: Tensor | None,
     repaint: Repaint | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One step: (the next sample, this step's estimate of x₀). All float32, of one shape.
+    """Return (the next sample, this step's estimate of x₀). All float32, of one shape.
 
-    `previous` is the estimate of the step before, None at the first.
+    `previous` is the estimate of the previous step, None at the first.
     """
     clean = x - update.sigma * velocity
     if repaint is not None:
@@ -88,7 +88,7 @@ def advance(
 
 
 def shifted(sigma: float, shift: float | None) -> float:
-    """Move noise levels towards 1, as larger pictures need (SD3, arXiv 2403.03206, eq. 23)."""
+    """Move noise levels towards 1, as larger images need (SD3, arXiv 2403.03206, eq. 23)."""
     return sigma if shift is None else shift * sigma / (1 + (shift - 1) * sigma)
 
 
@@ -96,12 +96,12 @@ def flow_dpm_schedule(steps: int, shift: float | None) -> Schedule:
     last = 1 / TRAIN_STEPS
     alphas = [1 + i * (last - 1) / steps for i in range(steps)] + [last]
     sigmas = [shifted(1 - alpha, shift) for alpha in alphas[:0:-1]]
-    # The network was trained on whole timesteps, so it is told the truncated one.
+    # The network was trained on integer timesteps, so it is given the truncated one.
     return Schedule(_float32([*sigmas, 0.0]), tuple(float(int(s * TRAIN_STEPS)) for s in sigmas))
 
 
 def flow_dpm_update(schedule: Schedule, i: int) -> Update:
-    """One multistep update.
+    """Return one multistep update.
 
     DPM-Solver++ (arXiv 2211.01095, algorithm 2) with α = 1-σ and λ = ln(α/σ). The first and the
     last step are of first order; the last lands on x₀ itself.
@@ -132,7 +132,7 @@ def flow_euler_update(schedule: Schedule, i: int) -> Update:
 
 
 def scm_schedule(steps: int, shift: float | None) -> Schedule:
-    """The noise levels of Sana-Sprint, whose network is told σ itself.
+    """Return the noise levels of Sana-Sprint, whose network is given σ itself.
 
     Its paper (arXiv 2503.09641, section 3.1) moves the flow to the circle of TrigFlow,
     x_t = cos t·x₀ + sin t·noise, only to train it. The two are one path in two scales, with
@@ -151,7 +151,7 @@ def scm_update(schedule: Schedule, i: int) -> Update:
 
 
 def first_step(steps: int, strength: float | None) -> int:
-    """The step that a run starts at: 0 from noise, later from a picture noised less than fully.
+    """Return the step that a run starts at: 0 from noise, later from a partly noised image.
 
     `strength` in (0, 1] is the share of the steps that are run, rounded up.
     """
@@ -163,7 +163,7 @@ def _log_snr(sigma: float) -> float:
 
 
 def _float32(values: Sequence[float]) -> tuple[float, ...]:
-    """Rounded as the reference stores them."""
+    """Round values to float32, as the reference stores them."""
     return tuple(torch.tensor(values, dtype=torch.float32).tolist())
 
 

@@ -1,4 +1,4 @@
-"""Text that was read before: the states of prompts and the prefixes of instructions, on disk."""
+"""The text cache on disk: states of prompts and prefixes of instructions."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from sana_cli.errors import BrokenModel
 from sana_cli.models.gemma import KeysValues
 from sana_cli.system.devices import full_name
 from sana_cli.weights.layout import Parts
-from sana_cli.weights.tensor_cache import Store, identity
+from sana_cli.weights.tensor_cache import TensorCache, identity
 
 LIMIT = 256 * 2**20  # bytes: about 2,000 prompts of Gemma-2-2B
 INT8_LIMIT = 8 * 2**30  # bytes of quantised layers: four of Gemma-2-2B
@@ -28,7 +28,7 @@ def tokenizer_file(parts: Parts) -> Path:
 
 @dataclass(frozen=True)
 class Prefix:
-    """What tokens that many texts begin with leave behind in Gemma."""
+    """The keys, values and first state of tokens that many texts begin with."""
 
     tokens: list[int]
     first: Tensor  # (1, 1, D), the state of the first token
@@ -36,7 +36,7 @@ class Prefix:
 
 
 class TextCache:
-    """What one text encoder in one precision on one device has computed, bit for bit."""
+    """The exact results of one text encoder in one precision on one device."""
 
     def __init__(self, folder: Path, parts: Parts, precision: str, device: str) -> None:
         encoder = parts["text_encoder"]
@@ -45,23 +45,23 @@ class TextCache:
             whole = identity([encoder.config, *encoder.files, tokenizer_file(parts)])
         except OSError as error:
             raise BrokenModel(f"{error.filename} cannot be read: {error.strerror}") from None
-        self.texts = Store(folder / "text", LIMIT, [*facts, whole])
-        self.layers: Store | None = None
+        self.texts = TensorCache(folder / "text", LIMIT, [*facts, whole])
+        self.layers: TensorCache | None = None
         if precision == "int8":
-            # What is quantised depends on the weights alone, and serves every device.
+            # Quantised layers depend on the weights alone, so all devices share them.
             library = version("bitsandbytes")
             self.texts.facts.append(library)
             facts = [library, identity(encoder.files)]
-            self.layers = Store(folder / "int8", INT8_LIMIT, facts, checked=False)
+            self.layers = TensorCache(folder / "int8", INT8_LIMIT, facts, checked=False)
         self.device = device
 
     def faults(self) -> list[str]:
-        """Why things could not be kept, if they could not."""
+        """Return why entries could not be written, if any failed."""
         stores = (self.texts, self.layers)
         return sorted({store.fault for store in stores if store and store.fault})
 
     def states(self, prompt: str, instruction: str) -> Tensor | None:
-        """(1, L, D) on the device, of a prompt as it is read."""
+        """Return the states (1, L, D) of a normalised prompt on the device, or None."""
         found = self.texts.read("states", prompt, instruction)
         return found["states"].to(self.device) if found else None
 

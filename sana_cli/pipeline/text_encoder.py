@@ -1,8 +1,8 @@
 """Prompts to text states: Gemma-2 behind the complex human instruction (paper, section 3).
 
-Gemma is causal and its padding comes last, so the padding that the reference computes changes
-nothing: only real tokens are run here, and the states are equal. For the same reason the
-instruction, which comes first, can be run once for all prompts.
+Gemma is causal and its padding comes last, so the padding in the reference has no effect: only
+real tokens are run here, and the states are equal. For the same reason the instruction, which
+comes first, can be run once for all prompts.
 """
 
 import os
@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from sana_cli.errors import BrokenModel
-from sana_cli.instruction import as_read
+from sana_cli.instruction import normalise_prompt
 from sana_cli.models.gemma import Gemma, GemmaConfig, MappedEmbedding
 from sana_cli.pipeline.text_cache import Prefix, TextCache, tokenizer_file
 from sana_cli.system.devices import wide_dtype
@@ -31,9 +31,9 @@ class TextEncoder:
         """`precision`: "float32", "bfloat16", or "int8" for the layers' linear maps.
 
         With a cache, prefixes of instructions and quantised layers are read from and kept in it;
-        without, every text is run whole. In int8 the instruction always goes first alone: there
-        the tokens that are run together decide what counts as an outlier, and a picture must not
-        depend on whether there is a cache. BrokenModel if the files are unusable.
+        without, every text is run whole. In int8 the instruction is always run first, alone:
+        outliers depend on the tokens that are run together, and an image must not depend on
+        whether there is a cache. BrokenModel if the files are unusable.
         """
         path = tokenizer_file(parts)
         try:
@@ -55,12 +55,12 @@ class TextEncoder:
         self.model.embed_tokens = MappedEmbedding(self.model.embed_tokens.weight, dtype)
         if eight_bit:
             self._quantise()
-            self.model.to(device)  # the norms compute in float32 whatever they are stored in
+            self.model.to(device)  # the norms always compute in float32
         else:
             move(self.model, part.weights, device, dtype)
 
     def _quantise(self) -> None:
-        """Put 8-bit layers in the place of the model's own: those in the cache, or new ones."""
+        """Replace the model's layers by 8-bit ones, from the cache or newly quantised."""
         from sana_cli.models.int8 import install, is_quantised_from, quantise
 
         layers = self.cache.layers if self.cache else None
@@ -69,28 +69,28 @@ class TextEncoder:
             tensors = quantise(self.model)
             if layers:
                 layers.write(tensors, "linear")
-                # Mapped from the file, they take as little memory as they will the next time.
+                # Mapped from the file, they take as little memory as in later runs.
                 tensors = layers.read("linear") or tensors
         install(self.model, tensors)
 
     def encode(self, prompt: str, instruction: str = "") -> Tensor:
-        """States (1, L, width) of the prompt's tokens behind a leading <bos>, 1 <= L <= 300.
+        """Return states (1, L, width) of <bos> and the prompt's tokens, 1 <= L <= 300.
 
-        With an instruction the whole is read, and of it <bos> and the part from the
-        instruction's last token on are kept. Longer prompts are cut on the right.
+        With an instruction both are run, and the states of <bos> and of all tokens from the
+        instruction's last on are returned. Longer prompts are cut on the right.
         """
-        ids = self.tokens(instruction + as_read(prompt))
+        ids = self.tokens(instruction + normalise_prompt(prompt))
         start = max(len(self.tokens(instruction)) - 1, 1)
         ids = ids[: start - 1 + MAX_TOKENS]
         if (self.eight_bit or self.cache) and start > 1:
-            return self._behind(self._prefix(instruction), ids)
+            return self._encode_after_prefix(self._prefix(instruction), ids)
         states, _ = self.model(self._batch(ids))
         return torch.cat([states[:, :1], states[:, start:]], dim=1) if start > 1 else states
 
-    def _behind(self, prefix: Prefix, ids: list[int]) -> Tensor:
-        """The states that `encode` keeps, from the tokens that differ from the prefix alone.
+    def _encode_after_prefix(self, prefix: Prefix, ids: list[int]) -> Tensor:
+        """Return the states that `encode` keeps, running only the tokens after the prefix.
 
-        A tokenizer may merge a prompt's first word with what stands before it.
+        A tokenizer may merge a prompt's first word with the text before it.
         """
         shared = len(os.path.commonprefix([prefix.tokens, ids[:-1]]))
         past = [(keys[:, :, :shared], values[:, :, :shared]) for keys, values in prefix.past]
@@ -98,7 +98,8 @@ class TextEncoder:
         return torch.cat([prefix.first, states[:, len(prefix.tokens) - shared :]], dim=1)
 
     def _prefix(self, instruction: str) -> Prefix:
-        """The instruction but for its last token, a space, which most prompts change."""
+        """Return the prefix of the instruction without its last token, a space, which the
+        tokenizer merges with most prompts."""
         found = self.prefixes.get(instruction)
         if found is None:
             tokens = self.tokens(instruction)[:-1]
@@ -112,11 +113,11 @@ class TextEncoder:
         return found
 
     def tokens(self, text: str) -> list[int]:
-        """Token ids behind one <bos>, which is all that Gemma's own template adds."""
+        """Return token ids after one <bos>, the only token that Gemma's own template adds."""
         ids = self.tokenizer.encode(text, add_special_tokens=False).ids
         ids = [self.model.config.bos_token_id, *ids]
         if max(ids) >= self.model.config.vocab_size:
-            raise BrokenModel("the tokenizer knows more tokens than the text encoder embeds")
+            raise BrokenModel("the tokenizer has more tokens than the text encoder embeds")
         return ids
 
     def _batch(self, ids: list[int]) -> Tensor:

@@ -22,9 +22,9 @@ from sana_cli.server.errors import ApiError
 from sana_cli.server.fields import invalid
 from sana_cli.server.security import Guard, PatientProtocol
 from sana_cli.server.service import Service
-from sana_cli.system.signals import stopping_in_order
+from sana_cli.system.signals import stop_on_signal
 
-MOST_CONNECTIONS = 512
+MAX_CONNECTIONS = 512
 
 
 def create_app(
@@ -141,7 +141,7 @@ def serve(
         log_config=None,
         access_log=False,
         server_header=False,
-        limit_concurrency=MOST_CONNECTIONS,
+        limit_concurrency=MAX_CONNECTIONS,
     )
     server = _Server(config)
 
@@ -151,7 +151,7 @@ def serve(
         service.queue.stop()
         server.should_exit = True
 
-    with stopping_in_order(stop) as asked:
+    with stop_on_signal(stop) as asked:
         ready()
         server.run(sockets=[listener])
     service.queue.stop()

@@ -32,9 +32,9 @@ from sana_cli.weights.catalogue import known_components
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-MOST_IMAGES = 10  # of one request
+MAX_IMAGES = 10  # of one request
 COMPONENTS = ("vae", "controlnet")
-MOST_PARTIAL = 3  # previews of one image
+MAX_PARTIAL = 3  # previews of one image
 # Other names of options: OpenAI's, and those that other servers have made common.
 ALIASES = {
     "n": "count",
@@ -106,7 +106,7 @@ PROTOCOL: dict[str, Any] = {
     "stream": (bool | None, Field(None, description="Answer with server-sent events.")),
     "partial_images": (
         int | None,
-        Field(None, ge=0, le=MOST_PARTIAL, description="Previews of each image in the stream."),
+        Field(None, ge=0, le=MAX_PARTIAL, description="Previews of each image in the stream."),
     ),
     "progress": (bool | None, Field(None, description="Every step as an event of the stream.")),
     "dry_run": (bool | None, Field(None, description="Answer with the recipes; draw nothing.")),
@@ -147,7 +147,7 @@ def _field(one: Declared) -> tuple[Any, Any]:
         least, most = one.option.bounds
         bounds = {"ge": kind(least) if least == kind(least) else least, "le": kind(most)}
     if one.name == "count":
-        bounds = {"ge": 1, "le": MOST_IMAGES}
+        bounds = {"ge": 1, "le": MAX_IMAGES}
     if one.kind is float:
         bounds["allow_inf_nan"] = False
     if kind in (int, float):
@@ -229,8 +229,8 @@ def read(body: BaseModel) -> Asked:
     if stream and given.get("response_format") == "url":
         raise UsageError("--response_format is b64_json in a stream", "leave it out")
     seeds = parse_seeds(values.get("seed"), values.get("count"))
-    if len(seeds) > MOST_IMAGES:
-        raise UsageError(f"--seed names more than {MOST_IMAGES} images", "ask for fewer")
+    if len(seeds) > MAX_IMAGES:
+        raise UsageError(f"--seed names more than {MAX_IMAGES} images", "ask for fewer")
     files = {one.name: values[one.name] for one in fields(FileOptions) if one.name in values}
     format = files.get("format", "png")
     if format == "png" and files.get("quality") == 100:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 from sana_cli.recipe import Recipe
 
-MOST_IMAGES = 100
-MOST_BYTES = 256 << 20
+MAX_IMAGES = 100
+MAX_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Drawn:
 
 
 class Gallery:
-    """The oldest go first, at MOST_IMAGES and at MOST_BYTES. Safe to use from several threads."""
+    """The oldest go first, at MAX_IMAGES and at MAX_BYTES. Safe to use from several threads."""
 
     def __init__(self) -> None:
         self._images: OrderedDict[str, Drawn] = OrderedDict()
@@ -33,7 +33,7 @@ class Gallery:
         with self._turn:
             self._images[drawn.id] = drawn
             self.nbytes += len(drawn.data)
-            while len(self._images) > MOST_IMAGES or self.nbytes > MOST_BYTES:
+            while len(self._images) > MAX_IMAGES or self.nbytes > MAX_BYTES:
                 self.nbytes -= len(self._images.popitem(last=False)[1].data)
 
     def newest(self) -> list[Drawn]:

@@ -1,1 +1,1 @@
-"""The machine: what it has, where the user's files go, and when it is told to stop."""
+"""The machine: devices, memory, disks, the user's folders, and signals."""

@@ -1,4 +1,4 @@
-"""Facts about this machine, and the choices of device and precision that follow from them."""
+"""Choice of device and precision, and the memory of this machine."""
 
 import ctypes
 import importlib.util
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 M_TRIM_THRESHOLD = -1  # malloc.h
 MADV_DONTNEED = 4  # sys/mman.h
-LARGE_ENCODER = 250_000_000  # weights; below, the import of bitsandbytes costs more than is saved
+LARGE_ENCODER = 250_000_000  # weights; below, importing bitsandbytes costs more than int8 saves
 
 
 def choose_device(name: str) -> str:
-    """`auto` -> "cuda", "mps" or "cpu"; UsageError for a device that is not here."""
+    """Resolve `auto` to "cuda", "mps" or "cpu"; UsageError for a device that is not available."""
     import torch
 
     if name == "auto":
@@ -48,10 +48,10 @@ def choose_device(name: str) -> str:
 
 
 def choose_dtypes(dtype: str, device: str, trained: str | None) -> tuple[str, str, str]:
-    """(text, transformer, decoder) precisions by name.
+    """Return the names of the (text, transformer, decoder) precisions.
 
     `auto` is float32 without a GPU that has bfloat16, else the precision the transformer was
-    trained in. Gemma-2 and DC-AE overflow in float16 and never run in it.
+    trained in. Gemma-2 and DC-AE overflow in float16, so they never run in it.
     """
     wide = wide_dtype(device)
     if dtype == "auto":
@@ -61,7 +61,7 @@ def choose_dtypes(dtype: str, device: str, trained: str | None) -> tuple[str, st
 
 
 def wide_dtype(device: str) -> str:
-    """The fastest precision here with the range of float32."""
+    """Return the fastest precision on a device that has the range of float32."""
     import torch
 
     ampere = device.startswith("cuda") and torch.cuda.get_device_capability(device) >= (8, 0)
@@ -71,11 +71,11 @@ def wide_dtype(device: str) -> str:
 def choose_text_precision(
     asked: str, dtype: str, text_dtype: str, device: str, linear_weights: int
 ) -> str:
-    """What the text encoder runs in: "float32", "bfloat16" or "int8".
+    """Return the precision of the text encoder: "float32", "bfloat16" or "int8".
 
-    `asked` is --text-precision, `text_dtype` what `choose_dtypes` gave. For `auto` that is taken,
-    unless nothing was said of precision at all, the device has fast int8, and the encoder is
-    large: then 8 bits halve its memory. UsageError where int8 is asked for and cannot run.
+    `asked` is --text-precision, `text_dtype` the result of `choose_dtypes`, which `auto` takes,
+    unless --dtype is `auto` too, the device has fast int8, and the encoder is large: then int8
+    halves its memory. UsageError if int8 is requested and cannot run.
     """
     if asked in ("bf16", "fp32"):
         return {"bf16": "bfloat16", "fp32": "float32"}[asked]
@@ -89,7 +89,7 @@ def choose_text_precision(
 
 
 def _int8_fault(device: str) -> str | None:
-    """Why bitsandbytes' LLM.int8 cannot run on a device, if it cannot."""
+    """Return why bitsandbytes' LLM.int8 cannot run on a device, or None."""
     if importlib.util.find_spec("bitsandbytes") is None:
         return "bitsandbytes is not installed"
     if device.startswith("cuda"):
@@ -103,7 +103,7 @@ def _int8_fault(device: str) -> str | None:
 
 
 def full_name(device: str) -> str:
-    """What two devices that round alike have in common."""
+    """Return a device's full name, equal for devices that round alike."""
     if device.startswith("cuda"):
         import torch
 
@@ -111,13 +111,12 @@ def full_name(device: str) -> str:
     return device
 
 
-def keep_no_heap() -> None:
-    """Let glibc return large blocks as they are freed, and not save them up for the next request.
+def return_freed_blocks() -> None:
+    """Make glibc return large blocks to the system as soon as they are freed.
 
-    Left alone it raises the size from which it does so to that of the largest block freed yet.
-    Blocks that are always new cost the system half a millisecond a megabyte, page by page; in
-    huge pages, which Linux gives to who asks, a fifth. PyTorch asks if told to before its first
-    tensor.
+    By default glibc raises its threshold for this to the size of the largest block freed so far.
+    Fresh blocks cost half a millisecond per megabyte to map page by page, and a fifth of that in
+    huge pages, which PyTorch requests if this is set before its first tensor.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
@@ -125,8 +124,8 @@ def keep_no_heap() -> None:
         mallopt(M_TRIM_THRESHOLD, 128 << 10)
 
 
-def give_back(device: str) -> None:
-    """Return freed memory to the system, which allocators otherwise keep for the next request."""
+def release_unused_memory(device: str) -> None:
+    """Return freed memory to the system, which allocators otherwise keep for reuse."""
     if device.startswith("cuda"):
         import torch
 
@@ -137,15 +136,17 @@ def give_back(device: str) -> None:
             trim(0)
 
 
-def forget_pages(tensor: "Tensor") -> None:
-    """Let go of what a tensor in a mapped file holds in memory; used again, it is read again.
+def drop_pages(tensor: "Tensor") -> None:
+    """Drop the resident pages of a tensor in a mapped file; the next access reads them again.
 
-    Of any other tensor the values are lost.
+    Any other tensor loses its values.
     """
     advise = getattr(ctypes.CDLL(None), "madvise", None) if sys.platform == "linux" else None
     if advise is not None and tensor.device.type == "cpu":
         size = os.sysconf("SC_PAGE_SIZE")
-        first = -(-tensor.data_ptr() // size) * size  # whole pages: others may be a neighbour's
+        first = (
+            -(-tensor.data_ptr() // size) * size
+        )  # whole pages only: the rest may belong to another tensor
         last = (tensor.data_ptr() + tensor.nbytes) // size * size
         if first < last:
             advise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), MADV_DONTNEED)
@@ -156,12 +157,12 @@ def is_out_of_memory(error: Exception) -> bool:
 
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    # What the CPU's allocator raises.
+    # The messages of the CPU allocator.
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 def resident_bytes() -> int:
-    """What this process holds in memory now, or has held at most where only that is known."""
+    """Return the resident bytes of this process, or its peak where only that is available."""
     try:
         pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[1]
     except OSError:  # not Linux
@@ -170,7 +171,7 @@ def resident_bytes() -> int:
 
 
 def peak_bytes(device: str) -> int:
-    """The most memory held so far: allocated on a CUDA device, else resident in this process."""
+    """Return the peak memory so far: allocated on a CUDA device, else resident in this process."""
     if device.startswith("cuda"):
         import torch
 

@@ -1,9 +1,8 @@
-"""Files that appear whole or not at all, also on disks that lack what POSIX promises.
+"""Atomic writes and locks, also on disks without all POSIX features.
 
-Network shares, FUSE mounts and exFAT have no hard links, no fsync or no locks, and each driver
-answers with an error number of its own choice. So an operation that only makes things safer is
-given up on any number that can mean "not here"; one that says that data is lost, or that there is
-no room for it, always ends the write.
+Network shares, FUSE mounts and exFAT may lack hard links, fsync or locks, and drivers differ in
+the error number that they return. So an operation that only adds safety is skipped on any number
+that can mean "not supported"; an error for lost data or a full disk always ends the write.
 """
 
 import errno
@@ -19,11 +18,11 @@ UNSUPPORTED = frozenset(
     {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOTTY}
     | {errno.EPERM, errno.EACCES}
 )
-PARTIAL = ".sana"  # what names of temporary files begin with
+PARTIAL = ".sana"  # prefix of temporary file names
 
 
 def sync(descriptor: int) -> None:
-    """Wait until a file's bytes are on the disk, where its file system can tell."""
+    """Sync a file to disk, where its file system supports that."""
     try:
         os.fsync(descriptor)
     except OSError as error:
@@ -32,11 +31,11 @@ def sync(descriptor: int) -> None:
 
 
 def write_new(path: Path, data: bytes, mark: str = "") -> Path:
-    """Put `data` at `path`, or at `path` with -2, -3 … if that is taken. Returns the path written.
+    """Write `data` to `path`, or to `path` with -2, -3 … if it exists. Returns the path written.
 
-    The file appears complete or not at all. OSError if it cannot be written, and nothing is left.
-    `mark` is put into the name of the temporary file, for whoever cleans up after a process that
-    was killed.
+    The file appears complete or not at all. OSError if it cannot be written; then no file is left.
+    `mark` becomes part of the temporary file's name, so that files of a killed process can be
+    found and removed.
     """
     with _partial(path.parent, data, mark) as partial:
         number, target = 1, path
@@ -47,9 +46,9 @@ def write_new(path: Path, data: bytes, mark: str = "") -> Path:
 
 
 def replace(path: Path, data: bytes, mark: str = "", keep_mode: bool = False) -> None:
-    """Put `data` at `path`, in the place of a file that is there, which is never lost half-way.
+    """Write `data` to `path` atomically, replacing an existing file.
 
-    With `keep_mode` the new file has the old one's permissions, where the disk can set them.
+    With `keep_mode` the new file gets the old one's permissions, where the disk can set them.
     """
     with _partial(path.parent, data, mark) as partial:
         if keep_mode:
@@ -60,7 +59,7 @@ def replace(path: Path, data: bytes, mark: str = "", keep_mode: bool = False) ->
 
 @contextmanager
 def _partial(folder: Path, data: bytes, mark: str) -> Iterator[Path]:
-    """A temporary file with `data`, on the disk; removed afterwards unless it was renamed."""
+    """Yield a temporary file with `data`, synced to disk; remove it unless it was renamed."""
     folder.mkdir(parents=True, exist_ok=True)
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
     flags |= getattr(os, "O_BINARY", 0) | getattr(os, "O_NOFOLLOW", 0)
@@ -74,12 +73,12 @@ def _partial(folder: Path, data: bytes, mark: str) -> Iterator[Path]:
             sync(file.fileno())
         yield partial
     finally:
-        with suppress(OSError):  # the data is where it belongs, or a better error is under way
+        with suppress(OSError):  # the data is already in place, or another error is being raised
             partial.unlink(missing_ok=True)
 
 
 def _take_name(partial: Path, target: Path) -> bool:
-    """Give a temporary file its name; False if that is taken."""
+    """Give a temporary file its final name; False if that exists."""
     try:
         os.link(partial, target)  # fails if the name is taken, unlike a rename
         return True
@@ -105,8 +104,7 @@ def _take_name(partial: Path, target: Path) -> bool:
 class Lock:
     """An advisory lock on a file, held until it is released or the process ends.
 
-    `missing` says why there is none, where the file system has no locks: then nothing is held, and
-    nothing keeps another process out.
+    `missing` is the reason why nothing is locked, where the file system does not support locks.
     """
 
     def __init__(self, path: Path, wait: bool = False) -> None:
@@ -119,7 +117,7 @@ class Lock:
         self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
         try:
             self.held = lock_descriptor(self.descriptor, blocking=wait)
-        except OSError as error:  # an odd number means no more here than an expected one
+        except OSError as error:  # drivers without locks return various numbers
             self.missing = error.strerror or str(error)
         except BaseException:
             os.close(self.descriptor)

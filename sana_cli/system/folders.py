@@ -1,11 +1,11 @@
-"""Where this platform keeps what is the user's own; `SANA_*` variables move it."""
+"""The user's cache folder and config file on this platform; `SANA_*` variables override them."""
 
 import os
 from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """`$SANA_CACHE_DIR`, else the place that this platform keeps for caches."""
+    """Return `$SANA_CACHE_DIR`, else the platform's cache folder."""
     chosen = os.environ.get("SANA_CACHE_DIR")
     if chosen:
         return Path(chosen).expanduser()
@@ -15,7 +15,7 @@ def cache_folder() -> Path:
 
 
 def config_file() -> Path:
-    """`$SANA_CONFIG`, else `config.toml` where this platform keeps configuration."""
+    """Return `$SANA_CONFIG`, else `config.toml` in the platform's configuration folder."""
     chosen = os.environ.get("SANA_CONFIG")
     if chosen:
         return Path(os.path.expanduser(chosen))
@@ -25,5 +25,5 @@ def config_file() -> Path:
 
 
 def used_bytes(folder: Path) -> int:
-    """Of all files in a folder and below; 0 if it is not there."""
+    """Return the total size of all files below a folder; 0 if it does not exist."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -1,4 +1,4 @@
-"""Facts about this machine, for people: each function returns plain data, None where unknown."""
+"""Facts about this machine for `sana doctor`: plain data, None where unknown."""
 
 import os
 import platform
@@ -39,7 +39,7 @@ def system() -> dict[str, Any]:
 
 
 def torch_build() -> dict[str, Any]:
-    """ImportError, OSError and worse where torch is not there or cannot start."""
+    """Describe the build of torch. Raises anything if torch is missing or cannot be imported."""
     import torch
 
     cuda, rocm = torch.version.cuda, torch.version.hip
@@ -48,10 +48,10 @@ def torch_build() -> dict[str, Any]:
 
 
 def cpu() -> dict[str, Any]:
-    """`instructions` are those that torch sees and that matter here; `kernels` those it uses."""
+    """Describe the CPU: `instructions` that torch detects and that matter, `kernels` it uses."""
     import torch
 
-    # Newer than the oldest torch that sana takes.
+    # Missing in the oldest supported torch.
     seen: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     found = [title for name, title in NAMED_INSTRUCTIONS.items() if seen.get(name)]
@@ -73,9 +73,9 @@ def _cpu_name() -> str | None:
 
 
 def memory() -> dict[str, int | None]:
-    """Bytes. `limit` is that of the container, where there is one below the total."""
+    """Return memory in bytes. `limit` is the container's, where it is below the total."""
     total, available = _pages("SC_PHYS_PAGES"), _pages("SC_AVPHYS_PAGES")
-    try:  # counts what the page cache would give back, too
+    try:  # includes what the page cache can release
         text = Path("/proc/meminfo").read_text(encoding="ascii")
         if match := re.search(r"MemAvailable:\s*(\d+) kB", text):
             available = int(match[1]) * 1024
@@ -94,12 +94,12 @@ def memory() -> dict[str, int | None]:
 def _pages(name: str) -> int | None:
     try:
         return os.sysconf(name) * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):  # Windows; macOS does not tell what is free
+    except (AttributeError, ValueError, OSError):  # Windows; macOS does not report free pages
         return None
 
 
 def devices() -> tuple[list[dict[str, Any]], str | None]:
-    """Everything that --device takes besides the CPU, and why CUDA is not there if it should be."""
+    """List the devices besides the CPU, and why CUDA is not available where it should be."""
     import torch
 
     with warnings.catch_warnings(record=True) as said:
@@ -137,7 +137,7 @@ def devices() -> tuple[list[dict[str, Any]], str | None]:
 
 
 def nvidia_driver() -> str | None:
-    """The version of NVIDIA's driver, whether or not torch can use it."""
+    """Return the version of NVIDIA's driver, whether or not torch can use it."""
     try:
         text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8", errors="replace")
         if match := re.search(r"Kernel Module.*?\s(\d+(?:\.\d+)+)", text):
@@ -157,7 +157,7 @@ def nvidia_driver() -> str | None:
 
 
 def installed(*names: str) -> str | None:
-    """The version of the first of these distributions that is here; nothing is imported."""
+    """Return the version of the first installed one of these distributions, without importing."""
     for name in names:
         try:
             return version(name)
@@ -167,7 +167,7 @@ def installed(*names: str) -> str | None:
 
 
 def free_bytes(path: Path) -> int | None:
-    """On the disk that would hold `path`, which need not exist."""
+    """Return the free bytes on the disk that would hold `path`, which need not exist."""
     try:
         return shutil.disk_usage(_existing(path)).free
     except OSError:
@@ -195,18 +195,18 @@ def _existing(path: Path) -> Path:
     return path
 
 
-def picture_protocol(environment: Mapping[str, str], is_terminal: bool) -> tuple[str | None, str]:
-    """How the terminal shows pictures: "kitty", "iterm2", "sixel" or None, and how that is known.
+def image_protocol(environment: Mapping[str, str], is_terminal: bool) -> tuple[str | None, str]:
+    """Return the terminal's image protocol ("kitty", "iterm2", "sixel" or None) and the evidence.
 
-    By the environment alone: asking the terminal itself could leave its answer in the shell.
+    Only the environment is read: a query to the terminal could leave its answer in the shell.
     """
     if not is_terminal:
-        return None, "stdout is no terminal"
+        return None, "stdout is not a terminal"
     term = environment.get("TERM", "")
     program = environment.get("TERM_PROGRAM", "")
-    # A multiplexer hides the terminal, whose variables it inherits and may have outlived.
+    # A multiplexer hides the terminal, and the variables it inherited may be out of date.
     if environment.get("TMUX") or environment.get("STY") or term.startswith(("tmux", "screen")):
-        return None, "inside tmux or screen, which pass no pictures on"
+        return None, "inside tmux or screen, which do not pass images on"
     if "kitty" in term or "ghostty" in term:
         return "kitty", f"TERM is {term}"
     if environment.get("KITTY_WINDOW_ID"):
@@ -221,17 +221,17 @@ def picture_protocol(environment: Mapping[str, str], is_terminal: bool) -> tuple
         return "iterm2", "LC_TERMINAL is iTerm2"
     if term.startswith(("foot", "mlterm", "contour", "yaft")) or "sixel" in term:
         return "sixel", f"TERM is {term}"
-    return None, f"TERM is {term or 'not set'}, and nothing tells of more"
+    return None, f"TERM is {term or 'not set'}, and no other variable names a protocol"
 
 
 def spills_into_ram(facts: dict[str, Any]) -> bool:
-    """Whether an NVIDIA driver here may move a full GPU's memory into RAM, and crawl."""
+    """Whether the NVIDIA driver may move memory of a full GPU into RAM, which is very slow."""
     return sys.platform == "win32" or "microsoft" in facts["os"].lower()
 
 
 def power(root: Path = Path("/sys")) -> dict[str, Any]:
-    """What may slow this machine: whether it runs `on_battery`, the CPU frequency's `governor`, and
-    the firmware's `profile`. Linux only; None where it does not tell."""
+    """Return power settings that may slow this machine: `on_battery`, the CPU's `governor`, and
+    the firmware's `profile`. Linux only; None where unknown."""
 
     def read(path: str) -> str | None:
         try:
@@ -243,7 +243,8 @@ def power(root: Path = Path("/sys")) -> dict[str, Any]:
         read(f"class/power_supply/{supply.name}/status")
         for supply in (root / "class" / "power_supply").glob("*")
         if read(f"class/power_supply/{supply.name}/type") == "Battery"
-        and read(f"class/power_supply/{supply.name}/scope") != "Device"  # as of a mouse
+        and read(f"class/power_supply/{supply.name}/scope")
+        != "Device"  # the battery of a mouse, for example
     ]
     cpu = "devices/system/cpu/cpu0/cpufreq"
     return {
@@ -255,7 +256,7 @@ def power(root: Path = Path("/sys")) -> dict[str, Any]:
 
 
 def saving_power(facts: Mapping[str, Any]) -> list[str]:
-    """What of `power` is likely to make everything slower."""
+    """Name the settings in `power` that probably slow everything down."""
     found = []
     if facts["on_battery"]:
         found.append("it runs on battery")
@@ -268,8 +269,8 @@ def saving_power(facts: Mapping[str, Any]) -> list[str]:
 
 
 def nvidia_state(index: int) -> dict[str, float] | None:
-    """Of a GPU by its number among those that torch sees, as its driver counts them: watts allowed
-    and used, MHz now and at most, °C."""
+    """Return the driver's readings for a GPU, by its index in torch: watts allowed and used, MHz
+    now and at most, °C."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return None
@@ -285,6 +286,6 @@ def nvidia_state(index: int) -> dict[str, float] | None:
         return None
     found = {}
     for name, value in zip(names, done.stdout.split(","), strict=False):
-        with suppress(ValueError):  # laptops may tell no limit of power
+        with suppress(ValueError):  # laptops may not report a power limit
             found[name] = float(value)
     return found if done.returncode == 0 else None

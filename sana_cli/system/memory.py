@@ -1,4 +1,4 @@
-"""How much memory tensors take at most, on any device, also on `meta`, where they take none."""
+"""The peak memory of tensors on any device, including `meta`, where they take none."""
 
 import weakref
 from typing import Any
@@ -10,11 +10,11 @@ from torch.utils._pytree import tree_iter
 
 
 class PeakMemory(TorchDispatchMode):
-    """Count the bytes of tensors while they live: those made inside the `with` block.
+    """Count the bytes of live tensors that are made inside the `with` block.
 
-    `peak` is the most held at once above what was there before. Counted are the storages that
-    operations return, once however many views they have. What an operation allocates and frees
-    inside itself is not seen: workspaces of convolutions, copies of mixed precision.
+    `peak` is the largest sum at any time. Each storage that an operation returns is counted once,
+    however many views it has. Memory that an operation allocates and frees internally is not
+    counted: workspaces of convolutions, copies in mixed precision.
     """
 
     def __init__(self) -> None:

@@ -1,5 +1,5 @@
-"""Ctrl-C and termination: leave at once while nothing is at stake, in order once drawing begins,
-and in a batch after the picture that is being drawn.
+"""Ctrl-C and termination: exit at once before any work begins, by an exception while drawing, and
+in a batch after the current image.
 """
 
 import os
@@ -13,25 +13,25 @@ CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 
 @contextmanager
-def leaving_at_once() -> Iterator[None]:
-    """Exit without unwinding: an exception inside a library's start-up can abort the process."""
-    with _handling(_leave):
+def exit_at_once() -> Iterator[None]:
+    """Exit without unwinding: an exception while a library is imported can abort the process."""
+    with _handler_installed(_exit_now):
         yield
 
 
 @contextmanager
-def leaving_in_order() -> Iterator[None]:
-    """Exit through exceptions, so that half-written files are removed on the way.
+def exit_by_exception() -> Iterator[None]:
+    """Exit by raising SystemExit, so that partial files are removed.
 
-    Only in the command: a program that uses the package has its own ways, which stay.
+    Only the command does so: the handlers of a program that uses the package stay in place.
     """
     ours = getattr(signal.getsignal(signal.SIGINT), "__module__", None) == __name__
-    with _handling(_unwind) if ours else nullcontext():
+    with _handler_installed(_unwind) if ours else nullcontext():
         yield
 
 
-class Asked:
-    """The exit code of the first signal, once it has come."""
+class StopRequest:
+    """A request to stop: true after the first signal, whose exit code is `code`."""
 
     code: int | None = None
 
@@ -40,40 +40,42 @@ class Asked:
 
 
 @contextmanager
-def leaving_when_asked_twice() -> Iterator[Asked]:
-    """Note the first signal, for a loop that looks at it; leave in order at the second."""
-    asked = Asked()
+def exit_on_second_signal() -> Iterator[StopRequest]:
+    """Record the first signal in a StopRequest for the loop to check; exit at the second."""
+    stop_request = StopRequest()
 
     def note(number: int, frame: FrameType | None) -> None:
-        if asked:
+        if stop_request:
             _unwind(number, frame)
-        asked.code = CODES[signal.Signals(number)]
+        stop_request.code = CODES[signal.Signals(number)]
 
-    with _handling(note):
-        yield asked
+    with _handler_installed(note):
+        yield stop_request
 
 
 @contextmanager
-def stopping_in_order(stop: Callable[[], None]) -> Iterator[Asked]:
-    """Call `stop` at the first signal, for a server; leave at once at the second.
+def stop_on_signal(stop: Callable[[], None]) -> Iterator[StopRequest]:
+    """Call `stop` at the first signal, for a server; exit at once at the second.
 
     Termination is how a server ends, so the exit code is 0; that of Ctrl-C is 130.
     """
-    asked = Asked()
+    stop_request = StopRequest()
 
     def note(number: int, frame: FrameType | None) -> None:
-        if asked:
-            _leave(number, frame)
-        asked.code = 0 if number == signal.SIGTERM else CODES[signal.Signals(number)]
+        if stop_request:
+            _exit_now(number, frame)
+        stop_request.code = 0 if number == signal.SIGTERM else CODES[signal.Signals(number)]
         stop()
 
-    with _handling(note):
-        yield asked
+    with _handler_installed(note):
+        yield stop_request
 
 
 @contextmanager
-def _handling(handler) -> Iterator[None]:  # type: ignore[no-untyped-def]
-    if threading.current_thread() is not threading.main_thread():  # signals go to the main one
+def _handler_installed(handler) -> Iterator[None]:  # type: ignore[no-untyped-def]
+    if (
+        threading.current_thread() is not threading.main_thread()
+    ):  # only the main thread may set handlers
         yield
         return
     before = {number: signal.signal(number, handler) for number in CODES}
@@ -84,7 +86,7 @@ def _handling(handler) -> Iterator[None]:  # type: ignore[no-untyped-def]
             signal.signal(number, old)
 
 
-def _leave(number: int, frame: FrameType | None) -> None:
+def _exit_now(number: int, frame: FrameType | None) -> None:
     os._exit(CODES[signal.Signals(number)])
 
 

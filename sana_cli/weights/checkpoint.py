@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from sana_cli.errors import BrokenModel
-from sana_cli.system.devices import forget_pages
+from sana_cli.system.devices import drop_pages
 from sana_cli.weights.layout import Part, Tensors, read_json
 
 Config = TypeVar("Config")
@@ -174,7 +174,7 @@ def move(
         before = parameter.data
         parameter.data = before.to(device, dtype)
         if mapped and parameter.data_ptr() != before.data_ptr():
-            forget_pages(before)
+            drop_pages(before)
     return model.to(device)
 
 
@@ -191,7 +191,7 @@ def read_tensors(source: Path | Tensors, only: str) -> Iterator[tuple[str, Tenso
             if name.startswith(only):
                 tensor = file.get_tensor(name)
                 yield name.removeprefix(only), tensor
-                forget_pages(tensor)
+                drop_pages(tensor)
 
 
 @contextmanager

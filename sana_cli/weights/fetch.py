@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sana_cli.errors import MissingModel
-from sana_cli.system.signals import leaving_in_order
+from sana_cli.system.signals import exit_by_exception
 from sana_cli.weights.hub_cache import find_parts, source_parts
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def transfer(listings: "list[Listing]", reporter: "Reporter") -> None:
     """Download the files of some listings."""
     from sana_cli.weights.download import fetch
 
-    with leaving_in_order(), reporter.transfer() as progress:
+    with exit_by_exception(), reporter.transfer() as progress:
         fetch(listings, progress)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from sana_cli.errors import BrokenModel, UsageError
 from sana_cli.models.architectures import DC_AE_F32C32, TRANSFORMERS
 from sana_cli.models.dit import DiTConfig
-from sana_cli.system.devices import forget_pages
+from sana_cli.system.devices import drop_pages
 from sana_cli.weights.checkpoint import FLOATS, NAMES_SHOWN, open_safetensors
 from sana_cli.weights.layout import refuse_pickle
 from sana_cli.weights.original_names import published_tensors
@@ -56,7 +56,7 @@ class SingleFile:
                 for name, rows in zip(names, tensor.chunk(len(names)), strict=True):
                     if name.startswith(only):
                         yield name.removeprefix(only), rows
-                forget_pages(tensor)
+                drop_pages(tensor)
 
 
 def read_single_file(path: Path) -> SingleFile:

@@ -29,7 +29,7 @@ READ_WHOLE = 2**24  # bytes
 SAMPLE = 2**20
 
 
-class Store:
+class TensorCache:
     """A folder of safetensors files of at most `limit` bytes; the least recently used go first.
 
     Everything in it depends on `facts`. With `checked`, contents carry their SHA-256 and are

@@ -39,7 +39,7 @@ def test_no_mark_of_a_pipe_from_windows_reaches_a_prompt(process):
 def test_a_pipe_whose_first_rows_are_wrong_is_refused(process):
     run = process("batch", "-", *DEMO, "--input-format", "jsonl", input=b'{"promt": "x"}\n')
     assert (run.returncode, run.stdout) == (2, b"")
-    assert b"stdin, row 1, column promt: is no field; did you mean prompt?" in run.stderr
+    assert b"stdin, row 1, column promt: is not a field; did you mean prompt?" in run.stderr
 
 
 def test_asked_to_stop_while_it_waits_for_a_pipe_it_goes(here):

@@ -97,7 +97,7 @@ def test_a_wrong_column_and_wrong_values_are_told_at_once(sana, here):
     run = sana("batch", "bad.csv", "-m", "demo")
     assert (run.code, run.out) == (2, "")
     assert run.err.splitlines() == [
-        "bad.csv, row 1, column sedd: is no field; did you mean seed?",
+        "bad.csv, row 1, column sedd: is not a field; did you mean seed?",
         "bad.csv, row 2, column steps: 'x' is not a whole number",
         "bad.csv, row 2, column guidance: 'high' is not a number",
         "bad.csv, row 3, column guidance: --guidance 101.0 is not between 0 and 100",
@@ -125,7 +125,7 @@ def test_a_table_of_a_european_excel_is_read_and_how_is_said(sana, here):
         (("-s", "7"), "a fox\na fox\n", "{id}"),
         (("-o", "x/{sulg}"), "a fox\n", "row 1, column sulg: is empty, but the name"),
         (("-o", "fox.png"), "a fox\n", "names one file"),
-        (("-o", "-"), "a fox\n", "single picture"),
+        (("-o", "-"), "a fox\n", "single image"),
         (("--expand",), "a {red} fox\n", "row 1, column prompt: {red} has nothing"),
         (("--template", "a {x}"), "a fox\n", "row 1, column prompt: is not used"),
         (("--shard", "4/3"), "a fox\n", "--shard '4/3'"),

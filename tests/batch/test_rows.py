@@ -73,7 +73,7 @@ def test_other_columns_are_for_those_who_use_them():
     (row,) = rows(text, "csv", "style")
     assert row.columns == {"prompt": "x", "style": "Oil on canvas"}
     assert fault(text, "csv") == Fault(
-        1, "style", "is no field, and neither --template nor the name of the picture uses it"
+        1, "style", "is not a field, and neither --template nor the name of the image uses it"
     )
 
 
@@ -95,7 +95,7 @@ def test_other_columns_are_for_those_who_use_them():
         ('{"prompt": "x", "model": 3}', "jsonl", 1, "model", "not text"),
         ('{"prompt": "x", "seed": {}}', "jsonl", 1, "seed", "not a single value"),
         ('{"prompt": "x"', "jsonl", 1, None, "not JSON"),
-        ('"x"', "jsonl", 1, None, "no JSON object"),
+        ('"x"', "jsonl", 1, None, "not a JSON object"),
         ("[" * 100_000, "jsonl", 1, None, "not JSON"),
         (b"a fox\n\xff\xfea\x00\n", "txt", 2, None, "not UTF-8"),
     ],
@@ -183,15 +183,16 @@ def test_the_index_of_pandas_is_named_once():
 def test_all_faults_of_a_table_are_told_at_once():
     text = 'prompt,sedd,steps,guidance\nx,1,many,"4,5"\ny,2,3,4\n"z" z,1,2,3\nw,1,2,high,5,6\n"u\n'
     assert [(f.row, f.column, f.message) for f in rows(text, "csv") if isinstance(f, Fault)] == [
-        (1, "sedd", "is no field; did you mean seed?"),
+        (1, "sedd", "is not a field; did you mean seed?"),
         (2, "steps", "'many' is not a whole number"),
         (2, "guidance", "'4,5' is not a number; write it with a point: 4.5"),
         (
             *(4, None),
-            "this is not CSV: a cell in quotes goes on after them; write a quote inside it twice",
+            "this is not CSV: a quoted cell has text after its closing quote;"
+            " double a quote inside it",
         ),
         (5, None, "6 cells, but there are 4 columns"),
-        (6, None, "this is not CSV: a quote is opened here, and nothing closes it"),
+        (6, None, "this is not CSV: a quote is opened here and never closed"),
     ]
     text = '{"promt": "x", "steps": "many", "seed": {}}'
     assert [(f.row, f.column) for f in rows(text, "jsonl")] == [

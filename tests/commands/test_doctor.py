@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sana_cli.system.inventory import picture_protocol
+from sana_cli.system.inventory import image_protocol
 from sana_cli.weights.catalogue import known_models
 from sana_cli.weights.layout import CONFIGS
 
@@ -202,17 +202,17 @@ def test_people_get_aligned_lines_with_the_next_command_last(sana):
         ({"TERM": "xterm-256color", "TERM_PROGRAM": "iTerm.app"}, "iterm2", "iTerm.app"),
         ({"TERM": "xterm-256color", "TERM_PROGRAM": "WezTerm"}, "iterm2", "WezTerm"),
         ({"TERM": "foot"}, "sixel", "TERM is foot"),
-        ({"TERM": "xterm-256color"}, None, "nothing tells of more"),
+        ({"TERM": "xterm-256color"}, None, "no other variable names a protocol"),
         ({"TERM": "tmux-256color", "KITTY_WINDOW_ID": "1"}, None, "inside tmux"),
         ({"TERM": "xterm-kitty", "TMUX": "/tmp/tmux-0/default,1,0"}, None, "inside tmux"),
         ({}, None, "TERM is not set"),
     ],
 )
 def test_the_terminals_pictures_are_told_from_its_environment(environment, protocol, reason):
-    found, because = picture_protocol(environment, is_terminal=True)
+    found, because = image_protocol(environment, is_terminal=True)
     assert found == protocol
     assert reason in because
-    assert picture_protocol(environment, is_terminal=False) == (None, "stdout is no terminal")
+    assert image_protocol(environment, is_terminal=False) == (None, "stdout is not a terminal")
 
 
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs POSIX terminals")

@@ -222,10 +222,10 @@ def test_what_is_no_picture_is_refused_in_a_line(sana, here):
     Image.new("RGB", (8, 8)).save("a.gif")
     for name, reason in [
         ("nothing.png", "cannot be read: No such file or directory"),
-        ("text.png", "is no PNG, JPEG, WebP or AVIF"),
-        ("a.gif", "is no PNG, JPEG, WebP or AVIF"),
-        ("folder", "is no file"),
-        ("pipe", "is no file"),
+        ("text.png", "is not a PNG, JPEG, WebP or AVIF"),
+        ("a.gif", "is not a PNG, JPEG, WebP or AVIF"),
+        ("folder", "is not a file"),
+        ("pipe", "is not a file"),
         ("", "No such file"),
         ("a\0b", "cannot be read"),
         ("x" * 5000, "File name too long"),

@@ -143,7 +143,7 @@ def test_never_in_a_pipe(quick, environment, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=believed, capture_output=True, timeout=120)
     assert (done.returncode, done.stdout) == (0, b"a.png\n")
     assert not any(mark in done.stderr for mark in CODES)
-    assert b"no preview: stderr is no terminal" in done.stderr
+    assert b"no preview: stderr is not a terminal" in done.stderr
 
 
 def test_without_colour_there_are_no_blocks(quick, environment, tmp_path):

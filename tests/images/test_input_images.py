@@ -14,7 +14,7 @@ from hypothesis.extra import numpy as arrays
 from PIL import Image
 
 from sana_cli.errors import UsageError
-from sana_cli.images.files import MOST_PIXELS, read, read_with_notes
+from sana_cli.images.files import MAX_PIXELS, read, read_with_notes
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (32, 64, 3), np.uint8)
 RED = (255, 0, 0)
@@ -137,7 +137,7 @@ def test_a_larger_one_is_refused_by_its_header_and_told_what_helps(tmp_path, nam
     with pytest.raises(UsageError, match="134 million") as caught:
         read(path)
     assert "shrink" in caught.value.hint
-    assert "attack" not in caught.value.message and width * height > MOST_PIXELS
+    assert "attack" not in caught.value.message and width * height > MAX_PIXELS
 
 
 # --- what is no image that can be read ---------------------------------------------------------

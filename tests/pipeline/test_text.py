@@ -19,7 +19,7 @@ from sana_cli.instruction import INSTRUCTION
 from sana_cli.pipeline.text_cache import TextCache
 from sana_cli.system.folders import cache_folder
 from sana_cli.weights.layout import folder_parts
-from sana_cli.weights.tensor_cache import Store, identity
+from sana_cli.weights.tensor_cache import TensorCache, identity
 
 DEMO = Path(__file__).resolve().parents[2] / "sana_cli" / "demo"
 CALL = ("generate", "-m", "demo", "-r", "256", "-s", "1", "--steps", "1", "--device", "cpu")
@@ -220,7 +220,7 @@ def test_no_cache_reads_nothing_and_writes_nothing(sana, cache, tmp_path):
     assert not list(cache.iterdir())
     assert picture(sana, *call) == right
     for path in kept(cache):  # put other states in their place
-        store = Store(path.parent, 2**30, [])
+        store = TensorCache(path.parent, 2**30, [])
         store.path = lambda *_, path=path: path
         store.write({"states": torch.randn_like(load_file(path)["states"])})
     assert picture(sana, *call) != right
@@ -294,7 +294,7 @@ def test_a_broken_file_is_dropped_and_made_again(cache, place, damage):
 
 
 def test_what_was_used_longest_ago_goes_first(tmp_path):
-    store = Store(tmp_path / "s", 20_000, [])
+    store = TensorCache(tmp_path / "s", 20_000, [])
     for i in range(4):
         store.write({"x": torch.full((1000,), float(i))}, i)
         os.utime(store.path(i), (i + 1, i + 1))
@@ -313,7 +313,7 @@ def test_a_file_left_half_written_by_a_killed_process_goes_in_time(tmp_path):
     for path in (old, new):
         path.write_text("half")
     os.utime(old, (time.time() - 7200, time.time() - 7200))
-    Store(tmp_path, 1000, []).write({"x": torch.zeros(1)}, 1)
+    TensorCache(tmp_path, 1000, []).write({"x": torch.zeros(1)}, 1)
     assert not old.exists() and new.exists()
 
 

@@ -16,7 +16,7 @@ from sana_cli.models.streaming.layers import AttentionProjection, ConvOp, op_of,
 from sana_cli.models.streaming.ops import Bilinear, Chain, Residual, Size, StripOp, empty, tokens
 from sana_cli.models.streaming.subpixel import SubpixelUpsample
 
-MOST_BYTES = 1 << 30  # convolution libraries index elements with 31 bits
+MAX_BYTES = 1 << 30  # convolution libraries index elements with 31 bits
 META_STRIPS = 8  # of a sweep on the meta device: further strips take the same memory
 
 
@@ -34,7 +34,7 @@ class StripPipeline:
 
     def __init__(self, map: Tensor, dtype: torch.dtype, strip_bytes: int) -> None:
         self.map, self.itemsize = map, dtype.itemsize
-        self.strip_bytes = min(strip_bytes, MOST_BYTES)
+        self.strip_bytes = min(strip_bytes, MAX_BYTES)
         self.height, self.width = map.shape[2:]  # of the output of the ops
         self.ops: list[tuple[StripOp, int]] = []  # each with the most rows it is given at once
         self.owned = False  # whether the map may be overwritten
