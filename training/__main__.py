@@ -1,7 +1,7 @@
-"""`python -m training`: from nothing to a model folder. Kill it and run it again: it resumes.
+"""`python -m training`: train a model from scratch and write its folder; resumes after a kill.
 
-Every number is in `training/settings.py`, for a GPU within 25 minutes and for two CPU cores in a
-few hours. `--estimate` runs a few steps of each stage and says how long all of it would take here.
+All settings are in `training/settings.py`, planned for 25 minutes on a GPU or a few hours on two
+CPU cores. `--estimate` times a few steps of each stage and prints how long a run would take.
 """
 
 import argparse
@@ -26,12 +26,14 @@ ROOT = Path(__file__).resolve().parents[1]
 def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m training", description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--preset", choices=PRESETS, help="h200 on cuda, cpu on a cpu")
-    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="one number")
-    parser.add_argument("--run", type=Path, default=ROOT / "runs" / "demo", help="states and logs")
-    parser.add_argument("--out", type=Path, help="the result; RUN/model")
+    parser.add_argument("--preset", choices=PRESETS, help="default: h200 on cuda, else cpu")
+    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings")
+    parser.add_argument(
+        "--run", type=Path, default=ROOT / "runs" / "demo", help="checkpoints and logs"
+    )
+    parser.add_argument("--out", type=Path, help="model folder; default: RUN/model")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--estimate", action="store_true", help="train nothing, print a forecast")
+    parser.add_argument("--estimate", action="store_true", help="only print how long it takes")
     options = parser.parse_args(words)
     try:
         preset = PRESETS[options.preset or {"cpu": "cpu", "cuda": "h200"}[options.device]]
@@ -47,27 +49,27 @@ def main(words: list[str] | None = None) -> None:
         return
     run, seed = options.run, options.seed
     run.mkdir(parents=True, exist_ok=True)
-    changed = begun_otherwise(run / "settings.json", settings, seed)
+    changed = changed_settings(run / "settings.json", settings, seed)
     if changed:
-        parser.error(f"{run} was begun with other {', '.join(changed)}; use another --run")
-    vae = autoencoder.trained(run, settings, machine, seed)
-    tokenizer, encoder = text.finished(run, settings, machine, seed)
-    dit = diffusion.finished(run, settings, machine, seed, vae, tokenizer, encoder)
-    vae = autoencoder.finetuned(run, settings, machine, seed, vae)
+        parser.error(f"{run} was started with other {', '.join(changed)}; use another --run")
+    vae = autoencoder.train_autoencoder(run, settings, machine, seed)
+    tokenizer, encoder = text.train_text_encoder(run, settings, machine, seed)
+    dit = diffusion.train_transformer(run, settings, machine, seed, vae, tokenizer, encoder)
+    vae = autoencoder.finetune_decoder(run, settings, machine, seed, vae)
     export(run, options.out or run / "model", settings, vae, encoder, dit)
 
 
-def begun_otherwise(path: Path, settings: Settings, seed: int) -> list[str]:
-    """What differs from the settings that the run was begun with; notes them if it is new.
+def changed_settings(path: Path, settings: Settings, seed: int) -> list[str]:
+    """Name the settings that differ from those the run was started with; record them if it is new.
 
-    Only what changes the result: not the workers, nor when it is saved.
+    Settings that do not change the result are ignored: workers, intervals of saving and logging.
     """
     now = json.loads(json.dumps(asdict(settings) | {"seed": seed}))
     if not path.is_file():
         path.write_text(json.dumps(now, indent=2) + "\n")
-    begun = json.loads(path.read_text())
+    started = json.loads(path.read_text())
     free = {"workers", "save_seconds", "log_every"}
-    return [name for name in now if name not in free and begun.get(name) != now[name]]
+    return [name for name in now if name not in free and started.get(name) != now[name]]
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Stage 1: the DC-AE, on crops of drawn pictures, by L1 on pixels and on their differences.
+"""Stage 1: the DC-AE, trained on crops of drawn images with L1 on pixels and their differences.
 
-Encoder and decoder learn together on crops; then the decoder alone on whole pictures, with the
-encoder, and so the latents, as they are (DC-AE's last phase, arXiv 2410.10733 section 3.3,
-without its adversary: flat drawings do not need one).
+Encoder and decoder are trained together on crops. Later the decoder alone is trained on larger
+crops while the encoder, and so the latents, stay fixed (the last phase of DC-AE, arXiv 2410.10733,
+section 3.3, without its adversarial loss, which flat drawings do not need).
 """
 
 from dataclasses import dataclass
@@ -21,9 +21,9 @@ from training.world import draw, training_sample
 
 @dataclass(frozen=True)
 class Crops:
-    """uint8 (batch, crop, crop, 3) of a step, out of pictures of any of the sides.
+    """The crops of a step, uint8 (batch, crop, crop, 3), of images of any of the given sides.
 
-    They begin at whole latent cells, as whole pictures do: the grid that things stand on is kept.
+    Crops start at multiples of a latent cell, so that the grid on which objects are placed is kept.
     """
 
     seed: int
@@ -43,12 +43,12 @@ class Crops:
 
 
 def to_image(pixels: np.ndarray, device: str) -> Tensor:
-    """uint8 (B, H, W, 3) -> float32 (B, 3, H, W) in [-1, 1], channels last, on the device."""
+    """Convert uint8 (B, H, W, 3) to float32 (B, 3, H, W) in [-1, 1], channels last, on a device."""
     return torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
 
 def reconstruction(decoded: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
-    """(loss, plain L1). The differences between neighbours weigh edges, which L1 alone blurs."""
+    """Return the loss and its L1 part. Differences of neighbours weight edges, which L1 blurs."""
     decoded = decoded.float()
     l1 = F.l1_loss(decoded, image)
     edges = F.l1_loss(decoded.diff(dim=-1), image.diff(dim=-1))
@@ -56,7 +56,7 @@ def reconstruction(decoded: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def build(config: DCAEConfig) -> DCAE:
-    """Residual branches start at zero: three times faster here than starting at one."""
+    """Build the model with residual branches that start at zero: it learns three times faster."""
     model = DCAE(config).to(memory_format=torch.channels_last)
     for name, module in model.named_modules():
         if isinstance(module, ChannelRMSNorm) and not name.endswith("decoder.norm_out"):
@@ -67,12 +67,12 @@ def build(config: DCAEConfig) -> DCAE:
 def decoder_loss(
     model: DCAE, latents: Tensor, image: Tensor, noise: float
 ) -> tuple[Tensor, Tensor]:
-    """`reconstruction` of an image from its latents with normal noise added."""
+    """Return `reconstruction` of the image decoded from its latents with normal noise added."""
     return reconstruction(model.decode(latents + noise * torch.randn_like(latents)), image)
 
 
 def crops(settings: Settings, seed: int, stream: int, batch: int, crop: int) -> Crops:
-    """One crop in three out of an image of the low resolution, the others of the high one."""
+    """Return batches of which a third are crops of low-resolution images, the others of high."""
     sides = settings.low_side, settings.high_side, settings.high_side
     return Crops(seed, stream, sides, batch, crop)
 
@@ -94,7 +94,7 @@ def stage(settings: Settings, machine: Machine, seed: int) -> Stage:
 
 
 def decoder_stage(settings: Settings, machine: Machine, seed: int, model: DCAE) -> Stage:
-    """The decoder alone, on whole pictures of the low resolution and as large crops of the high."""
+    """Train only the decoder, on whole low-resolution images and on crops of that size."""
     model.decoder.requires_grad_(True)
 
     def losses(pixels: np.ndarray) -> Losses:
@@ -109,9 +109,11 @@ def decoder_stage(settings: Settings, machine: Machine, seed: int, model: DCAE) 
     return Stage("decoder", model, steps, rate, 0.998, batch, losses)
 
 
-def trained(folder: Path, settings: Settings, machine: Machine, seed: int) -> DCAE:
+def train_autoencoder(folder: Path, settings: Settings, machine: Machine, seed: int) -> DCAE:
     return train(stage(settings, machine, seed), folder, machine, seed)
 
 
-def finetuned(folder: Path, settings: Settings, machine: Machine, seed: int, model: DCAE) -> DCAE:
+def finetune_decoder(
+    folder: Path, settings: Settings, machine: Machine, seed: int, model: DCAE
+) -> DCAE:
     return train(decoder_stage(settings, machine, seed, model), folder, machine, seed)

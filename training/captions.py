@@ -1,12 +1,12 @@
-"""Words for a scene: several captions, each knowing what it states, and the choice among them.
+"""Captions of scenes, with the facts that they state, and the sampling of one among several.
 
-Paper §4 captions every picture several times, scores each caption, and picks one with probability
-softmax(score / temperature). The score there is CLIP's; here it is the share of the picture's
-facts that the caption names, which needs no judge.
+The paper (§4) captions every image several times, scores each caption, and picks one with
+probability softmax(score / temperature). Its score is the CLIP score; here it is the share of the
+image's facts that the caption states, which needs no CLIP model.
 
-Colours, sky and land may be left out; where things are is never open. What no word places stands in
-the middle, or one above the other, and of two side by side the left one is named first; houses
-without a number are three.
+Captions may omit colours, sky and land, but determine all positions. An object without a stated
+position is in the middle, or one of two is above the other; of two objects side by side the left
+one is named first; a plural without a number means three.
 """
 
 from collections.abc import Callable
@@ -84,11 +84,11 @@ OPENINGS = (
 @dataclass(frozen=True)
 class Caption:
     text: str
-    facts: dict[str, str]  # what it states, in the order in which it names the objects
+    facts: dict[str, str]  # that it states; objects are numbered in the order of the text
 
 
 def all_facts(scene: Scene) -> dict[str, str]:
-    """Everything about a picture that a caption could state."""
+    """Return every fact about a scene that a caption could state."""
     facts = {"sky": scene.sky, "land": scene.land}
     for i, group in enumerate(scene.groups, 1):
         facts |= _facts_of(group, i)
@@ -100,13 +100,13 @@ def all_facts(scene: Scene) -> dict[str, str]:
 
 
 def score(caption: Caption, scene: Scene) -> float:
-    """The share of the picture's facts that the caption names; "at night" names half of one."""
+    """Return the share of the facts that a caption states; vague ones ("at night") count half."""
     named = sum(0.5 if v in ("night", "many") else 1.0 for v in caption.facts.values())
     return named / len(all_facts(scene))
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> Caption:
-    """One of several, the fuller the likelier (paper §4, equation of the CLIP-score sampler)."""
+    """Sample one of several captions by their scores (paper §4, CLIP-score-based sampler)."""
     found = [candidate(scene, rng) for _ in range(CANDIDATES)]
     weights = np.exp(np.array([score(one, scene) for one in found]) / TEMPERATURE)
     return found[int(rng.choice(CANDIDATES, p=weights / weights.sum()))]
@@ -118,7 +118,7 @@ def picker(rng: np.random.Generator) -> Pick:
 
 
 def candidate(scene: Scene, rng: np.random.Generator) -> Caption:
-    """A caption of random length, order and wording; all of it is true of the picture."""
+    """Write a caption of random length, order and wording; all that it states is true."""
     pick = picker(rng)
     facts: dict[str, str] = {}
     groups, relation = list(scene.groups), scene.relation
@@ -187,7 +187,7 @@ def article(words: str) -> str:
 
 
 def setting(where: str, groups: list[Group], scene: Scene, pick: Pick) -> str:
-    """ "over the sea", "in front of hills": the land, as seen from the objects named first."""
+    """Place the objects named first in the land: "over the sea", "in front of hills"."""
     kind = groups[0].kind
     if kind in SAILING:
         return f"{pick(('on', 'on', 'in'))} {where}"
@@ -243,7 +243,7 @@ def _tidy(text: str) -> str:
 
 
 def _with_nonsense(text: str, rng: np.random.Generator) -> str:
-    """Words that mean nothing at either end, so that the encoder passes over what it never saw."""
+    """Add random letters at one end, which teaches the encoder to ignore unknown words."""
     letters = np.array(list("aabcdeeeefghiijklmnnooprrssttuuvwxyz"))
     words = ["".join(rng.choice(letters, rng.integers(2, 9))) for _ in range(rng.integers(1, 4))]
     return " ".join([*words, text] if rng.random() < 0.6 else [text, *words])

@@ -1,10 +1,10 @@
-"""Does a picture show what a caption states? Judged from the pixels alone, fact by fact.
+"""Check from the pixels alone, fact by fact, whether an image of a scene matches its caption.
 
-First the light, from the sky's gradient; then the land, from what is under it; then every pixel
-takes the name of the nearest colour that this light and land can hold. An object is a connected
-patch of one colour whose outline, scaled to the same area and put on the same centre, overlaps
-that of its kind, with the kind's details (trunk, roof, sail, basket) where they belong. A land is
-told by its colours alone, so a badly drawn ridge of the right colour passes.
+The gradient of the sky determines the light, and the colours below it the land. Then every pixel
+is assigned the nearest colour that can occur in this light and land. An object is a connected
+patch of one colour whose outline, after scaling to the same area and centring, overlaps that of
+its kind, with the kind's details (trunk, roof, sail, basket) in the right places. A land is
+recognised by its colours alone, so a badly drawn ridge of the right colour passes.
 """
 
 from dataclasses import dataclass
@@ -29,20 +29,20 @@ from training.patches import along_and_across, resample, scaled_grid
 from training.scenes import AT, HORIZON, KINDS, LANDS, PLACES
 from training.things import THINGS
 
-GRID = 64  # side of the square that outlines are compared in; the main patch fills a fifth of it
-# Of outline and details together, for a patch to be an object. Chosen by eye on bent drawings:
-# what fits worse is crooked, though much of it could still be named. Of blobs, one in nine fits
-# some kind as well as this, and hardly one its own.
+GRID = 64  # side of the square in which outlines are compared; the main patch fills a fifth of it
+# Least overlap of outline and details together for a patch to be an object. It was chosen by eye on
+# distorted drawings: those below it are visibly crooked, although many could still be recognised.
+# One blob in nine reaches it for some kind, and hardly any for the kind that it should be.
 LEAST_OVERLAP = 0.66
-LEAST_AREA = 0.003  # of the picture, for a patch to be looked at
-DETAILED = 0.35  # weight of the details, for kinds that have some
-FAR_COLOUR = 46.0  # RGB distance from which a pixel is not explained by a sky or a land
-LEAST_SKY, LEAST_LAND = 0.5, 0.6  # of their pixels that must be explained
+LEAST_AREA = 0.003  # of the image; smaller patches are ignored
+DETAILED = 0.35  # weight of the details, for kinds that have any
+FAR_COLOUR = 46.0  # RGB distance beyond which a sky or a land does not explain a pixel
+LEAST_SKY, LEAST_LAND = 0.5, 0.6  # least shares of explained pixels
 
 
 @dataclass(frozen=True)
 class Found:
-    """An object seen: its kind and colour, the centre of its box, and how well it fits."""
+    """A detected object: its kind and colour, the centre of its box, and its overlap."""
 
     kind: str
     colour: str
@@ -61,7 +61,7 @@ class Seen:
 
 
 def check(facts: dict[str, str], pixels: np.ndarray) -> dict[str, bool]:
-    """Every fact of a caption (`captions.Caption.facts`) -> whether uint8 RGB `pixels` show it."""
+    """Return for every fact of a caption (`Caption.facts`) whether uint8 RGB `pixels` show it."""
     seen = look(pixels)
     verdict = {}
     groups = []
@@ -90,7 +90,7 @@ def check(facts: dict[str, str], pixels: np.ndarray) -> dict[str, bool]:
 
 
 def look(pixels: np.ndarray) -> Seen:
-    """Everything that the checker can tell of a square uint8 RGB picture."""
+    """Detect light, land, moon, stars and objects in a square uint8 RGB image."""
     fine = max(1, len(pixels) // 256)  # no fact needs more than 256 pixels a side
     shape = (len(pixels) // fine, fine, len(pixels) // fine, fine, 3)
     coarse = pixels.reshape(shape).mean((1, 3), dtype=np.float32)
@@ -114,7 +114,7 @@ def look(pixels: np.ndarray) -> Seen:
 
 
 def _light_of(smooth: np.ndarray) -> str | None:
-    """The light whose gradient explains most of the upper sky."""
+    """Return the light whose gradient explains most of the upper sky, None if none does."""
     side = len(smooth)
     rows = (np.arange(side) + 0.5) / side
     upper = rows < 0.42
@@ -130,7 +130,7 @@ def _light_of(smooth: np.ndarray) -> str | None:
 
 
 def _land_of(smooth: np.ndarray, light: str) -> str | None:
-    """The land whose colours explain most of what lies under the sky and is no object."""
+    """Return the land whose colours explain most of the lower half, None if none does."""
     side = len(smooth)
     cells = _cells(smooth[(np.arange(side) + 0.5) / side > 0.5])
     share = {land: float(_explained(light, land)[cells].mean()) for land in LANDS}
@@ -140,7 +140,7 @@ def _land_of(smooth: np.ndarray, light: str) -> str | None:
 
 @cache
 def _explained(light: str, land: str) -> np.ndarray:
-    """Of every colour, from 0 to 1, how well this land explains it; things and sky it may be."""
+    """Return how well this land explains every colour, from 0 to 1; objects and sky count 0.7."""
     colours = _cube()
     others = np.concatenate([*_thing_colours(light).values(), sky_colours(light, 9)])
     other = np.sqrt(_squares(colours, others).min(1))
@@ -152,7 +152,7 @@ def _explained(light: str, land: str) -> np.ndarray:
 
 @cache
 def land_colours(light: str, land: str) -> np.ndarray:
-    """All that the painter covers a land with."""
+    """Return all colours in which the painter fills a land."""
     body, ground = land_colour(light, land, "body"), land_colour(light, land, "ground")
     colours = [ground, ground * 0.94, ground * 0.86]
     if land in ("mountains", "snowy mountains"):
@@ -178,7 +178,7 @@ def land_colours(light: str, land: str) -> np.ndarray:
 
 
 def _moon_and_stars(disc: np.ndarray, smooth: np.ndarray) -> tuple[bool, int]:
-    """A moon is a round patch of the disc's colour; stars are bright specks in the dark."""
+    """Detect a moon, a round patch of the disc's colour, and count stars, small bright spots."""
     side = len(disc)
     labels, count = ndimage.label(disc)
     moon = False
@@ -205,7 +205,7 @@ def _sky_is(sky: str, seen: Seen) -> bool:
 
 @cache
 def _thing_colours(light: str) -> dict[str, np.ndarray]:
-    """Of every colour and detail, the tones that it is painted in."""
+    """Return the tones in which every colour and detail is painted."""
     tones = {}
     for name in COLOURS:
         main = thing_colour(light, name)
@@ -219,7 +219,7 @@ def _thing_colours(light: str) -> dict[str, np.ndarray]:
 
 @cache
 def _nearest(light: str, land: str) -> tuple[list[str], np.ndarray]:
-    """Names of all that a picture in this light may hold; of every colour, the nearest's index."""
+    """Return names of all that can occur in this light, and the nearest's index for each colour."""
     sky, disc = sky_colours(light, 14), np.array(LIGHTS[light].disc, np.float32)
     ground = {
         "sky": np.concatenate([sky, mix(sky, disc, 0.22), mix(sky[5:], disc, 0.42)]),
@@ -232,24 +232,24 @@ def _nearest(light: str, land: str) -> tuple[list[str], np.ndarray]:
     return list(tones), index[_squares(_cube(), palette).argmin(1)].astype(np.uint8)
 
 
-STEP = 8  # colours are told apart in cubes this wide, so that tables of them stay small
+STEP = 8  # colours are quantised to cubes of this width, which keeps the tables small
 
 
 @cache
 def _cube() -> np.ndarray:
-    """(32768, 3) float32: the middle of every cube of colours."""
+    """Return the centre of every colour cube, (32768, 3) float32."""
     axis = np.arange(0, 256, STEP, dtype=np.float32) + (STEP - 1) / 2
     return np.stack(np.meshgrid(axis, axis, axis, indexing="ij"), -1).reshape(-1, 3)
 
 
 def _cells(pixels: np.ndarray) -> np.ndarray:
-    """The index into `_cube` of each pixel."""
+    """Return the index of each pixel's cube in `_cube`."""
     red, green, blue = np.moveaxis(np.clip(pixels, 0, 255).astype(np.intp) // STEP, -1, 0)
     return (red * (256 // STEP) + green) * (256 // STEP) + blue
 
 
 def _squares(pixels: np.ndarray, palette: np.ndarray) -> np.ndarray:
-    """(n, m) squared distances, of (n, 3) from (m, 3)."""
+    """Return squared distances (n, m) between colours (n, 3) and (m, 3)."""
     squares = np.square(pixels).sum(1)[:, None] + np.square(palette).sum(1)
     return np.maximum(squares - 2 * pixels @ palette.T, 0)
 
@@ -274,9 +274,9 @@ def _objects(mask: np.ndarray, details: dict[str, np.ndarray], colour: str) -> l
 
 
 def overlaps(patch: np.ndarray, details: dict[str, np.ndarray]) -> dict[str, float]:
-    """How well a patch with these details around it fits each kind, from 0 to 1.
+    """Return how well a patch and the details around it fit each kind, from 0 to 1.
 
-    A kind's details have to be of its own tones: a roof over a hull makes no boat.
+    Only details in the tones of a kind count: a hull under a roof is not a boat.
     """
     grid = scaled_grid(patch, GRID)
     main = resample(patch, grid) > 0.5
@@ -295,7 +295,7 @@ def overlaps(patch: np.ndarray, details: dict[str, np.ndarray]) -> dict[str, flo
 
 @cache
 def _templates() -> dict[str, tuple[np.ndarray, np.ndarray | None]]:
-    """Of each kind the outline of its main colour, and its details if they are large enough."""
+    """Return the outline of each kind's main colour, and its details if they are large enough."""
     axis = np.linspace(-1.8, 1.8, 460, dtype=np.float32)
     u, v = np.meshgrid(axis, axis)
     result = {}
@@ -316,7 +316,7 @@ def _templates() -> dict[str, tuple[np.ndarray, np.ndarray | None]]:
     return result
 
 
-# --- where ---------------------------------------------------------------------------------
+# --- places --------------------------------------------------------------------------------
 
 
 def place_of(thing: Found) -> str:

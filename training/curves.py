@@ -1,4 +1,4 @@
-"""`python -m training.curves`: keep the logs of a finished run, and draw its loss curves."""
+"""`python -m training.curves`: copy the logs of a finished run and plot its loss curves."""
 
 import argparse
 import json

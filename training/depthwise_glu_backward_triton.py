@@ -1,10 +1,10 @@
 """Gradients of `kernels/depthwise_glu.py` in two passes over token-major pixels.
 
-The first pass recomputes value and gate, as the forward kernel does, and writes their gradients:
-those of the convolution's result. The second pass takes them back through the 3x3: each gradient is
-spread over nine pixels, and its products with the same nine pixels are its part of the gradients of
-the nine weights. A program adds up those of many strips and writes them once; torch adds up the
-programs, in a fixed order.
+The first pass recomputes value and gate, as the forward kernel does, and writes their gradients,
+which are the gradient of the convolution's result. The second pass propagates it through the 3x3:
+each element is spread over nine pixels, and its products with the same nine pixels are its part of
+the gradients of the nine weights. A program sums them over many strips and writes them once; torch
+sums over the programs in a fixed order.
 """
 
 from collections.abc import Iterator
@@ -27,13 +27,13 @@ from sana_cli.kernels.depthwise_glu_triton import (
 )
 from sana_cli.kernels.launch import launch, trace_launches
 
-PROGRAMS = 2048  # about so many: enough for a large GPU, and few sums to write
+PROGRAMS = 2048  # approximate: enough for a large GPU, with few sums to write
 
 
 def gradients(
     x: Tensor, weight: Tensor, bias: Tensor, gradient: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Those of x, weight and bias, from that of depthwise_glu(x, weight, bias) (B, h, w, E)."""
+    """Return the gradients of x, weight and bias from that of the result, (B, h, w, E)."""
     x, weight = x.contiguous(), weight.contiguous()
     batch, height, width, channels = x.shape
     of_y = gate_gradient(x, weight, bias, gradient)
@@ -58,7 +58,7 @@ def gradients(
 
 
 def gate_gradient(x: Tensor, weight: Tensor, bias: Tensor, gradient: Tensor) -> Tensor:
-    """The gradient of the convolution (B, h, w, 2E), from that of the gate's result."""
+    """Return the gradient of the convolution, (B, h, w, 2E), from that of the gate's result."""
     batch, height, width, channels = x.shape
     half = channels // 2
     of_y = torch.empty_like(x)
@@ -113,11 +113,11 @@ def depthwise_gradient_kernel(
     x, weight, of_y, of_x, sums, height, width, channels, strips, each,
     COLUMNS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Of `each` strips, from the gradient of the convolution without its bias."""
+    """Compute the gradient of x in `each` strips, and sums of those of the weights and the bias."""
     channel = (tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS))[None]
     real = channel < channels
     across, down = tl.cdiv(width, COLUMNS), tl.cdiv(height, ROWS)
-    # Named by the row they stand in and the column they reach for; s are the sums of their own.
+    # Named by kernel row and column; s are the sums of the gradients of w.
     w00, w01, w02, w10, w11, w12, w20, w21, w22 = taps(weight, channel, real)
     none = tl.zeros((COLUMNS, CHANNELS), tl.float32)
     s00, s01, s02, s10, s11, s12, s20, s21, s22 = (
@@ -133,7 +133,7 @@ def depthwise_gradient_kernel(
         inside = real & (column < width)
         left, right = inside & (column > 0), real & (column + 1 < width)
         at = (image * height + first - 1) * width * channels + column * channels + channel
-        # Of the row above the one whose gradient is read, of that row, and of the one below.
+        # Of the row above the one whose gradient is read, of this row, and of the row below.
         above, here, below = none, none, none
         x_above, x_here, x_below = none, none, none
         for step in range(rows + 2):
@@ -180,7 +180,7 @@ def keep(at, columns, real):
     tl.store(at, tl.sum(columns, 0)[None], mask=real)
 
 
-# Batch, height, width and E: those of the bundled model at both its sizes, and of the 0.6B.
+# Batch, height, width and E of the bundled model at both sizes, and of the 0.6B.
 SHAPES = {"demo 256²": (512, 8, 8, 560), "demo 512²": (192, 16, 16, 560)}
 SHAPES["0.6B 1024²"] = (8, 32, 32, 5 * WIDTHS["0.6B"] // 2)
 
@@ -188,7 +188,7 @@ SHAPES["0.6B 1024²"] = (8, 32, 32, 5 * WIDTHS["0.6B"] // 2)
 def cases(target: tuple[int, int]) -> Iterator[Case]:
     for model, (batch, height, width, e) in SHAPES.items():
         x, gradient = like(batch, height, width, 2 * e), like(batch, height, width, e)
-        # Of a model in float32 that runs under autocast.
+        # A model with float32 weights under autocast.
         weight = like(2 * e, 1, 3, 3, dtype=torch.float32)
         bias = like(2 * e, dtype=torch.float32)
         label = f"training {model}"

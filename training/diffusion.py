@@ -1,7 +1,8 @@
-"""Stage 3: the Linear DiT, by flow matching on the latents of stage 1 and the states of stage 2.
+"""Stage 3: the Linear DiT, trained by flow matching on the latents of stage 1 and texts of stage 2.
 
-The low resolution first, then the high one from its weights, with some low batches still among
-them (the paper's cascade, section 4): most of what there is to learn is learnt where it is cheap.
+Training starts at the low resolution and continues from those weights at the high one, with some
+low-resolution batches in between (the paper's cascade, section 4): most of the learning happens
+where it is cheap.
 """
 
 import json
@@ -21,34 +22,36 @@ from sana_cli.models.dit import DiT, DiTConfig
 from training.arithmetic import autocast
 from training.autoencoder import to_image
 from training.fused import fuse
-from training.loop import Losses, Machine, Stage, ahead, train
+from training.loop import Losses, Machine, Stage, prefetch, train
 from training.settings import Settings
 from training.text import tokenise
 from training.world import Sample, describe, draw, objects_at, training_sample
 
-PART = 1024  # pictures of the bank in one file
-ENCODED = 16  # pictures that are drawn and encoded at once
+PART = 1024  # latents in one file of the bank
+ENCODED = 16  # images drawn and encoded at once
 
 
-@cache  # every picture of the bank is described anew dozens of times
+@cache  # every image of the bank gets a new caption dozens of times
 def bank_sample(seed: int, side: int, number: int) -> Sample:
     return training_sample(np.random.default_rng((seed, 4, side, number)))
 
 
-def _drawn(seed: int, side: int, pictures: int, chunk: int) -> np.ndarray:
-    numbers = range(chunk * ENCODED, min((chunk + 1) * ENCODED, pictures))
+def _draw_chunk(seed: int, side: int, images: int, chunk: int) -> np.ndarray:
+    numbers = range(chunk * ENCODED, min((chunk + 1) * ENCODED, images))
     return np.stack([draw(bank_sample(seed, side, i), side) for i in numbers])
 
 
-def bank(folder: Path, vae: DCAE, machine: Machine, seed: int, side: int, pictures: int) -> Tensor:
-    """Latents (pictures, 32, side/32, side/32) on the device, kept on disk in parts."""
+def bank(folder: Path, vae: DCAE, machine: Machine, seed: int, side: int, images: int) -> Tensor:
+    """Return latents (images, 32, side/32, side/32) on the device; they are cached on disk."""
     parts = []
-    for start in range(0, pictures, PART):
+    for start in range(0, images, PART):
         path = folder / f"latents-{side}-{start:06}.safetensors"
         if not path.is_file():
-            chunks = range(start // ENCODED, -(-min(start + PART, pictures) // ENCODED))
+            chunks = range(start // ENCODED, -(-min(start + PART, images) // ENCODED))
             rows = []
-            for pixels in ahead(partial(_drawn, seed, side, pictures), chunks, machine.workers):
+            for pixels in prefetch(
+                partial(_draw_chunk, seed, side, images), chunks, machine.workers
+            ):
                 with torch.inference_mode(), autocast(machine.device):
                     rows.append(vae.encode(to_image(pixels, machine.device)).float().cpu())
             scratch = path.with_suffix(".partial")
@@ -60,25 +63,29 @@ def bank(folder: Path, vae: DCAE, machine: Machine, seed: int, side: int, pictur
 
 @dataclass(frozen=True)
 class Bank:
-    """Scaled latents (pictures, 32, h, w), and what a cell weighs in the loss (pictures, h, w)."""
+    """Scaled latents (images, 32, h, w) and the loss weights of their cells (images, h, w)."""
 
     latents: Tensor
     weight: Tensor
 
 
-def weighed(latents: Tensor, scaling: float, object_weight: float, seed: int, side: int) -> Bank:
-    """Cells that hold an object count `object_weight` times: outlines are the hardest to learn,
-    and land and sky are most of a picture."""
+def weight_cells(
+    latents: Tensor, scaling: float, object_weight: float, seed: int, side: int
+) -> Bank:
+    """Scale latents and give cells with an object the weight `object_weight`, all others 1.
+
+    Outlines are the hardest to learn, and land and sky are most of an image.
+    """
     where = [objects_at(bank_sample(seed, side, i), side // 32) for i in range(len(latents))]
     there = torch.from_numpy(np.stack(where)).to(latents)
     return Bank(latents * scaling, 1 + (object_weight - 1) * there)
 
 
 @dataclass(frozen=True)
-class Told:
-    """Of a step: its side, indices into that side's bank, and a caption for each, tokenised.
+class CaptionedBatches:
+    """The side of a step, indices into the bank of that side, and ids and mask of their captions.
 
-    `low_every` 1 takes every batch from the low bank; n takes one of n from it.
+    One batch in `low_every` is taken from the low-resolution bank, the others from the high one.
     """
 
     settings: Settings
@@ -90,10 +97,10 @@ class Told:
     def __call__(self, step: int) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
         s = self.settings
         low = step % self.low_every == 0
-        side, pictures = (s.low_side, s.low_pictures) if low else (s.high_side, s.high_pictures)
+        side, images = (s.low_side, s.low_images) if low else (s.high_side, s.high_images)
         batch = s.low_batch if low else s.high_batch
         rng = np.random.default_rng((self.seed, self.stream, step))
-        chosen = rng.integers(0, pictures, batch)
+        chosen = rng.integers(0, images, batch)
         captions = [
             ""
             if rng.random() < s.empty_captions
@@ -104,9 +111,9 @@ class Told:
 
 
 def build(config: DiTConfig, text_scale: float) -> DiT:
-    """Every branch to the residual stream but the MLP's starts at zero, and so does the output.
+    """Build the model; its output and its cross-attention branches start at zero.
 
-    The text enters RMS-normalised and at a small learned scale (paper, section 2.3).
+    The text enters RMS-normalised and with a small learned scale (paper, section 2.3).
     """
     model = DiT(config)
     nn.init.zeros_(model.proj_out.weight)
@@ -123,14 +130,14 @@ def build(config: DiTConfig, text_scale: float) -> DiT:
 
 
 def sample_sigmas(count: int, shift: float, device: str) -> Tensor:
-    """Logit-normal noise levels, shifted towards noise as the sampler's schedule is."""
+    """Draw logit-normal noise levels, shifted towards noise like the sampler's schedule."""
     sigma = torch.sigmoid(torch.randn(count, device=device))
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
 @dataclass
 class Cascade:
-    """What both resolutions train with."""
+    """The stages of both resolutions, with all that they share."""
 
     folder: Path
     settings: Settings
@@ -141,7 +148,7 @@ class Cascade:
     banks: dict[int, Bank]  # by side
 
     def low(self, model: DiT) -> Stage:
-        """At a flat rate: its weights only have to be a good start, and their average is."""
+        """Train at a constant rate: the averaged weights are a good enough starting point."""
         s = self.settings
         return replace(self._stage("low", model, s.low_steps, s.low_rate, 1), rate_decay=0.0)
 
@@ -164,11 +171,12 @@ class Cascade:
             squares = (velocity.float() - (noise - clean)).square().mean(1)
             return {"loss": (weight * squares).mean() / weight.mean(), "plain": squares.mean()}
 
-        told = Told(s, self.seed, 5 if low_every == 1 else 6, self.tokenizer, low_every)
-        return Stage(name, model, steps, rate, s.average_decay, told, losses, weight_decay=0.01)
+        stream = 5 if low_every == 1 else 6
+        batches = CaptionedBatches(s, self.seed, stream, self.tokenizer, low_every)
+        return Stage(name, model, steps, rate, s.average_decay, batches, losses, weight_decay=0.01)
 
 
-def finished(
+def train_transformer(
     folder: Path,
     settings: Settings,
     machine: Machine,
@@ -177,17 +185,17 @@ def finished(
     tokenizer: Tokenizer,
     encoder: Gemma2Model,
 ) -> DiT:
-    """The trained transformer; trains what is not done yet."""
+    """Return the trained transformer, after running the steps that are not done yet."""
     s = settings
-    low = bank(folder, vae, machine, seed, s.low_side, s.low_pictures)
+    low = bank(folder, vae, machine, seed, s.low_side, s.low_images)
     scaling = round(1 / low.std().item(), 5)
     (folder / "scaling.json").write_text(json.dumps({"scaling_factor": scaling}))
-    banks = {s.low_side: weighed(low, scaling, s.object_weight, seed, s.low_side)}
+    banks = {s.low_side: weight_cells(low, scaling, s.object_weight, seed, s.low_side)}
     cascade = Cascade(folder, s, machine, seed, tokenizer, encoder, banks)
     torch.manual_seed(seed)
     model = build(s.transformer, s.text_scale)
     model = train(cascade.low(model), folder, machine, seed)
     model.requires_grad_(True).train()
-    high = bank(folder, vae, machine, seed, s.high_side, s.high_pictures)
-    banks[s.high_side] = weighed(high, scaling, s.object_weight, seed, s.high_side)
+    high = bank(folder, vae, machine, seed, s.high_side, s.high_images)
+    banks[s.high_side] = weight_cells(high, scaling, s.object_weight, seed, s.high_side)
     return train(cascade.high(model), folder, machine, seed)

@@ -1,4 +1,4 @@
-"""How long a run would take on this machine, from a few steps of each of its stages."""
+"""Estimate how long a run takes on this machine, from a few steps of each stage."""
 
 import tempfile
 import time
@@ -15,20 +15,20 @@ WARM, TIMED = 2, 5
 
 
 def estimate(settings: Settings, machine: Machine, seed: int) -> str:
-    """A Markdown table: of each stage the steps, seconds a step and minutes, and their sum."""
+    """Return a Markdown table of steps, seconds per step and minutes for each stage."""
     rows: list[tuple[str, int, float]] = []
 
     def timed(stage: Stage, folder: Path) -> None:
         stamps: list[float] = []
         losses = stage.losses
 
-        def noted(batch):
+        def stamped(batch):
             if machine.device == "cuda":
                 torch.cuda.synchronize()
             stamps.append(time.monotonic())
             return losses(batch)
 
-        short = replace(stage, steps=WARM + TIMED + 1, losses=noted)
+        short = replace(stage, steps=WARM + TIMED + 1, losses=stamped)
         train(short, folder, machine, seed)
         stage.model.requires_grad_(True)
         rows.append((stage.name, stage.steps, (stamps[-1] - stamps[WARM]) / TIMED))
@@ -45,24 +45,24 @@ def estimate(settings: Settings, machine: Machine, seed: int) -> str:
         reader = text.stage(settings, machine, seed, tokenizer)
         timed(reader, folder)
         s, banks = settings, {}
-        for side, pictures in ((s.low_side, s.low_pictures), (s.high_side, s.high_pictures)):
+        for side, images in ((s.low_side, s.low_images), (s.high_side, s.high_images)):
             began = time.monotonic()
-            some = min(32 * max(1, machine.workers), pictures)
+            some = min(32 * max(1, machine.workers), images)
             latents = diffusion.bank(folder, vae, machine, seed, side, some)
             each = (time.monotonic() - began) / some
-            banks[side] = diffusion.weighed(latents, 1.0, s.object_weight, seed, side)
-            rows.append((f"latents of {side}²", pictures, each))
+            banks[side] = diffusion.weight_cells(latents, 1.0, s.object_weight, seed, side)
+            rows.append((f"latents of {side}²", images, each))
         few = replace(
             s,
-            low_pictures=len(banks[s.low_side].weight),
-            high_pictures=len(banks[s.high_side].weight),
+            low_images=len(banks[s.low_side].weight),
+            high_images=len(banks[s.high_side].weight),
         )
         parts = folder, few, machine, seed, tokenizer, reader.model.encoder, banks
         cascade = diffusion.Cascade(*parts)
         model = diffusion.build(s.transformer, s.text_scale)
         timed(cascade.low(model), folder)
         timed(cascade.high(model), folder)
-    lines = ["| stage | steps | seconds each | minutes |", "|---|---|---|---|"]
+    lines = ["| stage | steps | seconds per step | minutes |", "|---|---|---|---|"]
     lines += [f"| {name} | {n} | {each:.3f} | {n * each / 60:.1f} |" for name, n, each in rows]
     total = sum(n * each for _, n, each in rows) / 60
-    return "\n".join([*lines, f"| all | | | {total:.1f} |"])
+    return "\n".join([*lines, f"| total | | | {total:.1f} |"])

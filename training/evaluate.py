@@ -1,12 +1,12 @@
-"""`python -m training.evaluate`: how often a model draws what held-out prompts say.
+"""`python -m training.evaluate`: measure how often a model's images match held-out prompts.
 
-By default the 500 prompts of `training.prompts` about illustrated scenes, judged by
-`training.checker`; with `--world shapes` 200 one-object and 100 two-object prompts about shapes,
-judged by `training.shape_checker`. Both at the default settings of `sana generate`. A prompt is
-obeyed if everything that it states is seen in the pixels. `--sheet` saves a contact sheet of 24,
-evenly taken from the prompts, which go into a text file beside it.
-With `--copies` the model's autoencoder copies true drawings instead: the most that the best
-transformer could reach behind it.
+By default the prompts are the 500 of `training.prompts` about illustrated scenes, checked by
+`training.checker`. With `--world shapes` they are 200 one-object and 100 two-object prompts about
+shapes, checked by `training.shape_checker`. Images are drawn at the default settings of
+`sana generate`. A prompt is obeyed if every fact that it states is found in the pixels.
+`--sheet` saves a contact sheet of 24 images, evenly spaced over the prompts, and beside it a text
+file of these prompts. `--copies` checks painted scenes after the model's autoencoder instead: an
+upper bound for any transformer.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from training.world import Sample
 from training.world import draw as paint
 
 ROOT = Path(__file__).resolve().parents[1]
-THUMBNAIL = 256  # pixels a side, on the contact sheet
+THUMBNAIL = 256  # pixels of a side on the contact sheet
 Verdict = dict[str, bool]
 
 
@@ -45,7 +45,7 @@ class Question:
     category: str
     prompt: str
     judge: Callable[[np.ndarray], Verdict]
-    scene: Sample  # that obeys it
+    scene: Sample  # an example that the prompt describes
 
 
 def recipe(
@@ -95,12 +95,12 @@ def shape_questions(seed: int = SEED) -> list[Question]:
     ]
 
 
-def pictures(recipes: list[Recipe], files: ModelFiles, device: str) -> list[np.ndarray]:
+def draw_images(recipes: list[Recipe], files: ModelFiles, device: str) -> list[np.ndarray]:
     return [e.pixels for e in draw(recipes, files, Plan(device)) if isinstance(e, ImageDone)]
 
 
-def answers(
-    asked: list[tuple[int, Question]],
+def draw_questions(
+    questions: list[tuple[int, Question]],
     files: ModelFiles,
     device: str,
     *,
@@ -110,16 +110,16 @@ def answers(
     side: int,
     **dtypes: str,
 ) -> list[np.ndarray]:
-    """Draw an image for each of the questions, which come with their seeds."""
+    """Draw an image for each of the questions, given with their seeds."""
     recipes = [
         recipe(one.prompt, seed, files.flow_shift, steps, guidance, solver=solver, side=side)
-        for seed, one in asked
+        for seed, one in questions
     ]
-    return pictures([replace(one, **dtypes) for one in recipes], files, device)
+    return draw_images([replace(one, **dtypes) for one in recipes], files, device)
 
 
 def copies(scenes: list[Sample], files: ModelFiles, side: int) -> list[np.ndarray]:
-    """What is left of true drawings behind the autoencoder, in float32 on the CPU."""
+    """Paint scenes, encode and decode them; in float32 on the CPU."""
     vae = on_meta(DCAE, files.vae, files.parts["vae"].config)
     load_weights(vae, files.parts["vae"].weights, torch.float32)
     vae.eval().requires_grad_(False)
@@ -136,16 +136,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m training.evaluate", description=__doc__)
     parser.add_argument("--model", type=Path, default=ROOT / "sana_cli" / "demo")
     parser.add_argument("--world", choices=("scenes", "shapes"), default="scenes")
-    parser.add_argument("--seed", type=int, default=SEED, help="of the choice of prompts")
-    parser.add_argument("--every", type=int, default=1, help="one prompt of so many")
-    parser.add_argument("--side", type=int, default=demo.side, help="of the pictures")
+    parser.add_argument("--seed", type=int, default=SEED, help="of the prompts")
+    parser.add_argument("--every", type=int, default=1, help="use one in N prompts")
+    parser.add_argument("--side", type=int, default=demo.side, help="of the images, in pixels")
     parser.add_argument("--steps", type=int, default=demo.steps)
     parser.add_argument("--guidance", type=float, default=demo.guidance)
     parser.add_argument("--solver", choices=("flow-dpm", "flow-euler"), default="flow-dpm")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--copies", action="store_true", help="judge copies of true drawings")
-    parser.add_argument("--json", action="store_true", help="a document instead of a table")
-    parser.add_argument("--sheet", type=Path, help="save a contact sheet of 24 here")
+    parser.add_argument("--copies", action="store_true", help="check encoded and decoded paintings")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--sheet", type=Path, help="save a contact sheet of 24 images")
     options = parser.parse_args()
 
     ask = scene_questions if options.world == "scenes" else shape_questions
@@ -154,7 +154,7 @@ def main() -> None:
     if options.copies:
         drawn = copies([question.scene for _, question in questions], files, options.side)
     else:
-        drawn = answers(
+        drawn = draw_questions(
             questions,
             files,
             options.device,
@@ -174,15 +174,15 @@ def main() -> None:
         chosen = np.linspace(0, len(drawn) - 1, 24).astype(int)
         small = [Image.fromarray(drawn[i]).resize((THUMBNAIL, THUMBNAIL)) for i in chosen]
         sheet = Image.new("RGB", (6 * THUMBNAIL, 4 * THUMBNAIL))
-        for i, picture in enumerate(small):
-            sheet.paste(picture, (i % 6 * THUMBNAIL, i // 6 * THUMBNAIL))
+        for i, image in enumerate(small):
+            sheet.paste(image, (i % 6 * THUMBNAIL, i // 6 * THUMBNAIL))
         sheet.save(options.sheet)
         texts = [questions[i][1].prompt for i in chosen]
         options.sheet.with_suffix(".txt").write_text("\n".join(texts) + "\n")
 
 
 def summary(verdicts: list[tuple[str, Verdict]]) -> dict[str, dict]:
-    """Of each category: prompts, share obeyed, its 95 % interval, and the share of each fact."""
+    """Return prompts, share obeyed, its 95 % interval and the share of each fact, by category."""
     report = {}
     for category in dict.fromkeys(category for category, _ in verdicts):
         found = [verdict for name, verdict in verdicts if name == category]
@@ -199,7 +199,7 @@ def summary(verdicts: list[tuple[str, Verdict]]) -> dict[str, dict]:
 
 
 def interval(right: int, count: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share."""
+    """Return Wilson's 95 % interval of a share."""
     share = right / count
     middle = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + (z / count / 2) ** 2)
@@ -207,7 +207,7 @@ def interval(right: int, count: int, z: float = 1.96) -> tuple[float, float]:
 
 
 def table(report: dict) -> str:
-    """Markdown, as GenEval reports: a row a category, and their mean."""
+    """Format a Markdown table like GenEval's: a row for each category, and their mean."""
     lines = ["| category | prompts | obeyed | 95 % interval |", "|---|---|---|---|"]
     rows = report["categories"]
     for category, row in rows.items():

@@ -1,9 +1,10 @@
-"""`python -m training.experiments`: the paper's claims on sampling, on the bundled model.
+"""`python -m training.experiments`: test the paper's claims on sampling on the bundled model.
 
-Solvers: how far a picture of few steps is from the one of 500 (paper, figure 8: Flow-DPM-Solver
-in 14 to 20 steps against Flow-Euler in 28 to 50). Alignment: the share of prompts obeyed, against
-steps and against guidance. Precision: what 8 bits and bfloat16 cost in alignment and in PSNR to
-float32. Every cell is kept in the JSON file as soon as it is measured, and not measured again.
+Solvers: the difference between an image of few steps and that of 500 (paper, figure 8:
+Flow-DPM-Solver in 14 to 20 steps against Flow-Euler in 28 to 50). Alignment: the share of prompts
+obeyed as a function of steps and of guidance. Precision: the cost of 8 bits and bfloat16 in
+alignment and in PSNR to float32. Each cell is saved to the JSON file when it is measured, and not
+measured again.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from sana_cli.bench.competitor import psnr
 from sana_cli.weights.catalogue import known_models
 from sana_cli.weights.layout import folder_parts
 from sana_cli.weights.model_files import open_model
-from training.evaluate import ROOT, answers, interval, scene_questions, shape_questions
+from training.evaluate import ROOT, draw_questions, interval, scene_questions, shape_questions
 
 SOLVERS = ("flow-dpm", "flow-euler")
 STEPS = (2, 4, 6, 8, 10, 14, 20, 28, 50)
@@ -33,19 +34,19 @@ PRECISIONS = {
     "text int8": {"text_dtype": "int8"},
     "transformer bfloat16": {"dit_dtype": "bfloat16"},
 }
-
-
-EQUAL = 99.0  # dB, written for images that are equal
+EQUAL = 99.0  # dB, recorded for equal images
 
 
 class Report:
-    """The JSON file: cells by name, written whole after each."""
+    """The JSON file of measured cells by name, written atomically after each."""
 
     def __init__(self, path: Path, about: dict) -> None:
         self.path = path
         self.cells: dict = json.loads(path.read_text()) if path.is_file() else {"about": about}
         if self.cells["about"] != about:
-            raise SystemExit(f"{path} was measured otherwise: {self.cells['about']}; move it away")
+            raise SystemExit(
+                f"{path} was measured with other options: {self.cells['about']}; move it away"
+            )
 
     def measure(self, name: str, cell: Callable[[], dict]) -> dict:
         if name not in self.cells:
@@ -61,8 +62,8 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=ROOT / "sana_cli" / "demo")
     parser.add_argument("--world", choices=("scenes", "shapes"), default="scenes")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "demo" / "claims.json")
-    parser.add_argument("--every", type=int, default=5, help="one prompt of so many, for alignment")
-    parser.add_argument("--pictures", type=int, default=16, help="compared with the reference")
+    parser.add_argument("--every", type=int, default=5, help="use one in N prompts for alignment")
+    parser.add_argument("--images", type=int, default=16, help="compared with the reference")
     parser.add_argument("--reference", type=int, default=500, help="steps of the reference")
     parser.add_argument("--steps", type=int, nargs="+", default=STEPS)
     parser.add_argument("--guidances", type=float, nargs="+", default=GUIDANCE)
@@ -72,15 +73,15 @@ def main() -> None:
 
     ask = scene_questions if options.world == "scenes" else shape_questions
     questions = list(enumerate(ask()))[:: options.every]
-    few = questions[:: max(1, len(questions) // options.pictures)][: options.pictures]
+    few = questions[:: max(1, len(questions) // options.images)][: options.images]
     files = open_model(folder_parts(options.model))
     about = {name: getattr(options, name) for name in ("world", "every", "reference", "side")}
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    report = Report(options.out, about | {"pictures": len(few), "prompts": len(questions)})
+    report = Report(options.out, about | {"images": len(few), "prompts": len(questions)})
 
     def drawn(asked: list, **changes) -> list[np.ndarray]:
         how = {"steps": 20, "guidance": 4.5, "solver": "flow-dpm", "side": options.side} | changes
-        return answers(asked, files, options.device, **how)
+        return draw_questions(asked, files, options.device, **how)
 
     def aligned(found: list[np.ndarray]) -> dict:
         pairs = zip(questions, found, strict=True)
@@ -140,7 +141,7 @@ def plot(cells: dict, counts: list[int], guidances: list[float], path: Path) -> 
     names = [f"alignment, guidance {g}" for g in guidances]
     _shares(guidance, cells, guidances, names, "flow-dpm")
     reference = cells["about"]["reference"]
-    error.set(xlabel="steps", ylabel=f"dB to {reference} steps", title="likeness to the solution")
+    error.set(xlabel="steps", ylabel=f"dB to {reference} steps", title="similarity to the solution")
     steps.set(xlabel="steps", ylabel="prompts obeyed", title="alignment, guidance 4.5")
     guidance.set(xlabel="guidance", ylabel="prompts obeyed", title="alignment, 20 steps")
     for panel in (error, steps):
@@ -154,14 +155,14 @@ def plot(cells: dict, counts: list[int], guidances: list[float], path: Path) -> 
 
 
 def _shares(panel, cells: dict, at: list, names: list[str], label: str) -> None:
-    """Shares with their 95 % intervals."""
+    """Plot shares with their 95 % intervals."""
     shares = np.array([cells[name]["obeyed"] for name in names])
     ends = np.array([cells[name]["interval"] for name in names]).T
     panel.errorbar(at, shares, np.abs(ends - shares), marker="o", capsize=3, label=label)
 
 
 def table(cells: dict) -> str:
-    """Markdown: a row a cell."""
+    """Format a Markdown table with a row for each cell."""
     lines = ["| | obeyed | 95 % interval | median PSNR |", "|---|---|---|---|"]
     for name, cell in cells.items():
         if name == "about":

@@ -1,4 +1,4 @@
-"""Stage 4: the finished parts as a folder in the published layout, which diffusers loads too."""
+"""Stage 4: write the trained parts to a folder in the published layout, which diffusers loads."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ from training.settings import Settings
 def export(
     run: Path, target: Path, settings: Settings, vae: DCAE, encoder: Gemma2Model, dit: DiT
 ) -> None:
-    """Write `target` whole: the averaged weights of every stage in bfloat16, and the configs."""
+    """Write averaged weights in bfloat16 and the configs to `target`, atomically."""
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     scaling = json.loads((run / "scaling.json").read_text())["scaling_factor"]

@@ -1,9 +1,10 @@
-"""The transformer as it is trained: the modules of `dit.py` with other ways to run.
+"""The transformer for training: the modules of `dit.py` with faster forward and backward passes.
 
-On a GPU linear attention and the gate go through Triton, there and back. On a CPU, where it is
-memory that a step waits for, maps of one input are one product, heads are laid out once, and the
-gate's gradient is written where it belongs: a step takes five sixths of the time.
-Only what `dit.py` clamps in float16 is not clamped here: it is bfloat16 or float32 that trains.
+On a GPU, linear attention and the gated convolution run in Triton in both directions. On a CPU,
+where memory bandwidth limits a step, linear maps of one input are one product, heads are laid out
+once, and the gradients of value and gate need no concatenation: in float32 a step takes five
+sixths of the time. The float16 clamps of `dit.py` are left out, since training uses bfloat16 and
+float32.
 """
 
 from typing import Any
@@ -19,7 +20,7 @@ from sana_cli.models.dit import CrossAttention, DiT, LinearAttention, MixFFN
 
 
 def fuse(dit: DiT) -> DiT:
-    """The same model with the same parameters under the same names."""
+    """Exchange the classes of a model's modules in place; its parameters and their names stay."""
     for block in dit.transformer_blocks:
         block.attn1.__class__ = FusedLinearAttention
         block.attn2.__class__ = FusedCrossAttention
@@ -31,12 +32,12 @@ class FusedLinearAttention(LinearAttention):
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[-1] // self.heads in TRITON_HEADS and dispatch.uses_triton(x.detach()):
             q, k, v = self.to_q(x), self.to_k(x), self.to_v(x)
-            if self.qk_norm:  # under autocast in float32, unlike v
+            if self.qk_norm:  # float32 under autocast, unlike v
                 q, k = self.norm_q(q).to(v.dtype), self.norm_k(k).to(v.dtype)
             return self.to_out[0](linear_attention(q, k, v, self.heads))
         if self.qk_norm:
             return super().forward(x)
-        q, k, v = by_heads(at_once(x, self.to_q, self.to_k, self.to_v), 3, self.heads)
+        q, k, v = split_heads(joint_linear(x, self.to_q, self.to_k, self.to_v), 3, self.heads)
         q, k = F.relu(q), F.relu(k)
         total = k.sum(-2, dtype=k.dtype)[..., None]
         out = q @ (k.mT @ v) / (q @ total + EPS)
@@ -47,8 +48,8 @@ class FusedCrossAttention(CrossAttention):
     def forward(self, x: Tensor, caption: Tensor, bias: Tensor | None) -> Tensor:
         if x.is_cuda or self.qk_norm or bias is None:
             return super().forward(x, caption, bias)
-        (q,) = by_heads(self.to_q(x), 1, self.heads)
-        k, v = by_heads(at_once(caption, self.to_k, self.to_v), 2, self.heads)
+        (q,) = split_heads(self.to_q(x), 1, self.heads)
+        k, v = split_heads(joint_linear(caption, self.to_k, self.to_v), 2, self.heads)
         weights = (q @ k.mT * q.shape[-1] ** -0.5 + bias).softmax(-1).to(v.dtype)
         return self.to_out[0]((weights @ v).transpose(1, 2).flatten(2))
 
@@ -64,24 +65,24 @@ class FusedMixFFN(MixFFN):
         return F.linear(x.flatten(1, 2), down.weight.flatten(1))
 
 
-def at_once(x: Tensor, *maps: nn.Linear) -> Tensor:
-    """What several maps make of x, side by side."""
+def joint_linear(x: Tensor, *maps: nn.Linear) -> Tensor:
+    """Apply several linear maps to x as one product; the results are concatenated."""
     biases = [m.bias for m in maps if m.bias is not None]
     return F.linear(x, torch.cat([m.weight for m in maps]), torch.cat(biases) if biases else None)
 
 
-def by_heads(x: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
-    """(B, N, parts·heads·d) -> of each part (B, heads, N, d)."""
+def split_heads(x: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
+    """Split (B, N, parts·heads·d) into parts of (B, heads, N, d)."""
     return x.unflatten(-1, (parts, heads, -1)).permute(2, 0, 3, 1, 4).contiguous().unbind()
 
 
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-    """q, k, v (B, N, heads·d) of one dtype -> (B, N, heads·d): `relu_linear_attention`."""
+    """Compute `relu_linear_attention` of q, k, v (B, N, heads·d), all of one dtype, in Triton."""
     return _LinearAttention.apply(q, k, v, heads)
 
 
 def depthwise_glu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """`kernels/depthwise_glu.py`. Under autocast x is narrow, and weight and bias stay as wide."""
+    """Compute `kernels/depthwise_glu.py` in Triton. x may be narrower than weight and bias."""
     return _DepthwiseGLU.apply(x, weight, bias)
 
 
@@ -119,22 +120,22 @@ class _DepthwiseGLU(torch.autograd.Function):
 
 
 class _Gate(torch.autograd.Function):
-    """value·silu(gate) of y (B, 2E, h, w), value first."""
+    """value·silu(gate) for y (B, 2E, h, w), whose first half is the value."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor) -> Tensor:
         value, gate = y.chunk(2, dim=1)
-        opened = F.silu(gate)
-        ctx.save_for_backward(y, opened)
-        return value * opened
+        silu = F.silu(gate)
+        ctx.save_for_backward(y, silu)
+        return value * silu
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        y, opened = ctx.saved_tensors
+        y, silu = ctx.saved_tensors
         value, gate = y.chunk(2, dim=1)
-        made = torch.empty_like(y)
-        of_value, of_gate = made.chunk(2, dim=1)
-        torch.mul(gradient, opened, out=of_value)
+        of_y = torch.empty_like(y)
+        of_value, of_gate = of_y.chunk(2, dim=1)
+        torch.mul(gradient, silu, out=of_value)
         torch.ops.aten.silu_backward.grad_input(gradient * value, gate, grad_input=of_gate)
-        return made
+        return of_y

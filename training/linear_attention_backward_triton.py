@@ -1,13 +1,14 @@
-"""Linear attention of q, k and v that are there already, and the gradients of all three.
+"""Linear attention of given q, k and v, and the gradients of all three.
 
-In the words of `linear_attention.py`, S = Σ v φ(k)ᵀ and z = Σ φ(k), and of a query a = S φ(q),
-c = z·φ(q), out = a / c. Of the gradient g of its result it gives on
+In the notation of `kernels/linear_attention.py`, the state is S = Σ v φ(k)ᵀ and z = Σ φ(k), and
+for a query a = S φ(q), c = z·φ(q), out = a / c. From the gradient g of out follow
 
     da = g / c,  dc = -da·out,  dφ(q) = Sᵀ da + z dc,
 
-and to the state dS = Σ da φ(q)ᵀ and dz = Σ dc φ(q), sums over tokens as the state is one. From
-those each key and value has its own: dφ(k) = dSᵀ v + dz and dv = dS φ(k). So one pass over the
-queries and one over keys and values, with a sum of tiles in a fixed order between them.
+and, summed over all tokens, the gradients of the state, dS = Σ da φ(q)ᵀ and dz = Σ dc φ(q). From
+these follow the gradients of each key and value, dφ(k) = dSᵀ v + dz and dv = dS φ(k). This takes
+one pass over the queries and one over keys and values, with a sum over tiles in a fixed order in
+between.
 """
 
 from collections.abc import Iterator
@@ -23,13 +24,13 @@ from sana_cli.kernels.launch import launch, precision, trace_launches
 from sana_cli.kernels.linear_attention import EPS
 from sana_cli.kernels.linear_attention_triton import attend_tokens, sum_tiles
 
-TOKENS, STEP = 512, 32  # of a program that adds up, and of a step of it
+TOKENS, STEP = 512, 32  # of a program that sums over tokens, and of one step of its loop
 
 
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> tuple[Tensor, Tensor]:
-    """q, k, v (B, N, heads·d) -> the same of the result, and the state that `gradients` needs.
+    """Attend with q, k, v (B, N, heads·d); return the result and the state for `gradients`.
 
-    d is one of `TRITON_HEADS`, and the dtype of all three is the same.
+    d is one of `TRITON_HEADS`, and q, k and v have the same dtype.
     """
     key, value = (x.contiguous().unflatten(-1, (heads, -1)) for x in (k, v))
     state = sum_tiles(tile_sums(key, value))
@@ -39,7 +40,7 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> tuple[Tenso
 def gradients(
     q: Tensor, k: Tensor, v: Tensor, state: Tensor, gradient: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Those of q, k and v, from that of the result of `linear_attention`."""
+    """Return the gradients of q, k and v from that of the result of `linear_attention`."""
     q, k, v, state = (x.contiguous() for x in (q, k, v, state))
     batch, n, features = q.shape
     heads, d = len(state[0]), state.shape[-1]
@@ -47,7 +48,7 @@ def gradients(
     constants = {
         "HEAD": d,
         "BLOCK": max(LEAST, triton.next_power_of_2(d)),
-        # Values of 16 bits fit into tf32 whole; da, which has no bounds, does not fit into them.
+        # tf32 holds 16-bit values exactly; da is unbounded and would not fit into 16 bits.
         "PRECISION": "tf32" if narrow else precision(),
     }
     tiles = triton.cdiv(n, TOKENS)
@@ -60,7 +61,7 @@ def gradients(
         **constants,
         TOKENS=TOKENS,
         STEP=STEP,
-        num_warps=d // 16,  # with more a thread needs as many registers
+        num_warps=d // 16,  # more warps would not save registers
     )
     m = 64 if narrow else 32
     launch(
@@ -80,14 +81,14 @@ def query_gradient_kernel(
     HEAD: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr, TOKENS: tl.constexpr,
     STEP: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of TOKENS queries of a head, and what they add to that of the state."""
+    """Compute the gradients of TOKENS queries of a head, and their part of the state's gradient."""
     head, tile = tl.program_id(0), tl.program_id(1)
     image = tl.program_id(2).to(tl.int64)
     token, channel = tl.arange(0, STEP), tl.arange(0, BLOCK)
     real = channel < HEAD
     values, totals = load_state(state, image * tl.num_programs(0) + head, channel, HEAD)
-    # Sᵀ da + z dc is (S - m zᵀ)ᵀ da + z (dc + da·m) for any m. With the mean of the values it is
-    # not the small difference of large terms, and dc + da·m = -da·(out - m) needs no S either.
+    # Sᵀ da + z dc = (S - m zᵀ)ᵀ da + z (dc + da·m) for any m. With m the mean of the values, it is
+    # not a small difference of large terms. dc + da·m = -da·(out - m) does not need S either.
     mean = tl.sum(values * totals, 1) / (tl.sum(totals * totals, 1) + eps)
     values -= mean[:, None] * totals
     products = tl.zeros((BLOCK, BLOCK), tl.float32)
@@ -143,7 +144,7 @@ def key_value_gradient_kernel(
 
 @triton.jit
 def load_state(state, index, channel, HEAD: tl.constexpr):
-    """Σ v φ(k)ᵀ of a head, with a row per channel of v, and Σ φ(k) as one row."""
+    """Load Σ v φ(k)ᵀ of a head, with a row for each channel of v, and Σ φ(k) as one row."""
     real = channel < HEAD
     state += index * ((HEAD + 1) * HEAD) + channel
     inside = real[:, None] & real[None]
@@ -151,7 +152,7 @@ def load_state(state, index, channel, HEAD: tl.constexpr):
     return values, tl.load(state + HEAD * HEAD, mask=real, other=0.0)[None]
 
 
-# Batch, tokens and width: those of the bundled model at both its sizes, and of the 0.6B.
+# Batch, tokens and width of the bundled model at both sizes, and of the 0.6B.
 SHAPES = {"demo 256²": (512, 64, 224), "demo 512²": (192, 256, 224)}
 SHAPES["0.6B 1024²"] = (8, 1024, WIDTHS["0.6B"])
 

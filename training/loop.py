@@ -1,7 +1,7 @@
-"""The loop that every stage runs: batches from workers, steps, logs, states it resumes from.
+"""The training loop of every stage: batches from workers, steps, logs, and checkpoints.
 
-What a step does depends on the seed and the number of the step and on nothing else, so a run that
-was killed and started again ends in the same weights, to the bit, as one that was not.
+A step depends only on the seed and on its number, so a run that was killed and resumed ends with
+the same weights, to the bit, as an uninterrupted one.
 """
 
 import json
@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader, Dataset
 from training.arithmetic import autocast, fast_products
 from training.optim import Average, Muon, descend, load_state, open_log, save_state, schedule
 
-Batch = Any  # of numpy arrays, which go through a pipe: shared memory may be scarce
-Losses = dict[str, Tensor]  # by name, the first is descended
+Batch = Any  # numpy arrays, which are sent through a pipe: shared memory may be scarce
+Losses = dict[str, Tensor]  # by name; the first one is minimised
 
 
 @dataclass
@@ -29,15 +29,15 @@ class Stage:
     steps: int
     rate: float
     average_decay: float
-    batch: Callable[[int], Batch]  # of a step's number; runs in a worker, on the CPU
+    batch: Callable[[int], Batch]  # from the number of a step; runs in a worker, on the CPU
     losses: Callable[[Batch], Losses]
     weight_decay: float = 0.0
-    rate_decay: float = 0.4  # the share of the steps, the last, over which the rate falls to zero
+    rate_decay: float = 0.4  # last share of the steps, over which the rate falls to zero
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Where it runs, and what of that may not change the result but for rounding."""
+    """The settings of a run that change its result by rounding at most."""
 
     device: str
     workers: int
@@ -46,16 +46,16 @@ class Machine:
 
 
 def train(stage: Stage, folder: Path, machine: Machine, seed: int) -> nn.Module:
-    """Run a stage, or what is left of it; its averaged weights, frozen."""
+    """Run the steps of a stage that are not done yet; return its averaged weights, frozen."""
     model = stage.model.to(machine.device)
     optimiser = Muon(model, stage.rate, stage.weight_decay)
     average = Average(model, stage.average_decay)
     state = folder / f"{stage.name}.safetensors"
     note = load_state(state, model, average, optimiser) or {"step": 0, "seconds": 0.0}
     began = saved = time.monotonic()
-    shown: list[Losses] = []
+    recent: list[Losses] = []  # since the last row of the log
     first = note["step"]
-    batches = ahead(stage.batch, range(first, stage.steps), machine.workers)
+    batches = prefetch(stage.batch, range(first, stage.steps), machine.workers)
     with fast_products(machine.device), open_log(folder / f"{stage.name}.jsonl", first) as log:
         for step, batch in zip(range(first, stage.steps), batches, strict=True):
             torch.manual_seed(seed * 1_000_003 + step)
@@ -63,53 +63,53 @@ def train(stage: Stage, folder: Path, machine: Machine, seed: int) -> nn.Module:
                 losses = stage.losses(batch)
             rate = stage.rate * schedule(step, stage.steps, stage.rate_decay)
             descend(next(iter(losses.values())), model, optimiser, average, rate, step)
-            shown.append({name: loss.detach() for name, loss in losses.items()})
+            recent.append({name: loss.detach() for name, loss in losses.items()})
             last = step + 1 == stage.steps
             if (step + 1) % machine.log_every and not last:
                 continue
             now = time.monotonic()
-            told = {"step": step + 1, "seconds": note["seconds"] + now - began}
-            print(json.dumps(_row(told, shown)), file=log, flush=True)
-            shown = []
+            progress = {"step": step + 1, "seconds": note["seconds"] + now - began}
+            print(json.dumps(_row(progress, recent)), file=log, flush=True)
+            recent = []
             if last or now - saved >= machine.save_seconds:
-                save_state(state, model, average, optimiser, told)
+                save_state(state, model, average, optimiser, progress)
                 saved = now
     average.copy_to(model)
-    model.zero_grad()  # a later stage of a part of it clips by the gradients that there are
+    model.zero_grad()  # a later stage of the same model clips by the norm of all gradients
     return model.eval().requires_grad_(False)
 
 
-def _row(told: dict, shown: list[Losses]) -> dict:
-    """The means of all losses since the last row; only here does a GPU have to be waited for."""
-    means = {k: torch.stack([one[k].float() for one in shown]).mean().item() for k in shown[0]}
+def _row(progress: dict, recent: list[Losses]) -> dict:
+    """Return the mean of every loss since the last row. Only here the CPU waits for the GPU."""
+    means = {k: torch.stack([one[k].float() for one in recent]).mean().item() for k in recent[0]}
     return (
-        {"step": told["step"]}
+        {"step": progress["step"]}
         | {name: round(mean, 5) for name, mean in means.items()}
-        | {"seconds": round(told["seconds"], 1)}
+        | {"seconds": round(progress["seconds"], 1)}
     )
 
 
-def ahead(make: Callable[[int], Batch], numbers: range, workers: int) -> Iterator[Batch]:
-    """`make` of each number, in order, made ahead by worker processes if there are any."""
+def prefetch(make: Callable[[int], Batch], numbers: range, workers: int) -> Iterator[Batch]:
+    """Yield `make(number)` in order, computed ahead by worker processes if there are any."""
     if not workers or not numbers:
         return map(make, numbers)
     return iter(
         DataLoader(
-            _Made(make),
+            _Batches(make),
             batch_size=None,
             sampler=numbers,
             num_workers=min(workers, len(numbers)),
             prefetch_factor=4,
-            collate_fn=_as_it_is,
+            collate_fn=_unchanged,
         )
     )
 
 
-def _as_it_is(batch: Batch) -> Batch:
+def _unchanged(batch: Batch) -> Batch:
     return batch
 
 
-class _Made(Dataset):
+class _Batches(Dataset):
     def __init__(self, make: Callable[[int], Batch]) -> None:
         self.make = make
 

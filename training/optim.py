@@ -1,4 +1,4 @@
-"""What the training stages share: the optimiser, the weight average, resumable states."""
+"""The optimiser, the weight average, the learning rate schedule, and checkpoints."""
 
 import json
 import math
@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from training.arithmetic import fast_dtype
 
 
-def orthogonalised(updates: Tensor, steps: int = 5) -> Tensor:
-    """Of each matrix in (n, rows, columns) the nearest semi-orthogonal one.
+def orthogonalise(updates: Tensor, steps: int = 5) -> Tensor:
+    """Return the nearest semi-orthogonal matrix of each matrix in (n, rows, columns), float32.
 
-    By the quintic Newton-Schulz iteration of Muon, many matrices of one shape at a time, in
-    bfloat16 as Jordan has it, where that is fast. float32 in and out.
+    Runs the quintic Newton-Schulz iteration of Muon on many matrices of one shape at a time, as in
+    Jordan 2024 in bfloat16 where that is fast.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     x = updates / (updates.norm(dim=(1, 2), keepdim=True) + 1e-7)
@@ -32,11 +32,11 @@ def orthogonalised(updates: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum made orthogonal for matrices (Jordan 2024), AdamW for everything else.
+    """Orthogonalised momentum for matrices (Jordan 2024), AdamW for all other parameters.
 
-    The orthogonal step is scaled by 0.2·√max(rows, columns), so that one learning rate serves
-    both kinds (Liu et al. 2025, arXiv 2502.16982). Parameters go in lists and matrices of one
-    shape together: on a GPU the number of launches is what a step of a small model costs.
+    The orthogonalised step is scaled by 0.2·√max(rows, columns), so that one learning rate suits
+    both (Liu et al. 2025, arXiv 2502.16982). Parameters are updated as lists and matrices of one
+    shape together: on a GPU the cost of a small model's step is the number of its launches.
     """
 
     def __init__(self, model: nn.Module, lr: float, weight_decay: float = 0.0) -> None:
@@ -79,9 +79,9 @@ class Muon(torch.optim.Optimizer):
         momenta = [self.state[parameter]["momentum"] for parameter in parameters]
         torch._foreach_lerp_(momenta, gradients, 0.05)
         ahead = torch._foreach_lerp(gradients, momenta, 0.95)
-        made = orthogonalised(torch.stack([update.flatten(1) for update in ahead]))
-        made = made * (0.2 * math.sqrt(max(made.shape[1:])))
-        return [update.view_as(p) for update, p in zip(made, parameters, strict=True)]
+        orthogonal = orthogonalise(torch.stack([update.flatten(1) for update in ahead]))
+        orthogonal = orthogonal * (0.2 * math.sqrt(max(orthogonal.shape[1:])))
+        return [update.view_as(p) for update, p in zip(orthogonal, parameters, strict=True)]
 
     def _adam(self, parameters: list[Tensor]) -> list[Tensor]:
         gradients = [parameter.grad for parameter in parameters]
@@ -95,11 +95,11 @@ class Muon(torch.optim.Optimizer):
 
 
 class Average:
-    """Exponential moving average of the parameters, warmed up so that early steps fade fast."""
+    """Exponential moving average of the weights, with a warm-up in which early steps fade fast."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
-        self.values = list(model.state_dict().values())  # the model's own tensors, as they move
+        self.values = list(model.state_dict().values())  # the model's own tensors, updated in place
         self.shadow = {k: v.detach().clone() for k, v in model.state_dict().items()}
 
     @torch.no_grad()
@@ -112,7 +112,7 @@ class Average:
 
 
 def schedule(step: int, steps: int, decay: float, warmup: int = 100) -> float:
-    """Multiplier of the learning rate: linear up, flat, linear to zero over the share `decay`."""
+    """Learning rate multiplier: linear warm-up, constant, linear to zero over the share `decay`."""
     down = (steps - step) / (decay * steps) if decay else 1.0
     return min(1.0, (step + 1) / warmup, down)
 
@@ -120,7 +120,7 @@ def schedule(step: int, steps: int, decay: float, warmup: int = 100) -> float:
 def descend(
     loss: Tensor, model: nn.Module, optimiser: Muon, average: Average, lr: float, step: int
 ) -> None:
-    """One step down the gradient of `loss`, clipped to norm 1, and into the average."""
+    """Take one optimiser step on `loss`, with gradients clipped to norm 1; update the average."""
     optimiser.zero_grad(set_to_none=True)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
@@ -130,7 +130,7 @@ def descend(
     average.update(step)
 
 
-# --- states: safetensors with a JSON header, written whole or not at all ---------------------
+# --- checkpoints: safetensors with a JSON header, written atomically -------------------------
 
 
 def save_state(path: Path, model: nn.Module, average: Average, optimiser: Muon, note: dict) -> None:
@@ -145,7 +145,7 @@ def save_state(path: Path, model: nn.Module, average: Average, optimiser: Muon, 
 
 
 def load_state(path: Path, model: nn.Module, average: Average, optimiser: Muon) -> dict | None:
-    """Restore all three in place; the note that was saved with them, None if there is no file."""
+    """Restore all three in place; return the note saved with them, or None if there is no file."""
     if not path.is_file():
         return None
     with safe_open(path, "pt") as file:
@@ -162,7 +162,7 @@ def load_state(path: Path, model: nn.Module, average: Average, optimiser: Muon) 
 
 
 def open_log(path: Path, step: int) -> TextIO:
-    """The log of a stage, for appending, without rows later than the step it resumes at."""
+    """Open the log of a stage for appending and drop rows later than the step it resumes at."""
     rows = path.read_text().splitlines(keepends=True) if path.is_file() else []
     path.write_text("".join(row for row in rows if json.loads(row)["step"] <= step))
     return path.open("a")

@@ -1,4 +1,4 @@
-"""Signed distances to flat outlines: negative inside, in the units of u (right) and v (down)."""
+"""Signed distances to outlines: negative inside, in the units of u (right) and v (down)."""
 
 import numpy as np
 
@@ -10,7 +10,7 @@ def disc(u: Field, v: Field, x: float, y: float, radius: float) -> Field:
 
 
 def ellipse(u: Field, v: Field, x: float, y: float, a: float, b: float) -> Field:
-    """First order in the distance, which is what an edge one pixel wide needs."""
+    """Correct to first order in the distance, which suffices for an edge one pixel wide."""
     p, q = (u - x) / a, (v - y) / b
     near = np.hypot(p, q)
     return near * (near - 1) / np.maximum(np.hypot(p / a, q / b), 1e-6)
@@ -31,7 +31,7 @@ def capsule(
 
 
 def polygon(corners: np.ndarray, u: Field, v: Field) -> Field:
-    """Distance to the nearest edge, signed by the parity of edges crossed to the right."""
+    """The sign is the parity of the edges crossed on the way to the right."""
     nearest = np.full(u.shape, np.inf, np.float32)
     inside = np.zeros(u.shape, bool)
     for (ax, ay), (bx, by) in zip(corners, np.roll(corners, -1, axis=0), strict=True):
@@ -45,7 +45,7 @@ def polygon(corners: np.ndarray, u: Field, v: Field) -> Field:
 
 
 def convex(corners: np.ndarray, u: Field, v: Field) -> Field:
-    """Of a convex polygon given clockwise on screen; exact at edges, too near beyond corners."""
+    """For corners in clockwise order on screen. Exact at edges, too small beyond corners."""
     distance = np.full(u.shape, -np.inf, np.float32)
     for (ax, ay), (bx, by) in zip(corners, np.roll(corners, -1, axis=0), strict=True):
         length = np.hypot(bx - ax, by - ay)
@@ -69,7 +69,7 @@ def corners(*points: tuple[float, float]) -> np.ndarray:
 
 
 def fan(radii: tuple[float, ...], count: int, start: float, down: float = 0.0) -> np.ndarray:
-    """Corners around the origin at the given radii in turn, the first at angle `start`."""
+    """Return corners around the origin, with the radii in turn, the first at angle `start`."""
     angles = start + 2 * np.pi * np.arange(count) / count
     reach = np.resize(radii, count)
     return np.stack([reach * np.cos(angles), reach * np.sin(angles) + down], 1).astype(np.float32)

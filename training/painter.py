@@ -1,7 +1,7 @@
-"""A scene's pixels: flat, anti-aliased by analytic coverage, the same scene at every size.
+"""Paint scenes at any size, in flat colours, with anti-aliasing by analytic coverage.
 
-Layers are painted from far to near: sky, stars, sun or moon, ridges, water, ground, objects. What
-a scene does not fix (peaks, towers, stars) comes from its seed and never from the size.
+Layers are painted from far to near: sky, stars, sun or moon, ridges, water, ground, objects.
+Details that a scene does not specify (peaks, towers, stars) depend on its seed, not on the size.
 """
 
 import numpy as np
@@ -21,9 +21,9 @@ from training.things import REACH, THINGS
 
 
 def paint(scene: Scene, side: int, window: tuple[int, int, int] | None = None) -> np.ndarray:
-    """uint8 RGB (side, side, 3); only the `window` (top, left, size) if given."""
+    """Paint a scene, uint8 RGB (side, side, 3), or only a `window` (top, left, size) of it."""
     top, left, size = window or (0, 0, side)
-    canvas = Canvas(side, top - 1, left - 1, size + 2)  # slopes at the rim look one pixel further
+    canvas = Canvas(side, top - 1, left - 1, size + 2)  # slopes at the border need one more pixel
     rng = np.random.default_rng(scene.seed)
     disc = _sky(canvas, scene, rng)
     _LANDS[scene.land](canvas, scene, rng, disc)
@@ -34,7 +34,7 @@ def paint(scene: Scene, side: int, window: tuple[int, int, int] | None = None) -
 
 
 class Canvas:
-    """float32 pixels of a window of the picture, and where each of them is."""
+    """float32 pixels of a window of the image, and their coordinates."""
 
     def __init__(self, side: int, top: int, left: int, size: int) -> None:
         self.side = side
@@ -47,7 +47,7 @@ class Canvas:
         area += cover[..., None] * (np.asarray(colour, np.float32) - area)
 
     def within(self, x0: float, x1: float, y0: float, y1: float) -> tuple[slice, slice] | None:
-        """Rows and columns that the rectangle touches; None if it lies outside."""
+        """Return the rows and columns that a rectangle touches, None if it is outside."""
         pad = 1.0 / self.side
         rows = slice(*np.searchsorted(self.y, (y0 - pad, y1 + pad)))
         columns = slice(*np.searchsorted(self.x, (x0 - pad, x1 + pad)))
@@ -64,7 +64,7 @@ class Canvas:
             self.blend(*found, alpha * down[:, None] * across, colour)
 
     def _share(self, at: np.ndarray, start: float, end: float) -> np.ndarray:
-        """Of each pixel along one axis, the part that lies between `start` and `end`."""
+        """Return the share of each pixel along one axis that is between `start` and `end`."""
         half = 0.5 / self.side
         covered = np.minimum(at + half, end) - np.maximum(at - half, start)
         return np.clip(covered * self.side, 0, 1)
@@ -76,7 +76,7 @@ class Canvas:
         until: np.ndarray | None = None,
         alpha: float | np.ndarray = 1.0,
     ) -> None:
-        """Fill under the curve y = height(x), down to the curve `until`."""
+        """Fill the area below the curve y = height(x), down to the curve `until`."""
         lowest = 1.0 if until is None else float(until.max())
         found = self.within(-1, 2, float(height.min()), lowest)
         if not found:
@@ -101,7 +101,7 @@ class Canvas:
             self.blend(*found, alpha * np.clip(0.5 - distance * self.side, 0, 1), colour)
 
     def glow(self, x: float, y: float, radius: float, colour: np.ndarray, alpha: float) -> None:
-        """Light that fades to nothing at `radius`."""
+        """Blend a light that fades to zero at `radius`."""
         found = self.within(x - radius, x + radius, y - radius, y + radius)
         if found:
             rows, columns = found
@@ -115,7 +115,7 @@ _CRATERS = ((-0.022, -0.018, 0.017), (0.026, 0.012, 0.022), (-0.012, 0.034, 0.01
 
 
 def _sky(canvas: Canvas, scene: Scene, rng: np.random.Generator) -> tuple[float, float]:
-    """Gradient, stars, sun or moon; where the disc is."""
+    """Paint gradient, stars, and sun or moon; return the position of the disc."""
     horizon = 0.72 if scene.land != "sea" else HORIZON["sea"]
     canvas.image[:] = sky_at(scene.light, np.clip(canvas.y / horizon, 0, 1))[:, None]
     light = LIGHTS[scene.light]
@@ -140,7 +140,7 @@ def _sky(canvas: Canvas, scene: Scene, rng: np.random.Generator) -> tuple[float,
 
 def _stars(canvas: Canvas, rng: np.random.Generator, count: int) -> None:
     colour = np.array((255, 250, 226), np.float32)
-    cells = rng.permutation(40)[:count]  # one star in a cell of an 8 by 5 grid, at most
+    cells = rng.permutation(40)[:count]  # at most one star in each cell of an 8 by 5 grid
     for cell, dx, dy, bright in zip(cells, *rng.uniform(0, 1, (3, count)), strict=True):
         x, y = (cell % 8 + 0.2 + 0.6 * dx) / 8, (cell // 8 + 0.2 + 0.6 * dy) / 9
         if bright > 0.6:  # four rays
@@ -157,11 +157,11 @@ def _stars(canvas: Canvas, rng: np.random.Generator, count: int) -> None:
             canvas.spot(x, y, 0.0045 + 0.003 * bright, colour, 0.9)
 
 
-# --- lands: each paints from the horizon to the foot of the picture -----------------------------
+# --- lands: each is painted from the horizon to the bottom of the image ------------------------
 
 
 def _ranges(canvas: Canvas, scene: Scene, rng: np.random.Generator, disc, snow: bool = False):
-    """Two ranges of peaks: a pale far one, and a near one with a lit and a shaded side."""
+    """Paint two ranges of peaks: a pale far one, and a near one with lit and shaded sides."""
     _peaks(canvas, scene, rng, base=0.62, tall=0.14, count=6, far=0.62, snow=False)
     _peaks(canvas, scene, rng, base=0.8, tall=0.36, count=4, far=0.0, snow=snow)
     _meadow(canvas, scene, rng)
@@ -210,7 +210,7 @@ def _peaks(canvas, scene, rng, base, tall, count, far, snow):
 
 
 def _facet(canvas: Canvas, outline: np.ndarray, colour: np.ndarray) -> None:
-    """A polygon on a mountain."""
+    """Fill a polygon on a mountain."""
     x0, y0 = outline.min(0)
     x1, y1 = outline.max(0)
     found = canvas.within(float(x0), float(x1), float(y0), float(y1))
@@ -222,7 +222,7 @@ def _facet(canvas: Canvas, outline: np.ndarray, colour: np.ndarray) -> None:
 
 
 def _meadow(canvas: Canvas, scene: Scene, rng: np.random.Generator) -> None:
-    """The ground that things stand on: two soft swells."""
+    """Paint the ground on which objects stand, as two gentle waves."""
     top = HORIZON[scene.land]
     colour = land_colour(scene.light, scene.land, "ground")
     for lift, shade in ((0.0, 0.94), (0.05, 1.0)):
@@ -242,7 +242,7 @@ def _hills(canvas: Canvas, scene: Scene, rng: np.random.Generator, disc) -> None
 
 
 def _dunes(canvas: Canvas, scene: Scene, rng: np.random.Generator, disc) -> None:
-    """Sharp crests: each dune a lit slope up to its crest and a shaded one behind it."""
+    """Paint dunes with sharp crests: a lit slope before the crest and a shaded one behind."""
     for level, tall, far in ((0.6, 0.09, 0.5), (0.68, 0.12, 0.15)):
         crest = rng.uniform(0.25, 0.75)
         colour = land_colour(scene.light, scene.land, "body", far)
@@ -262,7 +262,7 @@ def _dunes(canvas: Canvas, scene: Scene, rng: np.random.Generator, disc) -> None
 
 
 def _sea(canvas: Canvas, scene: Scene, rng: np.random.Generator, disc: tuple[float, float]) -> None:
-    """Water darkening towards us, waves, the light's path on it, and a beach if one is needed."""
+    """Paint water that darkens towards the viewer, waves, reflections, and a beach if needed."""
     top = HORIZON["sea"]
     body = land_colour(scene.light, "sea", "body")
     found = canvas.within(-1, 2, top, 1)
@@ -297,7 +297,7 @@ def _sea(canvas: Canvas, scene: Scene, rng: np.random.Generator, disc: tuple[flo
 
 
 def _city(canvas: Canvas, scene: Scene, rng: np.random.Generator, disc) -> None:
-    """Two rows of towers, the nearer with windows: pale by day, lit from sunset on."""
+    """Paint two rows of towers, the near one with windows: pale by day, lit from sunset on."""
     for far, count, low, high in ((0.6, 9, 0.42, 0.6), (0.0, 7, 0.46, 0.66)):
         edges = np.cumsum(rng.uniform(0.6, 1.4, count + 1))
         edges = (edges - edges[0]) / (edges[-1] - edges[0]) * 1.04 - 0.02
@@ -338,7 +338,7 @@ def _windows(
 
 
 def _dashes(at: np.ndarray, start: float, end: float, pixels: float) -> np.ndarray:
-    """Of each pixel, the part in the dash from `start` to `end` of its unit cell."""
+    """Return the share of each pixel in the interval `start` to `end` of its unit cell."""
     within = at - np.floor(at)
     half = 0.5 / pixels
     return np.clip(

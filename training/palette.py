@@ -1,4 +1,4 @@
-"""The colours of the illustrated world: what things are painted in, and what light does to it."""
+"""The colours of the illustrated scenes: of objects, lands and skies, and the effect of light."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -7,7 +7,7 @@ import numpy as np
 
 RGB = tuple[int, int, int]
 
-COLOURS: dict[str, RGB] = {  # that a caption may name
+COLOURS: dict[str, RGB] = {  # that captions can name
     "red": (214, 52, 48),
     "orange": (242, 134, 30),
     "yellow": (252, 208, 48),
@@ -17,18 +17,18 @@ COLOURS: dict[str, RGB] = {  # that a caption may name
     "pink": (242, 118, 172),
     "white": (252, 252, 250),
 }
-DETAILS: dict[str, RGB] = {  # that objects have beside it
+DETAILS: dict[str, RGB] = {  # other parts of objects
     "wood": (112, 76, 54),
     "rust": (132, 62, 64),
     "cream": (250, 232, 190),
     "ink": (32, 32, 44),
 }
-SHADE = 0.87  # of a colour, on the side away from the light
+SHADE = 0.87  # factor of a colour on the side away from the light
 
 
 @dataclass(frozen=True)
 class Light:
-    """A time of day: the sky from top to horizon, and what it mixes into everything else."""
+    """A time of day: the sky from top to horizon, and the tint of everything else."""
 
     sky: tuple[RGB, RGB, RGB]
     land: tuple[RGB, float]
@@ -72,7 +72,7 @@ LIGHTS: dict[str, Light] = {
         window=(255, 214, 110),
     ),
 }
-LANDS: dict[str, dict[str, RGB]] = {  # in the light of noon
+LANDS: dict[str, dict[str, RGB]] = {  # at noon
     "mountains": {"body": (104, 120, 150), "ground": (164, 190, 118)},
     "snowy mountains": {"body": (120, 142, 176), "ground": (186, 206, 214)},
     "hills": {"body": (126, 178, 104), "ground": (168, 200, 112)},
@@ -89,13 +89,13 @@ def mix(colour: np.ndarray | RGB, other: np.ndarray | RGB, amount: float) -> np.
 
 @cache
 def thing_colour(light: str, name: str) -> np.ndarray:
-    """A caption's colour or a detail's, as an object wears it in this light."""
+    """Return the colour of an object or of a detail in this light."""
     return mix({**COLOURS, **DETAILS}[name], *LIGHTS[light].things)
 
 
 @cache
 def land_colour(light: str, land: str, part: str, far: float = 0.0) -> np.ndarray:
-    """`part` is "body" or "ground"; `far` from 0 to 1 fades it into the haze of the horizon."""
+    """Return the colour of a land's "body" or "ground"; `far` from 0 to 1 fades it into haze."""
     near = mix(LANDS[land][part], *LIGHTS[light].land)
     return mix(near, LIGHTS[light].sky[2], 0.62 * far)
 
@@ -108,13 +108,13 @@ def snow_colour(light: str) -> np.ndarray:
 
 @cache
 def sky_colours(light: str, count: int) -> np.ndarray:
-    """(count, 3) from the top to the horizon, the middle colour at 0.55 of the way."""
+    """Return colours (count, 3) from the top to the horizon; the middle one is at 0.55."""
     way = np.linspace(0, 1, count)
     stops = np.array(LIGHTS[light].sky, np.float32)
     return np.stack([np.interp(way, (0, 0.55, 1), stops[:, c]) for c in range(3)], -1)
 
 
 def sky_at(light: str, way: np.ndarray) -> np.ndarray:
-    """(n,) positions from 0 at the top to 1 at the horizon -> (n, 3) colours."""
+    """Return colours (n, 3) at positions (n,) from 0 at the top to 1 at the horizon."""
     stops = sky_colours(light, 64)
     return np.stack([np.interp(way, np.linspace(0, 1, 64), stops[:, c]) for c in range(3)], -1)

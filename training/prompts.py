@@ -1,8 +1,8 @@
-"""The 500 prompts that the bundled model is judged by, in GenEval's six categories.
+"""The 500 prompts that evaluate the bundled model, in GenEval's six categories.
 
-Each is worded in templates that no training caption uses, and about a combination of objects that
-training never saw together (of one object: with that sky and land). What a prompt states, its
-`facts`, is what the checker asks for; half of the prompts state the sky and the land as well.
+Their templates occur in no training caption, and their combinations of objects (for one object:
+with sky and land) were held out of training. The checker tests the `facts` that a prompt states;
+half of the prompts also state the sky and the land.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from training import shapes
 from training.captions import LAND, NOUNS, RELATION, WHEN, Pick, all_facts, article, picker
 from training.scenes import Group, Scene, named_colours, sample_scene
 
-SEED = 20_000  # training uses other streams
+SEED = 20_000  # training uses other random streams
 PROMPTS = {
     "single object": 84,
     "two objects": 84,
@@ -31,11 +31,11 @@ class Prompt:
     category: str
     text: str
     facts: dict[str, str]
-    scene: Scene  # one of the many whose picture obeys it
+    scene: Scene  # an example that the prompt describes
 
 
 def prompts(seed: int = SEED) -> list[Prompt]:
-    """All of them, category after category."""
+    """Return all prompts, ordered by category."""
     rng = np.random.default_rng(seed)
     found: list[Prompt] = []
     for category, count in PROMPTS.items():
@@ -49,7 +49,7 @@ def prompts(seed: int = SEED) -> list[Prompt]:
 
 
 def shape_prompts(count: int, objects: int, seed: int = SEED) -> list[tuple[shapes.Scene, str]]:
-    """Scenes of the first world that were held out of training, in the wording of training."""
+    """Return scenes of shapes that were held out of training, in the wording of training."""
     rng = np.random.default_rng((seed, objects))
     found = []
     while len(found) < count:
@@ -60,7 +60,7 @@ def shape_prompts(count: int, objects: int, seed: int = SEED) -> list[tuple[shap
 
 
 def _scene(category: str, rng: np.random.Generator) -> Scene:
-    """One that was held out and has what the category asks about."""
+    """Sample a held-out scene with the properties that a category tests."""
     while True:
         scene = sample_scene(rng)
         groups = scene.groups

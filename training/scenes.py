@@ -1,11 +1,11 @@
-"""The second world the bundled model knows: illustrated scenes of a sky, a land and objects.
+"""Illustrated scenes of a sky, a land and objects, one of the two kinds of training images.
 
-A `Scene` says everything that a picture of it depends on; `painter` makes the pixels, `captions`
-the words. Lengths are fractions of the picture's side, x to the right and y down. Objects have the
-size of their kind and stand on a grid of `STEP`, as sprites of an old game do: a cell of the
-autoencoder at 512² always holds the same part of an object, which a small model can learn by heart.
-Where a thing stands follows from what the caption tells (`captions`): a small model that may choose
-between two places draws something at both.
+A `Scene` determines its image completely; `painter` paints it and `captions` describes it. Lengths
+are fractions of the image's side, with x to the right and y down. Every kind of object has a fixed
+size and is placed on a grid of `STEP`, like the sprites of an old game: a latent cell at 512²
+always holds the same part of an object, which a small model can memorise. The position of an object
+follows from the caption (`captions`), since a small model that may choose between two positions
+draws something at both.
 """
 
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ WEARS = {
     "bird": ("red", "yellow", "blue", "purple", "white", "orange"),
     "cloud": ("white",),
 }
-HORIZON = {  # where the ground, or the water, begins
+HORIZON = {  # upper end of the ground or the water
     "mountains": 0.76,
     "snowy mountains": 0.76,
     "hills": 0.78,
@@ -46,17 +46,17 @@ HORIZON = {  # where the ground, or the water, begins
     "sea": 0.56,
     "city": 0.78,
 }
-CONTRAST = 55.0  # an object's colour is at least this far, in RGB, from everything behind it
+CONTRAST = 55.0  # least RGB distance of an object's colour from everything behind it
 
 
 @dataclass(frozen=True)
 class Group:
-    """One to three objects of a kind and colour; `spots` holds x, y and half the height of each."""
+    """One to three objects of a kind and colour; `spots` are x, y and half the height of each."""
 
     kind: str
     colour: str
     spots: tuple[tuple[float, float, float], ...]
-    place: str | None = None  # of an object that is alone in its row
+    place: str | None = None  # only of an object that is alone in its row
 
     @property
     def count(self) -> int:
@@ -68,9 +68,9 @@ class Scene:
     sky: str
     land: str
     groups: tuple[Group, ...]  # at most two
-    relation: str | None  # that the first group is in to the second
-    shore: bool  # of a sea, so that something can stand there
-    seed: int  # of what no caption tells: ridges, stars, where sun or moon is
+    relation: str | None  # of the first group to the second
+    shore: bool  # whether a sea has a beach, on which objects can stand
+    seed: int  # of details in no caption: ridges, stars, position of sun or moon
 
     @property
     def light(self) -> str:
@@ -78,12 +78,12 @@ class Scene:
 
     @property
     def one_row(self) -> bool:
-        """Whether all objects fly, or all stand, or all swim."""
+        """Whether all objects fly, all stand, or all are in the water."""
         return len({_row(group.kind) for group in self.groups}) == 1
 
     @property
     def held_out(self) -> bool:
-        """One in twelve combinations of objects (of one object, sky and land) is never trained."""
+        """Whether training omits these objects (for one: with sky and land), 1 combination in 12."""
         if not self.groups:
             return False
         parts = sorted(f"{g.count} {g.colour} {g.kind}" for g in self.groups)
@@ -103,7 +103,7 @@ class Scene:
 
 @cache
 def wearable(kind: str, light: str, land: str) -> tuple[str, ...]:
-    """The colours of an object that stand out from what it can stand before."""
+    """Return the colours of an object that stand out from everything that can be behind it."""
     sky, body = sky_colours(light, 12), land_colour(light, land, "body")
     ground = land_colour(light, land, "ground")
     if kind in SAILING:
@@ -155,7 +155,7 @@ def _row(kind: str) -> str:
 def _arranged(
     rng: np.random.Generator, sky: str, land: str, kinds: tuple[str, ...]
 ) -> Scene | None:
-    """None if these objects do not go with this sky and land."""
+    """Arrange objects; return None if they do not fit this sky and land."""
     rows = [_row(kind) for kind in kinds]
     if ("sail" in rows and land != "sea") or set(rows) == {"sail", "stand"}:
         return None
@@ -173,7 +173,7 @@ def _arranged(
     shared = len(kinds) == 2 and rows[0] == rows[1]
     if sum(counts) > 4 or (shared and sum(counts) > 3):
         return None
-    under = sky in ("noon", "moonlit night")  # a disc stands high, and needs room
+    under = sky in ("noon", "moonlit night")  # sun or moon is high and needs room
     spots = _spots(rng, kinds, counts, rows, under)
     groups, places = [], []
     for kind, colour, row_spots, count in zip(kinds, colours, spots, counts, strict=True):
@@ -193,11 +193,11 @@ def _spots(
     rows: list[str],
     under: bool,
 ) -> list[list[tuple[float, float, float]]]:
-    """Objects of one row share its width; those of two rows stand where they like."""
+    """Place objects: those of one row share its width, those of two rows are independent."""
     result: list[list[tuple[float, float, float]]] = []
     if len(kinds) == 2 and rows[0] == rows[1]:
         across = _across(sum(counts))
-        if rng.random() < 0.5:  # the first group may stand on either side
+        if rng.random() < 0.5:  # the first group may be on either side
             halves = across[: counts[0]], across[counts[0] :]
         else:
             halves = across[counts[1] :], across[: counts[1]]
@@ -226,13 +226,13 @@ def _spots(
 
 
 def _across(count: int) -> list[float]:
-    """Places of objects in a row, from left to right."""
+    """Return the positions of objects in a row, from left to right."""
     first, pitch = {1: (8, 0), 2: (4, 8), 3: (3, 5)}[count]
     return [STEP * (first + pitch * i) for i in range(count)]
 
 
 def _relation(groups: list[Group]) -> str | None:
-    """How the first group lies to the second, where anyone would say so."""
+    """Return the relation of the first group to the second if it is unmistakable."""
     first, second = groups
     rows = _row(first.kind), _row(second.kind)
     dx = np.mean([s[0] for s in first.spots]) - np.mean([s[0] for s in second.spots])
@@ -247,7 +247,7 @@ def _relation(groups: list[Group]) -> str | None:
 
 
 def named_colours(kind: str) -> bool:
-    """Clouds are as white as the light lets them be, and no caption says more."""
+    """Whether captions name the colour of this kind. Clouds have only one."""
     return len(WEARS[kind]) > 1
 
 

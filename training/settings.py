@@ -1,4 +1,4 @@
-"""Every number of the recipe in one table, for a GPU, for two CPU cores, and for a test."""
+"""All settings of the recipe, with presets for a GPU, for two CPU cores, and for a test."""
 
 from dataclasses import dataclass, fields, replace
 
@@ -23,8 +23,11 @@ def _autoencoder(encoder: tuple[int, ...], decoder: tuple[int, ...], head: int =
 
 
 def _transformer(heads: int, layers: int, text: int, sample_size: int) -> DiTConfig:
-    """With the table of positions that the 2K and 4K models have: a small grid tells little of
-    where a token is, and over `sample_size` it means the same place at both resolutions."""
+    """Return a configuration with the position embedding of the 2K and 4K models.
+
+    Without it a small grid reveals little about the position of a token. Relative to `sample_size`
+    the embedding of a place in the image is the same at both resolutions.
+    """
     return DiTConfig(
         num_attention_heads=heads,
         attention_head_dim=32,
@@ -40,28 +43,28 @@ def _transformer(heads: int, layers: int, text: int, sample_size: int) -> DiTCon
 
 @dataclass(frozen=True)
 class Settings:
-    # What is trained: 2.9 M, 7.6 M and 0.9 M parameters, 23 MB in bfloat16.
+    # Models of 2.9 M, 7.6 M and (text) 0.9 M parameters, 23 MB in bfloat16.
     autoencoder: DCAEConfig = _autoencoder((8, 16, 32, 64, 128, 128), (16, 32, 64, 64, 128, 128))
     transformer: DiTConfig = _transformer(heads=7, layers=9, text=128, sample_size=16)
     text_width: int = 128
     text_layers: int = 4
-    low_side: int = 256  # the cascade: pixels of its first and second resolution
+    low_side: int = 256  # pixels of the two resolutions of the cascade
     high_side: int = 512
 
-    # Stage 1, the autoencoder: crops out of pictures of both sizes.
+    # Stage 1, the autoencoder, on crops of images of both sizes.
     crop: int = 128
     autoencoder_steps: int = 9000
     autoencoder_batch: int = 64
     autoencoder_rate: float = 1e-3
-    # Noise put on the latents, so that the decoder forgives what a sampler gets wrong, and the
-    # pull towards zero that keeps the encoder from escaping it by growing. Together: a standard
-    # deviation near one.
+    # Noise on the latents, which makes the decoder tolerant of a sampler's errors, and a penalty
+    # that prevents the encoder from outgrowing it. Together they lead to a standard deviation
+    # near one.
     latent_noise: float = 0.3
     latent_decay: float = 2e-3
-    # Its decoder alone, finetuned last on pictures that are whole.
+    # Fine-tuning of the decoder alone, after stage 3, on crops of `low_side`.
     decoder_steps: int = 2000
     decoder_batch: int = 32
-    decoder_rate: float = 1e-4  # at 5e-4 the error rises by half before it comes back
+    decoder_rate: float = 1e-4  # at 5e-4 the error rises by half before it recovers
 
     # Stage 2, the text encoder.
     tokenizer_captions: int = 20_000
@@ -69,25 +72,25 @@ class Settings:
     text_batch: int = 256
     text_rate: float = 2e-3
 
-    # Stage 3, the transformer, low resolution then high.
-    low_pictures: int = 49_152  # in the bank of latents
+    # Stage 3, the transformer, at the low and then at the high resolution.
+    low_images: int = 49_152  # in the bank of latents
     low_steps: int = 16_000
     low_batch: int = 512
     low_rate: float = 2e-3
-    high_pictures: int = 16_384
+    high_images: int = 16_384
     high_steps: int = 6000
     high_batch: int = 192
     high_rate: float = 2e-3
-    low_every: int = 4  # of so many batches of the second half one is still low
+    low_every: int = 4  # one in so many batches of the second half has the low resolution
     flow_shift: float = 3.0
-    object_weight: float = 3.0  # in the loss, of a cell that holds an object
+    object_weight: float = 3.0  # in the loss, of a cell that contains an object
     empty_captions: float = 0.1
-    text_scale: float = 0.01  # of the RMS-normalised states at the start (paper, section 2.3)
+    text_scale: float = 0.01  # initial scale of the RMS-normalised states (paper, section 2.3)
     average_decay: float = 0.9995
 
-    # How it is run.
-    workers: int = 14  # processes that draw pictures and word captions
-    save_seconds: float = 60.0  # at a row of the log, and not sooner after the last time
+    # How to run it.
+    workers: int = 14  # processes that draw images and write captions
+    save_seconds: float = 60.0  # least interval; checkpoints are saved at rows of the log
     log_every: int = 25
 
 
@@ -100,10 +103,10 @@ CPU = replace(
     decoder_batch=2,
     text_steps=1500,
     text_batch=128,
-    low_pictures=16_384,
+    low_images=16_384,
     low_steps=1200,
     low_batch=64,
-    high_pictures=6144,
+    high_images=6144,
     high_steps=3600,
     high_batch=24,
     average_decay=0.999,
@@ -125,10 +128,10 @@ TOY = replace(
     tokenizer_captions=1000,
     text_steps=12,
     text_batch=8,
-    low_pictures=48,
+    low_images=48,
     low_steps=12,
     low_batch=8,
-    high_pictures=16,
+    high_images=16,
     high_steps=6,
     high_batch=4,
     save_seconds=0.0,
@@ -138,12 +141,12 @@ PRESETS = {"h200": H200, "cpu": CPU, "toy": TOY}
 
 
 def with_changes(settings: Settings, changes: list[str]) -> Settings:
-    """Numbers given as "name=value"; ValueError for a name that there is not."""
+    """Apply changes given as "name=value"; raise ValueError for an unknown name."""
     kinds = {f.name: type(getattr(settings, f.name)) for f in fields(settings)}
     for change in changes:
         name, _, value = change.partition("=")
         if kinds.get(name) not in (int, float):
             numbers = sorted(n for n, kind in kinds.items() if kind in (int, float))
-            raise ValueError(f"no setting {name!r}; there are {', '.join(numbers)}")
+            raise ValueError(f"unknown setting {name!r}; choose from {', '.join(numbers)}")
         settings = replace(settings, **{name: kinds[name](value)})
     return settings

@@ -1,8 +1,7 @@
-"""Does a picture of shapes show what its scene says? Judged from the pixels, fact by fact.
+"""Check from the pixels alone, fact by fact, whether an image of shapes matches its scene.
 
-Every pixel takes the name of the nearest colour. The object of a colour is the largest connected
-patch of it; its shape is the one whose outline, scaled to the same area and put on the same
-centre, overlaps it best. Nothing here knows how the picture was made.
+Every pixel is assigned the nearest colour. The object of a colour is its largest connected patch,
+and its shape the one whose outline, after scaling to the same area and centring, overlaps most.
 """
 
 from functools import cache
@@ -15,18 +14,18 @@ from training.shapes import COLOURS, POSITIONS, SHAPES, SIZES, Object, Scene, sh
 
 NAMES = list(COLOURS)
 PALETTE = np.array(list(COLOURS.values()), np.float32)
-GRID = 96  # side of the square that outlines are compared in; the shape's area fills a fifth
-# Intersection over union below which a patch is no shape at all. Chosen by eye on drawings of the
-# bundled model: from here up every star, ring and cross is plainly one (thin shapes lose overlap
-# fast), below there are circles with tails.
+GRID = 96  # side of the square in which outlines are compared; a shape fills a fifth of it
+# Least intersection over union for a patch to be a shape. It was chosen by eye on images of the
+# bundled model: above it every star, ring and cross is clearly one (thin shapes lose overlap fast),
+# below it there are circles with tails.
 LEAST_OVERLAP = 0.75
-LEAST_AREA = 0.012  # of the picture, for a patch to count as an object
-LEAST_COVER = 0.9  # of a background's pixels that must have its colour
-FAR_COLOUR = 60.0  # a patch's mean may be this far (in RGB) from the named colour
+LEAST_AREA = 0.012  # of the image; smaller patches are ignored
+LEAST_COVER = 0.9  # least share of a background's pixels in its colour
+FAR_COLOUR = 60.0  # largest RGB distance of a patch's mean from its colour
 
 
 def check(scene: Scene, pixels: np.ndarray) -> dict[str, bool]:
-    """Every attribute that the scene's caption may state -> whether uint8 RGB `pixels` show it."""
+    """Return for every attribute that a caption can state whether uint8 RGB `pixels` show it."""
     names = nearest_colours(pixels)
     verdict = {"background": _background(scene, names, pixels)}
     patches = [_patch(thing, scene, names) for thing in scene.objects]
@@ -50,14 +49,14 @@ def check(scene: Scene, pixels: np.ndarray) -> dict[str, bool]:
 
 
 def nearest_colours(pixels: np.ndarray) -> np.ndarray:
-    """(H, W) indices into `NAMES`, of a picture lightly smoothed against single stray pixels."""
+    """Return indices into `NAMES`, (H, W), after light smoothing against single stray pixels."""
     smooth = ndimage.uniform_filter(pixels.astype(np.float32), size=(3, 3, 1))
     distance = [np.square(smooth - colour).sum(-1) for colour in PALETTE]
     return np.argmin(distance, axis=0)
 
 
 def _background(scene: Scene, names: np.ndarray, pixels: np.ndarray) -> bool:
-    """Of each half (or the whole), the frame of pixels near the edge must have its colour."""
+    """Check that the pixels near the edge of each half (or the whole) have its colour."""
     height, width = names.shape
     frame = np.ones_like(names, bool)
     edge = height // 24
@@ -83,7 +82,7 @@ def _is_colour(colour: str, area: np.ndarray, pixels: np.ndarray) -> bool:
 
 
 def _components(colour: str, names: np.ndarray) -> list[np.ndarray]:
-    """Connected patches of a colour, largest first, small ones left out."""
+    """Return the connected patches of a colour, largest first, without small ones."""
     labels, count = ndimage.label(names == NAMES.index(colour))
     sizes = ndimage.sum_labels(np.ones_like(names), labels, range(1, count + 1))
     order = np.argsort(-np.asarray(sizes))
@@ -98,7 +97,7 @@ def _patch(thing: Object, scene: Scene, names: np.ndarray) -> np.ndarray | None:
 
 
 def _two_patches(scene: Scene, names: np.ndarray) -> list[np.ndarray | None]:
-    """Two objects of one colour: told apart by the relation that they are said to be in."""
+    """Assign two patches of one colour to the two objects by the relation between them."""
     patches = _components(scene.objects[0].colour, names)[:2]
     if len(patches) < 2:
         return [patches[0] if patches else None, None]
@@ -107,7 +106,7 @@ def _two_patches(scene: Scene, names: np.ndarray) -> list[np.ndarray | None]:
 
 
 def _centre(patch: np.ndarray) -> tuple[float, float]:
-    """(x, y) of the bounding box's centre, as fractions of the picture."""
+    """Return the centre (x, y) of the bounding box, as fractions of the image."""
     rows, columns = np.nonzero(patch)
     height, width = patch.shape
     return (
@@ -129,13 +128,13 @@ def position_of(patch: np.ndarray) -> str:
 
 
 def size_of(patch: np.ndarray) -> str:
-    """By the radius that a shape of this kind and area has."""
+    """Classify the size by the radius of a shape of this kind and area."""
     area = patch.mean() / _unit_area(shape_of(patch) or "circle")
     return min(SIZES, key=lambda name: abs(np.log(np.sqrt(area) / SIZES[name])))
 
 
 def shape_of(patch: np.ndarray) -> str | None:
-    """The best overlapping outline, None if none overlaps well."""
+    """Return the shape whose outline overlaps most, None if none overlaps enough."""
     normal = _normalised(patch)
     overlap = {
         shape: float((normal & template).sum() / (normal | template).sum())
@@ -146,7 +145,7 @@ def shape_of(patch: np.ndarray) -> str | None:
 
 
 def _normalised(patch: np.ndarray) -> np.ndarray:
-    """The patch resampled to (GRID, GRID) bool with its centroid in the middle and fixed area."""
+    """Resample a patch to bool (GRID, GRID), centred and scaled to a fixed area."""
     return resample(patch, scaled_grid(patch, GRID)) > 0.5
 
 
@@ -161,19 +160,19 @@ def _unit_area(shape: str) -> float:
 
 
 def _unit_shape(shape: str) -> np.ndarray:
-    """A shape of radius 1, on a square of side 3.2 around it."""
+    """Rasterise a shape of radius 1 in a square of side 3.2 around it."""
     axis = np.linspace(-1.6, 1.6, 512, dtype=np.float32)
     return shape_distance(shape, *np.meshgrid(axis, axis)) < 0
 
 
 def _nothing_else(scene: Scene, names: np.ndarray, found: list[np.ndarray]) -> bool:
-    """No other patch of a colour that is neither the background's nor an object found."""
+    """Check that there is no patch besides the background and the objects found."""
     taken = np.zeros_like(names, bool)
     for patch in found:
         taken |= ndimage.binary_dilation(patch, iterations=4)
     ground = [NAMES.index(colour) for colour in scene.background]
     stray = ~taken & ~np.isin(names, ground)
-    if len(ground) == 2:  # the seam between the halves takes in-between colours
+    if len(ground) == 2:  # between the halves, colours are mixed
         middle = np.indices(names.shape)[scene.axis] * 2 - names.shape[scene.axis]
         stray &= np.abs(middle) > names.shape[scene.axis] // 16
     labels, count = ndimage.label(ndimage.binary_opening(stray, iterations=2))

@@ -1,9 +1,9 @@
-"""The first of the two worlds the bundled model knows: flat shapes on plain or two-tone grounds.
+"""Flat shapes on plain or two-tone backgrounds, one of the two kinds of training images.
 
-A `Scene` says what is in a picture; `draw` makes the pixels, `describe` one of many captions.
-Lengths are fractions of the picture's side, x to the right and y down. As in `scenes`, where a
-thing stands, and how large it is, follow from what the caption tells: a shape of which it says
-neither is of medium size and in the centre.
+A `Scene` determines its image completely; `draw` paints it and `describe` writes one of many
+captions. Lengths are fractions of the image's side, with x to the right and y down. As in `scenes`,
+position and size of a shape follow from the caption: a shape without either is of medium size and
+in the centre.
 """
 
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ POSITIONS = {
     "top": (0.5, 0.25),
     "bottom": (0.5, 0.75),
 }
-OUTER = 1.2  # radii that the farthest reaching shape takes
+OUTER = 1.2  # reach of the largest shape, in radii
 RELATIONS = ("above", "below", "left of", "right of")
 
 
@@ -48,22 +48,22 @@ class Object:
     x: float
     y: float
     radius: float
-    size: str | None = None  # the word in the caption, None for none
+    size: str | None = None  # as stated in the caption, None if it is not
     position: str | None = None
 
 
 @dataclass(frozen=True)
 class Scene:
-    """One object, or two of which the first stands in `relation` to the second."""
+    """One object, or two with the `relation` of the first to the second."""
 
     objects: tuple[Object, ...]
     background: tuple[str, ...]  # one colour, or two
-    axis: int = 0  # of a two-tone background: 0 first above second, 1 first left of second
+    axis: int = 0  # of a two-tone background: 0: first above second, 1: first left of second
     relation: str | None = None
 
     @property
     def held_out(self) -> bool:
-        """One in twelve combinations of colours, shapes and relation is never trained on."""
+        """Whether training omits these colours, shapes and relation, 1 combination in 12."""
         parts = [f"{o.colour} {o.shape}" for o in self.objects]
         key = "|".join([*parts, *self.background, self.relation or ""])
         return crc32(key.encode()) % 12 == 0
@@ -83,7 +83,7 @@ class Scene:
 
 
 def sample_scene(rng: np.random.Generator, objects: int | None = None) -> Scene:
-    """A scene at random; two objects in 55 of 100 unless `objects` says how many."""
+    """Sample a scene of one or two objects, with probability 0.45 and 0.55 if not given."""
     count = objects or (2 if rng.random() < 0.55 else 1)
     two_tone = rng.random() < 0.25
     names = [str(c) for c in rng.permutation(list(COLOURS))]
@@ -94,7 +94,7 @@ def sample_scene(rng: np.random.Generator, objects: int | None = None) -> Scene:
         size = str(rng.choice(list(SIZES)))
         position = "centre" if rng.random() < 0.4 else str(rng.choice(list(POSITIONS)))
         radius = SIZES[size]
-        inset = OUTER * radius  # keeps every shape whole inside the picture
+        inset = OUTER * radius  # keeps every shape completely inside the image
         x, y = (float(np.clip(at, inset, 1 - inset)) for at in POSITIONS[position])
         found = Object(
             shape=str(rng.choice(SHAPES)),
@@ -131,11 +131,11 @@ def training_scene(rng: np.random.Generator) -> Scene:
             return scene
 
 
-# --- words ---------------------------------------------------------------------------------
+# --- captions ------------------------------------------------------------------------------
 
 
 def describe(scene: Scene, rng: np.random.Generator) -> str:
-    """A caption in one of many wordings; every word in it is true of the picture."""
+    """Write a caption in one of many wordings; all that it states is true."""
     pick = lambda *options: str(options[int(rng.integers(len(options)))])  # noqa: E731
     names = [_name(o, pick) for o in scene.objects]
     ground = _ground(scene, pick)
@@ -207,7 +207,7 @@ def _ground(scene: Scene, pick) -> str:
 
 
 def draw(scene: Scene, side: int, window: tuple[int, int, int] | None = None) -> np.ndarray:
-    """uint8 RGB (side, side, 3), anti-aliased; only the `window` (top, left, size) if given."""
+    """Draw uint8 RGB (side, side, 3), anti-aliased, or only a `window` (top, left, size) of it."""
     top, left, size = window or (0, 0, side)
     x = (np.arange(left, left + size, dtype=np.float32) + 0.5)[None, :] / side
     y = (np.arange(top, top + size, dtype=np.float32) + 0.5)[:, None] / side
@@ -226,13 +226,13 @@ def draw(scene: Scene, side: int, window: tuple[int, int, int] | None = None) ->
 
 
 def _paint(image: np.ndarray, distance: np.ndarray, colour: str) -> None:
-    """Cover the pixels where the signed distance (in pixels) is negative, edges in proportion."""
+    """Fill the pixels with a negative signed distance (in pixels), edges by coverage."""
     cover = np.clip(0.5 - distance, 0, 1)[..., None]
     image += cover * (np.array(COLOURS[colour], np.float32) - image)
 
 
 def shape_distance(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Signed distance to a shape of radius about 1 around the origin, negative inside."""
+    """Return the signed distance to a shape of radius about 1 around the origin."""
     if shape == "circle":
         return np.hypot(u, v) - 0.95
     if shape == "ring":

@@ -1,7 +1,7 @@
-"""Stage 2: a tokenizer for the captions and a small Gemma-2 that has understood them.
+"""Stage 2: a tokenizer for the captions and a small Gemma-2 that reads them.
 
-The released models condition on a frozen language model. Ours is pretrained to say, from the
-state of a caption's last token, everything the caption states; then it is frozen too.
+The released models are conditioned on a frozen language model. This one is pretrained to predict,
+from the state of a caption's last token, every fact that the caption states, and then frozen.
 """
 
 import json
@@ -29,18 +29,19 @@ from training.prompts import prompts
 from training.settings import Settings
 from training.world import QUESTIONS, describe, training_sample
 
-os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are forks of this process
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are forked from this process
 
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>"]
 
 
 def train_tokenizer(path: Path, seed: int, captions: int) -> None:
-    """Byte-fallback BPE in Gemma's form: spaces become "▁", any text has an encoding."""
+    """Train a byte-fallback BPE in Gemma's format: spaces become "▁", any text can be encoded."""
     rng = np.random.default_rng(seed)
     texts = [describe(training_sample(rng), rng).text for _ in range(captions)]
     learner = Tokenizer(models.BPE())
     learner.normalizer = normalizers.Replace(" ", "▁")
-    learner.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")  # no token spans words
+    # No token crosses a word boundary.
+    learner.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
     printable = [chr(c) for c in range(33, 127)]
     learner.train_from_iterator(
         texts,
@@ -101,7 +102,7 @@ def encoder_config(vocabulary: int, width: int, layers: int) -> Gemma2Config:
 
 
 class Reader(nn.Module):
-    """The encoder with one linear question per fact that a caption can state."""
+    """The encoder with a linear classifier for every fact that a caption can state."""
 
     def __init__(self, vocabulary: int, width: int, layers: int) -> None:
         super().__init__()
@@ -115,7 +116,7 @@ class Reader(nn.Module):
 
 
 def tokenise(tokenizer: Tokenizer, captions: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Right-padded ids and mask, both int64 (B, longest)."""
+    """Return right-padded ids and their mask, both int64 (B, longest)."""
     rows = [e.ids for e in tokenizer.encode_batch(captions)]
     lengths = np.array([len(row) for row in rows])
     mask = (np.arange(lengths.max()) < lengths[:, None]).astype(np.int64)
@@ -127,7 +128,7 @@ def tokenise(tokenizer: Tokenizer, captions: list[str]) -> tuple[np.ndarray, np.
 
 @dataclass(frozen=True)
 class Captions:
-    """ids and mask of a step's captions, and the index of each one's answer to each question."""
+    """Ids and mask of a step's captions, and the index of every answer, (B, questions)."""
 
     seed: int
     batch: int
@@ -135,9 +136,9 @@ class Captions:
 
     def __call__(self, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         rng = np.random.default_rng((self.seed, 3, step))
-        told = [describe(training_sample(rng), rng) for _ in range(self.batch)]
-        ids, mask = tokenise(self.tokenizer, [one.text for one in told])
-        answers = [[QUESTIONS[q].index(one.facts.get(q)) for q in QUESTIONS] for one in told]
+        captions = [describe(training_sample(rng), rng) for _ in range(self.batch)]
+        ids, mask = tokenise(self.tokenizer, [one.text for one in captions])
+        answers = [[QUESTIONS[q].index(one.facts.get(q)) for q in QUESTIONS] for one in captions]
         return ids, mask, np.array(answers)
 
 
@@ -159,24 +160,25 @@ def stage(settings: Settings, machine: Machine, seed: int, tokenizer: Tokenizer)
     return Stage("text", model, settings.text_steps, settings.text_rate, 0.99, captions, losses)
 
 
-def finished(
+def train_text_encoder(
     folder: Path, settings: Settings, machine: Machine, seed: int
 ) -> tuple[Tokenizer, Gemma2Model]:
-    """Tokenizer and frozen encoder; trains what is not done yet."""
+    """Return tokenizer and frozen encoder, after running the steps that are not done yet."""
     path = folder / "tokenizer" / "tokenizer.json"
     if not path.is_file():
         train_tokenizer(path.parent, seed, settings.tokenizer_captions)
     tokenizer = Tokenizer.from_file(str(path))
     reader = train(stage(settings, machine, seed, tokenizer), folder, machine, seed)
-    (folder / "reading.json").write_text(json.dumps(reading(tokenizer, reader, machine)) + "\n")
+    accuracy = reading_accuracy(tokenizer, reader, machine)
+    (folder / "reading.json").write_text(json.dumps(accuracy) + "\n")
     return tokenizer, reader.encoder
 
 
 @torch.no_grad()
-def reading(tokenizer: Tokenizer, reader: nn.Module, machine: Machine) -> dict[str, float]:
-    """Of each category of the evaluation's prompts, the share that is read right in every fact.
+def reading_accuracy(tokenizer: Tokenizer, reader: nn.Module, machine: Machine) -> dict[str, float]:
+    """Return, by category, the share of evaluation prompts of which every fact is read correctly.
 
-    What is not read cannot be drawn; and the words of these prompts are not those of training.
+    The wording of these prompts differs from that of the training captions.
     """
     asked = prompts()
     batch = (torch.from_numpy(part) for part in tokenise(tokenizer, [p.text for p in asked]))

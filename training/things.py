@@ -1,8 +1,8 @@
-"""How the nine objects are drawn: each a list of parts, painted in turn.
+"""The nine kinds of objects as lists of parts, which are painted in order.
 
-A part is a role and an outline in the object's own units: u from -1 to 1 to the right, v from -1
-at its top to 1 at its foot. "main" is the colour that a caption names, "shade" is the same colour
-out of the light, and the rest are details.
+A part is a role and an outline in the object's own units: u from -1 to 1 to the right, v from -1 at
+its top to 1 at its bottom. "main" is the colour named in captions, "shade" a darker tone of it, and
+all other roles are details.
 """
 
 from collections.abc import Callable
@@ -166,7 +166,7 @@ THINGS: dict[str, tuple[Part, ...]] = {
         ),
     ),
 }
-# How far the outline reaches, as (width, top, bottom) in the same units: what a layout must keep.
+# Extent of the outline, as (width, top, bottom) in the same units, for the layout.
 REACH = {
     "house": (0.88, -1.0, 1.0),
     "tree": (0.8, -1.0, 1.0),

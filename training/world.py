@@ -1,4 +1,4 @@
-"""Both worlds as one: what the stages of the training see."""
+"""Scenes and shapes behind one interface, which the stages of training use."""
 
 import math
 
@@ -6,23 +6,23 @@ import numpy as np
 
 from training import captions, painter, scenes, shapes
 
-SHAPES_SHARE = 0.4  # shapes come in more sizes and places than objects of a scene
+SHAPES_SHARE = 0.4  # shapes have more sizes and positions than the objects of scenes
 Sample = scenes.Scene | shapes.Scene
 
 
 def training_sample(rng: np.random.Generator) -> Sample:
-    """A scene of one of the worlds that is not held out for the evaluation."""
+    """Sample a scene or shapes that are not held out for the evaluation."""
     return (shapes if rng.random() < SHAPES_SHARE else scenes).training_scene(rng)
 
 
 def draw(sample: Sample, side: int, window: tuple[int, int, int] | None = None) -> np.ndarray:
-    """uint8 RGB (side, side, 3); only the `window` (top, left, size) if given."""
+    """Paint a sample, uint8 RGB (side, side, 3), or only a `window` (top, left, size) of it."""
     paint = shapes.draw if isinstance(sample, shapes.Scene) else painter.paint
     return paint(sample, side, window)
 
 
 def objects_at(sample: Sample, cells: int) -> np.ndarray:
-    """bool (cells, cells): where in a grid of the picture an object is, by its box."""
+    """Return which cells of a grid over the image an object's box covers, bool (cells, cells)."""
     found = np.zeros((cells, cells), bool)
     for left, right, top, bottom in sample.boxes:
         rows, columns = (
@@ -39,7 +39,7 @@ def describe(sample: Sample, rng: np.random.Generator) -> captions.Caption:
     return captions.caption(sample, rng)
 
 
-# Every question that a caption can answer, with its answers; None where it does not say.
+# Every fact that a caption can state, with its possible values; None if it is not stated.
 QUESTIONS: dict[str, list[str | None]] = {
     "sky": [None, *scenes.SKIES, "night"],
     "land": [None, *scenes.LANDS],

@@ -69,13 +69,13 @@ def test_it_follows_most_prompts_it_was_not_trained_on(world, side, every):
     """A sample of `python -m training.evaluate`; the whole is in benchmarks/demo/."""
     from sana_cli.weights.layout import folder_parts
     from sana_cli.weights.model_files import open_model
-    from training.evaluate import pictures, recipe, scene_questions, shape_questions
+    from training.evaluate import draw_images, recipe, scene_questions, shape_questions
 
     files = open_model(folder_parts(DEMO))
     ask = {"scenes": scene_questions, "shapes": shape_questions}[world]
     asked = list(enumerate(ask()))[::every]
     how = files.flow_shift, 20, 4.5
-    drawn = pictures([recipe(q.prompt, i, *how, side=side) for i, q in asked], files, "cpu")
+    drawn = draw_images([recipe(q.prompt, i, *how, side=side) for i, q in asked], files, "cpu")
     right = [all(q.judge(p).values()) for (_, q), p in zip(asked, drawn, strict=True)]
     assert len(right) == 20
     assert sum(right) >= 17

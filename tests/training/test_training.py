@@ -75,34 +75,34 @@ def _draws(folder: Path) -> None:
     """What was exported is a model like any other."""
     from sana_cli.weights.layout import folder_parts
     from sana_cli.weights.model_files import open_model
-    from training.evaluate import pictures, recipe
+    from training.evaluate import draw_images, recipe
 
     files = open_model(folder_parts(folder))
     one = recipe("a red house", 1, files.flow_shift, 2, 4.5, side=64)
-    (pixels,) = pictures([one], files, "cpu")
+    (pixels,) = draw_images([one], files, "cpu")
     assert pixels.shape == (64, 64, 3)
 
 
 def test_worker_processes_make_the_same_batches_in_the_same_order():
     from training.autoencoder import Crops
-    from training.loop import ahead
+    from training.loop import prefetch
 
     crops = Crops(seed=1, stream=1, sides=(64, 96), batch=2, crop=32)
-    alone, helped = (list(ahead(crops, range(3, 9), workers)) for workers in (0, 2))
+    alone, helped = (list(prefetch(crops, range(3, 9), workers)) for workers in (0, 2))
     assert len(alone) == 6
     assert all(np.array_equal(a, b) for a, b in zip(alone, helped, strict=True))
 
 
 def test_many_matrices_at_once_become_orthogonal(one_thread):
-    from training.optim import orthogonalised
+    from training.optim import orthogonalise
 
     torch.manual_seed(0)
     for shape in ((3, 24, 64), (3, 64, 24)):
-        made = orthogonalised(torch.randn(shape))
+        made = orthogonalise(torch.randn(shape))
         values = torch.linalg.svdvals(made)
         assert values.min() > 0.6 and values.max() < 1.3
-        alone = torch.cat([orthogonalised(one[None]) for one in torch.unbind(made)])
-        assert torch.allclose(alone, orthogonalised(made), atol=1e-5)
+        alone = torch.cat([orthogonalise(one[None]) for one in torch.unbind(made)])
+        assert torch.allclose(alone, orthogonalise(made), atol=1e-5)
 
 
 def test_gradients_through_fast_products_are_those_of_float64(one_thread):
@@ -215,14 +215,14 @@ def test_both_worlds_are_in_the_training():
 
 
 def test_a_run_goes_on_with_the_numbers_it_was_begun_with(tmp_path, capsys):
-    from training.__main__ import begun_otherwise, main
+    from training.__main__ import changed_settings, main
     from training.settings import TOY, with_changes
 
-    assert begun_otherwise(tmp_path / "settings.json", TOY, 1) == []
-    assert begun_otherwise(tmp_path / "settings.json", with_changes(TOY, ["workers=3"]), 1) == []
+    assert changed_settings(tmp_path / "settings.json", TOY, 1) == []
+    assert changed_settings(tmp_path / "settings.json", with_changes(TOY, ["workers=3"]), 1) == []
     with pytest.raises(SystemExit):
         main(["--preset", "toy", "--set", "low_steps=7", "--run", f"{tmp_path}"])
-    assert "begun with other low_steps" in capsys.readouterr().err
+    assert "started with other low_steps" in capsys.readouterr().err
     assert not list(tmp_path.glob("*.safetensors"))
 
 
