@@ -26,6 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from sana_cli.bench.competitor import psnr
 from sana_cli.system.devices import give_back
 
 RELEASED = {
@@ -125,12 +126,6 @@ def measure(way: str, side: int, options: argparse.Namespace) -> dict:
 
 def picture_name(way: str, side: int, options: argparse.Namespace) -> str:
     return f"{way}-{side}-{options.dtype}-{options.device}.npy".replace("/", "-").replace(" ", "-")
-
-
-def psnr(one: np.ndarray, other: np.ndarray) -> float | None:
-    """In dB; None if the two are equal."""
-    error = np.mean((one.astype(np.float32) - other.astype(np.float32)) ** 2)
-    return float(10 * np.log10(255**2 / error)) if error else None
 
 
 def run_row(way: str, side: int, options: argparse.Namespace) -> dict:

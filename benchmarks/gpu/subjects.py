@@ -51,9 +51,3 @@ def snr(x: Tensor, reference: Tensor) -> float:
     x, reference = x.double().cpu(), reference.double().cpu()
     noise = (x - reference).square().sum()
     return float(10 * torch.log10(reference.square().sum() / noise)) if noise else math.inf
-
-
-def psnr(one: Tensor, other: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB of images in 0 to 255."""
-    error = float((one.double() - other.double()).square().mean())
-    return 10 * math.log10(255**2 / error) if error else math.inf
