@@ -83,7 +83,7 @@ class Scene:
 
     @property
     def held_out(self) -> bool:
-        """Whether training omits these objects (of one: with sky and land): 1 set in 12."""
+        """Whether training omits these objects (for one: with sky and land); 1 set in 12."""
         if not self.groups:
             return False
         parts = sorted(f"{g.count} {g.colour} {g.kind}" for g in self.groups)

@@ -63,7 +63,7 @@ class Scene:
 
     @property
     def held_out(self) -> bool:
-        """Whether training omits these colours, shapes and relation, 1 combination in 12."""
+        """Whether training omits these colours, shapes and relation; 1 set in 12."""
         parts = [f"{o.colour} {o.shape}" for o in self.objects]
         key = "|".join([*parts, *self.background, self.relation or ""])
         return crc32(key.encode()) % 12 == 0
