@@ -87,7 +87,7 @@ def test_every_command_works(line, folder, sana):
         run = sana("generate", "a red ring", *TINY, "-o", "fox-7.png")
         assert run.code == 0, run.err
         words = ["fox-7.png" if word == "*.png" else word for word in words]
-    if verb == "generate":
+    if verb == "generate" and "--server" not in words:
         words = ["a red ring" if word == "-" and at == 0 else word for at, word in enumerate(words)]
         run = sana(verb, *words, "--dry-run", "--offline")
         assert run.code in (0, 5), run.err  # 5: its model is not on this machine
@@ -139,4 +139,4 @@ def test_every_module_that_a_page_names_exists():
     for name, text in PAGES.items():
         for file in re.findall(r"`([\w./-]+\.py)`", text):
             found = any(f"/{path}".endswith(f"/{file.lstrip('./')}") for path in tracked)
-            assert found or file.startswith("X"), f"{file} in {name}"
+            assert found or Path(file).name.startswith("X"), f"{file} in {name}"

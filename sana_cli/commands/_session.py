@@ -23,7 +23,10 @@ def open_session(
     *,
     keep_loaded: bool = True,
 ) -> "Session":
-    """UsageError for options that are the server's to choose."""
+    """Open the session of a command, which is closed when the command ends.
+
+    UsageError for options that are the server's to choose.
+    """
     if server:
         for name in declared(RunOptions):
             if was_typed(context, name):
@@ -36,10 +39,10 @@ def open_session(
 
         session = RemoteSession(server, os.environ.get("SANA_TOKEN", "").strip() or None, console)
         console.info(f"drawn by the server at {session.url}")
-        return session
+        return context.with_resource(session)
     from sana_cli.session import Session
 
-    return Session(
+    session = Session(
         device=running.device,
         memory=parse_memory(running.memory),
         cache=running.cache,
@@ -47,3 +50,4 @@ def open_session(
         keep_loaded=keep_loaded,
         reporter=console,
     )
+    return context.with_resource(session)

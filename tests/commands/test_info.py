@@ -113,7 +113,7 @@ def test_the_line_names_everything_that_it_can_and_says_what_it_cannot(sana):
     for changes, remark in [
         ({"instruction": "Draw: "}, "its instruction text is not the one of this version"),
         ({"model": "my model"}, "its model was a folder called 'my model'"),
-        ({"image": "ab" * 32, "strength": 0.5}, "a picture whose RGB bytes have SHA-256 'abab"),
+        ({"image": "ab" * 32, "strength": 0.5}, "an image whose RGB bytes have SHA-256 'abab"),
     ]:
         assert remark in sana("info", "--command", save(**changes)).err
 

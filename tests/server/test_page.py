@@ -114,7 +114,7 @@ def test_a_recipe_is_reused_copied_and_forgotten(served, opened):
     assert copied.startswith("sana generate 'a blue star' --negative red --model demo")
     before = page.locator("#gallery li").count()
     card.get_by_role("button", name="Forget").click()
-    page.wait_for_function(f"document.querySelectorAll('#gallery li').length < {before}")
+    served.until(lambda: page.locator("#gallery li").count() < before)
     assert not any(
         one["recipe"]["prompt"] == "a blue star" and one["recipe"]["seed"] == 5
         for one in served.client.get("/v1/images").json()["data"]
@@ -125,7 +125,7 @@ def test_cancel_stops_the_job(served, opened):
     page = opened(served.url)
     fill(page, steps=1000)
     page.click("#go")
-    page.wait_for_function("document.getElementById('progress').value > 0")
+    served.until(lambda: page.evaluate("document.getElementById('progress').value") > 0)
     page.keyboard.press("Escape")
     assert done(page) == "Cancelled."
     served.until(lambda: not served.jobs())

@@ -27,7 +27,7 @@ FAST = ("-m", "demo", "-r", "256", "--steps", "2")
 )
 def test_generate_writes_the_same_files(sana, served, tmp_path, monkeypatch, words):
     monkeypatch.chdir(tmp_path)
-    Image.new("RGB", (96, 64), (200, 60, 30)).save("in.bmp")
+    Image.new("RGB", (64, 64), (200, 60, 30)).save("in.bmp")
     pixels = np.full((256, 256, 4), 200, np.uint8)
     pixels[:80, :, 3] = 0
     Image.fromarray(pixels).save("in.png")
