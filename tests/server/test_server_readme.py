@@ -29,7 +29,7 @@ def here(served, tmp_path, monkeypatch):
 
     def command(text: str) -> str:
         text = text.replace("http://127.0.0.1:7262", served.url)
-        return text.replace('"num_inference_steps": 8', '"num_inference_steps": 2').replace(
+        return text.replace('"num_inference_steps": 8', '"num_inference_steps": 3').replace(
             "-F mask", "-F steps=2 -F mask"
         )
 
