@@ -37,9 +37,10 @@ def open_session(
             console.info(f"ignored, as the server has its own: {', '.join(kept)}")
         from sana_cli.remote import RemoteSession
 
-        session = RemoteSession(server, os.environ.get("SANA_TOKEN", "").strip() or None, console)
-        console.info(f"drawn by the server at {session.url}")
-        return context.with_resource(session)
+        token = os.environ.get("SANA_TOKEN", "").strip() or None
+        remote = RemoteSession(server, token, console)
+        console.info(f"drawn by the server at {remote.url}")
+        return context.with_resource(remote)
     from sana_cli.session import Session
 
     session = Session(
