@@ -8,7 +8,7 @@ from sana_cli.errors import UsageError
 
 
 def read_baseline(path: Path) -> Facts:
-    """A document that `--save` wrote. UsageError if it is none."""
+    """Read a document that `--save` wrote. UsageError for any other file."""
     hint = "give a file that `sana bench --save` wrote"
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
@@ -28,7 +28,7 @@ def read_baseline(path: Path) -> Facts:
 
 
 def compare(now: Facts, before: Facts) -> Facts:
-    """How this run stands to an earlier one: ratios of medians, below 1 where this is faster.
+    """Compare with an earlier run: ratios of medians, below 1 where this run is faster.
 
     {"sizes": [{"model", "width", "height", "ratios": {phase: …}}], "differences": […]}; sizes that
     only one of them has are left out.
@@ -66,7 +66,7 @@ def _key(size: Facts) -> tuple[str, int, int]:
 
 
 def _machine(document: Facts) -> Facts:
-    """What must be equal for two results to be comparable."""
+    """Return the facts that must be equal for two results to be comparable."""
     names = ("cpu", "cores", "threads", "device", "device_name", "kernels")
     rest = {name: document[name] for name in ("sana", "torch", "triton", "count")}
     return {name: document["machine"][name] for name in names} | rest

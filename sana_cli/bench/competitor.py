@@ -47,7 +47,7 @@ NEEDED = ("diffusers", "transformers")
 
 
 def check_installed() -> None:
-    """UsageError if there is nothing to measure against. Nothing is imported."""
+    """Raise UsageError if diffusers is not installed, without importing it."""
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise UsageError(
@@ -58,7 +58,7 @@ def check_installed() -> None:
 
 @dataclass(frozen=True)
 class Held:
-    """Tensors that a module holds, as the weights of a `Part`."""
+    """The tensors of a module, in the form of the weights of a `Part`."""
 
     module: nn.Module
 
@@ -69,7 +69,7 @@ class Held:
 
 
 class Diffusers:
-    """Its pipeline for a model, ready to draw what the recipe says."""
+    """The pipeline of diffusers for a model, prepared to draw a recipe."""
 
     def __init__(self, recipe: Recipe, files: ModelFiles, device: str, compiled: bool) -> None:
         with warnings.catch_warnings():
@@ -120,7 +120,7 @@ class Diffusers:
         return kind(tokenizer, text, vae, dit, _scheduler(recipe))
 
     def files_that_share(self) -> ModelFiles:
-        """The model with the tensors of diffusers' modules in the place of its own weights."""
+        """Return the model with the tensors of diffusers' modules as its weights."""
         shared = {"transformer": self.pipe.transformer, "text_encoder": self.pipe.text_encoder}
         parts = dict(self.files.parts)
         for name, module in shared.items():
@@ -130,7 +130,7 @@ class Diffusers:
 
     @torch.inference_mode()
     def run(self, recipes: list[Recipe]) -> BenchRun:
-        """Texts once, then picture after picture, by the pipeline's own methods."""
+        """Encode the texts once, then draw image after image with the pipeline's own methods."""
         run, meter = BenchRun(dict.fromkeys(STAGES, 0.0)), Meter(self.device)
         pipe, recipe, sprint = self.pipe, self.recipe, self.files.is_sprint
 
@@ -183,7 +183,7 @@ class Diffusers:
 
 
 def result(theirs: Diffusers, pairs: list[tuple[BenchRun, BenchRun]]) -> Facts:
-    """What is told of pairs of runs, ours before theirs."""
+    """Summarise pairs of runs, ours first."""
     versions = {name: importlib.metadata.version(name) for name in NEEDED}
     seconds: Facts = {}
     ratio: Facts = {}
@@ -208,7 +208,7 @@ def result(theirs: Diffusers, pairs: list[tuple[BenchRun, BenchRun]]) -> Facts:
 
 
 def psnr(one: np.ndarray, other: np.ndarray) -> float | None:
-    """Of two uint8 pictures, in dB; None if they are equal."""
+    """Return the PSNR of two uint8 images in dB; None if they are equal."""
     error = np.mean((one.astype(np.float64) - other.astype(np.float64)) ** 2)
     return float(10 * np.log10(255**2 / error)) if error else None
 

@@ -54,7 +54,7 @@ Facts = dict[str, Any]
 
 
 def surroundings(device: str) -> Facts:
-    """What the numbers depend on beside the model: versions and the machine."""
+    """Describe what the numbers depend on beside the model: versions and the machine."""
     cpu, why = inventory.cpu(), fallback_reason(torch.device(device))
     facts: Facts = {
         "os": inventory.system()["os"],
@@ -80,7 +80,7 @@ def surroundings(device: str) -> Facts:
 
 
 def rates(device: str, dtypes: set[str]) -> Facts:
-    """What the device does at best, in about a second."""
+    """Measure the best rates of the device, in about a second."""
     return {
         "bytes_per_second": bandwidth(device),
         "flops_per_second": {d: matrix_rate(device, getattr(torch, d)) for d in sorted(dtypes)},
@@ -88,7 +88,7 @@ def rates(device: str, dtypes: set[str]) -> Facts:
 
 
 def best(seen: list[Facts]) -> tuple[Facts, float]:
-    """The best of rates that were measured several times, and how many times they differ."""
+    """Return the best of several measurements of the rates, and their largest ratio."""
     copies = [one["bytes_per_second"] for one in seen]
     products = {
         d: [one["flops_per_second"][d] for one in seen] for d in seen[0]["flops_per_second"]
@@ -99,14 +99,14 @@ def best(seen: list[Facts]) -> tuple[Facts, float]:
 
 
 class Meter:
-    """The most memory held since the last look, on a CUDA device or resident in this process."""
+    """Peak memory since the last reading, on a CUDA device or resident in this process."""
 
     def __init__(self, device: str) -> None:
         self.device = device
         self.look()
 
     def look(self) -> int | None:
-        """Bytes; None where the system does not tell, as outside of Linux."""
+        """Return the peak in bytes and reset it; None where the system has no such counter."""
         if self.device.startswith("cuda"):
             peak = torch.cuda.max_memory_allocated(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -122,7 +122,7 @@ class Meter:
 
 @dataclass
 class BenchRun:
-    """What one drawing of all the images took: seconds and peak bytes by phase."""
+    """One drawing of all the images: seconds and peak bytes by phase."""
 
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     peaks: dict[str, int | None] = field(default_factory=dict)
@@ -131,7 +131,7 @@ class BenchRun:
 
     @property
     def total(self) -> float:
-        """With the weights loaded."""
+        """Seconds of everything but loading."""
         return sum(self.seconds[phase] for phase in PHASES[1:])
 
 
@@ -176,7 +176,7 @@ def measure(
 
 
 def summary(runs: list[BenchRun], recipes: list[Recipe], files: ModelFiles, rates: Facts) -> Facts:
-    """The part of the document that follows from the runs: phases, step, pictures a minute."""
+    """Summarise the runs: phases, seconds per step, images per minute."""
     recipe, count = recipes[0], len(recipes)
     phases: Facts = {}
     for phase in PHASES:

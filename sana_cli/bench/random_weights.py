@@ -66,7 +66,7 @@ class RandomTensors:
 
 
 def random_model(model: Model, found: Parts | None, folder: Path, device: str) -> ModelFiles:
-    """A model by its configs, those in `found` if it is here, with weights that are drawn.
+    """Build a model with random weights from its configs: those in `found`, or the released ones.
 
     Configs of a released model that is not here, and a tokenizer that knows the words of the
     instruction and takes about as many tokens for it as Gemma's, are written into `folder`.
@@ -92,7 +92,7 @@ def random_model(model: Model, found: Parts | None, folder: Path, device: str) -
 
 
 def write_configs(files: ModelFiles, folder: Path) -> None:
-    """Everything of the published layout but the weights."""
+    """Write all files of the published layout but the weights."""
     kind = (SPRINT_PIPELINES if files.is_sprint else PIPELINES)[0]
     documents: dict[str, Any] = {
         INDEX: {"_class_name": kind},

@@ -52,7 +52,7 @@ class Work:
 
 
 def bandwidth(device: str) -> float:
-    """Bytes a second, read and written, of a copy on the device; the best of several."""
+    """Measure the bytes per second of a copy, read and written; the best of several."""
     size = COPIED.get(device.split(":")[0], COPIED["cpu"])
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -60,7 +60,7 @@ def bandwidth(device: str) -> float:
 
 
 def matrix_rate(device: str, dtype: torch.dtype) -> float:
-    """Floating-point operations a second of a square matrix product, of the fastest size.
+    """Measure the FLOP per second of square matrix products, at the fastest size.
 
     Sizes are doubled for as long as one product can be expected to take little time.
     """
@@ -76,7 +76,7 @@ def matrix_rate(device: str, dtype: torch.dtype) -> float:
 
 @torch.inference_mode()
 def _best(work: Callable[[], object], device: str, limit: float) -> float:
-    """The fewest seconds that a piece of work took in `limit` seconds, after a first time."""
+    """Repeat a piece of work for `limit` seconds after a warm-up; return the fewest seconds."""
     wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
     if device == "mps":
         wait = torch.mps.synchronize
@@ -97,7 +97,7 @@ def _best(work: Callable[[], object], device: str, limit: float) -> float:
 
 
 def denoising(recipe: Recipe, files: ModelFiles) -> Work:
-    """All the steps of one picture."""
+    """Count the work of all the steps of one image."""
     dtype = getattr(torch, recipe.dit_dtype)
     height, width = _grid(recipe, files)
     tokens, layers, wide = height * width, files.dit.num_layers, files.dit.width
@@ -121,7 +121,7 @@ def denoising(recipe: Recipe, files: ModelFiles) -> Work:
 
 
 def decoding(recipe: Recipe, files: ModelFiles) -> Work:
-    """One picture."""
+    """Count the work of decoding one image."""
     dtype = getattr(torch, recipe.vae_dtype)
     with torch.device("meta"):
         decoder = DCAE(files.vae).decoder.requires_grad_(False).to(dtype)
@@ -143,7 +143,7 @@ def decoding(recipe: Recipe, files: ModelFiles) -> Work:
 
 
 def _branches(decoder: Decoder) -> list[nn.Module]:
-    """What could each be one kernel, up to the last norm, which goes with the last convolution."""
+    """List what could each be one kernel, up to the last norm, which joins the last convolution."""
     found: list[nn.Module] = []
     for stage in decoder.up_blocks:
         for block in stage.children():
@@ -153,7 +153,7 @@ def _branches(decoder: Decoder) -> list[nn.Module]:
 
 
 def operations(run: Callable[[], object]) -> int:
-    """Of matrix products and convolutions, on any device, also on `meta`."""
+    """Count the FLOP of matrix products and convolutions, on any device including `meta`."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with torch.no_grad(), FlopCounterMode(display=False) as counter:

@@ -31,7 +31,7 @@ class Competitor(StrEnum):
 
 @dataclass(frozen=True)
 class Subject:
-    """A model at a size, ready to be measured."""
+    """A model at a size, prepared for measuring."""
 
     request: "DrawRequest"
     plan: "Plan"
@@ -112,7 +112,7 @@ def make_subject(
 
 
 def check_comparable(before: dict[str, Any], subjects: list[Subject]) -> None:
-    """Better known now than after the runs."""
+    """Raise UsageError before the runs if the baseline has none of the subjects."""
     known = {(size["model"], size["width"], size["height"]) for size in before["sizes"]}
     firsts = [subject.request.recipes[0] for subject in subjects]
     if not any((first.model, first.width, first.height) in known for first in firsts):
@@ -180,7 +180,7 @@ def measure_all(
 
 
 def _predicted(subject: Subject) -> dict[str, int]:
-    """Peaks by stage. Only now, as predicting them would itself count as memory of the runs."""
+    """Predict peaks by stage, after the runs: predicting would itself count as their memory."""
     from sana_cli.pipeline.plan import make_plan
 
     plan, request = subject.plan, subject.request
@@ -193,7 +193,7 @@ def _predicted(subject: Subject) -> dict[str, int]:
 def _runs(
     session: "Session", subject: Subject, times: tuple[int, int], folder: Path, watch: Watch
 ) -> "list[BenchRun]":
-    """Run a subject; the runs that count."""
+    """Run a subject; return the runs after the warm-up."""
     from sana_cli.bench.phases import measure
     from sana_cli.pipeline.events import Notice, Progress
 
@@ -224,7 +224,7 @@ def _compete(
     folder: Path,
     watch: Watch,
 ) -> dict[str, Any]:
-    """Run a subject and a competitor in turns; what came of it, or why nothing did."""
+    """Run a subject and a competitor in turns; return the result, or why there is none."""
     from sana_cli.bench.competitor import Diffusers, result
     from sana_cli.bench.phases import measure
     from sana_cli.system.devices import release_unused_memory

@@ -23,7 +23,7 @@ ANY = ("bf16", "fp16", "")
 
 @dataclass(frozen=True)
 class Source:
-    """Some folders of a hub repository at one revision, in one precision."""
+    """Folders of a hub repository at one revision, in one precision."""
 
     repo: str
     revision: str
@@ -35,7 +35,7 @@ class Source:
     root: str = ""  # the kind of a network whose files lie at the root of the repository
 
     def needs(self, present: Collection[str]) -> list[str]:
-        """Of the files in the repository those to fetch. BrokenModel if what it is for lacks."""
+        """Choose the files to fetch among those present. BrokenModel if one is missing."""
         if self.lora is not None:
             return lora_to_fetch(present, self.lora)
         if self.root:
@@ -66,12 +66,12 @@ class Model:
 
     @property
     def sides(self) -> tuple[int, ...]:
-        """All that `--res` may ask of it, the one taken by default first; () where unknown."""
+        """The sides that `--res` may ask for, the default first; () where unknown."""
         return self.squares or ((self.side,) if self.side else ())
 
     @property
     def source(self) -> str:
-        """Where its weights come from, for people."""
+        """The origin of the weights, for messages."""
         if self.sources:
             return self.sources[0].repo
         if self.file is not None:
@@ -82,7 +82,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Component:
-    """An autoencoder in the place of a model's own, or a ControlNet beside its transformer."""
+    """An autoencoder that replaces a model's own, or a ControlNet beside its transformer."""
 
     kind: str  # "vae" or "controlnet"
     name: str
@@ -120,7 +120,7 @@ def _component(kind: str, name: str, row: dict[str, Any]) -> Component:
 
 
 def choose_component(kind: str, name: str) -> Component:
-    """The autoencoder or ControlNet called `name`, in that folder, or of that repository.
+    """Choose the autoencoder or ControlNet called `name`, in a folder, or on the hub.
 
     UsageError if there is none.
     """
@@ -154,7 +154,7 @@ def _source(row: dict[str, Any], folders: tuple[str, ...]) -> Source:
 
 
 def choose_model(name: str | None, request: SizeRequest | None) -> Model:
-    """The model called `name`, on the hub or in that folder; by the resolution when it is None."""
+    """Choose the model called `name`, on the hub or in a folder; by resolution if it is None."""
     models = known_models()
     if name is None:
         # The bundled model is a demonstration: it is never chosen for the user.
@@ -195,7 +195,7 @@ def choose_model(name: str | None, request: SizeRequest | None) -> Model:
 
 
 def model_of(architecture: str, side: int) -> Model:
-    """The released model of an architecture (`weights.toml`), that of `side` if there is one."""
+    """Return a released model of an architecture, preferably one of native side `side`."""
     models = [m for m in known_models().values() if m.architecture == architecture]
     return min(models, key=lambda model: (model.side != side, model.side != DEFAULT_SIDE))
 

@@ -43,7 +43,7 @@ LARGEST_NUMBER = 2**20  # no number of a config is negative, infinite or near th
 
 
 def read_config(cls: type[Config], path: Path) -> tuple[Config, list[str]]:
-    """A config dataclass from the published file, and the keys there that it does not know.
+    """Read a published config into a dataclass; return it and the keys that it lacks.
 
     Keys that the file lacks take the defaults: old files lack the later ones.
     """
@@ -87,7 +87,7 @@ def _frozen(value: Any) -> Any:
 
 
 def refuse_quantised(part: Part) -> None:
-    """BrokenModel for weights that were quantised by some other program; reads headers only.
+    """Raise BrokenModel for weights that another program quantised. Only headers are read.
 
     A file that cannot be opened is left to `load_weights`, which says what is wrong with it.
     """
@@ -165,7 +165,7 @@ def load_weights(
 def move(
     model: nn.Module, files: Sequence[Path | Tensors], device: str, dtype: torch.dtype
 ) -> nn.Module:
-    """`model.to(device, dtype)` of a network whose weights are still in their mapped files.
+    """Move a network whose weights are still in their mapped files, like `model.to`.
 
     What has been converted there is no longer held in memory a second time.
     """
@@ -179,7 +179,7 @@ def move(
 
 
 def read_tensors(source: Path | Tensors, only: str) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a file or of another source whose names begin with `only`, which is stripped.
+    """Yield the tensors of a source whose names begin with `only`, which is stripped.
 
     Those of a file are mapped, and no longer in memory once the next one is asked for.
     """
@@ -196,7 +196,7 @@ def read_tensors(source: Path | Tensors, only: str) -> Iterator[tuple[str, Tenso
 
 @contextmanager
 def open_safetensors(path: Path) -> Iterator[Any]:
-    """The reader of a safetensors file; BrokenModel if it is none, or is cut off."""
+    """Open a safetensors file. BrokenModel for any other file, or one that is cut off."""
     try:
         with safe_open(path, framework="pt") as file:
             yield file
@@ -207,7 +207,7 @@ def open_safetensors(path: Path) -> Iterator[Any]:
 
 
 def on_meta(build: Callable[[Any], Any], config: Any, path: Path) -> Any:
-    """The network of a config with shapes only: nothing is allocated until weights are assigned.
+    """Build the network of a config on the meta device: nothing is allocated until weights are.
 
     `path` is where the config came from, to name it in the BrokenModel.
     """

@@ -61,7 +61,7 @@ class RemoteFile:
 
     @property
     def missing_bytes(self) -> int:
-        """What is still to be fetched of it."""
+        """Bytes that are still to be fetched."""
         if self.pointer.is_file() or self.blob.is_file():
             return 0
         done = self.partial.stat().st_size if self.partial.is_file() else 0
@@ -70,7 +70,7 @@ class RemoteFile:
 
 @dataclass(frozen=True)
 class Listing:
-    """What a source needs from the hub, now."""
+    """The files that a source needs from the hub, at a commit."""
 
     source: Source
     commit: str
@@ -78,7 +78,7 @@ class Listing:
 
 
 def list_source(source: Source, note: Callable[[str], None], newest: bool = False) -> Listing:
-    """The files of a source on the hub, at its pinned commit or, for `newest`, at its revision.
+    """List the files of a source on the hub, at its pinned commit or, for `newest`, its revision.
 
     MissingModel if the hub does not give them, and at once if it cannot be reached: nothing is
     under way yet that waiting would save.
@@ -93,7 +93,7 @@ def list_source(source: Source, note: Callable[[str], None], newest: bool = Fals
 
 
 def holds_lora(repo: str, note: Callable[[str], None]) -> bool:
-    """Whether a repository on the hub is a LoRA's and not a model's."""
+    """Return whether a repository on the hub holds a LoRA and no model."""
     with _explained(repo):
         _, present = _present(repo, "main", note)
     folders = {name.partition("/")[0] for name in present}
@@ -103,7 +103,7 @@ def holds_lora(repo: str, note: Callable[[str], None]) -> bool:
 def _present(
     repo: str, revision: str, note: Callable[[str], None]
 ) -> tuple[str, dict[str, Digest]]:
-    """The commit that a revision means now, and what the hub says of the files in it."""
+    """Resolve a revision: its commit now, and the size and hash of every file."""
     from huggingface_hub import HfApi
 
     info = _again(
@@ -123,7 +123,7 @@ def _present(
 
 
 def fetch(listings: list[Listing], report: TransferReporter) -> None:
-    """Bring every file of the listings into the cache and pin the sources to their commits.
+    """Download every file of the listings into the cache and pin the sources to their commits.
 
     DiskFull before the first byte if they do not fit; MissingModel if the hub fails or sends
     something else than it promised. What was fetched is kept for the next attempt.
@@ -154,7 +154,7 @@ def _check_disk(needed: int) -> None:
 
 
 class _Stopped(Exception):
-    """Another file has failed, or the user has left."""
+    """Raised when another file has failed or the user has interrupted."""
 
 
 def _fetch_at_once(files: list[RemoteFile], report: TransferReporter) -> None:
@@ -267,7 +267,7 @@ def _grow(file: RemoteFile, report: TransferReporter, stop: threading.Event) -> 
 
 @contextmanager
 def _explained(repo: str) -> Iterator[None]:
-    """Turn what the client raises into one line and what to do."""
+    """Turn what the hub's client raises into errors with a hint."""
     import httpx2
     from huggingface_hub import constants, errors
 
@@ -320,7 +320,7 @@ def _again(
     progress: Callable[[], int] = lambda: 0,
     unless_unreachable: bool = False,
 ) -> Result:
-    """Repeat what fails for a passing reason, waiting longer each time nothing came of it.
+    """Repeat what fails for a transient reason, waiting longer after each attempt in vain.
 
     `unless_unreachable` gives up at once where no connection can be made.
     """
@@ -356,7 +356,7 @@ def _wait_after(error: Exception, failures: int) -> float | None:
 
 
 def _is_unreachable(error: Exception) -> bool:
-    """Whether no connection came about: no network, no such host, nobody listening, no proxy."""
+    """Return whether no connection was made: no network, host, listener or proxy."""
     import httpx2
 
     return isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout | httpx2.ProxyError)

@@ -73,7 +73,7 @@ def fetch_parts(model: "Model", reporter: "Reporter", offline: bool) -> "Parts":
 
 
 def fetch_lora(source: "Source", reporter: "Reporter", offline: bool) -> "Path":
-    """The LoRA file of a source (`lora_choice.lora_source`), fetched if it is not here."""
+    """Find the LoRA file of a source (`lora_choice.lora_source`), fetching it if it is missing."""
     from sana_cli.weights.hub_cache import find_lora
 
     path = find_lora(source)

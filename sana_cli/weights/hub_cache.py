@@ -35,14 +35,14 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 
 @dataclass(frozen=True)
 class Digest:
-    """What the hub says of a file: its size, and its sha256 or, where it is small, git's hash."""
+    """Size and hash of a file on the hub: sha256, or git's hash where it is small."""
 
     size: int
     kind: str  # "sha256" or "git"
     value: str
 
     def fits(self, path: Path) -> bool:
-        """Whether the file has this size and this hash. Reads all of it."""
+        """Return whether a file has this size and hash; the whole file is read."""
         if path.stat().st_size != self.size:
             return False
         if self.kind == "sha256":
@@ -65,13 +65,13 @@ def repo_folder(repo: str) -> Path:
 
 
 def snapshot(source: Source) -> Path | None:
-    """The folder of the commit that a source means on this machine; None before any download."""
+    """Return the local folder of the commit that a source means; None before any download."""
     commit = pinned_commit(source)
     return repo_folder(source.repo) / "snapshots" / commit if commit else None
 
 
 def pinned_commit(source: Source) -> str | None:
-    """The commit in `weights.toml`, else that in the lock, else what other tools have fetched."""
+    """Return the commit of `weights.toml`, else of the lock, else of what other tools fetched."""
     if COMMIT.fullmatch(source.revision):
         return source.revision
     if locked := read_lock().get(_key(source)):
@@ -82,14 +82,14 @@ def pinned_commit(source: Source) -> str | None:
 
 
 def commit_of(model: Model) -> str | None:
-    """The commit of the model's own weights; its revision before any download; None of a folder."""
+    """Return the commit of a model's weights; its revision before a download; None of a folder."""
     if not model.sources:
         return None
     return pinned_commit(model.sources[0]) or model.sources[0].revision
 
 
 def find_parts(model: Model) -> Parts | None:
-    """The model's parts if all of them are on this machine, else None.
+    """Find the parts of a model; None unless all are on this machine.
 
     BrokenModel for a folder that the user named and that lacks a part.
     """
@@ -125,7 +125,7 @@ def source_parts(source: Source) -> Parts | None:
 
 
 def find_lora(source: Source) -> Path | None:
-    """The LoRA file of a source if it is whole on this machine, else None.
+    """Find the LoRA file of a source; None unless it is complete on this machine.
 
     For a repository's only one the lock has to tell which that is, unless it has diffusers' name:
     others may be on the hub that were never fetched.
@@ -173,7 +173,7 @@ def read_lock() -> dict[str, Any]:
 
 
 def digests(source: Source) -> dict[str, Digest]:
-    """What the hub said of the source's files when they were fetched, by their names."""
+    """Return the recorded sizes and hashes of a source's files, by name."""
     files = read_lock().get(_key(source), {}).get("files", {})
     return {name: Digest(**facts) for name, facts in files.items()}
 
@@ -220,7 +220,7 @@ def _alone(path: Path) -> Iterator[None]:
 
 
 def stored_files(source: Source) -> dict[str, Path]:
-    """Of the files that the source needs, those on this machine, by their names."""
+    """Find the files of a source on this machine, by name."""
     place = snapshot(source)
     if place is None or not place.is_dir():
         return {}
@@ -234,7 +234,7 @@ def stored_files(source: Source) -> dict[str, Path]:
 
 
 def damaged_files(source: Source) -> list[str]:
-    """Names of files whose size or hash is not the hub's, or that are gone. Reads them all."""
+    """Read all files; return the names of those that are missing or differ from the hub's hash."""
     stored, promised = stored_files(source), digests(source)
     faults = [name for name in promised if _belongs(name, source) and name not in stored]
     for name, path in stored.items():

@@ -46,15 +46,15 @@ ANY_VARIANT = ("", "bf16", "fp16")  # of a folder that nobody has described: the
 
 
 class Tensors(Protocol):
-    """Weights that are in no file: drawn at random, or held in memory by somebody else."""
+    """A source of weights other than a file: random, merged, or in another object's memory."""
 
     def tensors(self, only: str) -> Iterator[tuple[str, Any]]:
-        """Those whose names begin with `only`, which is stripped, each once."""
+        """Yield the tensors whose names begin with `only`, which is stripped, each once."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """One folder of a model on this machine, and the weights to load for it, if any."""
+    """One folder of a model on this machine, and the sources of its weights."""
 
     folder: Path
     weights: tuple[Path | Tensors, ...] = ()
@@ -72,14 +72,14 @@ Parts = dict[str, Part]  # by the folders' names
 
 
 def folder_parts(folder: Path) -> Parts:
-    """The parts of a whole model in one folder. BrokenModel names what is missing."""
+    """Find the parts of a model in one folder. BrokenModel names what is missing."""
     if not (folder / INDEX).is_file():
         raise BrokenModel(f"{folder / INDEX} is missing", "is this folder in the published layout?")
     return {name: find_part(folder / name) for name in CONFIGS}
 
 
 def find_component(folder: Path, kind: str) -> Part:
-    """A network of a kind ("vae", "controlnet") in a folder of its own or of a whole model."""
+    """Find a network of a kind ("vae", "controlnet") in its own folder or in that of a model."""
     inside = folder / kind
     return find_part(inside if inside.is_dir() else folder, kind=kind)
 
@@ -87,7 +87,7 @@ def find_component(folder: Path, kind: str) -> Part:
 def find_part(
     folder: Path, variants: tuple[str, ...] = ANY_VARIANT, kind: str | None = None
 ) -> Part:
-    """A part with its weight files in the first of the variants that is there, else BrokenModel.
+    """Find a part with its weight files, in the first variant that exists, else BrokenModel.
 
     Its kind is the name of the folder unless that is given.
     """
@@ -118,7 +118,7 @@ def find_part(
 
 
 def refuse_pickle(path: Path) -> None:
-    """BrokenModel if a file is a pickle, by its name or by its first bytes."""
+    """Raise BrokenModel if a file is a pickle, by its name or its first bytes."""
     with path.open("rb") as file:
         start = file.read(4)
     # The length of a safetensors header can begin alike, but is followed by zeros.
@@ -128,7 +128,7 @@ def refuse_pickle(path: Path) -> None:
 
 
 def weight_names(stem: str, variant: str) -> tuple[str, str]:
-    """The names of a variant's single file and of its index of shards."""
+    """Return the names of a variant's single file and of its index of shards."""
     dot = f".{variant}" if variant else ""
     return f"{stem}{dot}.safetensors", f"{stem}.safetensors.index{dot}.json"
 
@@ -136,7 +136,7 @@ def weight_names(stem: str, variant: str) -> tuple[str, str]:
 def files_to_fetch(
     present: Collection[str], folders: Collection[str], variants: tuple[str, ...]
 ) -> list[str]:
-    """Of the file names in a repository those that some folders need, in one precision.
+    """Choose the files that some folders of a repository need, in one precision.
 
     BrokenModel if a folder's weights are not there, or not all of their shards.
     """
@@ -150,7 +150,7 @@ def files_to_fetch(
 
 
 def component_to_fetch(present: Collection[str], kind: str, variants: tuple[str, ...]) -> list[str]:
-    """Of the file names in a repository those of a network that lies at its root."""
+    """Choose the files of a network at the root of a repository."""
     return ["config.json", *_weights_to_fetch(present, STEMS[kind], variants)]
 
 
@@ -172,7 +172,7 @@ def _weights_to_fetch(present: Collection[str], stem: str, variants: tuple[str, 
 
 
 def lora_to_fetch(present: Collection[str], file: str) -> list[str]:
-    """Of the file names in a repository the LoRA called `file`, with PEFT's config if it has one.
+    """Choose the LoRA called `file` in a repository, and PEFT's config if there is one.
 
     For "" it is the one that diffusers would take, or the only one. BrokenModel if it is not there.
     """
@@ -200,7 +200,7 @@ def lora_to_fetch(present: Collection[str], file: str) -> list[str]:
 
 
 def beside_lora(file: str) -> str:
-    """The name of PEFT's config of a LoRA file, in the same folder."""
+    """Return the name of PEFT's config beside a LoRA file."""
     return str(PurePosixPath(file).with_name(ADAPTER_CONFIG))
 
 

@@ -94,7 +94,7 @@ READS_WIDTH = re.compile(r".*\.(attn[12]\.to_[qkv]|attn[12]\.to_out\.0|ff\.conv_
 
 @dataclass(frozen=True)
 class Update:
-    """What a LoRA file holds for one module: the names and shapes of its tensors."""
+    """The part of a LoRA file for one module: the names and shapes of its tensors."""
 
     module: str  # as the file calls it, without the container's prefix
     keys: dict[str, str]  # by parameter, as in PARAMETERS
@@ -105,7 +105,7 @@ class Update:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of ΔW as a matrix."""
+        """Shape of ΔW as a matrix."""
         if "A" in self.shapes:
             return self.shapes["B"][0], math.prod(self.shapes["A"][1:])
         return (
@@ -118,7 +118,7 @@ class Update:
         return math.prod(shape[1:]) if axis else shape[0]
 
     def rows(self, file: Any, first: int, last: int, scale: float) -> Tensor:
-        """Rows of scale · ΔW, float32 (last - first, columns), from the open file."""
+        """Read rows of scale · ΔW, float32 (last - first, columns), from the open file."""
 
         def matrix(name: str) -> Tensor:
             return file.get_tensor(self.keys[name]).float().flatten(1)
@@ -133,13 +133,13 @@ class Update:
         return torch.kron(left * (scale * self.factor), right)[first:last]
 
     def bias_rows(self, file: Any, first: int, last: int, scale: float) -> Tensor:
-        """Rows of what is added to the bias, float32."""
+        """Read rows of the update of the bias, float32."""
         return file.get_tensor(self.keys["bias"])[first:last].float() * (scale * self.factor)
 
 
 @dataclass(frozen=True)
 class Lora:
-    """A LoRA file that was read and found to be one. Its tensors stay in it."""
+    """A LoRA file whose header was read and checked. Its tensors stay in the file."""
 
     path: Path
     sha256: str  # of the file and, where its factors are stated beside it, of those
@@ -149,7 +149,7 @@ class Lora:
 
     @property
     def width(self) -> int | None:
-        """Of the transformer it was made for; None if it changes nothing that tells."""
+        """Width of the transformer it was made for; None if none of its modules shows it."""
         for update in self.updates:
             modules = published_modules(update.module, guided=False)
             if modules and READS_WIDTH.fullmatch(modules[0]):
@@ -158,13 +158,13 @@ class Lora:
 
     @property
     def blocks(self) -> list[int]:
-        """Numbers of the blocks that it changes."""
+        """Indices of the blocks that it changes."""
         found = (re.search(r"blocks[._](\d+)[._]", f".{u.module}") for u in self.updates)
         return sorted({int(match[1]) for match in found if match})
 
     @property
     def families(self) -> list[str]:
-        """The sizes of Sana ("0.6B" …) it can be for, by width and number of blocks."""
+        """The sizes of Sana ("0.6B" …) that it fits, by width and number of blocks."""
         least = max(self.blocks, default=-1) + 1
         fitting = {
             name: config.num_layers
@@ -192,7 +192,7 @@ class Rows(NamedTuple):
 
 
 def read_lora(path: Path) -> Lora:
-    """The LoRA in a safetensors file, whatever its container.
+    """Read the LoRA in a safetensors file, in any container.
 
     UsageError if there is no file; BrokenModel for one that is no LoRA, or holds anything that
     could not be applied.
@@ -242,7 +242,7 @@ def read_lora(path: Path) -> Lora:
 
 
 def unchanged_lora(path: Path, sha256: str) -> Lora:
-    """The LoRA that was read from a file before; BrokenModel if the file has changed since."""
+    """Read a LoRA again; BrokenModel if its file has changed."""
     lora = read_lora(path)
     if lora.sha256 != sha256:
         raise BrokenModel(f"{path} has changed since it was first read", "start again")
@@ -250,7 +250,7 @@ def unchanged_lora(path: Path, sha256: str) -> Lora:
 
 
 def _modules(path: Path, names: list[str]) -> tuple[str, dict[str, dict[str, str]]]:
-    """The container, and the names of each module's parameters."""
+    """Return the container and the names of each module's parameters."""
     for pattern, reason, hint in REFUSED:
         refused = sorted(name for name in names if re.fullmatch(pattern, name))
         if refused:
@@ -296,7 +296,7 @@ def _update(
     alpha: float | None,
     config: Mapping[str, Any] | None,
 ) -> Update:
-    """One module's update, after checking that its tensors belong together."""
+    """Build a module's update after checking that its tensors belong together."""
     halves = [{which} if which in keys else {f"{which}_a", f"{which}_b"} for which in ("w1", "w2")]
     whole = {"A", "B"} if keys.keys() & {"A", "B", "bias"} else halves[0] | halves[1]
     if keys.keys() - {"bias"} != whole:
@@ -323,7 +323,7 @@ def _factor(
     alpha: float | None,
     config: Mapping[str, Any] | None,
 ) -> tuple[float | None, float]:
-    """Alpha, and what the product of a module's factors is multiplied by.
+    """Return alpha and the factor of B·A for a module.
 
     A tensor `alpha` gives alpha / rank, and 1 where two whole matrices have no rank, as LyCORIS
     does. Otherwise PEFT's config decides: alpha / rank, or alpha / √rank of an rsLoRA
@@ -352,7 +352,7 @@ def _factor(
 
 
 def _of_module(path: Path, config: Mapping[str, Any], pattern: str, module: str) -> Any:
-    """The entry of `rank_pattern` or `alpha_pattern` for a module: names, or the ends of names.
+    """Find a module's entry in `rank_pattern` or `alpha_pattern`, by name or end of name.
 
     PEFT matches regular expressions; those that are more than a name are refused, as a stranger's
     expression can run for ever.
@@ -369,7 +369,7 @@ def _of_module(path: Path, config: Mapping[str, Any], pattern: str, module: str)
 
 
 def _peft_config(path: Path, stated: Any) -> Mapping[str, Any] | None:
-    """PEFT's config of the transformer's adapter, without the prefix that diffusers adds."""
+    """Return PEFT's config of the transformer's adapter without the prefix of diffusers."""
     if isinstance(stated, str):
         try:
             stated = json.loads(stated)
@@ -406,14 +406,14 @@ def _some(names: list[str]) -> str:
 
 @cache
 def families() -> dict[str, DiTConfig]:
-    """The transformers that a LoRA can be for, by their size as people say it."""
+    """Return the transformers that a LoRA can be for, by size ("0.6B")."""
     sizes = {name.split("-")[-1].upper(): config for name, config in TRANSFORMERS.items()}
     demo, _ = read_config(DiTConfig, PACKAGE / "demo" / "transformer" / "config.json")
     return sizes | {"demo": demo}
 
 
 def fit(lora: Lora, config: DiTConfig) -> dict[str, Rows]:
-    """The rows of updates for each published tensor that a LoRA changes in a transformer.
+    """Map each published tensor that a LoRA changes to the rows of its update.
 
     UsageError if it was made for another one.
     """
@@ -469,7 +469,7 @@ def fit(lora: Lora, config: DiTConfig) -> dict[str, Rows]:
 
 
 def remarks(lora: Lora, config: DiTConfig, names: Sequence[str]) -> list[str]:
-    """What about a LoRA that fits suggests that it was made for another model.
+    """Describe what suggests that a LoRA that fits was made for another model.
 
     `names` are those that the model goes by: its own and its repository's.
     """
@@ -491,7 +491,7 @@ def remarks(lora: Lora, config: DiTConfig, names: Sequence[str]) -> list[str]:
 
 
 def transformer_shapes(config: DiTConfig) -> dict[str, torch.Size]:
-    """The shape of every tensor of a transformer, by published name."""
+    """Return the shape of every tensor of a transformer, by published name."""
     network = on_meta(DiT, config, Path("config.json"))
     return {name: tensor.shape for name, tensor in network.state_dict().items()}
 
@@ -542,7 +542,7 @@ class MergedTensors:
         return f"{self.base[0]} with {self._named()}"
 
     def tensors(self, only: str) -> Iterator[tuple[str, Tensor]]:
-        """BrokenModel if a file is damaged, or a merged tensor is not finite."""
+        """Yield the merged tensors. BrokenModel if a file is damaged or a tensor is not finite."""
         with ExitStack() as stack:
             files = [stack.enter_context(open_safetensors(lora.path)) for lora, _ in self.loras]
             for source in self.base:
@@ -573,7 +573,7 @@ class MergedTensors:
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """What can be said of a LoRA file without a model, as JSON values. Raises as `read_lora`."""
+    """Describe a LoRA file without a model, as JSON values. Raises as `read_lora` does."""
     lora = read_lora(path)
     return {
         "path": str(path),

@@ -17,21 +17,21 @@ FORM = "write FILE.safetensors or OWNER/NAME[/FILE.safetensors], then :SCALE if 
 
 @dataclass(frozen=True)
 class LoraChoice:
-    """A file on this machine, or one of a repository, and the factor of its update."""
+    """A LoRA file on this machine or on the hub, and the scale of its update."""
 
     place: Path | Source
     scale: float = 1.0
 
     @property
     def name(self) -> str:
-        """As people would say it."""
+        """The name for messages."""
         if isinstance(self.place, Path):
             return self.place.name
         return "/".join(filter(None, (self.place.repo, self.place.lora)))
 
 
 def parse_lora(text: str) -> LoraChoice:
-    """What `--lora` asks for. UsageError for a scale that is no number, and for what cannot be."""
+    """Parse a value of `--lora`. UsageError for a scale that is not a number, and other faults."""
     if os.path.isfile(text):  # whatever colons are in its name
         return LoraChoice(Path(text))
     place, scale = _split(text)
@@ -52,7 +52,7 @@ def parse_lora(text: str) -> LoraChoice:
 
 
 def lora_source(repo: str, file: str = "") -> Source:
-    """The LoRA in a repository on the hub: the file named, or the one that is its only LoRA."""
+    """Return the source of a LoRA on the hub: the file named, or the repository's only one."""
     return Source(repo, "main", (), (), lora=file)
 
 

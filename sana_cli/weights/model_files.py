@@ -21,7 +21,7 @@ SPRINT_PIPELINES = ("SanaSprintPipeline", "SanaSprintImg2ImgPipeline")
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """Where a model's parts lie, and the facts in their configs that a recipe depends on."""
+    """The files of a model, and the facts in their configs that a recipe depends on."""
 
     parts: Parts
     dit: DiTConfig
@@ -33,7 +33,7 @@ class ModelFiles:
 
     @property
     def is_sprint(self) -> bool:
-        """Distilled to few steps; guidance is told to its transformer, once a step."""
+        """Whether the model is distilled to few steps, with embedded guidance."""
         return self.dit.guidance_embeds
 
     @property
@@ -42,7 +42,7 @@ class ModelFiles:
 
 
 def released_model(model: Model) -> ModelFiles:
-    """What the configs of a released model say, for one whose files are not on this machine."""
+    """Return the published configs of a released model whose files are not on this machine."""
     if model.architecture is None or model.side is None:
         raise MissingModel(
             f"{model.name} is not on this machine, and nothing is known of it before its download",
@@ -74,7 +74,7 @@ def open_model(parts: Parts) -> ModelFiles:
 
 
 def open_single_file(file: SingleFile, shared: Parts, side: int | None = None) -> ModelFiles:
-    """The model of a transformer in one file, behind the text encoder and autoencoder in `shared`.
+    """Combine a transformer in one file with the text encoder and autoencoder in `shared`.
 
     Its config and flow shift are those of the released architecture that its shapes have, at the
     native `side` in pixels: see `native_side` for what is taken where none is given.
@@ -86,7 +86,7 @@ def open_single_file(file: SingleFile, shared: Parts, side: int | None = None) -
 
 
 def _around(dit: DiTConfig, parts: Parts) -> tuple[DCAEConfig, GemmaConfig, list[str]]:
-    """The configs of the networks around a transformer, and keys there that are unknown.
+    """Read the configs of the networks around a transformer, and their unknown keys.
 
     BrokenModel if they do not go together.
     """
@@ -107,7 +107,7 @@ def _around(dit: DiTConfig, parts: Parts) -> tuple[DCAEConfig, GemmaConfig, list
 
 
 def with_vae(files: ModelFiles, part: Part) -> ModelFiles:
-    """The same model with another autoencoder. BrokenModel if its latents are not the same."""
+    """Replace the autoencoder. BrokenModel if its latents are not the same."""
     vae, unknown = read_config(DCAEConfig, part.config)
     own = files.vae
     if (vae.latent_channels, vae.compression) != (own.latent_channels, own.compression):
@@ -121,7 +121,7 @@ def with_vae(files: ModelFiles, part: Part) -> ModelFiles:
 
 
 def with_controlnet(files: ModelFiles, part: Part) -> ModelFiles:
-    """The same model with a ControlNet. BrokenModel if it was made for another transformer."""
+    """Add a ControlNet. BrokenModel if it was made for another transformer."""
     config, unknown = read_config(ControlNetConfig, part.config)
     try:
         config.check_matches(files.dit)

@@ -44,7 +44,7 @@ BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
 
 
 def published_tensors(name: str, guided: bool) -> tuple[str, ...] | None:
-    """The published tensors whose rows, in order, are those of an original tensor.
+    """Return the published tensors whose rows, in order, make up an original tensor.
 
     None for a name that is not in the table. `guided` if the network is one of Sprint.
     """
@@ -79,7 +79,7 @@ FLAT_MODULES = {
 
 
 def published_modules(name: str, guided: bool) -> tuple[str, ...] | None:
-    """The published modules that a module is called by, under either naming, or None.
+    """Return the published names of a module under either naming, or None.
 
     Dots may be underscores, as in files of OneTrainer, Kohya and LyCORIS.
     """

@@ -35,7 +35,7 @@ BLOCK = re.compile(r"transformer_blocks\.(\d+)\.")
 
 @dataclass(frozen=True)
 class SingleFile:
-    """A file of weights whose names and shapes were read. It serves as the weights of a `Part`."""
+    """A checkpoint whose names and shapes were read; it serves as the weights of a `Part`."""
 
     path: Path
     parts: dict[str, tuple[str, ...]]  # by a tensor's name: the published tensors, row after row
@@ -47,7 +47,7 @@ class SingleFile:
         return str(self.path)
 
     def tensors(self, only: str) -> Iterator[tuple[str, Tensor]]:
-        """The published tensors whose names begin with `only`, mapped."""
+        """Yield the published tensors whose names begin with `only`, memory-mapped."""
         with open_safetensors(self.path) as file:
             for key, names in self.parts.items():
                 if not any(name.startswith(only) for name in names):
@@ -124,7 +124,7 @@ def _refuse_other_files(path: Path, dtypes: dict[str, str]) -> None:
 
 
 def architecture_of(file: SingleFile) -> str:
-    """The released architecture (`architectures.TRANSFORMERS`) that a file's shapes are those of.
+    """Identify the released architecture (`architectures.TRANSFORMERS`) by a file's shapes.
 
     By the width, the number of blocks, the channels of latents and captions, and whether it has
     q/k norms and an embedding of guidance. BrokenModel if no released model has them: the numbers
@@ -142,7 +142,7 @@ def architecture_of(file: SingleFile) -> str:
 
 
 def native_side(file: SingleFile) -> int:
-    """The side in pixels of the squares that it was trained on.
+    """Return the side in pixels of the squares that the model was trained on.
 
     The original checkpoints' position table has a row for each cell of the native grid, whether it
     is used or not (inferred from NVlabs' code, which makes the table anew and never loads one).

@@ -44,12 +44,12 @@ class TensorCache:
         self.size: int | None = None  # of the folder; counted at the first write
 
     def path(self, *what: Any) -> Path:
-        """Where the thing described by JSON values is kept."""
+        """Return the path of what is described by JSON values."""
         key = hashlib.sha256(json.dumps([self.facts, what]).encode()).hexdigest()
         return self.folder / f"{key}{SUFFIX}"
 
     def read(self, *what: Any) -> dict[str, Tensor] | None:
-        """What was written under the same description, or None. Unchecked, it is memory-mapped."""
+        """Read what was written under a description, or None. Unchecked, it is memory-mapped."""
         path = self.path(*what)
         try:
             with safe_open(path, framework="pt") as file:
@@ -98,7 +98,7 @@ class TensorCache:
             self.size = self._trim()
 
     def _trim(self) -> int:
-        """Bytes in the folder, after taking it to three quarters if they were above the limit."""
+        """Reduce the folder to three quarters of a limit it exceeds; return its bytes."""
         found = []
         for path in self.folder.iterdir():
             try:
@@ -119,7 +119,7 @@ class TensorCache:
 
 
 def identity(paths: Iterable[Path]) -> str:
-    """A hash that changes with the contents of files, without reading gigabytes.
+    """Hash files so that a change of contents shows, without reading gigabytes.
 
     Files up to 16 MiB are read. A larger one is known by its blob's name in the Hugging Face
     cache, which is a hash of its content; elsewhere by its size, the time of its last change, and
