@@ -100,7 +100,7 @@ def test_a_changed_model_is_said_aloud(sana, drawn):
     info.add_text("sana", json.dumps({"recipe": recipe, "made": {}}))
     Image.new("RGB", (8, 8)).save("other.png", pnginfo=info)
     run = sana("generate", "--from", "other.png", "--dry-run")
-    assert "warning: flow_shift is 3.0, and was 6.0 for the picture" in run.err
+    assert "warning: flow_shift is 3.0, and was 6.0 for the image" in run.err
 
 
 def test_a_picture_drawn_from_a_picture_needs_it_again(sana, tmp_path):

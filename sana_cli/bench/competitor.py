@@ -1,4 +1,4 @@
-"""The same pictures by diffusers, on the same weights, in the same process, turn and turn about.
+"""The same images by diffusers, on the same weights, in the same process, turn and turn about.
 
 diffusers' modules are built without weights and given tensors: those of the transformer and of the
 text encoder serve both programs. There twice are only what ours merges, the maps to queries, keys
@@ -13,7 +13,7 @@ pairs      of runs, one of each; the first, which warms up, is left out
 seconds    by stage (encode, denoise, decode, total): sana and diffusers, each a spread
 ratio      by stage: the median over pairs of diffusers' time to ours; above 1 where we are faster
 peak_bytes    of diffusers' runs; ours are in `phases`, measured before diffusers was there
-psnr       the likeness in dB of the pictures of the last pair, the worst; null if they are equal
+psnr       the likeness in dB of the images of the last pair, the worst; null if they are equal
 shared     names of the parts whose tensors serve both
 remarks    what our pipeline said in these runs
 failed     instead of all but `with`: why it does not work

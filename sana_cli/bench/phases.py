@@ -9,19 +9,19 @@ machine     os, cpu, cores, threads, device, device_name, driver, power (see `in
             an NVIDIA GPU see `inventory.nvidia_state`), kernels ("triton", or "torch" and why)
 rates       bytes_per_second of a copy; flops_per_second of matrix products, by precision: the
             best of what was measured before the runs of each size and after the last
-runs, warmup, count    of this call; `count` pictures are drawn in every run
+runs, warmup, count    of this call; `count` images are drawn in every run
 warnings    what may have spoiled the numbers
 sizes       for every size asked for:
   model, width, height, random_weights, tokenizer ("its own" or "made up"), recipe, plan
   predicted_peak_bytes    of tensors, by stage, as the plan foretells
   phases    load (of random weights the time to draw them), encode, denoise, decode, save, and
             total, the sum of the last four:
-    seconds        median, least, most, each (of the runs); all pictures of a run together
+    seconds        median, least, most, each (of the runs); all images of a run together
     peak_bytes     the most memory held during the phase: allocated on a CUDA device; elsewhere
                    resident in the process, with its libraries; null where the system tells neither
     floor_seconds, flops, bytes, share    of denoise and decode: see `roofline`; share is floor /
                    median
-  step_seconds         of denoise, for one step of one picture
+  step_seconds         of denoise, for one step of one image
   images_per_minute    with the weights loaded: 60 · count / total
   remarks              what the pipeline said on the way
   against              see `against`, null if nothing was measured

@@ -12,7 +12,7 @@ which for short texts takes little (`cross_attention`), up to 8 % of the rest fo
 anything elementwise.
 
 Bytes are those of a plan in which every branch of a block runs as one kernel: the weights are read
-once a step, of the decoder once a picture, and each branch reads its input and writes its result,
+once a step, of the decoder once an image, and each branch reads its input and writes its result,
 in the precision that runs. Linear attention reads its input twice, as its sums must be complete
 before they are applied.
 """

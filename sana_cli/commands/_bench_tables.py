@@ -37,10 +37,10 @@ def _show_size(
     if size["tokenizer"] != "its own":
         weights += " and tokenizer"
     console.print(f"[bold]{size['model']} at {size['width']}x{size['height']}[/bold]{weights}")
-    pictures = "1 picture" if count == 1 else f"{count} pictures"
+    images = "1 image" if count == 1 else f"{count} images"
     precisions = [recipe[f"{part}_dtype"] for part in ("text", "dit", "vae")]
     console.print(
-        f"{pictures}, {recipe['steps']} step{'s' * (recipe['steps'] > 1)} of {recipe['solver']},"
+        f"{images}, {recipe['steps']} step{'s' * (recipe['steps'] > 1)} of {recipe['solver']},"
         f" guidance {recipe['guidance']:g}, in {' / '.join(dict.fromkeys(precisions))};"
         f" median of {document['runs']}",
         style="dim",
@@ -69,7 +69,7 @@ def _show_size(
             floor = phase["floor_seconds"] / (recipe["steps"] * count)
             table.add_row("  a step", _time(size["step_seconds"]), "", "", _time(floor), "")
     console.print(table)
-    console.print(f"{size['images_per_minute']:.1f} pictures a minute, once loaded\n")
+    console.print(f"{size['images_per_minute']:.1f} images a minute, once loaded\n")
 
 
 def _show_against(facts: dict[str, Any], console: "Console") -> None:
@@ -89,7 +89,7 @@ def _show_against(facts: dict[str, Any], console: "Console") -> None:
     console.print(table)
     likeness = "equal" if facts["psnr"] is None else f"{facts['psnr']:.1f} dB alike"
     memory = f"; its peak memory {gigabytes(facts['peak_bytes'])}" if facts["peak_bytes"] else ""
-    console.print(f"pictures are {likeness}{memory}\n")
+    console.print(f"images are {likeness}{memory}\n")
 
 
 def _show_machine(document: dict[str, Any], console: "Console") -> None:

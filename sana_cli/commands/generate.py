@@ -158,7 +158,7 @@ def generate(
 
 
 def _recipe_in(path: str, console: "Console") -> dict[str, Any]:
-    """The fields of a picture's recipe, with what could not be read of it said aloud."""
+    """Read the recipe in an image; report what could not be read of it."""
     from sana_cli.images.metadata import recipe_of
 
     fields, notes = recipe_of(path)
@@ -200,11 +200,11 @@ def _replayed(
 
 
 def _compare(recipe: "Recipe", found: dict[str, Any], console: "Console") -> None:
-    """Say in what the picture to be drawn is not the one that its recipe was taken from."""
+    """Warn of differences between this recipe and the one that was read."""
     new = recipe.as_dict()
     for name in UNTYPED & found.keys():
         if new[name] != found[name]:
-            console.warn(f"{name} is {new[name]!r}, and was {found[name]!r} for the picture")
+            console.warn(f"{name} is {new[name]!r}, and was {found[name]!r} for the image")
 
 
 def _announce(request: "DrawRequest", device: str, console: "Console") -> None:
@@ -410,12 +410,12 @@ def _stdin_lines() -> list[str]:
     return list(filter(None, found))
 
 
-def _check_stdout(pictures: int, json_output: bool, force: bool) -> None:
-    if pictures > 1:
-        raise UsageError("-o - writes one picture", "ask for one, or use -o FOLDER/")
+def _check_stdout(images: int, json_output: bool, force: bool) -> None:
+    if images > 1:
+        raise UsageError("-o - writes one image", "ask for one, or use -o FOLDER/")
     if force:
         raise UsageError("--force has no effect with -o -", "leave it out")
     if json_output:
         raise UsageError("-o - and --json both write to stdout", "leave one of them out")
     if sys.stdout.isatty():
-        raise UsageError("-o - would write an image to the terminal", "redirect it: > picture.png")
+        raise UsageError("-o - would write an image to the terminal", "redirect it: > image.png")
