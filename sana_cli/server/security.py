@@ -45,7 +45,7 @@ HEADERS = {
 
 
 class Guard:
-    """Refuse what is not allowed before any of it is read; limit the body of the rest."""
+    """Refuse what is not allowed before the application sees it; limit the body of the rest."""
 
     def __init__(
         self, app: ASGIApp, token: str | None, hosts: Collection[str], origins: Collection[str]
@@ -60,14 +60,17 @@ class Guard:
         if scope["type"] != "http":
             return
         headers = {name.decode("latin-1"): value for name, value in scope["headers"]}
+        length = int(headers.get("content-length", b"0"))  # digits, or h11 had refused it
         try:
             self.check(scope["method"], scope["path"], headers)
         except ApiError as error:
+            if 0 < length <= LARGEST_DOCUMENT:
+                await discard(receive)
             await refuse(error, send)
             return
         is_upload = scope["path"] == UPLOADS
         limit = LARGEST_UPLOAD if is_upload else LARGEST_DOCUMENT
-        if int(headers.get("content-length", b"0")) > limit:  # digits, or h11 had refused it
+        if length > limit:
             await refuse(too_large(limit), send)
             return
         await self.app(scope, limited(receive, limit), with_headers(send, scope["path"]))
@@ -162,6 +165,19 @@ def limited(receive: Receive, limit: int) -> Receive:
         return message
 
     return receive_part
+
+
+async def discard(receive: Receive) -> None:
+    """Read a small body that nobody wants.
+
+    Closing a connection with unread bytes resets it, and the client may lose the answer.
+    """
+    receive_part = limited(receive, LARGEST_DOCUMENT)
+    try:
+        while (await receive_part()).get("more_body", False):
+            pass
+    except HTTPException:  # too slow: the connection is closed anyway
+        pass
 
 
 def with_headers(send: Send, path: str = "") -> Send:
