@@ -1,7 +1,8 @@
-"""`sana info`: show the recipe in an image, and the command that reproduces it."""
+"""`sana info`: show the recipe in an image and the command that reproduces it; describe a LoRA."""
 
 import json
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,7 +16,10 @@ if TYPE_CHECKING:
 
 def info(
     images: Annotated[
-        list[str], typer.Argument(metavar="IMAGE…", help="PNG, JPEG, WebP or AVIF files.")
+        list[str],
+        typer.Argument(
+            metavar="FILE…", help="PNG, JPEG, WebP or AVIF files; a LoRA's .safetensors."
+        ),
     ],
     command: Annotated[
         bool,
@@ -31,13 +35,17 @@ def info(
     [dim]A1111, Civitai, ComfyUI, Draw Things, Easy Diffusion, Fooocus, Forge, InvokeAI, mflux,
     NovelAI, SD.Next, stable-diffusion.cpp, SwarmUI.[/dim]
 
+    Of a LoRA file, show the container, the ranks and the models that it fits.
+
     [b]Examples[/b]
 
     [dim]sana info fox-7.png
 
     sana info --json fox-7.png | jq '.images[].recipe.seed'
 
-    sana info --command fox-7.png | sh[/dim]
+    sana info --command fox-7.png | sh
+
+    sana info style.safetensors[/dim]
     """
     if command and json_output:
         raise UsageError("--command and --json both write to stdout", "leave one of them out")
@@ -47,9 +55,16 @@ def info(
 
     console = Console(quiet, verbose, color)
     rows: list[dict[str, Any]] = []
+    loras: list[dict[str, Any]] = []
     code = 0
     for number, image in enumerate(images):
         try:
+            if image.lower().endswith(".safetensors"):
+                loras.append(_lora(image, command))
+                if not json_output:
+                    sys.stdout.write("\n" * bool(number))
+                    _show_lora(loras[-1], color)
+                continue
             found = read(image)
             line, remarks = command_of(found.recipe) if "prompt" in found.recipe else (None, [])
             if command and line is None:
@@ -71,9 +86,45 @@ def info(
                 sys.stdout.write("\n")
             _show(found, line, remarks, verbose, color)
     if json_output:
-        sys.stdout.write(json.dumps({"images": rows}, indent=2) + "\n")
+        sys.stdout.write(
+            json.dumps({"images": rows} | ({"loras": loras} if loras else {}), indent=2) + "\n"
+        )
     if code:
         raise typer.Exit(code)
+
+
+def _lora(path: str, command: bool) -> dict[str, Any]:
+    """Describe a LoRA. UsageError where a command line was asked for: a LoRA has none."""
+    from sana_cli.weights.lora import describe
+
+    if command:
+        raise UsageError(f"{path[:200]} is no image: it has no command", "leave out --command")
+    return describe(Path(path))
+
+
+def _show_lora(row: dict[str, Any], color: bool) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    from sana_cli.ui import print_fact, visible
+
+    console = Console(no_color=None if color else True, highlight=False)
+    console.print(Text(visible(row["path"]), "bold"), soft_wrap=not console.is_terminal)
+    numbers = {name: ", ".join(f"{n:g}" for n in row[name]) for name in ("ranks", "alphas")}
+    blocks, width = row["blocks"], row["width"]
+    facts = {
+        "kind": f"{row['kind']}, {row['container']} names",
+        "rank": numbers["ranks"],
+        "alpha": numbers["alphas"],
+        "modules": f"{row['modules']} in {len(blocks)} blocks"
+        + (f" of width {width}" if width else ""),
+        "fits": ", ".join(row["fits"]),
+        "made for": row["base_model"] or "",
+        "sha256": row["sha256"],
+    }
+    for name, value in facts.items():
+        if value:
+            print_fact(console, name, value)
 
 
 def _document(found: "ImageMetadata", line: str | None, remarks: list[str]) -> dict[str, Any]:

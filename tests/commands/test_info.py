@@ -9,7 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, PngImagePlugin
+from safetensors.torch import save_file
 
 from recipes import RECIPE
 from sana_cli.images import files as images
@@ -267,3 +269,41 @@ assert "torch" not in sys.modules
 """
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def lora(name: str = "style.safetensors") -> str:
+    """A LoRA of rank 4 for the first two blocks of the 1.6B, in PEFT's names."""
+    tensors = {}
+    for block in range(2):
+        module = f"transformer.transformer_blocks.{block}.attn1.to_q"
+        tensors[f"{module}.lora_A.weight"] = torch.ones(4, 2240)
+        tensors[f"{module}.lora_B.weight"] = torch.ones(2240, 4)
+    save_file(tensors, name)
+    return name
+
+
+def test_a_lora_is_described(process):
+    run = process("info", lora())
+    assert (run.returncode, run.stderr) == (0, b"")
+    facts = dict(line.split(maxsplit=1) for line in run.stdout.decode().splitlines()[1:])
+    assert facts["rank"] == "4"
+    assert facts["modules"] == "2 in 2 blocks of width 2240"
+    assert "1.6B" in facts["fits"]
+    run = process("info", "--json", save(), lora())
+    document = json.loads(run.stdout)
+    assert [row["path"] for row in document["images"]] == ["fox.png"]
+    (row,) = document["loras"]
+    assert (row["path"], row["ranks"], row["width"]) == ("style.safetensors", [4], 2240)
+
+
+def test_a_lora_has_no_command(process):
+    run = process("info", "--command", lora())
+    assert (run.returncode, run.stdout) == (2, b"")
+    assert b"it has no command\nhint: leave out --command" in run.stderr
+
+
+def test_a_checkpoint_that_is_no_lora_is_refused_by_name(process):
+    save_file({"weight": torch.ones(2)}, "other.safetensors")
+    run = process("info", "other.safetensors")
+    assert (run.returncode, run.stdout) == (1, b"")
+    assert b"other.safetensors" in run.stderr and b"Traceback" not in run.stderr
