@@ -1,4 +1,4 @@
-"""The recipe of the bundled model: it runs whole, resumes to the bit, and tells no lies."""
+"""The training recipe: it runs end to end, resumes to the bit, and captions state true facts."""
 
 import json
 import signal
