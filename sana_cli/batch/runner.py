@@ -70,7 +70,8 @@ class Runner:
         groups: dict[tuple, list[Job]] = {}
         for job in jobs:
             recipe = job.recipe
-            networks = (recipe.text_dtype, recipe.dit_dtype, recipe.vae_dtype, recipe.lora)
+            dtypes = recipe.text_dtype, recipe.dit_dtype, recipe.vae_dtype
+            networks = (*dtypes, recipe.lora, recipe.quant)
             groups.setdefault((job.model, job.vae, job.controlnet, networks), []).append(job)
         count = sum(map(len, groups.values()))
         self.before = time.perf_counter()
