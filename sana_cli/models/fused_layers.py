@@ -70,7 +70,7 @@ class FusedBlock(nn.Module):
             self.norm_k, self.norm_eps = frozen(attention.norm_k.weight), attention.norm_k.eps
         self.qkv = frozen(torch.cat([q, k, v]))
         out = cast(nn.Linear, attention.to_out[0])
-        self.out, self.out_bias = frozen(out.weight), cast(nn.Parameter, out.bias)
+        self.out, self.out_bias = frozen(out.weight), out.bias
         self.text_attention = TextAttention(plain.attn2)
         self.up = frozen(ff.conv_inverted.weight.flatten(1))
         self.up_bias = cast(nn.Parameter, ff.conv_inverted.bias)

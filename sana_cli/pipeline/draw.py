@@ -341,11 +341,9 @@ class Drawing:
         load_weights(dit, weights, dtype)
         fused = FusedDiT(dit, self.controlnet(dtype))
         if self.recipes[0].quant is not None:
-            parts = (
-                [part] if self.files.controlnet is None else [part, self.files.parts["controlnet"]]
-            )
-            name = self.recipes[0].dit_dtype
-            self.weight_fault = weight_cache.quantise(fused, parts, name, adapters, self.cache)
+            own = [part, *([self.files.parts["controlnet"]] if self.files.controlnet else [])]
+            of = own, self.recipes[0].dit_dtype, adapters
+            self.weight_fault = weight_cache.quantise(fused, *of, self.cache)
         return cast(FusedDiT, self.moved(fused)), nbytes(fused)
 
     def controlnet(self, dtype: torch.dtype) -> ControlNet | None:

@@ -239,9 +239,7 @@ def _denoise_peak(plan: Plan, recipe: Recipe, files: ModelFiles) -> int:
         controlnet=controlnet,
         quantised=recipe.quant is not None,
     )
-    if recipe.quant is not None and not plan.device.startswith(
-        "cuda"
-    ):  # for CUDA it is done in RAM
+    if recipe.quant is not None and not plan.device.startswith("cuda"):  # whose memory holds both
         peak = max(peak, fused_dit.quantising_bytes(files.dit, dtype, controlnet))
     return peak
 
