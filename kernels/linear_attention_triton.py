@@ -43,9 +43,10 @@ BY_CAPABILITY = {(8, 0): LARGE, (9, 0): LARGE, (10, 0): LARGE}
 FLOAT32 = QKVBlocks(32, 32, 4, 2)
 
 
-def choose_qkv_blocks(x: Tensor, blocks: int) -> QKVBlocks:
-    """Choose block shapes for tokens x (B, N, D) of any dtype and a number of channel blocks."""
-    if x.dtype == torch.float32:
+def choose_qkv_blocks(x: Tensor, blocks: int, dtype: torch.dtype) -> QKVBlocks:
+    """Choose block shapes for tokens x (B, N, D), results in `dtype`, and a number of channel
+    blocks."""
+    if dtype == torch.float32:
         return FLOAT32
     shapes = BY_CAPABILITY.get(capability(x.device), CONSUMER)
     if x.dtype == torch.int8:
@@ -61,7 +62,7 @@ def project_qkv(
 ) -> tuple[Tensor, Tensor]:
     dtype, x_scales, weight_scales = x.dtype, None, None
     if isinstance(x, Rows8):
-        x, x_scales = x.values, x.scales
+        x, x_scales = x.values, x.scales.contiguous()
     if isinstance(weight, Weight8):
         weight, weight_scales = weight
     x, weight = x.contiguous(), weight.contiguous()
@@ -69,7 +70,7 @@ def project_qkv(
     features = len(weight) // 3
     d = features // heads
     blocks = triton.cdiv(features, CHANNELS)
-    m, step, warps, stages = choose_qkv_blocks(x, blocks)
+    m, step, warps, stages = choose_qkv_blocks(x, blocks, dtype)
     tiles = triton.cdiv(n, m)
     q = x.new_empty(batch, n, features, dtype=dtype)
     sums = x.new_empty(batch, tiles, heads, d + 1, d, dtype=torch.float32)
