@@ -53,7 +53,7 @@ TENSOR_CORES = re.compile(r"\b(?:[HIQO]G?MMA|UTC[A-Z]*MMA)[.\w]*")
 INTEGER = re.compile(r"\b(?:IG?MMA|UTCIMMA)\b")
 FLOAT = re.compile(r"\b(?:HG?MMA|UTC[HQ]MMA)\b")
 # Products of matrices in Triton's intermediate code: the options and the type of the left one.
-DOT = re.compile(r"tt\.dot [^\n]*? : tensor<[\dx]*x(\w+)>")
+DOT = re.compile(r"tt\.dot ([^\n]*?) : tensor<[\dx]*x(\w+)>")
 LABEL = re.compile(r"^(\.L_x_\d+):", re.MULTILINE)
 LOADS = re.compile(r"\bLDG(?:STS)?\.E((?:\.\w+)*)")
 WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}  # bytes; else 4
@@ -185,13 +185,11 @@ def _missing(ttir: str, code: str) -> str | None:
 
     Products of float32 only use them in TF32.
     """
-    lines = [line for line in ttir.splitlines() if "tt.dot " in line]
-    integer = [line for line in lines if DOT.search(line)[1] == "i8"]
-    exact = [line for line in lines if "xf32>" in line and "inputPrecision = tf32" not in line]
-    exact = [line for line in exact if DOT.search(line)[1] == "f32"]
-    if integer and not INTEGER.search(code):
+    dots = DOT.findall(ttir)
+    if any(kind == "i8" for _, kind in dots) and not INTEGER.search(code):
         return "int8"
-    return "floats" if len(lines) > len(integer) + len(exact) and not FLOAT.search(code) else None
+    floats = [kind for options, kind in dots if kind != "f32" or "= tf32" in options]
+    return "floats" if {*floats} - {"i8"} and not FLOAT.search(code) else None
 
 
 def _permutes(code: str) -> float:

@@ -62,7 +62,8 @@ def project_qkv(
 ) -> tuple[Tensor, Tensor]:
     dtype, x_scales, weight_scales = x.dtype, None, None
     if isinstance(x, Rows8):
-        x, x_scales = x.values, x.scales.contiguous()
+        x_scales = x.scales.contiguous()
+        x = x.values
     if isinstance(weight, Weight8):
         weight, weight_scales = weight
     x, weight = x.contiguous(), weight.contiguous()
@@ -342,9 +343,8 @@ def cases(target: tuple[int, int]) -> Iterator[Case]:
             yield from trace_launches(label, target, project_qkv, x, weight, heads, None, 0.0)
             of = f"normed {label}"
             yield from trace_launches(of, target, project_qkv, x, weight, heads, norm, 1e-5)
-            for function in (attend_tokens, attend_tokens8):
-                of = f"{function.__name__} {label}"
-                yield from trace_launches(of, target, function, x, state)
+            yield from trace_launches(label, target, attend_tokens, x, state)
+            yield from trace_launches(f"int8 {label}", target, attend_tokens8, x, state)
             x8, weight8 = like_rows8(x), like_weight8(weight)
             of = f"int8 {label}"
             yield from trace_launches(of, target, project_qkv, x8, weight8, heads, None, 0.0)

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from examples import exhaustive
 from kernel_checks import DEVICE, MIN_TRITON
 from networks import DIT_KINDS, random_dit, relative_error
-from sana_cli.kernels import dispatch
+from sana_cli.kernels import dispatch, launch
 from sana_cli.models import w8a8
 from sana_cli.models.fused_dit import FusedDiT, nbytes, peak_bytes
 from sana_cli.models.fused_layers import PROJECTIONS
@@ -74,6 +75,34 @@ def test_tensors_of_another_network_are_not_taken():
     assert not w8a8.is_quantised_from(other, tensors)
     tensors["blocks.0.qkv_scales"] = tensors["blocks.0.qkv_scales"].double()
     assert not w8a8.is_quantised_from(fused, tensors)
+
+
+class Launches(TorchDispatchMode):
+    """Counts what a GPU has to be given to do: operations other than views and allocations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        allocates = func.overloadpacket in (torch.ops.aten.empty, torch.ops.aten.new_empty)
+        self.count += not (func.is_view or allocates)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", ["0.6B", "qk-norm"])
+def test_quantisation_adds_no_launch(kind, monkeypatch):
+    monkeypatch.setattr(dispatch, "uses_triton", lambda x: True)
+    found = []
+    for build in (in_8_bits, lambda **config: FusedDiT(random_dit(**config))):
+        fused = build(**DIT_KINDS[kind]).to("meta")
+        # The launches of Triton are recorded, those of torch counted.
+        with launch._tracing((8, 9)) as cases, Launches() as launches:
+            velocity(fused)
+        found.append((len(cases), launches.count))
+        names = {case.kernel.__name__ for case in cases}
+        assert ("linear_silu8_kernel" in names) == (build is in_8_bits)
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("kind", ["0.6B", *exhaustive("qk-norm")])
