@@ -20,8 +20,10 @@ MIN_GROUP = 16  # sides of the smallest matrix product
 
 
 def aggregate(window: Tensor, depth: Tensor, point: Tensor, out: Tensor) -> Tensor:
-    if window.stride(3) != 1 or out.stride(3) != 1:
-        raise ValueError("the channels of a pixel must be contiguous")
+    if window.stride(3) != 1:
+        window = window.contiguous()
+    if out.stride(3) != 1:
+        return out.copy_(aggregate(window, depth, point, out.contiguous()))
     batch, height, width, channels = out.shape
     kernel, group = depth.shape[-1], point.shape[1]
     above = (window.shape[1] - height) // 2 - kernel // 2

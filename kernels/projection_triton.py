@@ -58,7 +58,7 @@ def choose_blocks(x: Tensor, m: int, n: int, widest: int) -> Blocks:
 def linear_silu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     x = x.contiguous()
     out = x.new_empty(*x.shape[:-1], len(weight))
-    _launch(linear_silu_kernel, x, weight, (bias, out), 256)
+    _launch(linear_silu_kernel, x, weight, (bias.contiguous(), out), 256)
     return out
 
 
@@ -66,7 +66,8 @@ def gated_residual_linear_(
     x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor | None
 ) -> Tensor:
     if not x.is_contiguous():
-        raise ValueError("x is updated in place and must be contiguous")
+        return x.copy_(gated_residual_linear_(x.contiguous(), y, weight, bias, gate))
+    bias, gate = (None if part is None else part.contiguous() for part in (bias, gate))
     # The tile of x leaves no registers for more than 128 columns.
     _launch(gated_residual_linear_kernel, y.contiguous(), weight, (bias, gate, x), 128)
     return x

@@ -35,7 +35,7 @@ def conv_to_rgb(
         conv_to_rgb_kernel,
         (tiles, rows - 2),
         # In the order in which the kernel reads them.
-        *(window, weight.permute(2, 3, 1, 0).contiguous(), bias, pixels, extremes),
+        *(window, weight.permute(2, 3, 1, 0).contiguous(), bias.contiguous(), pixels, extremes),
         *(whole, channels, left, width),
         EVEN=channels % step == 0,
         PIXELS=PIXELS,

@@ -22,15 +22,16 @@ def rms_norm(
     residual: Tensor | None,
     activation: str | None,
 ) -> Tensor:
-    if not x.is_contiguous():
-        raise ValueError("x is updated in place and must be contiguous")
+    if not x.is_contiguous():  # as convolutions may return it
+        return x.copy_(rms_norm(x.contiguous(), weight, bias, eps, residual, activation))
     channels = x.shape[-1]
     rows, block = x.numel() // channels, triton.next_power_of_2(channels)
     rows_per_program = max(1, VALUES // block)
     launch(
         rms_norm_kernel,
         (triton.cdiv(rows, rows_per_program),),
-        *(x, weight, bias, None if residual is None else residual.contiguous()),
+        *(x, weight.contiguous(), bias.contiguous()),
+        None if residual is None else residual.contiguous(),
         *(rows, channels, eps),
         ACTIVATION=activation,
         ROWS=rows_per_program,

@@ -110,7 +110,7 @@ class Batch:
         """`source` names the file of jobs in messages."""
         self.session, self.reader, self.folder, self.shard = session, reader, folder, shard
         self.source, self.options, self.policy = source, options, policy
-        self.builder = JobBuilder()
+        self.builder = JobBuilder(self.session.memory)
         self.files: dict[tuple[Model, Component | None, Component | None], ModelFiles] = {}
         self.manifest: Manifest | None = None  # set at the first round without a fault
         self.warned: set[str] = set()
@@ -188,7 +188,8 @@ class Batch:
             resolution = spec.resolution
             key = resolution.model, resolution.vae, resolution.controlnet
             if key in self.files:
-                for text in resolution.sampler(self.files[key]).warnings:
+                chosen = self.files[key], device, self.session.memory
+                for text in resolution.all_warnings(*chosen):
                     self._warn_once(text)
         return [job for job in jobs if self.shard is None or self.shard.holds(job.id)]
 

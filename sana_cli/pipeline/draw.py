@@ -44,7 +44,12 @@ from sana_cli.pipeline.plan import Plan, is_guided
 from sana_cli.pipeline.solver import SOLVERS, Repaint, advance, first_step
 from sana_cli.pipeline.text_cache import TextCache
 from sana_cli.recipe import Recipe, adapters_of
-from sana_cli.system.devices import is_out_of_memory, peak_bytes, return_freed_blocks
+from sana_cli.system.devices import (
+    cap_memory,
+    is_out_of_memory,
+    peak_bytes,
+    return_freed_blocks,
+)
 from sana_cli.weights.checkpoint import load_weights, on_meta
 from sana_cli.weights.layout import Tensors
 from sana_cli.weights.lora import MergedTensors, unchanged_lora
@@ -112,6 +117,8 @@ class Drawing:
 
     def events(self) -> Iterator[Event]:
         return_freed_blocks()
+        if self.plan.budget:
+            cap_memory(self.plan.device, self.plan.budget, self.networks.held_bytes)
         yield from self.encode_texts()
         self.done_with("text_encoder")
         if any(recipe.image or recipe.control for recipe in self.recipes):
