@@ -12,8 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sana_cli.kernels import depthwise_glu as module
 from sana_cli.kernels.cases import WIDTHS, Case, like
 from sana_cli.kernels.launch import launch, trace_launches
+from sana_cli.kernels.selfcheck import Check, Draw
 
 # Per program. A thread has two channels and keeps their 36 weights in registers. With four
 # channels it would need 150 registers instead of 80, and half as many threads would fit.
@@ -128,3 +130,11 @@ def cases(target: tuple[int, int]) -> Iterator[Case]:
         for halo in (False, True):
             label = f"{model}, halo" if halo else model
             yield from trace_launches(label, target, depthwise_glu, x, weight, bias, halo)
+
+
+def checks(draw: Draw) -> Iterator[Check]:
+    for height, width, half in ((3, 5, 41), (9, 16, 64)):
+        for halo in (False, True):
+            x = draw(2, height + 2 * halo, width, 2 * half)
+            inputs = x, draw(2 * half, 1, 3, 3, size=1 / 3), draw(2 * half), halo
+            yield Check("depthwise_glu", depthwise_glu, module.depthwise_glu, inputs)

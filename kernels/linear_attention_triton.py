@@ -10,6 +10,7 @@ own location and a second kernel adds them up in a fixed order, so equal inputs 
 
 import itertools
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -17,10 +18,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sana_cli.kernels import linear_attention
 from sana_cli.kernels.cases import SIDES, WIDTHS, Case, like
 from sana_cli.kernels.launch import capability, launch, precision, trace_launches
 from sana_cli.kernels.linear_attention import EPS
 from sana_cli.kernels.projection_triton import ENOUGH, GROUP, tile_origin
+from sana_cli.kernels.selfcheck import Check, Draw
 
 CHANNELS = 64
 
@@ -41,11 +44,16 @@ BY_CAPABILITY = {(8, 0): LARGE, (9, 0): LARGE, (10, 0): LARGE}
 FLOAT32 = QKVBlocks(32, 32, 4, 2)
 
 
+def qkv_shapes(x: Tensor) -> tuple[QKVBlocks, ...]:
+    """Return the block shapes for tokens x."""
+    if x.dtype == torch.float32:
+        return (FLOAT32,)
+    return BY_CAPABILITY.get(capability(x.device), CONSUMER)
+
+
 def choose_qkv_blocks(x: Tensor, blocks: int) -> QKVBlocks:
     """Choose block shapes for tokens x (B, N, D) and a number of channel blocks."""
-    if x.dtype == torch.float32:
-        return FLOAT32
-    shapes = BY_CAPABILITY.get(capability(x.device), CONSUMER)
+    shapes = qkv_shapes(x)
     for shape in shapes:
         if len(x) * triton.cdiv(x.shape[1], shape.m) * blocks >= ENOUGH:
             return shape
@@ -53,14 +61,20 @@ def choose_qkv_blocks(x: Tensor, blocks: int) -> QKVBlocks:
 
 
 def project_qkv(
-    x: Tensor, weight: Tensor, heads: int, norm_k: Tensor | None, eps: float
+    x: Tensor,
+    weight: Tensor,
+    heads: int,
+    norm_k: Tensor | None,
+    eps: float,
+    shape: QKVBlocks | None = None,
 ) -> tuple[Tensor, Tensor]:
+    """`shape` is that of the size of x unless given."""
     x, weight = x.contiguous(), weight.contiguous()
     batch, n, width = x.shape
     features = len(weight) // 3
     d = features // heads
     blocks = triton.cdiv(features, CHANNELS)
-    m, step, warps, stages = choose_qkv_blocks(x, blocks)
+    m, step, warps, stages = shape or choose_qkv_blocks(x, blocks)
     tiles = triton.cdiv(n, m)
     q = x.new_empty(batch, n, features)
     sums = x.new_empty(batch, tiles, heads, d + 1, d, dtype=torch.float32)
@@ -301,3 +315,20 @@ def cases(target: tuple[int, int]) -> Iterator[Case]:
             of = f"normed {label}"
             yield from trace_launches(of, target, project_qkv, x, weight, heads, norm, 1e-5)
             yield from trace_launches(label, target, attend_tokens, x, state)
+
+
+def checks(draw: Draw) -> Iterator[Check]:
+    # As many heads as the models have: `sum_normed_kernel` reads the squares of all of them.
+    for tokens, width, heads in ((135, 81, 7), (160, 192, 36), (3, 192, 70)):
+        x, norm = draw(1, tokens, width), draw(32 * heads)
+        weight = draw(3 * 32 * heads, width, size=width**-0.5)
+        for shape in qkv_shapes(x):
+            fused = partial(project_qkv, shape=shape)
+            definition = linear_attention.project_qkv
+            yield Check("project_qkv", fused, definition, (x, weight, heads, None, 0.0))
+            yield Check("project_qkv", fused, definition, (x, weight, heads, norm, 1e-5))
+    for tokens, heads in ((135, 3), (160, 4)):
+        state = draw(2, heads, 33, 32).float()
+        state[:, :, -1] = state[:, :, -1].abs() * 10
+        inputs = draw(2, tokens, 32 * heads), state
+        yield Check("attend_tokens", attend_tokens, linear_attention.attend_tokens, inputs)

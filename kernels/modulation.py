@@ -9,7 +9,7 @@ from sana_cli.kernels import dispatch
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     """x (B, N, D), shift and scale (D,) -> LayerNorm(x)·(1 + scale) + shift, in the dtype of x."""
-    if dispatch.uses_triton(x):
+    if dispatch.uses_triton("modulate", x):
         from sana_cli.kernels import modulation_triton
 
         return modulation_triton.modulate(x, shift, scale, eps)

@@ -8,8 +8,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sana_cli.kernels import modulation
 from sana_cli.kernels.cases import WIDTHS, Case, like
 from sana_cli.kernels.launch import launch, trace_launches
+from sana_cli.kernels.selfcheck import Check, Draw
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
@@ -43,3 +45,10 @@ def cases(target: tuple[int, int]) -> Iterator[Case]:
     for model, d in WIDTHS.items():
         x = like(2, 1024, d)
         yield from trace_launches(model, target, modulate, x, like(d), like(d), 1e-6)
+
+
+def checks(draw: Draw) -> Iterator[Check]:
+    for tokens, d in ((7, 99), *((2, d) for d in WIDTHS.values())):
+        x, scale = draw(2, tokens, d) + 3, draw(d)  # LayerNorm removes the mean
+        inputs = x, draw(d), scale, 1e-6
+        yield Check("modulate", modulate, modulation.modulate, inputs)

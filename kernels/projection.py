@@ -11,7 +11,7 @@ HALF_MAX = torch.finfo(torch.float16).max
 
 def linear_silu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """x (B, N, D), weight (E, D), bias (E,) -> silu(x·weightᵀ + bias), (B, N, E)."""
-    if dispatch.uses_triton(x):
+    if dispatch.uses_triton("linear_silu", x):
         from sana_cli.kernels import projection_triton
 
         return projection_triton.linear_silu(x, weight, bias)
@@ -26,7 +26,7 @@ def gated_residual_linear_(
     x (B, N, D), y (B, N, E), weight (D, E), bias (D,) or None, gate (D,) or None for 1. In
     float16 the projection is clamped to the range of the dtype, as in diffusers.
     """
-    if dispatch.uses_triton(x):
+    if dispatch.uses_triton("gated_residual_linear_", x):
         from sana_cli.kernels import projection_triton
 
         return projection_triton.gated_residual_linear_(x, y, weight, bias, gate)

@@ -8,6 +8,7 @@ so that those that run at the same time share rows and columns, which they then 
 
 import itertools
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -15,8 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sana_cli.kernels import projection
 from sana_cli.kernels.cases import SIDES, WIDTHS, Case, like
 from sana_cli.kernels.launch import capability, launch, precision, trace_launches
+from sana_cli.kernels.selfcheck import Check, Draw
 
 
 class Blocks(NamedTuple):
@@ -39,46 +42,65 @@ CONSUMER = (Blocks(128, 128, 64, 8, 4), *SMALL)
 LARGE = (Blocks(128, 256, 64, 8, 3), Blocks(128, 128, 64, 8, 4), *SMALL)
 BY_CAPABILITY = {(8, 0): LARGE, (9, 0): LARGE, (10, 0): LARGE}
 FLOAT32 = Blocks(64, 64, 32, 4, 3)
+SILU_WIDEST = 256  # columns of a tile
+RESIDUAL_WIDEST = 128  # the tile of x leaves no registers for more
 HALF_MAX: tl.constexpr = tl.constexpr(65504.0)
 GROUP = 8  # rows of tiles that are traversed together
 
 
+def block_shapes(x: Tensor, widest: int) -> list[Blocks]:
+    """Return the block shapes for a result like x with tiles of at most `widest` columns."""
+    if x.dtype == torch.float32:
+        return [FLOAT32]
+    shapes = BY_CAPABILITY.get(capability(x.device), CONSUMER)
+    return [blocks for blocks in shapes if blocks.n <= widest]
+
+
 def choose_blocks(x: Tensor, m: int, n: int, widest: int) -> Blocks:
     """Choose block shapes for an m x n result like x, with tiles of at most `widest` columns."""
-    if x.dtype == torch.float32:
-        return FLOAT32
-    shapes = BY_CAPABILITY.get(capability(x.device), CONSUMER)
-    for blocks in shapes:
-        enough = triton.cdiv(m, blocks.m) * triton.cdiv(n, blocks.n) >= ENOUGH
-        if blocks.n <= widest and enough:
+    *larger, last = block_shapes(x, widest)
+    for blocks in larger:
+        if triton.cdiv(m, blocks.m) * triton.cdiv(n, blocks.n) >= ENOUGH:
             return blocks
-    return shapes[-1]
+    return last
 
 
-def linear_silu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def linear_silu(x: Tensor, weight: Tensor, bias: Tensor, blocks: Blocks | None = None) -> Tensor:
+    """`blocks` are those of the size of the result unless given."""
     x = x.contiguous()
     out = x.new_empty(*x.shape[:-1], len(weight))
-    _launch(linear_silu_kernel, x, weight, (bias.contiguous(), out), 256)
+    _launch(linear_silu_kernel, x, weight, (bias.contiguous(), out), SILU_WIDEST, blocks)
     return out
 
 
 def gated_residual_linear_(
-    x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor | None
+    x: Tensor,
+    y: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    blocks: Blocks | None = None,
 ) -> Tensor:
+    """`blocks` are those of the size of the result unless given."""
     if not x.is_contiguous():
-        return x.copy_(gated_residual_linear_(x.contiguous(), y, weight, bias, gate))
+        return x.copy_(gated_residual_linear_(x.contiguous(), y, weight, bias, gate, blocks))
     bias, gate = (None if part is None else part.contiguous() for part in (bias, gate))
-    # The tile of x leaves no registers for more than 128 columns.
-    _launch(gated_residual_linear_kernel, y.contiguous(), weight, (bias, gate, x), 128)
+    rest = bias, gate, x
+    _launch(gated_residual_linear_kernel, y.contiguous(), weight, rest, RESIDUAL_WIDEST, blocks)
     return x
 
 
 def _launch(
-    kernel: triton.JITFunction, x: Tensor, weight: Tensor, rest: tuple, widest: int
+    kernel: triton.JITFunction,
+    x: Tensor,
+    weight: Tensor,
+    rest: tuple,
+    widest: int,
+    blocks: Blocks | None,
 ) -> None:
     n, k = weight.shape
     m = x.numel() // k
-    blocks = choose_blocks(x, m, n, widest)
+    blocks = blocks or choose_blocks(x, m, n, widest)
     launch(
         kernel,
         (triton.cdiv(m, blocks.m) * triton.cdiv(n, blocks.n),),
@@ -190,4 +212,21 @@ def cases(target: tuple[int, int]) -> Iterator[Case]:
                 of = f"{name} {label}"
                 yield from trace_launches(
                     of, target, gated_residual_linear_, x, y, weight, bias, gate
+                )
+
+
+def checks(draw: Draw) -> Iterator[Check]:
+    # No tile and no step of the sum is full, then every step is; and sizes are multiples of 16.
+    for tokens, width, wide in ((35, 97, 131), (40, 192, 144)):
+        x, weight, bias = draw(2, tokens, width), draw(wide, width, size=width**-0.5), draw(wide)
+        for blocks in block_shapes(x, SILU_WIDEST):
+            fused = partial(linear_silu, blocks=blocks)
+            yield Check("linear_silu", fused, projection.linear_silu, (x, weight, bias))
+        y, x, gate = x, draw(2, tokens, wide), draw(wide)
+        for blocks in block_shapes(x, RESIDUAL_WIDEST):
+            fused = partial(gated_residual_linear_, blocks=blocks)
+            for b, g in ((bias, gate), (bias, None), (None, gate), (None, None)):
+                inputs = x, y, weight, b, g
+                yield Check(
+                    "gated_residual_linear_", fused, projection.gated_residual_linear_, inputs
                 )

@@ -23,7 +23,7 @@ def rms_norm(
     (C,). The mean square is computed in float32 (float64 for float64). `activation` is one of
     ACTIVATIONS.
     """
-    if dispatch.uses_triton(x):
+    if dispatch.uses_triton("rms_norm", x):
         from sana_cli.kernels import rms_norm_triton
 
         return rms_norm_triton.rms_norm(x, weight, bias, eps, residual, activation)

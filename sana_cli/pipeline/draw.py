@@ -29,6 +29,8 @@ from sana_cli.images.masks import (
     paste,
 )
 from sana_cli.instruction import normalise_prompt
+from sana_cli.kernels import selfcheck
+from sana_cli.kernels.dispatch import fallback_reason
 from sana_cli.models.controlnet import ControlNet
 from sana_cli.models.dc_ae import DCAE, Decoder, Encoder
 from sana_cli.models.dit import DiT
@@ -119,6 +121,7 @@ class Drawing:
         return_freed_blocks()
         if self.plan.budget:
             cap_memory(self.plan.device, self.plan.budget, self.networks.held_bytes)
+        yield from self.start_selfcheck()
         yield from self.encode_texts()
         self.done_with("text_encoder")
         if any(recipe.image or recipe.control for recipe in self.recipes):
@@ -132,6 +135,7 @@ class Drawing:
         for first in range(0, len(self.recipes), turn):
             indices = range(first, min(first + turn, len(self.recipes)))
             transformer = yield from self.load_transformer()
+            yield from self.remarks_of_selfcheck()
             for i in indices:
                 yield from self.finish(i, self.denoise(i, transformer))
             del transformer
@@ -151,6 +155,25 @@ class Drawing:
         except (BadImage, NotEnoughMemory) as error:
             self.latents.pop(i, None)
             yield Failure(i, error)
+
+    # --- kernels -------------------------------------------------------------------------------
+
+    @property
+    def kernel_dtypes(self) -> list[torch.dtype]:
+        """The precisions that kernels run in on the plan's device; none where it has no kernels."""
+        recipe = self.recipes[0]
+        if fallback_reason(torch.device(self.plan.device)) is not None:
+            return []
+        return [dtype_of(name) for name in dict.fromkeys([recipe.dit_dtype, recipe.vae_dtype])]
+
+    def start_selfcheck(self) -> Iterator[Event]:
+        """Begin to check the kernels, if they are new to this GPU, while networks are loaded."""
+        if selfcheck.start(self.plan.device, self.kernel_dtypes):
+            yield Notice("compiling and checking the kernels, once for this GPU")
+
+    def remarks_of_selfcheck(self) -> Iterator[Event]:
+        for text in selfcheck.remarks(self.plan.device, self.kernel_dtypes):
+            yield Notice(text, warning=True)
 
     # --- networks ------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 M_TRIM_THRESHOLD = -1  # malloc.h
 MADV_DONTNEED = 4  # sys/mman.h
-# Parts of messages. In order: CUDA's runtime, Triton and MPS; CUDA's driver; cuBLAS and older cuDNN;
+# Parts of messages. In order: CUDA's runtime, Triton and MPS; CUDA's driver; cuBLAS, older cuDNN;
 # newer cuDNN; the CPU allocator on Linux and macOS, and on Windows; C++; one buffer beyond what
 # Metal has in all.
 OUT_OF_MEMORY = (

@@ -62,6 +62,7 @@ def main(model: str, res: str, *words: str) -> None:
             devices |= devices_of(drawing.networks.find(drawing.key(part)))
         (drawn,) = set(seen)
         document = {
+            "checked": Cards.checked,
             "kernels": Counter(case.kernel.__name__ for case in launched),
             "networks": sorted(devices),
             "extremes": [drawn.low.device.type, drawn.high.device.type],

@@ -65,6 +65,7 @@ def imagined(tmp_path_factory) -> Callable[..., dict]:
 def test_a_picture_is_drawn_by_the_kernels_from_networks_on_the_card(imagined, model, res, words):
     told = imagined("draws.py", model, res, *words)
     assert told["kernels"].keys() >= TRANSFORMER | DECODER
+    assert told["checked"] == (["bfloat16"] if model == "demo" else ["float16", "bfloat16"])
     assert told["networks"] == ["cuda"]
     assert told["extremes"] == ["cuda", "cuda"]  # looked at once, at the end
     width, height = map(int, res.split("x"))
