@@ -224,7 +224,7 @@ def _kept_at(device: torch.device, dtype: torch.dtype) -> Path:
     for path in sorted(Path(__file__).parent.glob("*.py")):
         sources.update(path.read_bytes())
     facts = [name_of(dtype), torch.__version__, torch.version.cuda, sources.hexdigest()]
-    facts.append(inventory.installed("triton", "triton-windows", "pytorch-triton"))
+    facts.append(inventory.triton())
     if device.type == "cuda":
         facts += [torch.cuda.get_device_name(device), inventory.nvidia_driver()]
     key = hashlib.sha256(json.dumps([*facts, interpreted()]).encode()).hexdigest()

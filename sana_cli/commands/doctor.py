@@ -104,7 +104,7 @@ def _kernels() -> Facts:
     from sana_cli.system.devices import choose_device
 
     path, reason = chosen_path(choose_device("auto"))
-    triton = inventory.installed("triton", "triton-windows", "pytorch-triton")
+    triton = inventory.triton()
     return {"path": path, "reason": reason, "triton": triton}
 
 
@@ -221,7 +221,11 @@ def _problems(facts: Facts, no_cuda: str | None) -> Iterator[str]:
     has_cuda = any(row["device"].startswith("cuda") for row in facts["devices"] or [])
     if facts["nvidia_driver"] and torch and not has_cuda:
         if torch["build"] == "CPU":
-            yield "there is an NVIDIA driver, but this torch is built for the CPU only"
+            where = ", as pip installs it on Windows" if sys.platform == "win32" else ""
+            yield (
+                f"there is an NVIDIA driver, but this torch is built for the CPU only{where};"
+                " install torch with CUDA first: https://pytorch.org/get-started/locally/"
+            )
         else:
             reason = no_cuda or "it does not say why"
             yield f"there is an NVIDIA driver, but torch finds no GPU: {reason}"

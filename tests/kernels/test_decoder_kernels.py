@@ -18,6 +18,7 @@ from sana_cli.kernels import dispatch
 from sana_cli.kernels.kv_state import kv_state
 from sana_cli.kernels.linear_attention import attention_state
 from sana_cli.kernels.multiscale import aggregate
+from sana_cli.kernels.projection import gated_residual_linear_
 from sana_cli.kernels.rgb import conv_to_rgb
 from sana_cli.kernels.rms_norm import rms_norm
 from sana_cli.kernels.selfcheck import decibels, least
@@ -53,6 +54,29 @@ def test_rms_norm(draw, triton, shape, adds, activation):
     assert found is x
     assert torch.equal(found, again)
     assert decibels(found, exact) > least(x.dtype)
+
+
+def test_any_layout_is_taken_and_results_go_where_they_belong(draw, triton):
+    """Convolutions promise no layout: what is not contiguous is copied."""
+
+    def channels_first(*shape: int) -> torch.Tensor:
+        return draw(shape[0], shape[3], *shape[1:3]).movedim(1, -1)
+
+    x, vectors = channels_first(1, 5, 7, 40), draw(40, 2)
+    weight, bias = vectors.unbind(1)  # of stride 2
+    plain = (x.clone(memory_format=torch.contiguous_format), weight.clone(), bias.clone())
+    found = rms_norm(x, weight, bias, 1e-5, channels_first(1, 5, 7, 40).zero_())
+    assert found is x
+    assert torch.equal(x, rms_norm(*plain, 1e-5))
+    tokens, y, square = channels_first(1, 5, 7, 40).flatten(1, 2), draw(1, 35, 16), draw(40, 16)
+    expected = gated_residual_linear_(tokens.contiguous(), y, square, bias, weight)
+    assert gated_residual_linear_(tokens, y, square, bias, weight) is tokens
+    assert torch.equal(tokens, expected)
+    window, out = channels_first(1, 9, 7, 32), channels_first(1, 5, 7, 32)
+    weights = draw(32, 1, 5, 5), draw(32, 32, 1, 1)
+    expected = aggregate(window.contiguous(), *weights, torch.empty_like(window[:, 2:-2]))
+    assert torch.equal(aggregate(window, *weights, out), expected)
+    assert torch.equal(out, expected)
 
 
 def test_norm_and_activation_propagate_nan(draw, triton):
