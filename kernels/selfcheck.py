@@ -40,6 +40,7 @@ COMMAND = [sys.executable, "-P", "-m", "sana_cli.kernels.selfcheck"]
 WORKERS = min(8, os.cpu_count() or 1)  # threads that compile; Triton's compiler frees the GIL
 SECONDS = 300  # for the whole process
 BROKEN = 70  # exit code: the GPU no longer answers
+BEGUN = "the GPU answers"  # printed before the first check
 
 # Minimum signal to noise in dB, against the torch lines in float64. A result rounded once to p bits
 # has about 6·p + 6 dB: 150 in float32 (p = 24), 72 in float16 (11), 54 in bfloat16 (8). Like torch,
@@ -139,7 +140,8 @@ def start(device: torch.device | str, dtypes: Iterable[torch.dtype]) -> bool:
 def remarks(device: torch.device | str, dtypes: Iterable[torch.dtype]) -> list[str]:
     """Return what has to be said of the checks, each once in this process; waits for them."""
     found = [
-        f"{operation} in {name_of(dtype)} runs as plain torch: {outcome.fault}"
+        f"{operation} in {name_of(dtype)} runs as plain torch: {outcome.fault};"
+        " `sana doctor --check` checks it again"
         for dtype in dtypes
         for operation, outcome in outcomes(device, dtype).items()
         if outcome.fault
@@ -155,9 +157,12 @@ def examine(device: torch.device | str, dtype: torch.dtype) -> dict[str, Outcome
     found: dict[str, Outcome] = {}
     todo, workers = list(OPERATIONS), WORKERS
     while todo:
-        told, end = _told_by_process(device, dtype, workers, todo)
+        told, began, end = _told_by_process(device, dtype, workers, todo)
         found |= told
         todo = [operation for operation in todo if operation not in told]
+        if not began:
+            found |= dict.fromkeys(todo, Outcome(None, f"the check of the kernels {end}", False))
+            break
         if todo and workers == 1:  # it was this one
             found[todo.pop(0)] = Outcome(None, f"its check {end}")
         workers = 1
@@ -192,8 +197,8 @@ def _run(future: Future[dict[str, Outcome]], device: torch.device, dtype: torch.
 
 def _told_by_process(
     device: torch.device, dtype: torch.dtype, workers: int, operations: list[str]
-) -> tuple[dict[str, Outcome], str]:
-    """Run the process; return the outcomes that it told, and how it ended."""
+) -> tuple[dict[str, Outcome], bool, str]:
+    """Run the process; return the outcomes that it told, whether it began, and how it ended."""
     command = [*COMMAND, str(device), name_of(dtype), str(workers), *operations]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
@@ -209,7 +214,7 @@ def _told_by_process(
             document = json.loads(line)
             operation = document.pop("operation")
             told[operation] = Outcome(**document)
-    return told, end
+    return told, BEGUN in lines, end
 
 
 # --- what is kept ------------------------------------------------------------------------------
@@ -288,6 +293,8 @@ def _exit_if_broken(device: torch.device) -> None:
 def main(device_name: str, dtype_name: str, workers: str, *operations: str) -> None:
     device, dtype = torch.device(device_name), getattr(torch, dtype_name)
     checks = list(all_checks(device, dtype))
+    sys.stdout.write(f"{BEGUN}\n")
+    sys.stdout.flush()
     # The interpreter is one for all threads.
     with ThreadPoolExecutor(1 if interpreted() else int(workers)) as pool:
         pending = {

@@ -23,6 +23,9 @@ from sana_cli.kernels import dispatch, launch, selfcheck
 from sana_cli.kernels.aot import all_cases
 from sana_cli.kernels.cases import Case
 from sana_cli.kernels.selfcheck import OPERATIONS, Outcome, all_checks, decibels, least
+from sana_cli.pipeline import draw
+from sana_cli.pipeline.networks import Networks
+from sana_cli.pipeline.plan import Plan
 
 FLOAT = torch.float32
 
@@ -50,7 +53,7 @@ def script(tmp_path, monkeypatch) -> Callable[[str], None]:
 TELLER = """
 import json, sys
 device, dtype, workers, *operations = sys.argv[1:]
-print("noise of a library")
+print("the GPU answers")
 for operation in operations:
     fault = "of the test" if operation == {wrong!r} else None
     document = dict(operation=operation, decibels=float("inf"), fault=fault, lasting={lasting})
@@ -163,10 +166,34 @@ def test_a_kernel_that_is_wrong_fails_or_crashes_is_not_used(script, monkeypatch
     assert used == [good]
 
 
-def test_without_a_process_nothing_runs_in_triton(monkeypatch):
-    monkeypatch.setattr(selfcheck, "COMMAND", ["/nonexistent"])
+@pytest.mark.parametrize(
+    ("command", "reason"),
+    [
+        (["/nonexistent"], "could not be started"),
+        ([sys.executable, "-c", "raise SystemExit('the GPU is busy')"], "the GPU is busy"),
+    ],
+)
+def test_without_a_check_nothing_runs_in_triton_this_time(cache, monkeypatch, command, reason):
+    monkeypatch.setattr(selfcheck, "COMMAND", command)
     found = selfcheck.outcomes("cpu", FLOAT)
-    assert all("could not be started" in outcome.fault for outcome in found.values())
+    assert all(reason in outcome.fault for outcome in found.values())
+    assert kept(cache) == []
+
+
+def test_drawing_begins_with_the_check_and_says_what_failed(script, monkeypatch):
+    script(telling(wrong="kv_state"))
+    monkeypatch.setattr(draw, "fallback_reason", lambda device: None)
+    recipe = SimpleNamespace(dit_dtype="float16", vae_dtype="float32", steps=1, strength=None)
+    drawing = draw.Drawing([recipe], None, Plan("cpu"), Networks(), None, None)
+    (began,) = drawing.start_selfcheck()
+    assert began.text.startswith("compiling and checking the kernels")
+    assert not list(drawing.start_selfcheck())
+    warnings = list(drawing.remarks_of_selfcheck())
+    assert [event.text.split(" runs")[0] for event in warnings if event.warning] == [
+        "kv_state in float16",
+        "kv_state in float32",
+    ]
+    assert not list(drawing.remarks_of_selfcheck())
 
 
 @pytest.fixture
@@ -194,7 +221,7 @@ def test_an_operation_runs_in_triton_only_if_its_kernel_passed(script, ampere, m
     assert not dispatch.uses_triton("linear_silu", x)
     assert dispatch.uses_triton("modulate", x)
     (text,) = selfcheck.remarks("cpu", [FLOAT])
-    assert text == "linear_silu in float32 runs as plain torch: of the test"
+    assert text.startswith("linear_silu in float32 runs as plain torch: of the test; ")
     assert selfcheck.remarks("cpu", [FLOAT]) == [], "it is said once"
 
 
@@ -219,7 +246,7 @@ def test_outcomes_are_kept_until_something_changes(script, cache, monkeypatch):
     monkeypatch.setattr(torch, "__version__", "2.99")
     selfcheck._started.clear()
     assert selfcheck.start("cpu", [FLOAT]), "another torch"
-    assert selfcheck.outcomes("cpu", FLOAT)["linear_silu"].fault.startswith("its check crashed")
+    assert "it was started again" in selfcheck.outcomes("cpu", FLOAT)["linear_silu"].fault
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[1", '{"modulate": 3}'])
