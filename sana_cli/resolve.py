@@ -80,7 +80,7 @@ class Inputs(Mapping[str, "np.ndarray"]):
     def add_bytes(self, name: str, data: bytes) -> None:
         """Put the bytes of an image file under a name, by which `add` finds it.
 
-        UsageError, which names the option `name`, if it is no image or a very large one.
+        UsageError, which names the option `name`, if it is not an image, or too large.
         """
         check_upload(data, f"--{name}")
         self._uploads[name] = data

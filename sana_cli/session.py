@@ -101,7 +101,7 @@ class Session:
         return cache_folder() if self.cache else None
 
     def metadata(self, recipe: "Recipe") -> "Metadata":
-        """What a file of this recipe, drawn here, says of itself."""
+        """The metadata of a file of this recipe, drawn here."""
         import torch
 
         from sana_cli.images.metadata import Metadata

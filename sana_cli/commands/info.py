@@ -98,7 +98,7 @@ def _lora(path: str, command: bool) -> dict[str, Any]:
     from sana_cli.weights.lora import describe
 
     if command:
-        raise UsageError(f"{path[:200]} is no image: it has no command", "leave out --command")
+        raise UsageError(f"{path[:200]} is not an image: it has no command", "leave out --command")
     return describe(Path(path))
 
 
