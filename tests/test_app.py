@@ -23,9 +23,9 @@ ORDER = """
     __main__ app
     commands: serve bench batch generate doctor models info config _bench_tables _options
               _completion _preview _session _defaults
-    ui
     server:   app access images_api page security service fields metrics gallery jobs errors
-    api
+    api diffusers_compat
+    ui
     batch:    run runner jobs manifest rows templates shards events
     bench:    run baseline competitor phases roofline random_weights
     remote session

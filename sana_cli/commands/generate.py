@@ -344,8 +344,7 @@ def _watched(
             failures.append(event)
         elif isinstance(event, Progress):
             seconds[event.stage] += event.seconds
-            if event.stage in bars.tasks:
-                bars.update(event.stage, event.done, event.total)
+            bars.show(event)
             if event.peak_bytes:
                 peaks[event.stage] = event.peak_bytes
         elif isinstance(event, ImageDone):
