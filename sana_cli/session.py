@@ -39,6 +39,8 @@ class DrawRequest:
     recipes: "list[Recipe]"
     inputs: Inputs = field(default_factory=Inputs)
     warnings: tuple[str, ...] = ()
+    latents: bool = False  # yielded after every step
+    decoded: bool = True  # into images; without, the last latents are the result
 
     def lora_names(self) -> list[tuple[str, float]]:
         """The file and the scale of every LoRA, in order."""
@@ -85,6 +87,17 @@ class Session:
             self._device = choose_device(self._asked_device)
             self.reporter.detail("kernels: {} path, as {}".format(*chosen_path(self._device)))
         return self._device
+
+    def move(self, device: str) -> None:
+        """Draw on another device from now on. UsageError if it is not here."""
+        from sana_cli.system.devices import choose_device
+
+        with self.exclusive():
+            choose_device(device)
+            if device == self._asked_device:
+                return
+            self.close()
+            self._asked_device, self._device = device, None
 
     @property
     def networks(self) -> "Networks":
@@ -272,6 +285,8 @@ class Session:
                     loras=request.inputs.loras,
                     cache=self.cache_folder(),
                     previews=previews,
+                    latents=request.latents,
+                    decoded=request.decoded,
                 )
             finally:
                 self._is_drawing = False

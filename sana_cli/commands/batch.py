@@ -10,21 +10,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperCommand, TyperGroup
+from typer.core import TyperCommand
 
 from sana_cli.commands._defaults import apply_defaults
+from sana_cli.commands._help import Command, Group
 from sana_cli.commands._options import (
     Color,
     Json,
+    Quiet,
     RunColor,
-    RunQuiet,
-    RunVerbose,
     Server,
+    Verbose,
     with_options,
 )
 from sana_cli.commands._session import open_session
 from sana_cli.errors import FAILURES, SanaError, UsageError
-from sana_cli.settings import FILES, RUNNING, FileOptions, RunOptions, Seeds, Settings, declared
+from sana_cli.settings import FileOptions, RunOptions, Seeds, Settings, declared
 from sana_cli.units import counted
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class RowFormat(StrEnum):
     tsv = "tsv"
 
 
-class _RunsByDefault(TyperGroup):
+class _RunsByDefault(Group):
     """A command group where `sana batch FILE` runs a batch; `sana batch status` is a subcommand."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -62,7 +63,7 @@ class _BatchContext(TyperCommand.context_class):  # type: ignore[misc, valid-typ
         return super().command_path.rstrip()
 
 
-class _Run(TyperCommand):
+class _Run(Command):
     context_class = _BatchContext
 
 
@@ -85,6 +86,7 @@ def run(
     input_format: Annotated[
         RowFormat | None,
         typer.Option(
+            metavar="|".join(RowFormat),
             help="What FILE holds. [dim]default: by its suffix; txt of stdin[/dim]",
             rich_help_panel=JOBS,
         ),
@@ -143,16 +145,15 @@ def run(
             metavar="FOLDER",
             help="Folder, with names if wanted, as in out/{style}/{slug}-{id}.webp."
             " [dim]default: FILE-images/{slug}-{seed}.png[/dim]",
-            rich_help_panel=FILES,
         ),
     ] = None,
     json_output: Annotated[
         bool,
-        typer.Option("--json", help="JSON Lines of events on stdout.", rich_help_panel=RUNNING),
+        typer.Option("--json", help="JSON Lines of events on stdout."),
     ] = False,
     server: Server = None,
-    quiet: RunQuiet = False,
-    verbose: RunVerbose = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
     color: RunColor = True,
     **asked: Any,
 ) -> None:
@@ -363,7 +364,7 @@ class _View:
             )
 
 
-@app.command()
+@app.command(cls=Command)
 def status(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The -o of a batch.")],
     json_output: Json = False,
