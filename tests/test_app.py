@@ -26,7 +26,8 @@ ORDER = """
     ui
     server:   app access images_api page security service fields metrics gallery jobs errors
     api
-    batch:    run runner jobs manifest rows templates shards events
+    batch:    run processes this_process recorder worker engine placement jobs manifest rows
+              templates shards events
     bench:    run baseline competitor phases roofline random_weights
     remote session
     replay resolve

@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Iterable
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from sana_cli.commands._defaults import apply_defaults
+from sana_cli.commands._defaults import apply_defaults, is_default, was_typed
 from sana_cli.commands._options import (
     Color,
     Json,
@@ -28,10 +29,11 @@ from sana_cli.settings import FILES, RUNNING, FileOptions, RunOptions, Seeds, Se
 from sana_cli.units import counted
 
 if TYPE_CHECKING:
+    from sana_cli.batch.engine import OpenEngine, Saved
     from sana_cli.batch.events import EventWriter
     from sana_cli.batch.rows import RowOrFault
     from sana_cli.batch.run import Batch, BatchEvent, Planned, Summary
-    from sana_cli.batch.runner import Saved
+    from sana_cli.session import Session
     from sana_cli.ui import BatchBar, Console
 
 JOBS = "Jobs"  # panel of --help
@@ -150,6 +152,22 @@ def run(
         bool,
         typer.Option("--json", help="JSON Lines of events on stdout.", rich_help_panel=RUNNING),
     ] = False,
+    gpus: Annotated[
+        str | None,
+        typer.Option(
+            metavar="auto|N|0,1",
+            help="Draw on several GPUs of this machine, with a process on each.",
+            rich_help_panel=RUNNING,
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Draw in several processes that share the CPU; with --device cpu.",
+            rich_help_panel=RUNNING,
+        ),
+    ] = None,
     server: Server = None,
     quiet: RunQuiet = False,
     verbose: RunVerbose = False,
@@ -193,12 +211,15 @@ def run(
     share = parse_shard(shard, os.environ) if shard is not None else None
     options = FileOptions(**{name: asked[name] for name in declared(FileOptions)})
     running = RunOptions(**{name: asked[name] for name in declared(RunOptions)})
+    if gpus is not None:
+        running = _without_device(context, running, console)
     defaults = {name: asked[name] for name in declared(Settings, Seeds)}
     session = open_session(context, server, running, console)
     reader = RowReader(defaults, names, options.format, template, expand, session.resolve)
     source = "stdin" if file == "-" else file
     policy = RunPolicy(retry_failed, restart, max_failures)
-    batch = Batch(session, reader, folder, share, source, options, policy)
+    engine = _choose_engine(session, server, gpus, workers)
+    batch = Batch(session, reader, folder, share, source, options, policy, engine)
 
     def note(text: str) -> None:
         console.info(f"{source}: {text}")
@@ -214,6 +235,46 @@ def run(
         stack.enter_context(closing(events))
         code = _show(events, batch, check, json_output, console, stack)
     raise typer.Exit(code)
+
+
+def _without_device(context: typer.Context, running: RunOptions, console: "Console") -> RunOptions:
+    """Let --gpus choose the devices. UsageError if --device is typed beside it."""
+    if was_typed(context, "device"):
+        raise UsageError("--gpus and --device both choose a device", "leave one of them out")
+    if is_default(context, "device"):
+        console.info("ignored, as --gpus chooses the devices: device")
+    return replace(running, device="cuda")
+
+
+def _choose_engine(
+    session: "Session", server: str | None, gpus: str | None, workers: int | None
+) -> "OpenEngine":
+    """Choose what draws the jobs, and report it. UsageError for what cannot go together."""
+    from sana_cli.batch.this_process import ThisProcess
+
+    if gpus is None and workers is None:
+        return ThisProcess
+    if gpus is not None and workers is not None:
+        raise UsageError("--gpus and --workers both choose processes", "leave one of them out")
+    if server:
+        given = "--gpus" if gpus is not None else "--workers"
+        raise UsageError(f"{given} has no effect with --server", "leave one of them out")
+    from sana_cli.batch.placement import on_cpu, on_gpus
+    from sana_cli.batch.processes import Processes
+
+    if workers is not None:
+        if session.device != "cpu":
+            raise UsageError(f"--workers is for the CPU, not for {session.device}", "use --gpus")
+        from sana_cli.pipeline.plan import free_memory
+
+        memory = free_memory("cpu") if session.memory is None else session.memory
+        placements = on_cpu(workers, memory)
+        session.reporter.info(f"{workers} processes, each with {placements[0].share()}")
+    else:
+        assert gpus is not None
+        placements = on_gpus(gpus, session.memory)
+        session.reporter.info(f"a process on each of {', '.join(map(str, placements))}")
+    return lambda work: Processes(work, placements)
 
 
 def _show(
@@ -253,8 +314,8 @@ class _View:
         self.told: set[str] = set()
 
     def show(self, event: "BatchEvent") -> None:
+        from sana_cli.batch.engine import Saved
         from sana_cli.batch.run import JobError, Planned, RowError, Summary, Waiting
-        from sana_cli.batch.runner import Saved
         from sana_cli.pipeline.events import Notice, Progress
 
         match event:
