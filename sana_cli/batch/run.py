@@ -159,6 +159,10 @@ class Batch:
             failed = self.failed + self.failed_before + self.bad_rows
             yield self._summary(stop.code or (FAILURES if failed else 0))
 
+    def images(self) -> list[Path]:
+        """The files of all jobs of the folder that are done, in the order of their rows."""
+        return self.manifest.images() if self.manifest is not None else []
+
     # --- from rows to jobs ---------------------------------------------------------------------
 
     def _jobs(self, rows: list[RowOrFault], fetch: bool) -> "Jobs":

@@ -148,6 +148,15 @@ def run(
             rich_help_panel=FILES,
         ),
     ] = None,
+    sheet: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="In the end, write a contact sheet of the folder's images, or with .html a page"
+            " with their recipes.",
+            rich_help_panel=FILES,
+        ),
+    ] = None,
     json_output: Annotated[
         bool,
         typer.Option("--json", help="JSON Lines of events on stdout.", rich_help_panel=RUNNING),
@@ -198,6 +207,7 @@ def run(
     from sana_cli.batch.shards import parse_shard
     from sana_cli.images.names import parse_batch_output
     from sana_cli.settings import check_text
+    from sana_cli.sheet import check_sheet
     from sana_cli.system.signals import exit_on_second_signal
     from sana_cli.ui import Console
 
@@ -208,6 +218,9 @@ def run(
         check_text(text or "", name)
     kind = _row_format(file, input_format)
     folder, names = parse_batch_output(output, asked["format"], _usual_folder(file))
+    if sheet is not None and check:
+        raise UsageError("--sheet has no effect with --check, which draws nothing")
+    target = check_sheet(sheet) if sheet is not None else None
     share = parse_shard(shard, os.environ) if shard is not None else None
     options = FileOptions(**{name: asked[name] for name in declared(FileOptions)})
     running = RunOptions(**{name: asked[name] for name in declared(RunOptions)})
@@ -233,7 +246,7 @@ def run(
             rounds = pipe.rounds(lambda: bool(asked_to_stop), whole=check)
         events = batch.check(rounds) if check else batch.run(rounds, asked_to_stop)
         stack.enter_context(closing(events))
-        code = _show(events, batch, check, json_output, console, stack)
+        code = _show(events, batch, check, target, json_output, console, stack)
     raise typer.Exit(code)
 
 
@@ -281,6 +294,7 @@ def _show(
     events: "Iterable[BatchEvent]",
     batch: "Batch",
     check: bool,
+    sheet: Path | None,
     json_output: bool,
     console: "Console",
     stack: ExitStack,
@@ -291,7 +305,7 @@ def _show(
 
     bar = stack.enter_context(BatchBar(console))
     writer = stack.enter_context(EventWriter()) if json_output else None
-    view = _View(batch, check, console, bar, writer)
+    view = _View(batch, check, sheet, console, bar, writer)
     for event in events:
         view.show(event)
     return view.exit_code
@@ -304,11 +318,12 @@ class _View:
         self,
         batch: "Batch",
         check: bool,
+        sheet: Path | None,
         console: "Console",
         bar: "BatchBar",
         writer: "EventWriter | None",
     ) -> None:
-        self.batch, self.check, self.console = batch, check, console
+        self.batch, self.check, self.sheet, self.console = batch, check, sheet, console
         self.bar, self.writer = bar, writer
         self.exit_code = 0
         self.told: set[str] = set()
@@ -341,6 +356,9 @@ class _View:
                     self.told.add(text)
                     self.console.warn(text)
             case Summary():
+                self.exit_code = event.exit_code
+                if self.sheet is not None:
+                    self._write_sheet(self.sheet)
                 self._summary(event)
 
     def _planned(self, plan: "Planned") -> None:
@@ -401,8 +419,23 @@ class _View:
         if self.writer:
             self.writer.stage(name, done, total)
 
+    def _write_sheet(self, sheet: Path) -> None:
+        """Write the sheet of all images of the folder. An error is the command's if all else went
+        well."""
+        from sana_cli.sheet import write_sheet
+
+        images = self.batch.images()
+        try:
+            written = write_sheet(sheet, images, self.batch.options.force, self.console)
+        except SanaError as error:
+            self._error(error)
+            self.exit_code = self.exit_code or error.exit_code
+            return
+        self.console.info(f"{counted(len(images), 'image')} on {written}")
+        if self.writer:
+            self.writer.emit("sheet", path=str(written), images=len(images))
+
     def _summary(self, summary: "Summary") -> None:
-        self.exit_code = summary.exit_code
         self.console.info(
             f"{summary.drawn} drawn"
             + (f", {summary.done} were there" if summary.done else "")
@@ -420,7 +453,7 @@ class _View:
                 failed=summary.failed,
                 left=summary.left,
                 seconds=round(summary.seconds, 3),
-                exit_code=summary.exit_code,
+                exit_code=self.exit_code,
             )
 
 

@@ -110,7 +110,10 @@ def test_asked_to_stop_or_killed_it_leaves_no_process_and_goes_on_next_time(sana
     command = [SANA, "batch", *words, *WORKERS, "--json"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, start_new_session=True, **pipes) as process:
-        while events(line := process.stdout.readline().decode())[-1]["event"] != "image":
+        while (
+            events(line := process.stdout.readline().decode(), heartbeats=True)[-1]["event"]
+            != "image"
+        ):
             assert line
         workers = workers_of(process.pid)
         assert len(workers) == 2
