@@ -77,6 +77,10 @@ class Inputs(Mapping[str, "np.ndarray"]):
         self._last: dict[str, tuple[str, np.ndarray]] = {}  # by role
         self.loras: dict[str, Path] = {}  # files by SHA-256
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What another process needs, which reads the pixels itself."""
+        return self.__dict__ | {"_last": {}}
+
     def add_bytes(self, name: str, data: bytes) -> None:
         """Put the bytes of an image file under a name, by which `add` finds it.
 

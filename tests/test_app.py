@@ -26,13 +26,15 @@ ORDER = """
     server:   app access images_api page security service fields metrics gallery jobs errors
     api diffusers_compat
     ui
-    batch:    run runner jobs manifest rows templates shards events
+    batch:    run processes this_process recorder worker engine placement jobs manifest rows
+              templates shards events
     bench:    run baseline competitor phases roofline random_weights
+    sheet
     remote session
     replay resolve
     pipeline: draw guidance oom_retry plan text_encoder text_cache networks solver
               events
-    images:   names masks files metadata other_tools a1111 claims formats
+    images:   contact_sheet names masks files metadata other_tools a1111 claims formats
     weights:  fetch lora download model_files single_file hub_cache checkpoint original_names
               lora_choice catalogue layout tensor_cache
     models:   streaming.autoencoder streaming.strip_pipeline streaming.layers fused_dit
