@@ -204,6 +204,7 @@ class Resolution:
             control_scale=self._control_scale(),
             controlnet=self.controlnet.name if self.controlnet else None,
             vae=self.vae.name if self.vae else None,
+            quant=None if asked.quant == "none" else asked.quant,
             **self._pag(files),
         )
 

@@ -32,12 +32,12 @@ ORDER = """
     sheet
     remote session
     replay resolve
-    pipeline: draw guidance oom_retry plan text_encoder text_cache networks solver
+    pipeline: draw guidance oom_retry plan text_encoder weight_cache text_cache networks solver
               events
     images:   contact_sheet names masks files metadata other_tools a1111 claims formats
     weights:  fetch lora download model_files single_file hub_cache checkpoint original_names
               lora_choice catalogue layout tensor_cache
-    models:   streaming.autoencoder streaming.strip_pipeline streaming.layers fused_dit
+    models:   streaming.autoencoder streaming.strip_pipeline streaming.layers fused_dit w8a8
               fused_controlnet fused_layers controlnet streaming.subpixel int8 cross_attention
               architectures streaming.ops cuda_graph dit gemma dc_ae
     kernels

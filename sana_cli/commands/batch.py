@@ -26,7 +26,7 @@ from sana_cli.commands._options import (
 )
 from sana_cli.commands._session import open_session
 from sana_cli.errors import FAILURES, SanaError, UsageError
-from sana_cli.settings import FileOptions, RunOptions, Seeds, Settings, declared
+from sana_cli.settings import FILES, RUNNING, FileOptions, RunOptions, Seeds, Settings, declared
 from sana_cli.units import counted
 
 if TYPE_CHECKING:

@@ -41,6 +41,7 @@ VALUES = {
     "device": "cpu",
     "dtype": "bfloat16",
     "memory": "6GB",
+    "quant": "w8a8",
     "text_precision": "fp32",
     "cache": False,
     "offline": True,
