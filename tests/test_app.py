@@ -24,7 +24,7 @@ ORDER = """
     commands: serve bench batch generate doctor models info config _bench_tables _options
               _completion _preview _session _defaults
     ui
-    server:   app access images_api page security service fields metrics gallery jobs errors
+    server:   app access images_api page security service fields metrics gallery jobs loras errors
     api
     batch:    run runner jobs manifest rows templates shards events
     bench:    run baseline competitor phases roofline random_weights
