@@ -26,12 +26,13 @@ from sana_cli.errors import (
 from sana_cli.images.files import UPLOADS, encode, read
 from sana_cli.images.metadata import Metadata
 from sana_cli.pipeline.events import Event, Failure, ImageDone, Notice, Preview, Progress
-from sana_cli.recipe import Recipe
+from sana_cli.recipe import Recipe, adapters_of
 from sana_cli.reporter import Reporter
 from sana_cli.resolve import Inputs, Resolution, Role, Sampler
 from sana_cli.session import DrawRequest, Session
-from sana_cli.settings import Settings, declared, flag, is_path
+from sana_cli.settings import Settings, declared
 from sana_cli.weights.catalogue import Model
+from sana_cli.weights.lora_choice import split_scale
 
 if TYPE_CHECKING:
     import httpx2
@@ -110,11 +111,6 @@ class RemoteSession(Session):
     # --- resolve -------------------------------------------------------------------------------
 
     def resolve(self, settings: Settings, inputs: Inputs) -> RemoteResolution:
-        for name, one in declared(Settings).items():
-            given = getattr(settings, name) != one.default
-            if given and one.repeated and is_path(one):
-                text = f"{flag(name)} cannot be sent to a server"
-                raise UsageError(text, "leave out --server, or the option")
         for name in self._files(settings):  # read, and reported, as they are here
             inputs.add(getattr(settings, name), ROLES[name])
         key = replace(settings, prompt="-")
@@ -123,7 +119,10 @@ class RemoteSession(Session):
                 answer.read()
                 document = _json(answer.text)
             self._resolved[key] = self._read(document, settings)
-        return replace(self._resolved[key], settings=settings)
+        found = replace(self._resolved[key], settings=settings)
+        for text, adapter in zip(settings.lora, adapters_of(found.drawn), strict=True):
+            inputs.loras[adapter.sha256] = Path(split_scale(text)[0])  # what it is called there
+        return found
 
     def _read(self, document: Any, settings: Settings) -> RemoteResolution:
         try:
@@ -258,9 +257,7 @@ class RemoteSession(Session):
         path, content = "/v1/images/generations", {"json": body}
         if files:
             path = "/v1/images/edits"
-            form = {
-                k: str(v).lower() if v is True or v is False else str(v) for k, v in body.items()
-            }
+            form = {k: _words(v) for k, v in body.items()}
             content = {"data": form, "files": files}
         announced = False
         while True:
@@ -339,6 +336,13 @@ def pixels_of(data: Any) -> "np.ndarray":
 
     with Image.open(io.BytesIO(base64.b64decode(data["b64_json"])), formats=("PNG",)) as image:
         return np.asarray(image)
+
+
+def _words(value: Any) -> str | list[str]:
+    """A value in a form."""
+    if isinstance(value, tuple):
+        return [str(one) for one in value]
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _json(text: str) -> Any:

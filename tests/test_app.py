@@ -23,7 +23,7 @@ ORDER = """
     __main__ app
     commands: serve bench batch generate doctor models info config _bench_tables _options
               _completion _preview _session _help _defaults
-    server:   app access images_api page security service fields metrics gallery jobs errors
+    server:   app access images_api page security service fields metrics gallery jobs loras errors
     api diffusers_compat
     ui
     batch:    run processes this_process recorder worker engine placement jobs manifest rows

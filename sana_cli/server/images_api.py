@@ -105,6 +105,13 @@ def routes(service: Service) -> APIRouter:
             service.model_named(name)
         return model_row(offered[name])
 
+    @router.get("/loras")
+    def loras() -> Any:
+        """The LoRAs that a request may name."""
+        files = service.loras.files().items()
+        rows = [{"id": n, "object": "lora", "bytes": p.stat().st_size} for n, p in files]
+        return {"object": "list", "data": rows}
+
     @router.get("/jobs")
     def jobs() -> Any:
         """What is being drawn, and what waits behind it."""
@@ -324,7 +331,10 @@ async def read_edit(request: Request) -> tuple[dict[str, Any], dict[str, bytes]]
     uploads: dict[str, bytes] = {}
     async with request.form(max_files=8, max_fields=64, max_part_size=1 << 20) as form:
         for field, value in form.multi_items():
-            name = field.removesuffix("[]") if isinstance(value, UploadFile) else field
+            name = field.removesuffix("[]")
+            if name == "lora" and isinstance(value, str):
+                values.setdefault(name, []).append(value)
+                continue
             if name in values or name in uploads:
                 raise ApiError(400, f"{ascii(name)} is given twice", param=ascii(name)[1:-1])
             if not isinstance(value, UploadFile):
