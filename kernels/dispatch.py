@@ -11,22 +11,26 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sana_cli.kernels import selfcheck
-
 MIN_CAPABILITY = (8, 0)  # Ampere: Triton generates no tensor-core code for older GPUs
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+meta_is_gpu = False  # set by `launch.meta_launches`
 
 
-def uses_triton(operation: str, x: Tensor) -> bool:
+def uses_triton(operation: str, x: Tensor, dtype: torch.dtype | None = None) -> bool:
     """Whether an operation on `x`, one of `selfcheck.OPERATIONS`, runs in Triton.
 
-    Autograd needs the torch operations. So does a GPU on which the kernel fails its check, which
-    this waits for.
+    `dtype` is that of the activations, if `x` are their values in 8 bits. Autograd needs the torch
+    operations. So does a GPU on which the kernel fails its check, which this waits for.
     """
-    supported = x.is_cuda and x.dtype in DTYPES and not x.requires_grad
+    from sana_cli.kernels import selfcheck
+
+    if x.is_meta:
+        return meta_is_gpu
+    dtype = dtype or x.dtype
+    supported = x.is_cuda and dtype in DTYPES and not x.requires_grad
     if not supported or fallback_reason(x.device) is not None:
         return False
-    return selfcheck.passes(operation, x.device, x.dtype)
+    return selfcheck.passes(operation, x.device, dtype)
 
 
 @functools.cache

@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sana_cli.kernels.rows8 import Rows8, dequantise
 from sana_cli.system import disk, inventory
 from sana_cli.system.devices import is_out_of_memory
 from sana_cli.system.folders import cache_folder
@@ -35,6 +36,11 @@ from sana_cli.system.folders import cache_folder
 OPERATIONS = (
     *("modulate", "project_qkv", "attend_tokens", "gated_residual_linear_", "linear_silu"),
     *("depthwise_glu", "rms_norm", "kv_state", "aggregate", "conv_to_rgb"),
+)
+# Those of 8-bit rows, which are checked apart: few images need them.
+OPERATIONS8 = (
+    *("modulate8", "project_qkv8", "attend_tokens8", "gated_residual_linear8_", "linear_silu8"),
+    "depthwise_glu8",
 )
 COMMAND = [sys.executable, "-P", "-m", "sana_cli.kernels.selfcheck"]
 WORKERS = min(8, os.cpu_count() or 1)  # threads that compile; Triton's compiler frees the GIL
@@ -47,6 +53,9 @@ BEGUN = "the GPU answers"  # printed before the first check
 # kernels round k up to three times and v once before their product, which costs 6 dB. A state in
 # tf32 has 80 dB. One wrong element in 10,000 leaves 40 dB.
 LEAST = {torch.float32: 125.0, torch.float16: 62.0, torch.bfloat16: 44.0}
+# The same of 8-bit rows that a kernel rounds. Next to a tie it may round the other way, and a step
+# is a fortieth of the usual value: one in a hundred leaves 52 dB.
+QUANTISED = 45.0
 
 
 def least(dtype: torch.dtype, terms: int = 1) -> float:
@@ -82,7 +91,7 @@ class Check(NamedTuple):
     def error(self) -> float:
         """Return the signal to noise of the worst result; NaN if there are NaNs."""
         inputs = [x.clone() if isinstance(x, Tensor) else x for x in self.inputs]
-        wide = [x.double() if isinstance(x, Tensor) else x for x in self.inputs]
+        wide = [_in_float64(x) for x in self.inputs]
         found, true = _as_tuple(self.fused(*inputs)), _as_tuple(self.definition(*wide))
         errors = [decibels(one, exact.double()) for one, exact in zip(found, true, strict=True)]
         return math.nan if any(map(math.isnan, errors)) else min(errors)
@@ -96,54 +105,68 @@ class Outcome(NamedTuple):
     lasting: bool = True  # whether it would be the same another time
 
 
+def _in_float64(x: Any) -> Any:
+    if isinstance(x, Rows8):  # the same integers, in products of another precision
+        return x._replace(dtype=torch.float64)
+    return x.double() if isinstance(x, Tensor) else x
+
+
 def _as_tuple(result: Any) -> tuple[Tensor, ...]:
+    if isinstance(result, Rows8):
+        return (dequantise(result),)
     return result if isinstance(result, tuple) else (result,)
 
 
 # --- in the process that draws -----------------------------------------------------------------
 
 
-_started: dict[tuple[torch.device, torch.dtype], Future[dict[str, Outcome]]] = {}
+# By device, dtype, and whether they are the operations of 8-bit rows.
+_started: dict[tuple[torch.device, torch.dtype, bool], Future[dict[str, Outcome]]] = {}
 _lock = threading.Lock()
 _said: set[str] = set()
 
 
 def passes(operation: str, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether a kernel may be used; waits for its check, which begins now if it has not."""
-    return outcomes(device, dtype)[operation].fault is None
+    return outcomes(device, dtype, operation in OPERATIONS8)[operation].fault is None
 
 
-def outcomes(device: torch.device | str, dtype: torch.dtype) -> dict[str, Outcome]:
-    """Return the outcome of every operation; waits for the check."""
-    start(device, [dtype])
-    return _started[_with_index(device), dtype].result()
+def outcomes(
+    device: torch.device | str, dtype: torch.dtype, eight: bool = False
+) -> dict[str, Outcome]:
+    """Return the outcome of every operation, of 8-bit rows or of others; waits for the check."""
+    start(device, [(dtype, eight)])
+    return _started[_with_index(device), dtype, eight].result()
 
 
-def start(device: torch.device | str, dtypes: Iterable[torch.dtype]) -> bool:
-    """Begin to check kernels in the background, if there is no outcome; whether any began."""
+def start(device: torch.device | str, kinds: Iterable[tuple[torch.dtype, bool]]) -> bool:
+    """Begin to check kernels in the background, if there is no outcome; whether any began.
+
+    `kinds` are dtypes, each with whether the operations of 8-bit rows are meant.
+    """
     began, device = False, _with_index(device)
     with _lock:
-        for dtype in dtypes:
-            if (device, dtype) in _started:
+        for kind in kinds:
+            if (device, *kind) in _started:
                 continue
-            future = _started[device, dtype] = Future()
-            kept = _read(_kept_at(device, dtype))
+            future = _started[(device, *kind)] = Future()
+            kept = _read(device, *kind)
             if kept is not None:
                 future.set_result(kept)
                 continue
-            work = functools.partial(_run, future, device, dtype)
+            work = functools.partial(_run, future, device, *kind)
             threading.Thread(target=work, daemon=True).start()
             began = True
     return began
 
 
-def remarks(device: torch.device | str, dtypes: Iterable[torch.dtype]) -> list[str]:
+def remarks(device: torch.device | str, kinds: Iterable[tuple[torch.dtype, bool]]) -> list[str]:
     """Return what has to be said of the checks, each once in this process; waits for them."""
     found = [
         f"{operation} in {name_of(dtype)} runs as plain torch: {outcome.fault};"
         " `sana doctor --check` checks it again"
-        for dtype in dtypes
-        for operation, outcome in outcomes(device, dtype).items()
+        for dtype, eight in kinds
+        for operation, outcome in outcomes(device, dtype, eight).items()
         if outcome.fault
     ]
     fresh = [text for text in dict.fromkeys([*found, *_unkept]) if text not in _said]
@@ -151,11 +174,13 @@ def remarks(device: torch.device | str, dtypes: Iterable[torch.dtype]) -> list[s
     return fresh
 
 
-def examine(device: torch.device | str, dtype: torch.dtype) -> dict[str, Outcome]:
-    """Check every operation now, and keep the outcomes."""
-    device = _with_index(device)
+def examine(
+    device: torch.device | str, dtype: torch.dtype, eight: bool = False
+) -> dict[str, Outcome]:
+    """Check every operation now, of 8-bit rows or of others, and keep the outcomes."""
+    device, operations = _with_index(device), OPERATIONS8 if eight else OPERATIONS
     found: dict[str, Outcome] = {}
-    todo, workers = list(OPERATIONS), WORKERS
+    todo, workers = list(operations), WORKERS
     while todo:
         told, began, end = _told_by_process(device, dtype, workers, todo)
         found |= told
@@ -167,8 +192,8 @@ def examine(device: torch.device | str, dtype: torch.dtype) -> dict[str, Outcome
             found[todo.pop(0)] = Outcome(None, f"its check {end}")
         workers = 1
     if all(outcome.lasting for outcome in found.values()):
-        _write(_kept_at(device, dtype), found)
-    return {operation: found[operation] for operation in OPERATIONS}
+        _write(device, dtype, eight, found)
+    return {operation: found[operation] for operation in operations}
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -188,9 +213,11 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _run(future: Future[dict[str, Outcome]], device: torch.device, dtype: torch.dtype) -> None:
+def _run(
+    future: Future[dict[str, Outcome]], device: torch.device, dtype: torch.dtype, eight: bool
+) -> None:
     try:
-        future.set_result(examine(device, dtype))
+        future.set_result(examine(device, dtype, eight))
     except BaseException as error:
         future.set_exception(error)
 
@@ -223,12 +250,12 @@ def _told_by_process(
 _unkept: list[str] = []  # why outcomes could not be kept
 
 
-def _kept_at(device: torch.device, dtype: torch.dtype) -> Path:
+def _kept_at(device: torch.device, dtype: torch.dtype, eight: bool) -> Path:
     """Return the file for all that may change an outcome."""
     sources = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
         sources.update(path.read_bytes())
-    facts = [name_of(dtype), torch.__version__, torch.version.cuda, sources.hexdigest()]
+    facts = [name_of(dtype), eight, torch.__version__, torch.version.cuda, sources.hexdigest()]
     facts.append(inventory.triton())
     if device.type == "cuda":
         facts += [torch.cuda.get_device_name(device), inventory.nvidia_driver()]
@@ -236,15 +263,19 @@ def _kept_at(device: torch.device, dtype: torch.dtype) -> Path:
     return cache_folder() / "kernels" / f"{key}.json"
 
 
-def _read(path: Path) -> dict[str, Outcome] | None:
+def _read(device: torch.device, dtype: torch.dtype, eight: bool) -> dict[str, Outcome] | None:
+    operations = OPERATIONS8 if eight else OPERATIONS
     try:
-        kept = json.loads(path.read_bytes())
-        return {operation: Outcome(*kept[operation]) for operation in OPERATIONS}
+        kept = json.loads(_kept_at(device, dtype, eight).read_bytes())
+        return {operation: Outcome(*kept[operation]) for operation in operations}
     except (OSError, ValueError, TypeError, KeyError):  # absent or broken
         return None
 
 
-def _write(path: Path, found: dict[str, Outcome]) -> None:
+def _write(
+    device: torch.device, dtype: torch.dtype, eight: bool, found: dict[str, Outcome]
+) -> None:
+    path = _kept_at(device, dtype, eight)
     try:
         disk.replace(path, json.dumps(found).encode())
     except OSError as error:

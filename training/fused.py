@@ -30,9 +30,8 @@ def fuse(dit: DiT) -> DiT:
 
 class FusedLinearAttention(LinearAttention):
     def forward(self, x: Tensor) -> Tensor:
-        if x.shape[-1] // self.heads in TRITON_HEADS and dispatch.uses_triton(
-            "attend_tokens", x.detach()
-        ):
+        fits = x.shape[-1] // self.heads in TRITON_HEADS
+        if fits and dispatch.uses_triton("attend_tokens", x.detach()):
             q, k, v = self.to_q(x), self.to_k(x), self.to_v(x)
             if self.qk_norm:  # float32 under autocast, unlike v
                 q, k = self.norm_q(q).to(v.dtype), self.norm_k(k).to(v.dtype)

@@ -1,5 +1,6 @@
 """`sana doctor`: what is on this machine, what will run on it and how, and what to type next."""
 
+import itertools
 import json
 import math
 import os
@@ -100,12 +101,16 @@ def examine(color: bool, tell: Callable[[str], None]) -> Facts:
 def _kernels() -> Facts:
     """For the device that is taken unless another is asked for."""
     from sana_cli.kernels.dispatch import chosen_path
+    from sana_cli.kernels.rows8 import chosen_products
     from sana_cli.system import inventory
     from sana_cli.system.devices import choose_device
 
-    path, reason = chosen_path(choose_device("auto"))
+    device = choose_device("auto")
+    path, reason = chosen_path(device)
     triton = inventory.triton()
-    return {"path": path, "reason": reason, "triton": triton}
+    fast, how = chosen_products(device)
+    products = {"fast": fast, "reason": how}
+    return {"path": path, "reason": reason, "triton": triton, "w8a8": products}
 
 
 def _checks(tell: Callable[[str], None]) -> list[Facts]:
@@ -126,10 +131,10 @@ def _checks(tell: Callable[[str], None]) -> list[Facts]:
     else:
         arch = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
     rows = []
-    for dtype in dtypes:
+    for dtype, eight in itertools.product(dtypes, (False, True)):
         name = selfcheck.name_of(dtype)
-        tell(f"compiling and checking the kernels in {name}")
-        for operation, outcome in selfcheck.examine(device, dtype).items():
+        tell(f"compiling and checking the kernels in {name}{' with 8-bit products' * eight}")
+        for operation, outcome in selfcheck.examine(device, dtype, eight).items():
             error = outcome.decibels
             rows.append(
                 {
@@ -334,6 +339,9 @@ def _lines(facts: Facts) -> Iterator[tuple[str, str]]:
     if kernels := facts["kernels"]:
         triton = f"Triton {kernels['triton']}" if kernels["triton"] else "Triton is not installed"
         yield "kernels", f"{kernels['path']} path: {kernels['reason']} ({triton})"
+        products = kernels["w8a8"]
+        speed = "fast products" if products["fast"] else "no faster than none"
+        yield "w8a8", f"{speed}: {products['reason']}"
     yield "8 bits", f"bitsandbytes {facts['bitsandbytes'] or 'is not installed'}"
     yield from _hub_lines(facts["hub"])
     if texts := facts["text_cache"]:

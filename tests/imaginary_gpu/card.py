@@ -32,11 +32,11 @@ class Cards:
     reserved = 0  # bytes; every capture takes a thousand
     fail: Exception | None = None  # raised by the next captures
     capped: dict[int, float] = {}  # share of the memory by GPU
-    checked: list[str] = []  # dtypes in which the kernels were to be checked
+    checked: list[str] = []  # in which precisions the kernels were to be checked
 
     @classmethod
-    def check(cls, device: Any, dtypes: Any) -> bool:
-        cls.checked += map(selfcheck.name_of, dtypes)
+    def check(cls, device: Any, kinds: Any) -> bool:
+        cls.checked += [selfcheck.name_of(dtype) + " int8" * eight for dtype, eight in kinds]
         return False
 
     @classmethod
@@ -141,9 +141,10 @@ def _apply(self: nn.Module, function: Any, recurse: bool = True) -> nn.Module:
     return self
 
 
-def _passed(device: Any, dtype: Any) -> dict[str, selfcheck.Outcome]:
+def _passed(device: Any, dtype: Any, eight: bool = False) -> dict[str, selfcheck.Outcome]:
     """Outcomes of the self-check, as the kernels cannot run."""
-    return dict.fromkeys(selfcheck.OPERATIONS, selfcheck.Outcome(150.0))
+    operations = (*selfcheck.OPERATIONS, *selfcheck.OPERATIONS8)
+    return dict.fromkeys(operations, selfcheck.Outcome(150.0))
 
 
 def _unread(read: Any) -> Any:

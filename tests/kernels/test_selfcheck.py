@@ -22,7 +22,7 @@ pytest.importorskip("triton", minversion=MIN_TRITON)
 from sana_cli.kernels import dispatch, launch, selfcheck
 from sana_cli.kernels.aot import all_cases
 from sana_cli.kernels.cases import Case
-from sana_cli.kernels.selfcheck import OPERATIONS, Outcome, all_checks, decibels, least
+from sana_cli.kernels.selfcheck import OPERATIONS, OPERATIONS8, Outcome, all_checks, decibels, least
 from sana_cli.pipeline import draw
 from sana_cli.pipeline.networks import Networks
 from sana_cli.pipeline.plan import Plan
@@ -96,13 +96,14 @@ def test_every_specialisation_that_the_models_launch_is_checked(arch):
 
 def test_every_operation_is_checked():
     checks = all_checks(torch.device("meta"), FLOAT)
-    assert {check.operation for check in checks} == set(OPERATIONS)
+    assert {check.operation for check in checks} == {*OPERATIONS, *OPERATIONS8}
 
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_all_kernels_agree_with_torch(dtype):
-    found = selfcheck.examine(DEVICE, dtype)
+@pytest.mark.parametrize("eight", [False, True])
+def test_all_kernels_agree_with_torch(dtype, eight):
+    found = selfcheck.examine(DEVICE, dtype, eight)
     assert [operation for operation, outcome in found.items() if outcome.fault] == []
 
 
@@ -183,7 +184,9 @@ def test_without_a_check_nothing_runs_in_triton_this_time(cache, monkeypatch, co
 def test_drawing_begins_with_the_check_and_says_what_failed(script, monkeypatch):
     script(telling(wrong="kv_state"))
     monkeypatch.setattr(draw, "fallback_reason", lambda device: None)
-    recipe = SimpleNamespace(dit_dtype="float16", vae_dtype="float32", steps=1, strength=None)
+    recipe = SimpleNamespace(
+        dit_dtype="float16", vae_dtype="float32", quant="w8a8", steps=1, strength=None
+    )
     drawing = draw.Drawing([recipe], None, Plan("cpu"), Networks(), None, None)
     (began,) = drawing.start_selfcheck()
     assert began.text.startswith("compiling and checking the kernels")
@@ -217,12 +220,13 @@ def test_without_a_compiler_nothing_runs_in_triton(ampere, monkeypatch):
 def test_an_operation_runs_in_triton_only_if_its_kernel_passed(script, ampere, monkeypatch):
     script(telling(wrong="linear_silu"))
     monkeypatch.setattr(dispatch, "fallback_reason", lambda device: None)
-    x = SimpleNamespace(is_cuda=True, dtype=FLOAT, requires_grad=False, device=torch.device("cpu"))
+    kind = {"is_cuda": True, "is_meta": False, "requires_grad": False}
+    x = SimpleNamespace(**kind, dtype=FLOAT, device=torch.device("cpu"))
     assert not dispatch.uses_triton("linear_silu", x)
     assert dispatch.uses_triton("modulate", x)
-    (text,) = selfcheck.remarks("cpu", [FLOAT])
+    (text,) = selfcheck.remarks("cpu", [(FLOAT, False)])
     assert text.startswith("linear_silu in float32 runs as plain torch: of the test; ")
-    assert selfcheck.remarks("cpu", [FLOAT]) == [], "it is said once"
+    assert selfcheck.remarks("cpu", [(FLOAT, False)]) == [], "it is said once"
 
 
 # --- what it keeps -----------------------------------------------------------------------------
@@ -234,18 +238,18 @@ def kept(cache: Path) -> list[Path]:
 
 def test_outcomes_are_kept_until_something_changes(script, cache, monkeypatch):
     script(telling(wrong="modulate"))
-    assert selfcheck.start("cpu", [FLOAT])
+    assert selfcheck.start("cpu", [(FLOAT, False)])
     found = selfcheck.outcomes("cpu", FLOAT)
     assert found["modulate"] == Outcome(float("inf"), "of the test")
-    assert not selfcheck.start("cpu", [FLOAT]), "it began already"
+    assert not selfcheck.start("cpu", [(FLOAT, False)]), "it began already"
     assert len(kept(cache)) == 1
     script("raise SystemExit('it was started again')")
     selfcheck._started.clear()
-    assert not selfcheck.start("cpu", [FLOAT])
+    assert not selfcheck.start("cpu", [(FLOAT, False)])
     assert selfcheck.outcomes("cpu", FLOAT) == found
     monkeypatch.setattr(torch, "__version__", "2.99")
     selfcheck._started.clear()
-    assert selfcheck.start("cpu", [FLOAT]), "another torch"
+    assert selfcheck.start("cpu", [(FLOAT, False)]), "another torch"
     assert "it was started again" in selfcheck.outcomes("cpu", FLOAT)["linear_silu"].fault
 
 
@@ -272,10 +276,10 @@ def test_a_cache_that_cannot_be_written_is_said_once_and_costs_no_kernel(
     script(telling())
     (tmp_path / "file").touch()
     monkeypatch.setenv("SANA_CACHE_DIR", str(tmp_path / "file"))
-    (text,) = selfcheck.remarks("cpu", [FLOAT])
+    (text,) = selfcheck.remarks("cpu", [(FLOAT, False)])
     assert "cannot be kept" in text
     assert selfcheck.passes("modulate", torch.device("cpu"), FLOAT)
-    assert selfcheck.remarks("cpu", [FLOAT]) == []
+    assert selfcheck.remarks("cpu", [(FLOAT, False)]) == []
 
 
 # --- on demand ---------------------------------------------------------------------------------
@@ -291,7 +295,7 @@ def test_doctor_checks_on_demand_and_shows_a_table(script, sana, monkeypatch):
     assert "modulate float32 interpreter exact triton" in lines
     assert "rms_norm float16 interpreter - torch: of the test" in lines
     rows = json.loads(sana("doctor", "--check", "--json").out)["checks"]
-    assert [row["kernel"] for row in rows] == 2 * list(OPERATIONS)
+    assert [row["kernel"] for row in rows] == 2 * [*OPERATIONS, *OPERATIONS8]
     assert {row["path"] for row in rows if row["kernel"] == "rms_norm"} == {"torch"}
     assert "checks" not in json.loads(sana("doctor", "--json").out)
 
