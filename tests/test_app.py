@@ -26,7 +26,7 @@ ORDER = """
     ui
     server:   app access images_api page security service fields metrics gallery jobs errors
     api
-    batch:    run processes this_process recorder worker engine placement jobs manifest rows
+    batch:    run on_ray processes this_process recorder worker engine placement jobs manifest rows
               templates shards events
     bench:    run baseline competitor phases roofline random_weights
     sheet
@@ -157,8 +157,9 @@ def test_imports_point_downwards(path):
     assert not upwards
 
 
-# What `sana bench --against` compares with, and Triton, which torch brings where it works.
-OPTIONAL = {"diffusers", "transformers", "triton"}
+# What `sana bench --against` compares with; Triton, which torch brings where it works; and Ray,
+# which `--engine ray` imports.
+OPTIONAL = {"diffusers", "transformers", "triton", "ray"}
 
 
 def test_whatever_is_imported_is_declared():

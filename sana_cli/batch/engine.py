@@ -5,6 +5,7 @@ and the events are the same with each:
 
     this_process.py   the session of the command, in its own process
     processes.py      several processes of this machine, one a device
+    on_ray.py         the actors of a Ray cluster
 """
 
 from collections.abc import Callable, Iterator

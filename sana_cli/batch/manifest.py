@@ -10,7 +10,8 @@ Each line is a JSON object with a `status`:
 
 The last line of an id counts. Each line is synced to disk before the next operation, so after a
 kill every file is either listed with its hash or absent. Each shard writes its own manifest,
-`manifest.2-of-3.jsonl`; all manifests of a folder are read as one.
+`manifest.2-of-3.jsonl`, and so does each of several writers, `manifest-3f9a.jsonl`; all manifests
+of a folder are read as one.
 """
 
 import hashlib
@@ -159,9 +160,11 @@ def sha256(path: Path) -> str:
 class Manifest(Ledger):
     """The locked manifest of a folder, or of a shard of it, open for appending."""
 
-    def __init__(self, folder: Path, shard: Shard | None = None) -> None:
-        self.shard = shard
+    def __init__(self, folder: Path, shard: Shard | None = None, writer: str | None = None) -> None:
+        """`writer` names one of several processes that write for the one that holds the folder."""
+        self.shard, self.writer = shard, writer
         self.stem = f"manifest.{shard.number}-of-{shard.count}" if shard else "manifest"
+        self.stem += f"-{writer}" if writer else ""
         self.path = folder / f"{self.stem}.jsonl"
         with ExitStack() as stack:
             try:
@@ -193,9 +196,10 @@ class Manifest(Ledger):
         with ExitStack() as stack:
             try:
                 lock = stack.enter_context(Lock(folder / f"{PARTIAL}-{self.stem}.lock"))
-                for path in folder.glob(f"{PARTIAL}-manifest*.lock"):
+                others = [] if self.writer else folder.glob(f"{PARTIAL}-manifest*.lock")
+                for path in others:
                     taken = path.stem.removeprefix(f"{PARTIAL}-")
-                    brother = self.shard and taken.endswith(f"-of-{self.shard.count}")
+                    brother = self.shard and re.search(rf"-of-{self.shard.count}(-|$)", taken)
                     if taken != self.stem and not brother:
                         Lock(path).release()
             except BlockingIOError:
@@ -239,7 +243,7 @@ class Manifest(Ledger):
         """Add the `done` line of an image whose file was written before its line could be."""
         line = self.last[id]
         if line["status"] == "writing":
-            self.append(**line | {"status": "done"} | self._file_state(line["path"]))
+            self.append(**line | {"status": "done"} | self.file_state(line["path"]))
 
     def place(self, id: str, name: Path, force: bool) -> tuple[Path, bool]:
         """Return the path for a job's image, and whether it may replace an existing file.
@@ -256,11 +260,12 @@ class Manifest(Ledger):
 
     def done(self, path: Path, **facts: Any) -> Line:
         """Append the `done` line of the image at `path` inside the folder."""
-        line = {"status": "done", **facts, "path": path.as_posix(), **self._file_state(path)}
+        line = {"status": "done", **facts, "path": path.as_posix(), **self.file_state(path)}
         self.append(**line)
         return line
 
-    def _file_state(self, path: str | Path) -> Line:
+    def file_state(self, path: str | Path) -> Line:
+        """The size of a file in the folder and the time of its last change."""
         state = (self.folder / path).stat()
         return {"bytes": state.st_size, "mtime_ns": state.st_mtime_ns}
 

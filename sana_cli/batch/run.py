@@ -107,12 +107,13 @@ class Batch:
         options: FileOptions,
         policy: RunPolicy,
         open_engine: "OpenEngine",
+        place: str,
     ) -> None:
         """`source` names the file of jobs in messages; `open_engine` is called before the first
-        image is drawn."""
+        image is drawn, and `place` tells where that engine draws."""
         self.session, self.reader, self.folder, self.shard = session, reader, folder, shard
         self.source, self.options, self.policy = source, options, policy
-        self.open_engine = open_engine
+        self.open_engine, self.place = open_engine, place
         self.engine: Engine | None = None  # opened for the first job that is to be drawn
         self.builder = JobBuilder()
         self.files: dict[tuple[Model, Component | None, Component | None], ModelFiles] = {}
@@ -331,7 +332,7 @@ class Batch:
         return Work(
             self.session,
             self.manifest,
-            lambda job: self.files[job.model, job.vae, job.controlnet],
+            lambda job: self.files[job.components],
             self.reader.inputs,
             self.options,
             lambda: bool(stop),
