@@ -26,8 +26,8 @@ ORDER = """
     ui
     server:   app access images_api page security service fields metrics gallery jobs errors
     api
-    batch:    run on_ray processes this_process recorder worker engine placement jobs manifest rows
-              templates shards events
+    batch:    run on_ray processes this_process recorder worker engine placement jobs rows templates
+              manifest disk_store object_store store lines shards events
     bench:    run baseline competitor phases roofline random_weights
     sheet
     remote session
@@ -157,9 +157,9 @@ def test_imports_point_downwards(path):
     assert not upwards
 
 
-# What `sana bench --against` compares with; Triton, which torch brings where it works; and Ray,
-# which `--engine ray` imports.
-OPTIONAL = {"diffusers", "transformers", "triton", "ray"}
+# What `sana bench --against` compares with; Triton, which torch brings where it works; Ray, for
+# `--engine ray`; and fsspec, which its clients of object stores bring.
+OPTIONAL = {"diffusers", "transformers", "triton", "ray", "fsspec"}
 
 
 def test_whatever_is_imported_is_declared():

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from sana_cli.batch.jobs import Job
-from sana_cli.batch.manifest import Line, Manifest
+from sana_cli.batch.lines import Line
+from sana_cli.batch.manifest import Manifest
 from sana_cli.errors import SanaError
 from sana_cli.pipeline.events import Notice, Progress
 from sana_cli.resolve import Inputs
@@ -30,7 +31,7 @@ class Saved:
     """The image of a job is at `path`, and `line` is its line in the manifest."""
 
     job: Job
-    path: Path
+    path: Path | str  # in an object store, its URL
     line: Line
 
 

@@ -18,16 +18,17 @@ import re
 import secrets
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from sana_cli.batch.engine import Failed, RunEvent, Saved, Work
 from sana_cli.batch.jobs import Job
-from sana_cli.batch.manifest import Ledger, Line, Manifest
+from sana_cli.batch.lines import Line
+from sana_cli.batch.manifest import Ledger, Manifest
 from sana_cli.batch.recorder import Recorder
 from sana_cli.batch.shards import Shard
 from sana_cli.batch.worker import Encoded, Worker, need_the_same
@@ -37,7 +38,6 @@ from sana_cli.recipe import Recipe
 from sana_cli.resolve import Inputs
 from sana_cli.session import Session
 from sana_cli.settings import FileOptions
-from sana_cli.system.disk import PARTIAL
 from sana_cli.system.signals import CODES
 
 if TYPE_CHECKING:
@@ -88,11 +88,28 @@ def import_ray() -> Any:
     return ray
 
 
+class _OwnStdout:
+    """The stdout of the command, without what Ray's threads print there of lost actors."""
+
+    def __init__(self, stdout: Any) -> None:
+        self.stdout = stdout
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stdout, name)
+
+    def write(self, text: str) -> int:
+        if threading.current_thread().name.startswith("ray_"):
+            return len(text)
+        return self.stdout.write(text)
+
+
 class OnRay:
     def __init__(self, work: Work, options: RayOptions) -> None:
         """Connect to the cluster, or start one on this machine. SanaError if that fails."""
         self.work, self.ray = work, import_ray()
         reporter = work.session.reporter
+        self.stdout = sys.stdout
+        sys.stdout = cast(TextIO, _OwnStdout(sys.stdout))
         _connect(self.ray, options.address)
         resources = self.ray.cluster_resources()
         gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
@@ -105,7 +122,7 @@ class OnRay:
         self.run_name = secrets.token_hex(4)
         self.setup = _Setup(
             cwd=os.getcwd(),
-            folder=str(work.manifest.folder.absolute()),
+            folder=work.manifest.store.address,
             shard=work.manifest.shard,
             run_name=self.run_name,
             device="cuda" if on_gpus else "cpu",
@@ -198,13 +215,11 @@ class OnRay:
         """Disconnect, which ends the actors. Their manifests are removed if none was drawing, as
         this process has all of their lines then."""
         self.ray.shutdown()
+        sys.stdout = self.stdout
         if not self.is_idle:
             return
-        folder, stem = self.work.manifest.folder, self.work.manifest.stem
-        for path in folder.glob(f"{stem}-{self.run_name}-*.jsonl"):
-            path.unlink(missing_ok=True)
-        for path in folder.glob(f"{PARTIAL}-{stem}-{self.run_name}-*.lock"):
-            path.unlink(missing_ok=True)
+        manifest = self.work.manifest
+        manifest.store.remove_manifests(f"{manifest.stem}-{self.run_name}-")
 
 
 def check_address(address: str | None) -> None:
@@ -226,9 +241,13 @@ def check_address(address: str | None) -> None:
 
 
 def _unreachable(address: str | None, error: Exception) -> SanaError:
+    where = f"the Ray cluster {address or 'of this machine'}"
+    if "AuthToken" in str(error.__cause__):
+        hint = "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to that of the cluster"
+        return SanaError(f"{where} wants a token", hint)
     reason = " ".join(str(error).split())[:200]
-    text = f"the Ray cluster {address or 'of this machine'} cannot be reached: {reason}"
-    return SanaError(text, "see `ray status`, or give another --address")
+    hint = "see `ray status`, or give another --address"
+    return SanaError(f"{where} cannot be reached: {reason}", hint)
 
 
 def _connect(ray: Any, address: str | None) -> None:
@@ -361,9 +380,8 @@ class _Actor:
         self.worker = Worker(self.session, setup.options, lambda: False)
         self.files: dict[tuple[Model, Component | None, Component | None], ModelFiles] = {}
         self.inputs = Inputs()
-        self.folder = Path(setup.folder)
         writer = f"{setup.run_name}-{secrets.token_hex(4)}"
-        self.manifest = Manifest(self.folder, setup.shard, writer)
+        self.manifest = Manifest(setup.folder, setup.shard, writer)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
         jobs = [self.ray.cloudpickle.loads(job) for job in batch["job"]]
@@ -375,6 +393,11 @@ class _Actor:
             return {"status": "open"}
         if attempt > MAX_ATTEMPTS:
             return _failure(SanaError("two Ray actors were lost while they were drawing it"))
+        if attempt > 1:
+            self.session.reporter.warn(
+                f"a Ray actor was lost while it was drawing row {job.row}, seed {job.recipe.seed},"
+                " which is tried once more"
+            )
         try:
             files, job = self._prepare(job)
             written = self._written_before(job) if attempt > 1 else None
@@ -405,11 +428,11 @@ class _Actor:
 
     def _written_before(self, job: Job) -> Line | None:
         """The record of an image that a lost actor has written."""
-        ledger = Ledger(self.folder)
+        ledger = Ledger(self.setup.folder)
         line = ledger.last.get(job.id)
         if line is None or ledger.status(job.id) != "done":
             return None
-        return _success(job, line | self.manifest.file_state(line["path"]))
+        return _success(job, line | self.manifest.store.state(line["path"]))
 
     def _draw(self, job: Job, files: "ModelFiles") -> Line:
         recorder = Recorder(self.manifest, self.setup.options.force)
@@ -425,7 +448,8 @@ class _Actor:
 
 
 def _success(job: Job, line: Line) -> Line:
-    facts = {k: line[k] for k in ("path", "sha256", "bytes", "mtime_ns", "peak_bytes")}
+    own = ("id", "row", "seed", "seconds", "status", "time")  # which the driver writes
+    facts = {name: value for name, value in line.items() if name not in own}
     return {"status": "done", "recipe": job.recipe.as_dict(), **facts}
 
 

@@ -147,8 +147,9 @@ def run(
         typer.Option(
             "-o",
             "--output",
-            metavar="FOLDER",
-            help="Folder, with names if wanted, as in out/{style}/{slug}-{id}.webp."
+            metavar="FOLDER|URL",
+            help="Folder, with names if wanted, as in out/{style}/{slug}-{id}.webp; or that of an"
+            " object store, as in s3://bucket/out."
             " [dim]default: FILE-images/{slug}-{seed}.png[/dim]",
             rich_help_panel=FILES,
         ),
@@ -223,6 +224,7 @@ def run(
     sana batch jobs.jsonl --shard auto -o /shared/out/[/dim]
     """
     from sana_cli.batch.jobs import RowReader
+    from sana_cli.batch.manifest import open_store
     from sana_cli.batch.rows import Pipe, parse, read_file
     from sana_cli.batch.run import Batch, RunPolicy
     from sana_cli.batch.shards import parse_shard
@@ -242,6 +244,10 @@ def run(
     if sheet is not None and check:
         raise UsageError("--sheet has no effect with --check, which draws nothing")
     target = check_sheet(sheet) if sheet is not None else None
+    if isinstance(folder, str):
+        if sheet is not None:
+            raise UsageError("--sheet needs the images on a disk, not in an object store")
+        open_store(folder)  # refuses a URL that cannot be used before a model is opened
     share = parse_shard(shard, os.environ) if shard is not None else None
     options = FileOptions(**{name: asked[name] for name in declared(FileOptions)})
     running = RunOptions(**{name: asked[name] for name in declared(RunOptions)})
@@ -475,7 +481,7 @@ class _View:
         well."""
         from sana_cli.sheet import write_sheet
 
-        images = self.batch.images()
+        images = [Path(image) for image in self.batch.images()]
         try:
             written = write_sheet(sheet, images, self.batch.options.force, self.console)
         except SanaError as error:
@@ -510,12 +516,12 @@ class _View:
 
 @app.command()
 def status(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The -o of a batch.")],
+    folder: Annotated[str, typer.Argument(metavar="FOLDER|URL", help="The -o of a batch.")],
     json_output: Json = False,
     color: Color = True,
 ) -> None:
     """Show the progress of a batch and its failures; exit code 3 if any job is left."""
-    from sana_cli.batch.manifest import Ledger, is_held
+    from sana_cli.batch.manifest import Ledger
 
     ledger = Ledger(folder)
     if not ledger.last and not ledger.runs:
@@ -523,7 +529,7 @@ def status(
     states = {id: ledger.status(id) for id in ledger.last}
     runs = [_run_row(name, lines) for name, lines in ledger.runs.items()]
     for row in runs:
-        row["running"] = is_held(folder, row["manifest"].removesuffix(".jsonl"))
+        row["running"] = ledger.store.is_held(row["manifest"].removesuffix(".jsonl"))
     failures = [ledger.last[id] for id, state in states.items() if state == "failed"]
     gone = [ledger.last[id] for id, state in states.items() if state == "open"]
     document = {

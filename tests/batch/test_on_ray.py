@@ -136,6 +136,7 @@ def test_an_actor_that_is_killed_costs_the_image_under_way(many):
         os.kill(actors[0], 9)
         out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err.decode()
+    assert err.count(b"is tried once more") == 1
     found = events((b"".join(head) + out).decode())
     assert sorted(event["row"] for event in found if event["event"] == "image") == [*range(1, 9)]
     assert pictures("ray") == many
@@ -198,7 +199,11 @@ def test_a_node_without_the_model_fetches_it_once(tiny_model, many, tmp_path):
     hub = Hub()
     hub.push("someone/finetune", tiny_model)
     shared = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
-    homes = {at: os.environ | shared | {"HF_HOME": str(tmp_path / at)} for at in ("node", "driver")}
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "7" * 64}
+    homes = {
+        at: os.environ | shared | token | {"HF_HOME": str(tmp_path / at)}
+        for at in ("node", "driver")
+    }
     ray = shutil.which("ray", path=str(Path(SANA).parent))
     start = [ray, "start", "--head", "--num-cpus=2", f"--port={free_port()}", "--block"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
@@ -208,9 +213,11 @@ def test_a_node_without_the_model_fetches_it_once(tiny_model, many, tmp_path):
         words = ("-m", "someone/finetune", "--steps", "1", "--no-instruction")
         address = address.split("--address='")[1].split("'")[0]
         command = [SANA, "batch", "many.txt", *words, *ON_RAY, "--address", address, "-o", "ray"]
-        run = subprocess.run(
-            command, env=homes["driver"], capture_output=True, text=True, timeout=300
-        )
+        stranger = homes["driver"] | {"RAY_AUTH_MODE": "disabled"}
+        options = {"capture_output": True, "text": True, "timeout": 300}
+        run = subprocess.run(command, env=stranger, **options)
+        assert run.returncode == 1 and "wants a token" in run.stderr
+        run = subprocess.run(command, env=homes["driver"], **options)
         assert run.returncode == 0, run.stderr
         assert len(run.stdout.split()) == 8
         weights = "transformer/diffusion_pytorch_model.safetensors"
