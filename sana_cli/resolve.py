@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from sana_cli.errors import SanaError, UsageError
-from sana_cli.images.files import check_upload, read
-from sana_cli.images.masks import Margins, parse_outpaint, read_mask
+from sana_cli.images.files import Loaded, check_upload, load, rgb
+from sana_cli.images.masks import Margins, parse_outpaint, to_mask
 from sana_cli.instruction import INSTRUCTION
 from sana_cli.recipe import Adapter, Recipe
 from sana_cli.settings import Settings
@@ -60,6 +60,8 @@ class InputImage:
     width: int
     height: int
     convention: str = ""  # of a mask: what is repainted
+    turned: bool = False  # upright, by its EXIF
+    notes: tuple[str, ...] = ()  # what of it was not used, for the user
 
 
 class Inputs(Mapping[str, "np.ndarray"]):
@@ -95,21 +97,24 @@ class Inputs(Mapping[str, "np.ndarray"]):
                 file = role, path, state.st_size, state.st_mtime_ns
         if file is not None and file in self._by_file:
             return self._by_file[file]
-        pixels, convention = self._read(path, role)
+        loaded, pixels, convention = self._read(path, role)
         sha256 = hashlib.sha256(pixels.tobytes()).hexdigest()
         self._last[role] = sha256, pixels
         height, width = pixels.shape[:2]
-        image = InputImage(role, path, sha256, width, height, convention)
+        more = convention, loaded.turned, tuple(loaded.notes)
+        image = InputImage(role, path, sha256, width, height, *more)
         self._inputs[sha256] = image
         if file is not None:
             self._by_file[file] = image
         return image
 
-    def _read(self, path: str, role: Role) -> "tuple[np.ndarray, str]":
+    def _read(self, path: str, role: Role) -> "tuple[Loaded, np.ndarray, str]":
         data = self._uploads.get(path)
         if role in ("init", "control"):
-            return read(path, data), ""
-        return read_mask(path, alpha=role == "alpha", data=data)
+            loaded = load(path, data, "--image" if role == "init" else "--control")
+            return loaded, rgb(loaded, path), ""
+        loaded = load(path, data, "--mask")
+        return loaded, *to_mask(loaded, path, alpha=role == "alpha")
 
     def images(self) -> list[InputImage]:
         """All images that were added, each once."""
@@ -119,7 +124,7 @@ class Inputs(Mapping[str, "np.ndarray"]):
         """SanaError if the file has other pixels now than when it was added."""
         image = self._inputs[sha256]
         if self._last.get(image.role, ("",))[0] != sha256:
-            pixels, _ = self._read(image.path, image.role)
+            _, pixels, _ = self._read(image.path, image.role)
             if hashlib.sha256(pixels.tobytes()).hexdigest() != sha256:
                 raise SanaError(f"--image {image.path} has changed since this run began")
             self._last[image.role] = sha256, pixels
@@ -148,6 +153,12 @@ class Resolution:
     controlnet: Component | None = None
     loras: tuple[LoraChoice, ...] = ()
     adapters: tuple[Adapter, ...] | None = None  # of the LoRAs, once their files are here
+
+    @property
+    def notes(self) -> list[str]:
+        """What of the input images is not used, for the user; of each file once."""
+        images = filter(None, (self.image, self.mask, self.control))
+        return list(dict.fromkeys(note for image in images for note in image.notes))
 
     def sampler(self, files: "ModelFiles | None" = None) -> Sampler:
         """Resolve the sampler. `files` are needed where only they tell what kind the model is."""

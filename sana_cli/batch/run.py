@@ -188,7 +188,7 @@ class Batch:
             resolution = spec.resolution
             key = resolution.model, resolution.vae, resolution.controlnet
             if key in self.files:
-                for text in resolution.sampler(self.files[key]).warnings:
+                for text in (*resolution.notes, *resolution.sampler(self.files[key]).warnings):
                     self._warn_once(text)
         return [job for job in jobs if self.shard is None or self.shard.holds(job.id)]
 
