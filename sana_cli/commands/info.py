@@ -129,7 +129,7 @@ def _list(folder: str, images: list[str], console: "Console", color: bool) -> No
     from sana_cli.ui import visible
 
     if not images:
-        raise SanaError(f"{folder[:200]} holds no image that can be read", "name another folder")
+        raise UsageError(f"{folder[:200]} holds no PNG, JPEG, WebP or AVIF", "name another folder")
     out = RichConsole(no_color=None if color else True, highlight=False)
     for image in images[:NEWEST]:
         try:

@@ -79,8 +79,8 @@ def test_a_folder_lists_its_newest_images(sana, here):
 
 def test_a_folder_without_images_is_an_error(sana, here):
     run = sana("info", ".")
-    assert (run.code, run.out) == (1, "")
-    assert "holds no image" in run.err
+    assert (run.code, run.out) == (2, "")
+    assert "holds no PNG" in run.err
 
 
 # --- the command that draws it again -----------------------------------------------------------
@@ -255,7 +255,7 @@ def test_what_is_no_picture_is_refused_in_a_line(sana, here):
         ("nothing.png", "cannot be read: No such file or directory"),
         ("text.png", "is not a PNG, JPEG, WebP or AVIF"),
         ("a.gif", "is not a PNG, JPEG, WebP or AVIF"),
-        ("folder", "is not a file"),
+        ("folder", "holds no PNG, JPEG, WebP or AVIF"),
         ("pipe", "is not a file"),
         ("", "No such file"),
         ("a\0b", "cannot be read"),
