@@ -73,8 +73,7 @@ class Inputs(Mapping[str, "np.ndarray"]):
 
     def __init__(self) -> None:
         self._inputs: dict[str, InputImage] = {}
-        # By role, path, size and time of change.
-        self._by_file: dict[tuple[str, str, int, int], InputImage] = {}
+        self._by_file: dict[tuple[object, ...], InputImage] = {}  # by role, path and state
         self._uploads: dict[str, bytes] = {}  # files that are in memory, by name
         self._last: dict[str, tuple[str, np.ndarray]] = {}  # by role
         self.loras: dict[str, Path] = {}  # files by SHA-256
@@ -94,7 +93,9 @@ class Inputs(Mapping[str, "np.ndarray"]):
         if path not in self._uploads:
             with contextlib.suppress(OSError, ValueError):  # reading tells what is wrong
                 state = os.stat(os.path.expanduser(path))
-                file = role, path, state.st_size, state.st_mtime_ns
+                # Copies that keep the time, as by rsync, differ in the file or its change time.
+                times = state.st_mtime_ns, state.st_ctime_ns
+                file = role, path, state.st_size, state.st_ino, *times
         if file is not None and file in self._by_file:
             return self._by_file[file]
         loaded, pixels, convention = self._read(path, role)

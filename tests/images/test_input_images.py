@@ -293,3 +293,12 @@ def test_what_is_not_used_of_an_input_is_said_once(sana, tmp_path, role):
     assert run.code == 0, run.err
     assert run.err.count("warning: a.gif has 2 frames, of which the first is used") == 1
     assert ("(64x64, turned by its EXIF)" in run.err) == (role == "mask")
+
+
+def test_a_file_that_was_replaced_is_read_again_though_it_kept_size_and_time(tmp_path):
+    inputs, hashes = Inputs(), set()
+    for number, color in enumerate(("red", "lime")):
+        path = saved(tmp_path, Image.new("RGB", (8, 8), color), f"{number}.bmp")
+        os.utime(path, (1, 1))
+        hashes.add(inputs.add(str(Path(path).replace(tmp_path / "a.bmp"))).sha256)
+    assert len(hashes) == 2
