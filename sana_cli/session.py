@@ -115,7 +115,7 @@ class Session:
         return cache_folder() if self.cache else None
 
     def metadata(self, recipe: "Recipe") -> "Metadata":
-        """What a file of this recipe, drawn here, says of itself."""
+        """The metadata of a file of this recipe, drawn here."""
         import torch
 
         from sana_cli.images.metadata import Metadata
@@ -238,13 +238,23 @@ class Session:
             held=held,
             overhead=self._overhead,
         )
-        for text in request.warnings:
+        for text in (*request.warnings, *self._about_quantisation(request)):
             self.reporter.warn(text)
         if plan.describe() != self._described:  # of a batch, once and not for every round
             self._described = plan.describe()
             for text in self._described:
                 self.reporter.info(text)
         return plan
+
+    def _about_quantisation(self, request: DrawRequest) -> Iterator[str]:
+        """Warn where 8-bit products are no faster than others."""
+        from sana_cli.kernels.rows8 import chosen_products
+
+        quant = request.recipes[0].quant
+        if quant is not None:
+            fast, reason = chosen_products(self.device, request.files.dit.width)
+            if not fast:
+                yield f"--quant {quant} is no faster on this machine: {reason}"
 
     # --- draw ----------------------------------------------------------------------------------
 

@@ -215,6 +215,14 @@ class Settings:
         at_load=True,
         help="Precision of the networks.",
     )
+    quant: str = option(
+        "none",
+        choices=("none", "w8a8"),
+        panel=RUNNING,
+        at_load=True,
+        help="[b]w8a8[/b]: the transformer's large matrix products in 8 bits, which changes the"
+        " image slightly. `sana doctor` tells whether it is faster here.",
+    )
     text_precision: str = option(
         "auto",
         choices=("auto", "int8", "bf16", "fp32"),

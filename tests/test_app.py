@@ -23,19 +23,21 @@ ORDER = """
     __main__ app
     commands: serve bench batch generate doctor models info config _bench_tables _options
               _completion _preview _session _help _defaults
-    server:   app access images_api page security service fields metrics gallery jobs errors
+    server:   app access images_api page security service fields metrics gallery jobs loras errors
     api diffusers_compat
     ui
-    batch:    run runner jobs manifest rows templates shards events
+    batch:    run processes this_process recorder worker engine placement jobs manifest rows
+              templates shards events
     bench:    run baseline competitor phases roofline random_weights
+    sheet
     remote session
     replay resolve
-    pipeline: draw guidance oom_retry plan text_encoder text_cache networks solver
+    pipeline: draw guidance oom_retry plan text_encoder weight_cache text_cache networks solver
               events
-    images:   names masks files metadata other_tools a1111 claims formats
+    images:   contact_sheet names masks files metadata other_tools a1111 claims formats
     weights:  fetch lora download model_files single_file hub_cache checkpoint original_names
               lora_choice catalogue vocabulary layout tensor_cache
-    models:   streaming.autoencoder streaming.strip_pipeline streaming.layers fused_dit
+    models:   streaming.autoencoder streaming.strip_pipeline streaming.layers fused_dit w8a8
               fused_controlnet fused_layers controlnet streaming.subpixel int8 cross_attention
               architectures streaming.ops cuda_graph dit gemma dc_ae
     kernels

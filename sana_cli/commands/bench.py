@@ -26,7 +26,10 @@ if TYPE_CHECKING:
     from sana_cli.ui import Console
 
 TAKEN = frozenset(
-    {"model", "steps", "guidance", "dtype", "text_precision", "force", "device", "memory"}
+    {
+        *("model", "steps", "guidance", "dtype", "quant", "text_precision"),
+        *("force", "device", "memory"),
+    }
 )
 MAX_RUNS = 1000
 MAX_COUNT = 1000
@@ -121,13 +124,20 @@ def bench(
         raise UsageError("--force has no effect without --save", "leave it out")
     limit = parse_memory(asked["memory"])
     sizes = parse_sizes(res)
-    settings = {name: asked[name] for name in ("steps", "guidance", "dtype", "text_precision")}
+    names = ("steps", "guidance", "dtype", "quant", "text_precision")
+    settings = {name: asked[name] for name in names}
     resolutions = [resolve_at(asked["model"], size, settings) for size in sizes]
     if competitor is not None:
         if asked["text_precision"] == "int8":
             raise UsageError(
                 "--against measures the same weights, and diffusers has none for"
                 " --text-precision int8",
+                "leave it out",
+            )
+        if asked["quant"] != "none":
+            raise UsageError(
+                f"--against measures the same weights, and diffusers has none for"
+                f" --quant {asked['quant']}",
                 "leave it out",
             )
         from sana_cli.bench.competitor import check_installed

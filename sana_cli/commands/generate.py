@@ -235,7 +235,7 @@ def _replayed(
         settings.pop("res", None)
     # A recipe that says nothing of one of these has still said it by the rest.
     said = {"negative"} | ({"ar", "fit"} if "res" in settings else set())
-    said |= {"text_precision"} if "dtype" in settings else set()
+    said |= {"text_precision", "quant"} if "dtype" in settings else set()
     kept = {name for name in values if is_default(context, name)} - said
     settings = {name: values[name] for name in kept} | settings
     return settings | {name: values[name] for name in typed}
@@ -258,6 +258,7 @@ def _announce(request: "DrawRequest", device: str, prompts: int, console: "Conso
     precisions = {"text": first.text_dtype, "dit": first.dit_dtype, "vae": first.vae_dtype}
     same = len(set(precisions.values())) == 1
     precision = first.dit_dtype if same else ", ".join(f"{k} {v}" for k, v in precisions.items())
+    precision += f" with {first.quant}" if first.quant else ""
     size = f"{first.width}x{first.height}"
     if (first.width, first.height) != (first.native_width, first.native_height):
         size += f" (drawn at {first.native_width}x{first.native_height})"

@@ -32,10 +32,11 @@ from sana_cli.instruction import normalise_prompt
 from sana_cli.models.controlnet import ControlNet
 from sana_cli.models.dc_ae import DCAE, Decoder, Encoder
 from sana_cli.models.dit import DiT
-from sana_cli.models.fused_dit import FusedDiT
+from sana_cli.models.fused_dit import FusedDiT, nbytes
 from sana_cli.models.streaming.autoencoder import decode, encode
 from sana_cli.models.streaming.strip_pipeline import Decoded
 from sana_cli.models.streaming.subpixel import fold_upsamples
+from sana_cli.pipeline import weight_cache
 from sana_cli.pipeline.events import Event, Failure, ImageDone, Latents, Notice, Preview, Progress
 from sana_cli.pipeline.guidance import GuidedVelocity
 from sana_cli.pipeline.networks import NetworkKey, Networks, identity_of
@@ -115,6 +116,7 @@ class Drawing:
         self.text_states: dict[tuple[str, str], Tensor] = {}  # of (instruction, text)
         self.image_latents: dict[tuple[str, Recipe], Tensor] = {}  # by role and `start_of` a recipe
         self.latents: dict[int, Tensor] = {}  # of a recipe's index, waiting to be decoded
+        self.weight_fault: str | None = None  # why quantised weights could not be kept
         self.steps_done = self.images_done = 0
         self.steps = sum(r.steps - first_step(r.steps, r.strength) for r in recipes)
 
@@ -167,7 +169,11 @@ class Drawing:
             weights = identity_of(parts[part])
             if self.files.controlnet is not None:
                 weights += identity_of(parts["controlnet"])
-            return NetworkKey(part, weights, recipe.dit_dtype, adapters=adapters_of(recipe))
+            return NetworkKey(
+                *(part, weights, recipe.dit_dtype),
+                adapters=adapters_of(recipe),
+                quant=recipe.quant,
+            )
         return NetworkKey(part, identity_of(parts["vae"]), recipe.vae_dtype)
 
     def load(
@@ -189,7 +195,12 @@ class Drawing:
         self.networks.make_room(needed, budget, key, self.plan.device)
 
     def load_transformer(self) -> Generator[Event, None, FusedDiT]:
-        return (yield from self.load("transformer", "denoise", self.transformer))
+        transformer = yield from self.load("transformer", "denoise", self.transformer)
+        if self.weight_fault is not None:
+            text = f"the 8-bit weights cannot be kept in {self.cache}: {self.weight_fault}"
+            yield Notice(text, warning=True)
+            self.weight_fault = None
+        return transformer
 
     def load_decoder(self) -> Generator[Event, None, Decoder]:
         build = partial(self.autoencoder, "decoder")
@@ -334,11 +345,16 @@ class Drawing:
         part, dtype = self.files.parts["transformer"], dtype_of(self.recipes[0].dit_dtype)
         dit = on_meta(DiT, self.files.dit, part.config)
         weights: Sequence[Path | Tensors] = part.weights
-        if adapters := adapters_of(self.recipes[0]):
+        adapters = adapters_of(self.recipes[0])
+        if adapters:
             loras = [(unchanged_lora(self.loras[a.sha256], a.sha256), a.scale) for a in adapters]
             weights = [MergedTensors(part.weights, loras, self.files.dit, dtype)]
         load_weights(dit, weights, dtype)
         fused = FusedDiT(dit, self.controlnet(dtype))
+        if self.recipes[0].quant is not None:
+            own = [part, *([self.files.parts["controlnet"]] if self.files.controlnet else [])]
+            of = own, self.recipes[0].dit_dtype, adapters
+            self.weight_fault = weight_cache.quantise(fused, *of, self.cache)
         return cast(FusedDiT, self.moved(fused)), nbytes(fused)
 
     def controlnet(self, dtype: torch.dtype) -> ControlNet | None:
@@ -511,10 +527,6 @@ def preview_steps(first: int, steps: int, count: int) -> set[int]:
     todo = steps - first
     done = {(k + 1) * todo // (count + 1) for k in range(count)}  # of the steps that are run
     return {first + n - 1 for n in done if 0 < n < todo}
-
-
-def nbytes(network: nn.Module) -> int:
-    return sum(p.nbytes for p in network.parameters()) + sum(b.nbytes for b in network.buffers())
 
 
 def noise(
