@@ -54,7 +54,7 @@ ODD = ["\u00a0", "\u2028", "\t", "\n\n", "\u200b", "  ", "   ", "<2mass>", "e\u0
 
 
 def prompts(count: int = 2000) -> list[str]:
-    """Distinct prompts in twelve scripts, each a few words or letters, some mixed, with emoji and oddities.
+    """Distinct prompts in twelve scripts, of words and letters, with emoji and oddities.
 
     Every tenth is longer than the 300 tokens that are kept.
     """
