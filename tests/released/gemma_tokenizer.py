@@ -54,9 +54,9 @@ ODD = ["\u00a0", "\u2028", "\t", "\n\n", "\u200b", "  ", "   ", "<2mass>", "e\u0
 
 
 def prompts(count: int = 2000) -> list[str]:
-    """Distinct prompts in twelve scripts, of words and letters, with emoji and oddities.
+    """Distinct prompts in twelve scripts, some mixed, with emoji and oddities.
 
-    Every tenth is longer than the 300 tokens that are kept.
+    Each is a few words or letters. Every tenth is longer than the 300 tokens that are kept.
     """
     draw = random.Random(0)
     made: dict[str, None] = {}
