@@ -314,7 +314,12 @@ def check_lora(path: Path, base: ModelFiles, container: str, variant: str) -> No
         lora = read_lora(path)
         fit(lora, base.dit)
     except SanaError as error:
-        expect(False, f"{path.name}: {error}", "add its form to `sana_cli/weights/lora.py`")
+        expect(
+            False,
+            f"{path.name}: {error}",
+            "if it was trained on another model, name that in `tests/released/loras.json`; if not,"
+            " add its form to `sana_cli/weights/lora.py`",
+        )
     fused = None
     if container == "diffusers":  # the others it cannot read
         transformer = SanaTransformer2DModel.from_pretrained(
