@@ -35,14 +35,14 @@ from hub import Hub
 from reference import LIKE_0_6B, LITE, TEXT_WIDTH, random_pipeline
 from reference import SPRINT as SPRINT_CONFIG
 from sana_cli.models.architectures import Architecture
-from sana_cli.weights.catalogue import Model, known_models
+from sana_cli.weights.catalogue import Model, known_components, known_models
 from sana_cli.weights.checkpoint import read_config
 from sana_cli.weights.hub_cache import find_parts
-from sana_cli.weights.layout import find_part
+from sana_cli.weights.layout import LORA, find_part
 from sana_cli.weights.lora import read_lora
 from sana_cli.weights.model_files import ModelFiles, open_model
 from standins import OWN, PLAIN, SPRINT, TEXT, lay, save_own, save_shared
-from test_released import CONFIGS, reference
+from test_released import CONFIGS, LORAS, reference
 
 WEIGHTS = "transformer/diffusion_pytorch_model.fp16.safetensors"
 OUTCOMES = ("PASSED", "FAILED", "ERROR")  # as pytest writes them
@@ -60,6 +60,7 @@ def published(tmp_path_factory) -> dict[str, Path]:
     save_own(plain, folder / "plain", OWN)
     save_own(sprint, folder / "sprint", sprint_source)
     save_shared(plain, folder / "shared")
+    save_own(plain, folder / "shared", TEXT)  # which is also the repository of a model
     names = {OWN.repo: "plain", sprint_source.repo: "sprint", TEXT.repo: "shared"}
     return {repo: folder / name for repo, name in names.items()}
 
@@ -269,12 +270,26 @@ def test_a_right_lora_passes_and_wrong_ones_fail(cache, tmp_path, monkeypatch):
 # --- the whole way -----------------------------------------------------------------------------
 
 
+@pytest.fixture
+def hub(published, tmp_path):
+    """A hub with miniatures under the names of a few repositories."""
+    server = Hub()
+    with_slices = known_models()["sana-1.6b-512"].sources[0]
+    for source, folder in ((OWN, OWN), (TEXT, TEXT), (with_slices, OWN)):
+        commit = None if source.revision == "main" else source.revision
+        server.push(source.repo, published[folder.repo], commit)
+    random_pipeline(vae=LITE).vae.save_pretrained(tmp_path / "lite")
+    server.push(known_components("vae")["lite"].source.repo, tmp_path / "lite")
+    (tmp_path / "lora").mkdir()
+    trained(tmp_path / "lora", 1).rename(tmp_path / "lora" / LORA)
+    server.push(LORAS[0]["repo"], tmp_path / "lora")
+    yield server
+    server.close()
+
+
 @pytest.mark.exhaustive
-def test_the_marked_tests_fetch_run_and_say_what_to_do(published, tmp_path):
-    """`pytest -m weights` with a hub that has miniatures: they draw right, and are no Sana."""
-    hub = Hub()
-    for source in (OWN, TEXT):
-        hub.push(source.repo, published[source.repo], source.revision)
+def test_the_marked_tests_fetch_run_and_say_what_to_do(hub, tmp_path):
+    """`pytest -m weights` on miniatures: they draw as in diffusers, and are not what they claim."""
     env = os.environ | {
         "HF_ENDPOINT": hub.url,
         "HF_HOME": str(tmp_path / "hf"),
@@ -282,27 +297,29 @@ def test_the_marked_tests_fetch_run_and_say_what_to_do(published, tmp_path):
         "NO_PROXY": "127.0.0.1",
     }
     env.pop("HF_HUB_OFFLINE")
+    chosen = [f"{PLAIN}]", "tokens", "eight_bits", "corners and 512", LORAS[0]["repo"], "lite"]
     command = [sys.executable, "-m", "pytest", "-q", "-rA", "-p", "no:cacheprovider"]
-    command += ["-m", "weights", "-k", f"{PLAIN}] or tokens or eight_bits"]
+    command += ["-m", "weights", "-k", " or ".join(chosen)]
     command += [str(Path(__file__).with_name("test_released.py"))]
 
-    def outcomes(**more: str) -> dict[str, str]:
+    def outcomes(**more: str) -> tuple[dict[str, str], str]:
         run = subprocess.run(command, env=env | more, capture_output=True, text=True, timeout=600)
         words = (line.split(" - ")[0].split() for line in run.stdout.splitlines())
         report = {w[1].partition("::")[2]: w[0] for w in words if w and w[0] in OUTCOMES}
-        return report | {"": run.stdout}
+        return report, run.stdout
 
-    before = outcomes()
-    assert "SANA_TEST_WEIGHTS=pull" in before[""] and "SKIPPED" in before[""]
-    assert not {"PASSED", "FAILED"} & set(before.values())
-    after = outcomes(SANA_TEST_WEIGHTS="pull")
-    hub.close()
-    assert after.pop("").count("What to do: ") >= 2
-    assert after == {
+    report, text = outcomes()
+    assert report == {} and "SANA_TEST_WEIGHTS=pull" in text
+    report, text = outcomes(SANA_TEST_WEIGHTS="pull")
+    assert report == {
         f"test_files_are_what_the_hub_promised[{PLAIN}]": "PASSED",
         f"test_configs_and_tensors_are_those_of_the_catalogue[{PLAIN}]": "FAILED",
         f"test_the_image_is_that_of_diffusers[float32-{PLAIN}]": "PASSED",
         f"test_the_image_is_that_of_diffusers[bfloat16-{PLAIN}]": "PASSED",
+        "test_the_image_has_the_published_corners[sana-1.6b-512]": "FAILED",
         "test_the_tokens_are_the_recorded_ones": "FAILED",
         "test_eight_bits_cost_the_text_encoder_little": "PASSED",
+        f"test_a_published_lora_changes_what_diffusers_changes[{LORAS[0]['repo']}]": "PASSED",
     }
+    assert text.count("What to do: ") >= 3
+    assert "write `bytes = " in text, "of the autoencoder, whose tensors nobody has counted"
