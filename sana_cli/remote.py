@@ -57,7 +57,10 @@ class RemoteResolution(Resolution):
         drawn = self.drawn
         return Sampler(drawn.solver, drawn.steps, drawn.guidance, drawn.strength, self.warnings)
 
-    def recipe(self, files: Any, device: str, seed: int) -> Recipe:
+    def all_warnings(self, files: Any, device: str, memory: int | None = None) -> tuple[str, ...]:
+        return self.warnings
+
+    def recipe(self, files: Any, device: str, seed: int, memory: int | None = None) -> Recipe:
         return replace(self.drawn, prompt=self.settings.prompt, seed=seed)
 
 

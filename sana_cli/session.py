@@ -209,8 +209,10 @@ class Session:
         files = self.with_components(first, files, dry_run=dry_run)
         adapters = self.with_loras(first, inputs, files).adapters
         resolutions = [replace(one, adapters=adapters) for one in resolutions]
-        recipes = [r for one in resolutions for r in one.recipes(files, self.device, seeds)]
-        return DrawRequest(first.model, files, recipes, inputs, first.sampler(files).warnings)
+        chosen = files, self.device, seeds, self.memory
+        recipes = [r for one in resolutions for r in one.recipes(*chosen)]
+        warnings = first.all_warnings(files, self.device, self.memory)
+        return DrawRequest(first.model, files, recipes, inputs, warnings)
 
     def plan(self, request: DrawRequest, *, predict: bool = False) -> "Plan":
         """Plan how this machine draws a request, and report it.
