@@ -95,10 +95,11 @@ def warm(rounds: int) -> dict:
 
 def clients() -> dict:
     with serving("--queue", str(CLIENTS)) as client:
+        url = str(client.base_url).rstrip("/")
 
         def ask(seed: int) -> bool:
             answer = httpx2.post(
-                f"{client.base_url}v1/images/generations",
+                f"{url}/v1/images/generations",
                 json={"prompt": PROMPT, "size": SIZE, "seed": seed, "steps": 1},
                 timeout=600,
                 trust_env=False,
@@ -126,16 +127,20 @@ def memory() -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--parts", nargs="+", choices=("warm", "clients", "memory"))
     parser.add_argument("--save", type=Path)
     options = parser.parse_args()
-    report: dict = {
+    report: dict = {}
+    if options.save and options.save.exists():
+        report = json.loads(options.save.read_text())
+    report |= {
         "machine": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "threads": int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)),
     }
     parts = {"warm": lambda: warm(options.rounds), "clients": clients, "memory": memory}
-    for name, measure in parts.items():
-        report[name] = measure()
+    for name in options.parts or parts:
+        report[name] = parts[name]()
         if options.save:
             options.save.write_text(json.dumps(report, indent=1) + "\n")
     sys.stdout.write(json.dumps(report, indent=1) + "\n")
