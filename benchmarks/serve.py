@@ -86,11 +86,13 @@ def warm(rounds: int) -> dict:
             request = time.perf_counter() - began
             computed = metric(client, "sana_stage_seconds_total") - computed
             turns.append([cold, through, request, computed])
-    names = ("cold", "through_the_server", "request", "computed")
-    columns = zip(*turns, strict=True)
-    medians = {name: statistics.median(one) for name, one in zip(names, columns, strict=True)}
-    ratio = statistics.median(request / computed for *_, request, computed in turns)
-    return {"rounds": rounds, "request_to_computed": ratio} | medians | {"raw": turns}
+    names = ("cold", "through", "request", "computed")
+    rows = [dict(zip(names, turn, strict=True)) for turn in turns]
+    seconds = {name: statistics.median(row[name] for row in rows) for name in names}
+    ratios = {
+        name: statistics.median(row[name] / row["computed"] for row in rows) for name in names[:3]
+    }
+    return {"rounds": rounds, "seconds": seconds, "ratios": ratios, "raw": rows}
 
 
 def clients() -> dict:
