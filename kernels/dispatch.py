@@ -12,11 +12,14 @@ import torch
 from torch import Tensor
 
 MIN_CAPABILITY = (8, 0)  # Ampere: Triton generates no tensor-core code for older GPUs
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.int8)
+meta_is_gpu = False  # set by `launch.meta_launches`
 
 
 def uses_triton(x: Tensor) -> bool:
     """Whether kernels on `x` run in Triton. Autograd needs the torch operations."""
+    if x.is_meta:
+        return meta_is_gpu
     supported = x.is_cuda and x.dtype in DTYPES and not x.requires_grad
     return supported and fallback_reason(x.device) is None
 

@@ -71,7 +71,7 @@ class RemoteSession(Session):
 
         self.url = url.rstrip("/").removesuffix("/v1")
         if not self.url.startswith(("http://", "https://")):
-            raise UsageError(f"--server {url} is no URL", "write http://127.0.0.1:7262")
+            raise UsageError(f"--server {url} is not a URL", "write http://127.0.0.1:7262")
         try:
             self._client = httpx2.Client(
                 base_url=self.url,
@@ -80,7 +80,7 @@ class RemoteSession(Session):
                 trust_env=not is_local(self.url),  # a proxy does not lead to this machine
             )
         except (httpx2.InvalidURL, ValueError, UnicodeError) as error:
-            raise UsageError(f"--server {url} is no URL: {error}") from None
+            raise UsageError(f"--server {url} is not a URL: {error}") from None
         self._made = ("", "")  # the device and the version of torch there
         self._resolved: dict[Settings, RemoteResolution] = {}  # by settings, whatever the prompt
         self._asked: dict[Recipe, Settings] = {}  # by recipes, whatever the prompt and the seed
@@ -127,8 +127,10 @@ class RemoteSession(Session):
     def _read(self, document: Any, settings: Settings) -> RemoteResolution:
         try:
             drawn = Recipe(**document["recipes"][0])
-            told = document["model"]
-            model = Model(told["name"], licence=told["licence"], folder=told["source"])
+            described = document["model"]
+            model = Model(
+                described["name"], licence=described["licence"], folder=described["source"]
+            )
             self._made = document["device"], document["torch"]
             warnings = tuple(document["warnings"])
         except (KeyError, TypeError, IndexError):
@@ -257,7 +259,7 @@ class RemoteSession(Session):
             path = "/v1/images/edits"
             form = {k: _words(v) for k, v in body.items()}
             content = {"data": form, "files": files}
-        told = False
+        announced = False
         while True:
             try:
                 request = self._client.build_request("POST", path, **content)  # type: ignore[arg-type]
@@ -277,9 +279,9 @@ class RemoteSession(Session):
                 wait = answer.headers.get("Retry-After", "5")
             finally:
                 answer.close()
-            if not told:
+            if not announced:
                 self.reporter.info("the server's queue is full; waiting for room")
-                told = True
+                announced = True
             time.sleep(min(int(wait) if wait.isdigit() else 5, SILENT_SECONDS))
 
     def _error(self, document: Any, status: int = 500) -> SanaError:
@@ -289,14 +291,14 @@ class RemoteSession(Session):
             return SanaError(f"the server at {self.url} wants a token", "set SANA_TOKEN to it")
         if not isinstance(error, dict):
             return self._stranger()
-        told = error.get("sana") or {
+        details = error.get("sana") or {
             "message": f"the server at {self.url} says: {error.get('message')}",
             "hint": None,
             "exit_code": UsageError.exit_code if status in (400, 413) else SanaError.exit_code,
         }
         try:
-            kind = KINDS.get(told["exit_code"], SanaError)
-            return kind(str(told["message"]), told["hint"])
+            kind = KINDS.get(details["exit_code"], SanaError)
+            return kind(str(details["message"]), details["hint"])
         except (KeyError, TypeError):
             return self._stranger()
 

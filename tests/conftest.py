@@ -53,6 +53,12 @@ def pytest_configure(config: pytest.Config) -> None:
     settings.load_profile("exhaustive" if is_exhaustive(config) else "default")
 
 
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist, whose default is one worker for a core
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """Two workers for a core, as many tests wait for a process or a socket; not at full sizes."""
+    return None if is_exhaustive(config) else 2 * (os.cpu_count() or 1)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Let `-m exhaustive` run the tests of properties too, on more examples than otherwise."""

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from sana_cli.commands._defaults import apply_defaults
-from sana_cli.commands._options import RunColor, RunQuiet, RunVerbose, with_options
+from sana_cli.commands._options import Quiet, RunColor, Verbose, with_options
 from sana_cli.errors import UsageError
 from sana_cli.settings import RunOptions, Settings, declared
 
@@ -77,8 +77,8 @@ def serve(
             rich_help_panel=ACCESS,
         ),
     ] = None,
-    quiet: RunQuiet = False,
-    verbose: RunVerbose = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
     color: RunColor = True,
     **asked: Any,
 ) -> None:

@@ -21,6 +21,7 @@ class NetworkKey(NamedTuple):
     dtype: str
     device: str = ""  # only for a network that cannot be moved
     adapters: tuple[Adapter, ...] = ()  # LoRAs merged into the weights
+    quant: str | None = None  # as in the recipe
 
 
 @dataclass

@@ -124,7 +124,7 @@ def routes(service: Service) -> APIRouter:
             if job.id == id:
                 service.queue.cancel(job)
                 return {"id": id, "object": "job", "cancelled": True}
-        raise ApiError(404, "there is no such job", param="id", code="not_found")
+        raise ApiError(404, "no job has this id", param="id", code="not_found")
 
     return router
 
@@ -314,7 +314,7 @@ def model_row(model: Model) -> dict[str, Any]:
 
 
 def no_image() -> ApiError:
-    return ApiError(404, "there is no such image here any more", param="id", code="not_found")
+    return ApiError(404, "this image is no longer kept here", param="id", code="not_found")
 
 
 # --- the body of an edit -----------------------------------------------------------------------
@@ -373,7 +373,7 @@ def no_upload(name: str) -> ApiError:
     return ApiError(400, message, param=shown, code="unknown_parameter")
 
 
-# --- what OpenAPI is told ----------------------------------------------------------------------
+# --- the OpenAPI description ----------------------------------------------------------------------
 
 
 def responses_of(what: str) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def parse_lora(text: str) -> LoraChoice:
         if file.endswith(".safetensors") or not (file or name.endswith((".safetensors", *PICKLES))):
             return LoraChoice(lora_source(f"{owner}/{name}", file), scale)
     if not os.path.isfile(path):
-        raise UsageError(f"--lora {place[:200]}: there is no such file", FORM)
+        raise UsageError(f"--lora {place[:200]}: the file does not exist", FORM)
     return LoraChoice(Path(path), scale)
 
 

@@ -85,6 +85,7 @@ def trained(imagined) -> dict[str, dict]:
     return imagined("trains.py")
 
 
+@pytest.mark.exhaustive
 def test_the_gpus_recipe_is_planned_for_less_than_25_minutes_of_an_h200(trained):
     """By count: at a third of its 989 TFLOP/s in bfloat16, and at 10 µs for PyTorch to launch an
     operation. Whichever takes longer, and pictures are drawn meanwhile."""
@@ -93,6 +94,7 @@ def test_the_gpus_recipe_is_planned_for_less_than_25_minutes_of_an_h200(trained)
     assert max(arithmetic, launches) < 20 * 60
 
 
+@pytest.mark.exhaustive
 def test_every_stage_of_training_takes_its_steps_on_the_card(trained):
     assert list(trained) == ["autoencoder", "decoder", "text", "low", "high"]
     for stage in trained.values():

@@ -209,7 +209,12 @@ def test_a_limit_below_every_plan_is_refused_with_what_fits(process):
     error, hint = run.stderr.decode().splitlines()[-2:]
     assert error.startswith("error: to encode 4096x4096 takes 4.")
     assert hint == "hint: use --res 1024 --text-precision int8, which fits"
-    suggested = process("generate", "a fox", "-r", "1024", "--text-precision", "int8", *words)
+
+
+@pytest.mark.exhaustive
+def test_what_a_refusal_suggests_fits(process):
+    words = ("-r", "1024", "--text-precision", "int8", "--dtype", "bfloat16", "--dry-run")
+    suggested = process("generate", "a fox", *words, "--memory", "3GB")
     assert suggested.returncode == 0
 
 
