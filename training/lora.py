@@ -37,12 +37,12 @@ TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "conv_inverted", "conv_point"]
 
 @dataclass(frozen=True)
 class Settings:
-    """Planned for a quarter of an hour on one CPU core."""
+    """Planned for a few minutes on one CPU core."""
 
     rank: int = 4  # and alpha, so that the update is B·A at scale 1
     side: int = 512
     images: int = 512
-    steps: int = 800
+    steps: int = 700
     batch: int = 8
     rate: float = 2e-3
     object_weight: float = 3.0  # in the loss, of a cell that contains an object
