@@ -1,6 +1,6 @@
 """The specialisations of Triton kernels that `aot.py` compiles."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ class Case:
     num_warps: int
     num_stages: int
     aligned: tuple[str, ...]  # integer arguments that are multiples of 16; pointers always are
+    nbytes: dict[str, int] = field(compare=False)  # of the elements of every tensor argument
 
     def labelled(self, label: str) -> "Case":
         return replace(self, name=f"{self.name} {label}")

@@ -13,7 +13,7 @@ runs, warmup, count    of this call; `count` images are drawn in every run
 warnings    what may have spoiled the numbers
 sizes       for every size asked for:
   model, width, height, random_weights, tokenizer ("its own" or "made up"), recipe, plan
-  predicted_peak_bytes    of tensors, by stage, as the plan foretells
+  predicted_peak_bytes    of tensors, by stage, as predicted by the plan
   phases    load (of random weights the time to draw them), encode, denoise, decode, save, and
             total, the sum of the last four:
     seconds        median, least, most, each (of the runs); all images of a run together
@@ -74,7 +74,7 @@ def surroundings(device: str) -> Facts:
         "schema": SCHEMA,
         "sana": __version__,
         "torch": torch.__version__,
-        "triton": inventory.installed("triton", "triton-windows", "pytorch-triton"),
+        "triton": inventory.triton(),
         "machine": facts,
     }
 

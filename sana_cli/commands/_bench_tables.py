@@ -54,7 +54,7 @@ def _show_size(
         table.add_column("to before", justify="right", no_wrap=True)
     for name, phase in size["phases"].items():
         seconds = phase["seconds"]
-        drawn = name == "load" and size["random_weights"]  # which is no loading
+        drawn = name == "load" and size["random_weights"]  # which is not loading
         cells = [
             name,
             "–" if drawn else _time(seconds["median"]),

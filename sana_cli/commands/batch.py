@@ -5,21 +5,23 @@ import os
 import sys
 from collections.abc import Iterable
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperCommand, TyperGroup
+from typer.core import TyperCommand
 
-from sana_cli.commands._defaults import apply_defaults
+from sana_cli.commands._defaults import apply_defaults, is_default, was_typed
+from sana_cli.commands._help import Command, Group
 from sana_cli.commands._options import (
     Color,
     Json,
+    Quiet,
     RunColor,
-    RunQuiet,
-    RunVerbose,
     Server,
+    Verbose,
     with_options,
 )
 from sana_cli.commands._session import open_session
@@ -28,10 +30,11 @@ from sana_cli.settings import FILES, RUNNING, FileOptions, RunOptions, Seeds, Se
 from sana_cli.units import counted
 
 if TYPE_CHECKING:
+    from sana_cli.batch.engine import OpenEngine, Saved
     from sana_cli.batch.events import EventWriter
     from sana_cli.batch.rows import RowOrFault
     from sana_cli.batch.run import Batch, BatchEvent, Planned, Summary
-    from sana_cli.batch.runner import Saved
+    from sana_cli.session import Session
     from sana_cli.ui import BatchBar, Console
 
 JOBS = "Jobs"  # panel of --help
@@ -45,7 +48,12 @@ class RowFormat(StrEnum):
     tsv = "tsv"
 
 
-class _RunsByDefault(TyperGroup):
+class EngineName(StrEnum):
+    local = "local"
+    ray = "ray"
+
+
+class _RunsByDefault(Group):
     """A command group where `sana batch FILE` runs a batch; `sana batch status` is a subcommand."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -62,7 +70,7 @@ class _BatchContext(TyperCommand.context_class):  # type: ignore[misc, valid-typ
         return super().command_path.rstrip()
 
 
-class _Run(TyperCommand):
+class _Run(Command):
     context_class = _BatchContext
 
 
@@ -85,6 +93,7 @@ def run(
     input_format: Annotated[
         RowFormat | None,
         typer.Option(
+            metavar="|".join(RowFormat),
             help="What FILE holds. [dim]default: by its suffix; txt of stdin[/dim]",
             rich_help_panel=JOBS,
         ),
@@ -140,19 +149,60 @@ def run(
         typer.Option(
             "-o",
             "--output",
-            metavar="FOLDER",
-            help="Folder, with names if wanted, as in out/{style}/{slug}-{id}.webp."
+            metavar="FOLDER|URL",
+            help="Folder, with names if wanted, as in out/{style}/{slug}-{id}.webp; or that of an"
+            " object store, as in s3://bucket/out."
             " [dim]default: FILE-images/{slug}-{seed}.png[/dim]",
+        ),
+    ] = None,
+    sheet: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="In the end, write a contact sheet of the folder's images, or with .html a page"
+            " with their recipes.",
             rich_help_panel=FILES,
         ),
     ] = None,
     json_output: Annotated[
         bool,
-        typer.Option("--json", help="JSON Lines of events on stdout.", rich_help_panel=RUNNING),
+        typer.Option("--json", help="JSON Lines of events on stdout."),
     ] = False,
+    gpus: Annotated[
+        str | None,
+        typer.Option(
+            metavar="auto|N|0,1",
+            help="Draw on several GPUs of this machine, with a process on each.",
+            rich_help_panel=RUNNING,
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Draw in several processes that share the CPU; with --device cpu. On Ray, the"
+            " most actors. [dim]default there: one a GPU[/dim]",
+            rich_help_panel=RUNNING,
+        ),
+    ] = None,
+    engine: Annotated[
+        EngineName,
+        typer.Option(
+            help="Draw on this machine or on a Ray cluster, which needs sana-cli\\[ray].",
+            rich_help_panel=RUNNING,
+        ),
+    ] = EngineName.local,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT|auto",
+            help="Of the Ray cluster. [dim]default: RAY_ADDRESS, else one on this machine[/dim]",
+            rich_help_panel=RUNNING,
+        ),
+    ] = None,
     server: Server = None,
-    quiet: RunQuiet = False,
-    verbose: RunVerbose = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
     color: RunColor = True,
     **asked: Any,
 ) -> None:
@@ -175,11 +225,13 @@ def run(
     sana batch jobs.jsonl --shard auto -o /shared/out/[/dim]
     """
     from sana_cli.batch.jobs import RowReader
+    from sana_cli.batch.manifest import open_store
     from sana_cli.batch.rows import Pipe, parse, read_file
     from sana_cli.batch.run import Batch, RunPolicy
     from sana_cli.batch.shards import parse_shard
     from sana_cli.images.names import parse_batch_output
     from sana_cli.settings import check_text
+    from sana_cli.sheet import check_sheet
     from sana_cli.system.signals import exit_on_second_signal
     from sana_cli.ui import Console
 
@@ -190,15 +242,30 @@ def run(
         check_text(text or "", name)
     kind = _row_format(file, input_format)
     folder, names = parse_batch_output(output, asked["format"], _usual_folder(file))
+    if sheet is not None and check:
+        raise UsageError("--sheet has no effect with --check, which draws nothing")
+    target = check_sheet(sheet) if sheet is not None else None
+    if isinstance(folder, str):
+        if sheet is not None:
+            raise UsageError("--sheet needs the images on a disk, not in an object store")
+        open_store(folder)  # refuses a URL that cannot be used before a model is opened
     share = parse_shard(shard, os.environ) if shard is not None else None
     options = FileOptions(**{name: asked[name] for name in declared(FileOptions)})
     running = RunOptions(**{name: asked[name] for name in declared(RunOptions)})
+    on_ray = engine == EngineName.ray
+    _refuse_engine(on_ray, address, server, gpus, workers)
+    if gpus is not None:
+        running = _without_device(context, running, console)
     defaults = {name: asked[name] for name in declared(Settings, Seeds)}
-    session = open_session(context, server, running, console)
+    session = open_session(context, server, running, console, on_ray=on_ray)
     reader = RowReader(defaults, names, options.format, template, expand, session.resolve)
     source = "stdin" if file == "-" else file
     policy = RunPolicy(retry_failed, restart, max_failures)
-    batch = Batch(session, reader, folder, share, source, options, policy)
+    if on_ray:
+        drawing, place = _on_ray(address, workers, running.device), "a Ray cluster"
+    else:
+        drawing, place = _on_this_machine(session, gpus, workers), session.device
+    batch = Batch(session, reader, folder, share, source, options, policy, drawing, place)
 
     def note(text: str) -> None:
         console.info(f"{source}: {text}")
@@ -212,14 +279,80 @@ def run(
             rounds = pipe.rounds(lambda: bool(asked_to_stop), whole=check)
         events = batch.check(rounds) if check else batch.run(rounds, asked_to_stop)
         stack.enter_context(closing(events))
-        code = _show(events, batch, check, json_output, console, stack)
+        code = _show(events, batch, check, target, json_output, console, stack)
     raise typer.Exit(code)
+
+
+def _without_device(context: typer.Context, running: RunOptions, console: "Console") -> RunOptions:
+    """Let --gpus choose the devices. UsageError if --device is typed beside it."""
+    if was_typed(context, "device"):
+        raise UsageError("--gpus and --device both choose a device", "leave one of them out")
+    if is_default(context, "device"):
+        console.info("ignored, as --gpus chooses the devices: device")
+    return replace(running, device="cuda")
+
+
+def _refuse_engine(
+    on_ray: bool, address: str | None, server: str | None, gpus: str | None, workers: int | None
+) -> None:
+    """UsageError for choices of where to draw that contradict each other."""
+    if address is not None and not on_ray:
+        raise UsageError("--address has no effect without --engine ray", "add --engine ray")
+    if on_ray and gpus is not None:
+        raise UsageError(
+            "--gpus is for this machine; with --engine ray there is an actor on each GPU",
+            "leave it out, or limit the actors by --workers",
+        )
+    if gpus is not None and workers is not None:
+        raise UsageError("--gpus and --workers both choose processes", "leave one of them out")
+    given = {"--engine ray": on_ray, "--gpus": gpus is not None, "--workers": workers is not None}
+    for name in (name for name, is_given in given.items() if is_given and server):
+        raise UsageError(f"{name} has no effect with --server", "leave one of them out")
+
+
+def _on_ray(address: str | None, workers: int | None, device: str) -> "OpenEngine":
+    """Draw on a Ray cluster. UsageError if Ray is not installed."""
+    from sana_cli.batch.on_ray import OnRay, RayOptions, check_address, import_ray
+
+    if device not in ("auto", "cuda", "cpu"):
+        raise UsageError(f"--device {device} cannot be used on Ray", "use auto, cuda or cpu")
+    if workers is not None and workers < 1:
+        raise UsageError(f"--workers {workers} is not at least 1")
+    import_ray()
+    address = address or os.environ.get("RAY_ADDRESS") or None
+    check_address(address)
+    return lambda work: OnRay(work, RayOptions(address, workers, device))
+
+
+def _on_this_machine(session: "Session", gpus: str | None, workers: int | None) -> "OpenEngine":
+    """Draw in this process or in several, and report which. UsageError for what is not here."""
+    from sana_cli.batch.this_process import ThisProcess
+
+    if gpus is None and workers is None:
+        return ThisProcess
+    from sana_cli.batch.placement import on_cpu, on_gpus
+    from sana_cli.batch.processes import Processes
+
+    if workers is not None:
+        if session.device != "cpu":
+            raise UsageError(f"--workers is for the CPU, not for {session.device}", "use --gpus")
+        from sana_cli.pipeline.plan import free_memory
+
+        memory = free_memory("cpu") if session.memory is None else session.memory
+        placements = on_cpu(workers, memory)
+        session.reporter.info(f"{workers} processes, each with {placements[0].share()}")
+    else:
+        assert gpus is not None
+        placements = on_gpus(gpus, session.memory)
+        session.reporter.info(f"a process on each of {', '.join(map(str, placements))}")
+    return lambda work: Processes(work, placements)
 
 
 def _show(
     events: "Iterable[BatchEvent]",
     batch: "Batch",
     check: bool,
+    sheet: Path | None,
     json_output: bool,
     console: "Console",
     stack: ExitStack,
@@ -230,7 +363,7 @@ def _show(
 
     bar = stack.enter_context(BatchBar(console))
     writer = stack.enter_context(EventWriter()) if json_output else None
-    view = _View(batch, check, console, bar, writer)
+    view = _View(batch, check, sheet, console, bar, writer)
     for event in events:
         view.show(event)
     return view.exit_code
@@ -243,18 +376,19 @@ class _View:
         self,
         batch: "Batch",
         check: bool,
+        sheet: Path | None,
         console: "Console",
         bar: "BatchBar",
         writer: "EventWriter | None",
     ) -> None:
-        self.batch, self.check, self.console = batch, check, console
+        self.batch, self.check, self.sheet, self.console = batch, check, sheet, console
         self.bar, self.writer = bar, writer
         self.exit_code = 0
         self.told: set[str] = set()
 
     def show(self, event: "BatchEvent") -> None:
+        from sana_cli.batch.engine import Saved
         from sana_cli.batch.run import JobError, Planned, RowError, Summary, Waiting
-        from sana_cli.batch.runner import Saved
         from sana_cli.pipeline.events import Notice, Progress
 
         match event:
@@ -280,6 +414,9 @@ class _View:
                     self.told.add(text)
                     self.console.warn(text)
             case Summary():
+                self.exit_code = event.exit_code
+                if self.sheet is not None:
+                    self._write_sheet(self.sheet)
                 self._summary(event)
 
     def _planned(self, plan: "Planned") -> None:
@@ -289,7 +426,7 @@ class _View:
         if not self.check:
             self.bar.expect(plan.todo)
             self.console.info(
-                f"{jobs}, {plan.todo} to draw into {batch.folder}, on {batch.session.device}"
+                f"{jobs}, {plan.todo} to draw into {batch.folder}, on {batch.place}"
                 + (f"; {plan.done} are there" if plan.done else "")
                 + (f"; {plan.failed} failed before" if plan.failed else "")
                 + (f"; shard {batch.shard}" if batch.shard else "")
@@ -303,7 +440,7 @@ class _View:
                 todo=plan.todo,
                 folder=str(batch.folder),
                 shard=str(batch.shard) if batch.shard else None,
-                device=batch.session.device,
+                device=batch.place,
                 models=list(dict.fromkeys(job.recipe.model for job in plan.jobs)),
             )
 
@@ -340,8 +477,23 @@ class _View:
         if self.writer:
             self.writer.stage(name, done, total)
 
+    def _write_sheet(self, sheet: Path) -> None:
+        """Write the sheet of all images of the folder. An error is the command's if all else went
+        well."""
+        from sana_cli.sheet import write_sheet
+
+        images = [Path(image) for image in self.batch.images()]
+        try:
+            written = write_sheet(sheet, images, self.batch.options.force, self.console)
+        except SanaError as error:
+            self._error(error)
+            self.exit_code = self.exit_code or error.exit_code
+            return
+        self.console.info(f"{counted(len(images), 'image')} on {written}")
+        if self.writer:
+            self.writer.emit("sheet", path=str(written), images=len(images))
+
     def _summary(self, summary: "Summary") -> None:
-        self.exit_code = summary.exit_code
         self.console.info(
             f"{summary.drawn} drawn"
             + (f", {summary.done} were there" if summary.done else "")
@@ -359,18 +511,18 @@ class _View:
                 failed=summary.failed,
                 left=summary.left,
                 seconds=round(summary.seconds, 3),
-                exit_code=summary.exit_code,
+                exit_code=self.exit_code,
             )
 
 
-@app.command()
+@app.command(cls=Command)
 def status(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The -o of a batch.")],
+    folder: Annotated[str, typer.Argument(metavar="FOLDER|URL", help="The -o of a batch.")],
     json_output: Json = False,
     color: Color = True,
 ) -> None:
     """Show the progress of a batch and its failures; exit code 3 if any job is left."""
-    from sana_cli.batch.manifest import Ledger, is_held
+    from sana_cli.batch.manifest import Ledger
 
     ledger = Ledger(folder)
     if not ledger.last and not ledger.runs:
@@ -378,7 +530,7 @@ def status(
     states = {id: ledger.status(id) for id in ledger.last}
     runs = [_run_row(name, lines) for name, lines in ledger.runs.items()]
     for row in runs:
-        row["running"] = is_held(folder, row["manifest"].removesuffix(".jsonl"))
+        row["running"] = ledger.store.is_held(row["manifest"].removesuffix(".jsonl"))
     failures = [ledger.last[id] for id, state in states.items() if state == "failed"]
     gone = [ledger.last[id] for id, state in states.items() if state == "open"]
     document = {

@@ -18,7 +18,7 @@ from sana_cli.bench.run import (
 )
 from sana_cli.commands._bench_tables import show
 from sana_cli.commands._defaults import apply_defaults
-from sana_cli.commands._options import RunColor, RunJson, RunQuiet, RunVerbose, with_options
+from sana_cli.commands._options import Json, Quiet, RunColor, Verbose, with_options
 from sana_cli.errors import SanaError, UsageError
 from sana_cli.settings import FILES, FileOptions, RunOptions, Settings
 
@@ -67,6 +67,7 @@ def bench(
         Competitor | None,
         typer.Option(
             "--against",
+            metavar="|".join(Competitor),
             help="Measure diffusers too, on the same weights and seeds, turn and turn about.",
         ),
     ] = None,
@@ -85,9 +86,9 @@ def bench(
             rich_help_panel=FILES,
         ),
     ] = None,
-    json_output: RunJson = False,
-    quiet: RunQuiet = False,
-    verbose: RunVerbose = False,
+    json_output: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
     color: RunColor = True,
     **asked: Any,
 ) -> None:

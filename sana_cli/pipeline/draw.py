@@ -29,6 +29,8 @@ from sana_cli.images.masks import (
     paste,
 )
 from sana_cli.instruction import normalise_prompt
+from sana_cli.kernels import selfcheck
+from sana_cli.kernels.dispatch import fallback_reason
 from sana_cli.models.controlnet import ControlNet
 from sana_cli.models.dc_ae import DCAE, Decoder, Encoder
 from sana_cli.models.dit import DiT
@@ -37,7 +39,7 @@ from sana_cli.models.streaming.autoencoder import decode, encode
 from sana_cli.models.streaming.strip_pipeline import Decoded
 from sana_cli.models.streaming.subpixel import fold_upsamples
 from sana_cli.pipeline import weight_cache
-from sana_cli.pipeline.events import Event, Failure, ImageDone, Notice, Preview, Progress
+from sana_cli.pipeline.events import Event, Failure, ImageDone, Latents, Notice, Preview, Progress
 from sana_cli.pipeline.guidance import GuidedVelocity
 from sana_cli.pipeline.networks import NetworkKey, Networks, identity_of
 from sana_cli.pipeline.oom_retry import OOMRetry
@@ -45,7 +47,12 @@ from sana_cli.pipeline.plan import Plan, is_guided
 from sana_cli.pipeline.solver import SOLVERS, Repaint, advance, first_step
 from sana_cli.pipeline.text_cache import TextCache
 from sana_cli.recipe import Recipe, adapters_of
-from sana_cli.system.devices import is_out_of_memory, peak_bytes, return_freed_blocks
+from sana_cli.system.devices import (
+    cap_memory,
+    is_out_of_memory,
+    peak_bytes,
+    return_freed_blocks,
+)
 from sana_cli.weights.checkpoint import load_weights, on_meta
 from sana_cli.weights.layout import Tensors
 from sana_cli.weights.lora import MergedTensors, unchanged_lora
@@ -69,6 +76,8 @@ def draw(
     loras: Mapping[str, Path] | None = None,
     cache: Path | None = None,
     previews: int = 0,
+    latents: bool = False,
+    decoded: bool = True,
 ) -> Iterator[Event]:
     """Draw every recipe, all with one model and one precision.
 
@@ -77,14 +86,17 @@ def draw(
     what is loaded here; `images` holds the pixels of every input image, and `loras` the file of
     every LoRA by its SHA-256; `cache` is a folder to keep text states in and find them again, and
     None reads and writes nothing. `previews` are decoded of each image while it is denoised, if
-    transformer and decoder fit in memory together. UsageError if a recipe names a solver that the
-    model cannot use.
+    transformer and decoder fit in memory together. With `latents` they are yielded after every
+    step; what is not to be `decoded` ends with them. UsageError if a recipe names a solver that
+    the model cannot use.
     """
     for recipe in recipes:
         if (recipe.solver == "scm") != files.is_sprint:
             raise UsageError(f"{recipe.model} cannot be sampled by {recipe.solver}")
     networks = networks or Networks(keep=False)
-    return Drawing(recipes, files, plan, networks, images, cache, loras, previews).events()
+    return Drawing(
+        *(recipes, files, plan, networks, images, cache, loras, previews, latents, decoded)
+    ).events()
 
 
 class Drawing:
@@ -100,9 +112,12 @@ class Drawing:
         cache: Path | None,
         loras: Mapping[str, Path] | None = None,
         previews: int = 0,
+        yields_latents: bool = False,
+        decoded: bool = True,
     ) -> None:
         self.recipes, self.files, self.plan = recipes, files, plan
         self.previews = previews
+        self.yields_latents, self.decoded = yields_latents, decoded
         self.networks, self.cache = networks, cache
         self.images, self.loras = images or {}, loras or {}
         self.text_states: dict[tuple[str, str], Tensor] = {}  # of (instruction, text)
@@ -114,6 +129,9 @@ class Drawing:
 
     def events(self) -> Iterator[Event]:
         return_freed_blocks()
+        if self.plan.budget:
+            cap_memory(self.plan.device, self.plan.budget, self.networks.held_bytes)
+        yield from self.start_selfcheck()
         yield from self.encode_texts()
         self.done_with("text_encoder")
         if any(recipe.image or recipe.control for recipe in self.recipes):
@@ -127,11 +145,15 @@ class Drawing:
         for first in range(0, len(self.recipes), turn):
             indices = range(first, min(first + turn, len(self.recipes)))
             transformer = yield from self.load_transformer()
+            yield from self.remarks_of_selfcheck()
             for i in indices:
                 yield from self.finish(i, self.denoise(i, transformer))
             del transformer
             if indices.stop == len(self.recipes):
                 self.done_with("transformer")
+            if not self.decoded:
+                self.latents.clear()
+                continue
             decoder = yield from self.load_decoder()
             for i in indices:
                 if i in self.latents:
@@ -146,6 +168,28 @@ class Drawing:
         except (BadImage, NotEnoughMemory) as error:
             self.latents.pop(i, None)
             yield Failure(i, error)
+
+    # --- kernels -------------------------------------------------------------------------------
+
+    @property
+    def kernel_kinds(self) -> list[tuple[torch.dtype, bool]]:
+        """The precisions of the kernels that run on the plan's device; which are of 8-bit rows."""
+        if fallback_reason(torch.device(self.plan.device)) is not None:
+            return []
+        recipe = self.recipes[0]
+        kinds = [(dtype_of(recipe.dit_dtype), False), (dtype_of(recipe.vae_dtype), False)]
+        if recipe.quant == "w8a8":
+            kinds.append((dtype_of(recipe.dit_dtype), True))
+        return list(dict.fromkeys(kinds))
+
+    def start_selfcheck(self) -> Iterator[Event]:
+        """Begin to check the kernels, if they are new to this GPU, while networks are loaded."""
+        if selfcheck.start(self.plan.device, self.kernel_kinds):
+            yield Notice("compiling and checking the kernels, once for this GPU")
+
+    def remarks_of_selfcheck(self) -> Iterator[Event]:
+        for text in selfcheck.remarks(self.plan.device, self.kernel_kinds):
+            yield Notice(text, warning=True)
 
     # --- networks ------------------------------------------------------------------------------
 
@@ -398,7 +442,12 @@ class Drawing:
             if step in shown:
                 yield from self.preview(i, step + 1, previous)
                 began = time.perf_counter()
+            if self.yields_latents:
+                yield Latents(i, step - first, schedule.timesteps[step], sample)
+                began = time.perf_counter()
         self.latents[i] = sample.cpu()
+        if not self.decoded and not self.latents[i].isfinite().all():
+            raise bad_image(recipe, "NaN")
         if reason := transformer.graph_error:
             yield Notice(f"no CUDA graph: {reason}", warning=True)
 
@@ -438,10 +487,7 @@ class Drawing:
             )
         self.images_done += 1
         if fault := fault_of(decoded):
-            raise BadImage(
-                f"seed {recipe.seed} came out as {fault}",
-                "try --dtype float32, another seed, or other weights",
-            )
+            raise bad_image(recipe, fault)
         yield self.done("decode", self.images_done, len(self.recipes), began)
         yield ImageDone(i, self.with_kept_pixels(decoded.pixels.numpy(), recipe))
 
@@ -516,16 +562,26 @@ def preview_steps(first: int, steps: int, count: int) -> set[int]:
     return {first + n - 1 for n in done if 0 < n < todo}
 
 
-def noise(recipe: Recipe, files: ModelFiles) -> Iterator[Tensor]:
-    """Yield the recipe's noise, float32 (1, 32, h, w), without end.
+def noise(
+    recipe: Recipe, files: ModelFiles, generator: torch.Generator | None = None
+) -> Iterator[Tensor]:
+    """Yield the recipe's noise, float32 (1, 32, h, w), without end: of its seed, or a generator.
 
     Drawn on the CPU, so that it is the same whatever the device.
     """
     cell = files.vae.compression
     shape = (1, files.dit.in_channels, recipe.native_height // cell, recipe.native_width // cell)
-    generator = torch.Generator("cpu").manual_seed(recipe.seed)
+    generator = generator or torch.Generator("cpu").manual_seed(recipe.seed)
     while True:
         yield torch.randn(shape, generator=generator)
+
+
+def draw_all_noise(recipe: Recipe, files: ModelFiles, generator: torch.Generator) -> None:
+    """Advance a generator by the noise that an image takes, as if it had drawn it."""
+    draws = noise(recipe, files, generator)
+    steps = recipe.steps - first_step(recipe.steps, recipe.strength)
+    for _ in range(1 + steps * SOLVERS[recipe.solver].stochastic):
+        next(draws)
 
 
 def covering(whole: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
@@ -543,6 +599,13 @@ def fault_of(decoded: Decoded) -> str | None:
     if decoded.low.isnan():
         return "NaN"
     return "one flat colour" if decoded.high - decoded.low < 1 / 255 else None
+
+
+def bad_image(recipe: Recipe, fault: str) -> BadImage:
+    return BadImage(
+        f"seed {recipe.seed} came out as {fault}",
+        "try --dtype float32, another seed, or other weights",
+    )
 
 
 def dtype_of(name: str) -> torch.dtype:
