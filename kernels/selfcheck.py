@@ -10,6 +10,7 @@ is that process. It prints an outcome for each operation, as a line of JSON. Wit
 it runs on the CPU, in Triton's interpreter.
 """
 
+import contextlib
 import functools
 import hashlib
 import importlib
@@ -217,9 +218,11 @@ def _run(
     future: Future[dict[str, Outcome]], device: torch.device, dtype: torch.dtype, eight: bool
 ) -> None:
     try:
-        future.set_result(examine(device, dtype, eight))
-    except BaseException as error:
-        future.set_exception(error)
+        found = examine(device, dtype, eight)
+    except Exception as error:  # whatever it is, torch can still draw
+        fault = Outcome(None, f"the check of the kernels failed: {error}", False)
+        found = dict.fromkeys(OPERATIONS8 if eight else OPERATIONS, fault)
+    future.set_result(found)
 
 
 def _told_by_process(
@@ -228,16 +231,19 @@ def _told_by_process(
     """Run the process; return the outcomes that it told, whether it began, and how it ended."""
     command = [*COMMAND, str(device), name_of(dtype), str(workers), *operations]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
-        lines, end = done.stdout, f"crashed, exit code {done.returncode}"
-        end = ": ".join([end, *done.stderr.strip().splitlines()[-1:]])
+        done = subprocess.run(command, capture_output=True, timeout=SECONDS)
+        output, end = done.stdout, f"crashed, exit code {done.returncode}"
+        last = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
+        end = ": ".join([end, *last])
     except subprocess.TimeoutExpired as late:
-        lines, end = (late.stdout or b"").decode(), f"took more than {SECONDS} seconds"
+        output, end = late.stdout or b"", f"took more than {SECONDS} seconds"
     except OSError as error:
-        lines, end = "", f"could not be started: {error}"
-    told = {}
-    for line in lines.splitlines():
-        if line.startswith("{"):  # nothing that a library prints
+        output, end = b"", f"could not be started: {error}"
+    told, lines = {}, output.decode(errors="replace").splitlines()
+    for line in lines:
+        with contextlib.suppress(
+            ValueError, KeyError, TypeError, AttributeError
+        ):  # what a library prints
             document = json.loads(line)
             operation = document.pop("operation")
             told[operation] = Outcome(**document)
