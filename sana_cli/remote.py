@@ -159,7 +159,8 @@ class RemoteSession(Session):
         inputs = Inputs() if inputs is None else inputs
         resolved = [self.resolve(one, inputs) for one in settings]
         recipes = [one.recipe(None, "", seed) for one in resolved for seed in seeds]
-        model, warnings = resolved[0].model, resolved[0].warnings
+        notes = [note for image in inputs.images() for note in image.notes]
+        model, warnings = resolved[0].model, (*notes, *resolved[0].warnings)
         return DrawRequest(model, self.open(model), recipes, inputs, warnings)
 
     def plan(self, request: DrawRequest, *, predict: bool = False) -> Any:

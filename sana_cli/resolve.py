@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from sana_cli.errors import SanaError, UsageError
-from sana_cli.images.files import check_upload, read
-from sana_cli.images.masks import Margins, parse_outpaint, read_mask
+from sana_cli.images.files import Loaded, check_upload, load, rgb
+from sana_cli.images.masks import Margins, parse_outpaint, to_mask
 from sana_cli.instruction import INSTRUCTION
 from sana_cli.recipe import Adapter, Recipe
 from sana_cli.settings import Settings
@@ -60,6 +60,8 @@ class InputImage:
     width: int
     height: int
     convention: str = ""  # of a mask: what is repainted
+    turned: bool = False  # upright, by its EXIF
+    notes: tuple[str, ...] = ()  # what of it was not used, for the user
 
 
 class Inputs(Mapping[str, "np.ndarray"]):
@@ -71,8 +73,7 @@ class Inputs(Mapping[str, "np.ndarray"]):
 
     def __init__(self) -> None:
         self._inputs: dict[str, InputImage] = {}
-        # By role, path, size and time of change.
-        self._by_file: dict[tuple[str, str, int, int], InputImage] = {}
+        self._by_file: dict[tuple[object, ...], InputImage] = {}  # by role, path and state
         self._uploads: dict[str, bytes] = {}  # files that are in memory, by name
         self._last: dict[str, tuple[str, np.ndarray]] = {}  # by role
         self.loras: dict[str, Path] = {}  # files by SHA-256
@@ -96,24 +97,29 @@ class Inputs(Mapping[str, "np.ndarray"]):
         if path not in self._uploads:
             with contextlib.suppress(OSError, ValueError):  # reading tells what is wrong
                 state = os.stat(os.path.expanduser(path))
-                file = role, path, state.st_size, state.st_mtime_ns
+                # Copies that keep the time, as by rsync, differ in the file or its change time.
+                times = state.st_mtime_ns, state.st_ctime_ns
+                file = role, path, state.st_size, state.st_ino, *times
         if file is not None and file in self._by_file:
             return self._by_file[file]
-        pixels, convention = self._read(path, role)
+        loaded, pixels, convention = self._read(path, role)
         sha256 = hashlib.sha256(pixels.tobytes()).hexdigest()
         self._last[role] = sha256, pixels
         height, width = pixels.shape[:2]
-        image = InputImage(role, path, sha256, width, height, convention)
+        more = convention, loaded.turned, tuple(loaded.notes)
+        image = InputImage(role, path, sha256, width, height, *more)
         self._inputs[sha256] = image
         if file is not None:
             self._by_file[file] = image
         return image
 
-    def _read(self, path: str, role: Role) -> "tuple[np.ndarray, str]":
+    def _read(self, path: str, role: Role) -> "tuple[Loaded, np.ndarray, str]":
         data = self._uploads.get(path)
         if role in ("init", "control"):
-            return read(path, data), ""
-        return read_mask(path, alpha=role == "alpha", data=data)
+            loaded = load(path, data, "--image" if role == "init" else "--control")
+            return loaded, rgb(loaded, path), ""
+        loaded = load(path, data, "--mask")
+        return loaded, *to_mask(loaded, path, alpha=role == "alpha")
 
     def images(self) -> list[InputImage]:
         """All images that were added, each once."""
@@ -123,7 +129,7 @@ class Inputs(Mapping[str, "np.ndarray"]):
         """SanaError if the file has other pixels now than when it was added."""
         image = self._inputs[sha256]
         if self._last.get(image.role, ("",))[0] != sha256:
-            pixels, _ = self._read(image.path, image.role)
+            _, pixels, _ = self._read(image.path, image.role)
             if hashlib.sha256(pixels.tobytes()).hexdigest() != sha256:
                 raise SanaError(f"--image {image.path} has changed since this run began")
             self._last[image.role] = sha256, pixels
@@ -153,6 +159,12 @@ class Resolution:
     loras: tuple[LoraChoice, ...] = ()
     adapters: tuple[Adapter, ...] | None = None  # of the LoRAs, once their files are here
 
+    @property
+    def notes(self) -> list[str]:
+        """What of the input images is not used, for the user; of each file once."""
+        images = filter(None, (self.image, self.mask, self.control))
+        return list(dict.fromkeys(note for image in images for note in image.notes))
+
     def sampler(self, files: "ModelFiles | None" = None) -> Sampler:
         """Resolve the sampler. `files` are needed where only they tell what kind the model is."""
         model = self.model
@@ -181,9 +193,9 @@ class Resolution:
     def all_warnings(
         self, files: "ModelFiles", device: str, memory: int | None = None
     ) -> tuple[str, ...]:
-        """Return the warnings about the sampler and about the choices for a device."""
+        """Return the warnings about the inputs, the sampler and the choices for a device."""
         _, warning = self.text_precision(files, device, memory)
-        return (*self.sampler(files).warnings, *([warning] if warning else []))
+        return (*self.notes, *self.sampler(files).warnings, *([warning] if warning else []))
 
     def recipe(
         self, files: "ModelFiles", device: str, seed: int, memory: int | None = None

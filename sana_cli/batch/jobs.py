@@ -37,11 +37,14 @@ class Job:
     id: str
     row: int
     recipe: Recipe
-    model: Model
+    resolution: Resolution  # which recipe and files follow from
     name: Path  # inside the folder of the batch
     format: str
-    vae: Component | None = None
-    controlnet: Component | None = None
+
+    @property
+    def components(self) -> tuple[Model, Component | None, Component | None]:
+        """What decides the files of the model."""
+        return self.resolution.model, self.resolution.vae, self.resolution.controlnet
 
 
 @dataclass(frozen=True)
@@ -201,11 +204,7 @@ class JobBuilder:
             id = _hash(what | precision | {"seed": recipe.seed, "before": before})[:ID_DIGITS]
             name = spec.output.path(recipe, self.count, spec.columns | {"id": id})
             self._take(name, spec.row)
-            resolution, number = spec.resolution, spec.row.number
-            yield Job(
-                *(id, number, recipe, resolution.model, name, spec.output.format),
-                *(resolution.vae, resolution.controlnet),
-            )
+            yield Job(id, spec.row.number, recipe, spec.resolution, name, spec.output.format)
 
     def _take(self, name: Path, row: Row) -> None:
         key = name.as_posix().casefold()
