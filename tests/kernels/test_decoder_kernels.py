@@ -31,7 +31,7 @@ def triton(monkeypatch):
     """Force the kernels to run in Triton, whatever the device; call with False for torch."""
 
     def choose(yes: bool = True) -> None:
-        monkeypatch.setattr(dispatch, "uses_triton", lambda operation, x: yes)
+        monkeypatch.setattr(dispatch, "uses_triton", lambda operation, x, dtype=None: yes)
 
     choose()
     return choose

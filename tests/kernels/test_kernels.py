@@ -167,7 +167,7 @@ def test_the_fused_dit_in_triton_matches_the_transformer(kind, monkeypatch):
     start = modulation_triton.launch
     for module in MODULES:
         monkeypatch.setattr(module, "launch", launch)
-    monkeypatch.setattr(dispatch, "uses_triton", lambda operation, x: True)
+    monkeypatch.setattr(dispatch, "uses_triton", lambda operation, x, dtype=None: True)
     with torch.device(DEVICE):
         assert velocity_error(random_dit(num_layers=1, **DIT_KINDS[kind]), 5, 3) < 3e-6
     assert len(names) == (7 if kind == "qk-norm" else 6)  # one more sums k after its norm
