@@ -12,7 +12,7 @@ from torch import Tensor
 from sana_cli.kernels import kv_state as module
 from sana_cli.kernels.cases import Case, like
 from sana_cli.kernels.launch import launch, precision, trace_launches
-from sana_cli.kernels.selfcheck import Check, Draw
+from sana_cli.kernels.selfcheck import TENSOR_CORES, Check, Draw, least
 
 TOKENS, STEP = 1024, 64  # tokens per program and per step
 LEAST = 16  # sides of the smallest matrix product
@@ -81,5 +81,6 @@ def cases(target: tuple[int, int]) -> Iterator[Case]:
 
 def checks(draw: Draw) -> Iterator[Check]:
     for tokens, heads in ((70, 3), (1030, 1), (128, 2)):
-        inputs = draw(2, tokens, heads * 64), 32
-        yield Check("kv_state", kv_state, module.kv_state, inputs)
+        kv = draw(2, tokens, heads * 64)
+        needed = least(kv.dtype, tokens) if kv.dtype == torch.float32 else TENSOR_CORES
+        yield Check("kv_state", kv_state, module.kv_state, (kv, 32), needed)

@@ -21,7 +21,7 @@ from sana_cli.kernels.multiscale import aggregate
 from sana_cli.kernels.projection import gated_residual_linear_
 from sana_cli.kernels.rgb import conv_to_rgb
 from sana_cli.kernels.rms_norm import rms_norm
-from sana_cli.kernels.selfcheck import decibels, least
+from sana_cli.kernels.selfcheck import TENSOR_CORES, decibels, least
 from sana_cli.models.streaming.autoencoder import decode, decode_pipeline, encode
 from sana_cli.models.streaming.subpixel import fold_upsamples
 
@@ -31,7 +31,7 @@ def triton(monkeypatch):
     """Force the kernels to run in Triton, whatever the device; call with False for torch."""
 
     def choose(yes: bool = True) -> None:
-        monkeypatch.setattr(dispatch, "uses_triton", lambda operation, x: yes)
+        monkeypatch.setattr(dispatch, "uses_triton", lambda operation, x, dtype=None: yes)
 
     choose()
     return choose
@@ -122,11 +122,12 @@ def test_kv_state(draw, triton, batch, tokens, heads, head):
     found = kv_state(kv, head)
     assert found.dtype == torch.float32
     assert torch.equal(found, kv_state(kv, head))
-    assert decibels(found, exact) > least(torch.float32)
+    needed = least(kv.dtype, tokens) if kv.dtype == torch.float32 else TENSOR_CORES
+    assert decibels(found, exact) > needed
     triton(False)
-    assert decibels(kv_state(kv, head), exact) > least(torch.float32)
+    assert decibels(kv_state(kv, head), exact) > least(torch.float32, tokens)
     roles = kv.unflatten(-1, (heads, 2, head)).permute(3, 0, 2, 4, 1)
-    assert decibels(attention_state(*roles), exact) > least(torch.float32)
+    assert decibels(attention_state(*roles), exact) > least(torch.float32, tokens)
 
 
 @pytest.mark.parametrize(
