@@ -57,6 +57,7 @@ def imagined(tmp_path_factory) -> Callable[..., dict]:
         ("demo", "256x256", ["batched_cfg=false", "row_chunk=4"]),
         *exhaustive(
             ("demo", "512x512", ['negative="dull"']),
+            ("demo", "256x256", ['quant="w8a8"', 'negative="dull"']),
             ("sana-0.6b-1024", "512x384", ["guidance=1.0"]),
             ("sana-sprint-0.6b", "512x512", []),
         ),
