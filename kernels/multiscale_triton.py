@@ -24,15 +24,16 @@ def aggregate(window: Tensor, depth: Tensor, point: Tensor, out: Tensor) -> Tens
         raise ValueError("the channels of a pixel must be contiguous")
     batch, height, width, channels = out.shape
     kernel, group = depth.shape[-1], point.shape[1]
-    above = (window.shape[1] - height) // 2 - kernel // 2
+    reach = (window.shape[1] - height) // 2
     tiles = triton.cdiv(height, ROWS) * triton.cdiv(width, COLUMNS)
     launch(
         aggregate_kernel,
         (channels // group, tiles, batch),
         # Transposed, so that the same tap of neighbouring channels is contiguous.
         *(window, depth.flatten(1).t().contiguous(), point.contiguous(), out),
-        *(above, height, width, channels),
+        *(reach - kernel // 2, height, width, channels),
         *(*window.stride()[:3], *out.stride()[:3]),
+        HALO=reach > 0,
         KERNEL=kernel,
         GROUP=group,
         BLOCK=max(MIN_GROUP, triton.next_power_of_2(group)),
@@ -48,8 +49,8 @@ def aggregate(window: Tensor, depth: Tensor, point: Tensor, out: Tensor) -> Tens
 def aggregate_kernel(
     window, depth, point, out, above, height, width, channels,
     window_image, window_row, window_pixel, out_image, out_row, out_pixel,
-    KERNEL: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+    HALO: tl.constexpr, KERNEL: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     across = tl.cdiv(width, COLUMNS)
     top = tl.program_id(1) // across * ROWS
@@ -66,10 +67,13 @@ def aggregate_kernel(
     at = (row * window_row + column * window_pixel)[:, None] + channel[None]
     taps = depth + first + channel
     total = tl.zeros((ROWS * COLUMNS, BLOCK), tl.float32)
-    for _ in range(KERNEL):
+    for down in range(KERNEL):
         for over in tl.static_range(KERNEL):
             near = left + column + (over - KERNEL // 2)
             seen = inside & (near >= 0) & (near < width)
+            if not HALO:
+                source = top + above + down + row
+                seen &= (source >= 0) & (source < height)
             x = tl.load(
                 window + over * window_pixel + at, mask=seen[:, None] & real[None], other=0.0
             )

@@ -227,7 +227,7 @@ class _Operations(TorchDispatchMode):
         if name == "convolution" and args[0].is_contiguous(memory_format=torch.channels_last):
             result = result.contiguous(memory_format=torch.channels_last)  # as cuDNN returns it
         made = [tensor for tensor in tree_iter(result) if _is_on_gpu(tensor)]
-        if made and not func.is_view and name not in NOT_LAUNCHED:
+        if any(tensor.numel() for tensor in made) and not func.is_view and name not in NOT_LAUNCHED:
             given = (*args, *(v for k, v in kwargs.items() if k != "out"))
             read = [tensor for tensor in tree_iter(given) if _is_on_gpu(tensor)]
             if name in WRITTEN_ONLY:
