@@ -194,6 +194,32 @@ def registers() -> list[str]:
     return rows
 
 
+def diffusers_suites() -> list[str]:
+    """Of each file of diffusers' tests, how many cases apply here, and why the others do not."""
+    cases = measured("../tests/diffusers_suite/cases.json")["cases"]
+    reasons = list(dict.fromkeys(case["reason"] for case in cases if "reason" in case))
+    rows = [
+        f"| file | cases | apply and pass | {' | '.join(reasons)} |",
+        f"|---|---|---{'|---' * len(reasons)}|",
+    ]
+    for file in sorted({file for case in cases for file in case["files"]}):
+        own = [case.get("reason", "") for case in cases if file in case["files"]]
+        counts = [len(own), own.count(""), *map(own.count, reasons)]
+        rows.append(f"| `{file}` | {' | '.join(map(str, counts))} |")
+    return rows
+
+
+def diffusers_cases() -> list[str]:
+    """Each case of diffusers' tests that applies here, and the test that stands for it."""
+    cases = measured("../tests/diffusers_suite/cases.json")["cases"]
+    rows = ["| case | files | here |", "|---|---|---|"]
+    for case in cases:
+        if "test" in case:
+            here = case["test"].partition("::")[2]
+            rows.append(f"| `{case['case']}` | {len(case['files'])} | `{here}` |")
+    return rows
+
+
 TABLES: dict[str, Callable[[], list[str]]] = {
     "models": models,
     "cpu": cpu,
@@ -205,6 +231,8 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "settings": settings,
     "one-command": one_command,
     "registers": registers,
+    "diffusers-suites": diffusers_suites,
+    "diffusers-cases": diffusers_cases,
 }
 
 

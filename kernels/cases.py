@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sana_cli.kernels.rows8 import Rows8, Weight8, quantise, quantise_weight
+
 WIDTHS = {"demo": 224, "0.6B": 1152, "1.6B": 2240}  # of the transformers
 # Of images, in pixels: block shapes depend on the number of tokens.
 SIDES = {"demo": (256, 512), "0.6B": (512, 1024, 4096), "1.6B": (512, 1024, 4096)}
@@ -33,6 +35,15 @@ class Case:
 
     def is_compiled_as(self, other: "Case") -> bool:
         return replace(self, name="") == replace(other, name="")
+
+
+def like_rows8(x: Tensor, grouped: bool = False) -> Rows8:
+    """Return rows without data that stand for x, on the meta device."""
+    return quantise(x, grouped)
+
+
+def like_weight8(weight: Tensor) -> Weight8:
+    return quantise_weight(weight)
 
 
 def like(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:

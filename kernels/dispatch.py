@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 MIN_CAPABILITY = (8, 0)  # Ampere: Triton generates no tensor-core code for older GPUs
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.int8)
 meta_is_gpu = False  # set by `launch.meta_launches`
 
 

@@ -11,7 +11,13 @@ from sana_cli.kernels import dispatch
 from sana_cli.kernels.cases import Case
 from sana_cli.kernels.dispatch import MIN_CAPABILITY
 
-_DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.uint8: "u8"}
+_DTYPES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.uint8: "u8",
+    torch.int8: "i8",
+}
 _traced: tuple[tuple[int, int], list[Case]] | None = None  # a capability and its launches
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sana_cli.kernels import dispatch
 from sana_cli.kernels.linear import linear
+from sana_cli.kernels.rows8 import Rows8, Weight8, linear8, quantise
 
 EPS = 1e-15  # as in diffusers; matters only where every feature of a query is zero
 TRITON_HEADS = (16, 32, 64)  # head widths that the Triton kernels support; Sana has 32
@@ -44,22 +45,36 @@ def attend(q: Tensor, state: Tensor) -> Tensor:
 
 
 def project_qkv(
-    x: Tensor, weight: Tensor, heads: int, norm_k: Tensor | None = None, eps: float = 0.0
+    x: Tensor | Rows8,
+    weight: Tensor | Weight8,
+    heads: int,
+    norm_k: Tensor | None = None,
+    eps: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Project tokens x (B, N, D) by weight (3D, D), the rows of q, k and v in this order.
+
+    Both are quantised or neither is.
 
     -> q (B, N, D) in the dtype of x, and the state of k and v, (B, heads, d+1, d) float32.
     With `norm_k` (D,), k passes through an RMSNorm over all of D. Of the matching norm of q only
     the weight matters, and the caller folds it into the projection: the scale that the norm gives
     a token cancels in the quotient of `attend`.
     """
-    if dispatch.uses_triton(x) and len(weight) // 3 // heads in TRITON_HEADS:
+    data = x.values if isinstance(x, Rows8) else x
+    matrix = weight.values if isinstance(weight, Weight8) else weight
+    width = len(matrix) // 3
+    if dispatch.uses_triton(data) and width // heads in TRITON_HEADS:
         from sana_cli.kernels import linear_attention_triton
 
         return linear_attention_triton.project_qkv(x, weight, heads, norm_k, eps)
-    width = len(weight) // 3
-    q = linear(x, weight[:width])
-    k, v = linear(x, weight[width:]).chunk(2, dim=-1)
+    if isinstance(x, Rows8):
+        assert isinstance(weight, Weight8)
+        q, k, v = linear8(x, weight).chunk(3, dim=-1)
+        q = q.contiguous()  # frees k and v, when they are no longer needed
+    else:
+        assert isinstance(weight, Tensor)
+        q = linear(x, weight[:width])
+        k, v = linear(x, weight[width:]).chunk(2, dim=-1)
     if norm_k is not None:
         scale = torch.rsqrt(k.float().pow(2).mean(-1, keepdim=True) + eps)
         k = (k * scale).to(k.dtype) * norm_k
@@ -84,6 +99,15 @@ def attend_tokens(q: Tensor, state: Tensor) -> Tensor:
         weighted = _heads(F.relu(queries).float(), heads) @ sums.transpose(1, 2)
         torch.div(weighted[..., :-1], weighted[..., -1:].add_(EPS), out=_heads(target, heads))
     return out
+
+
+def attend_tokens8(q: Tensor, state: Tensor) -> Rows8:
+    """`attend_tokens`, quantised with a scale for each group of channels."""
+    if dispatch.uses_triton(q) and state.shape[-1] in TRITON_HEADS:
+        from sana_cli.kernels import linear_attention_triton
+
+        return linear_attention_triton.attend_tokens8(q, state)
+    return quantise(attend_tokens(q, state), grouped=True)
 
 
 def _heads(x: Tensor, heads: int) -> Tensor:

@@ -15,8 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sana_cli.kernels.cases import SIDES, WIDTHS, Case, like
+from sana_cli.kernels.cases import SIDES, WIDTHS, Case, like, like_rows8, like_weight8
 from sana_cli.kernels.launch import capability, launch, precision, trace_launches
+from sana_cli.kernels.rows8 import Rows8, Weight8
+from sana_cli.kernels.rows8_triton import choose_blocks8, matmul_tile8
 
 
 class Blocks(NamedTuple):
@@ -55,18 +57,32 @@ def choose_blocks(x: Tensor, m: int, n: int, widest: int) -> Blocks:
     return shapes[-1]
 
 
-def linear_silu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    x = x.contiguous()
+def linear_silu(x: Tensor | Rows8, weight: Tensor | Weight8, bias: Tensor) -> Tensor:
+    if isinstance(x, Rows8):
+        assert isinstance(weight, Weight8)
+        out = bias.new_empty(*x.values.shape[:-1], len(weight.values))
+        _launch8(linear_silu8_kernel, x, weight, (bias, out))
+        return out
+    assert isinstance(weight, Tensor)
     out = x.new_empty(*x.shape[:-1], len(weight))
-    _launch(linear_silu_kernel, x, weight, (bias, out), 256)
+    _launch(linear_silu_kernel, x.contiguous(), weight, (bias, out), 256)
     return out
 
 
 def gated_residual_linear_(
-    x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor | None
+    x: Tensor,
+    y: Tensor | Rows8,
+    weight: Tensor | Weight8,
+    bias: Tensor | None,
+    gate: Tensor | None,
 ) -> Tensor:
     if not x.is_contiguous():
         raise ValueError("x is updated in place and must be contiguous")
+    if isinstance(y, Rows8):
+        assert isinstance(weight, Weight8)
+        _launch8(gated_residual_linear8_kernel, y, weight, (bias, gate, x))
+        return x
+    assert isinstance(weight, Tensor)
     # The tile of x leaves no registers for more than 128 columns.
     _launch(gated_residual_linear_kernel, y.contiguous(), weight, (bias, gate, x), 128)
     return x
@@ -93,6 +109,26 @@ def _launch(
     )
 
 
+def _launch8(kernel: triton.JITFunction, x: Rows8, weight: Weight8, rest: tuple) -> None:
+    n, k = weight.values.shape
+    m = x.values.numel() // k
+    blocks = choose_blocks8(x, m, n)
+    launch(
+        kernel,
+        (triton.cdiv(m, blocks.m) * triton.cdiv(n, blocks.n * blocks.parts),),
+        *(x.values.contiguous(), x.scales.contiguous(), weight.values, weight.scales),
+        *(*rest, m, n, k),
+        BLOCK_M=blocks.m,
+        BLOCK_N=blocks.n,
+        BLOCK_K=blocks.k,
+        PARTS=blocks.parts,
+        GROUPED=x.scales.shape[-1] > 1,
+        GROUP=GROUP,
+        num_warps=blocks.warps,
+        num_stages=blocks.stages,
+    )
+
+
 @triton.jit
 def linear_silu_kernel(
     x, weight, bias, out, m, n, k,
@@ -101,6 +137,35 @@ def linear_silu_kernel(
 ):  # fmt: skip
     row, column = tile_origin(m, n, BLOCK_M, BLOCK_N, GROUP)
     y = matmul_tile(x, weight, row, column, m, n, k, BLOCK_M, BLOCK_N, BLOCK_K, EVEN, PRECISION)
+    store_silu(y, bias, out, row, column, m, n, BLOCK_M, BLOCK_N)
+
+
+@triton.jit
+def linear_silu8_kernel(
+    x, x_scales, weight, weight_scales, bias, out, m, n, k,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
+    GROUPED: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    row, column = tile_origin(m, n, BLOCK_M, BLOCK_N * PARTS, GROUP)
+    y, z = matmul_tile8(
+        x, x_scales, weight, row, column, m, n, k, BLOCK_M, BLOCK_N, BLOCK_K, PARTS, GROUPED
+    )  # fmt: skip
+    y = scaled(y, weight_scales, column, n, BLOCK_N)
+    store_silu(y, bias, out, row, column, m, n, BLOCK_M, BLOCK_N)
+    if PARTS == 2:
+        z = scaled(z, weight_scales, column + BLOCK_N, n, BLOCK_N)
+        store_silu(z, bias, out, row, column + BLOCK_N, m, n, BLOCK_M, BLOCK_N)
+
+
+@triton.jit
+def scaled(y, weight_scales, column, n, BLOCK_N: tl.constexpr):
+    """Multiply a tile by the scales of its columns."""
+    columns = tl.arange(0, BLOCK_N)
+    return y * tl.load(weight_scales + column + columns, mask=columns < n - column, other=0.0)[None]
+
+
+@triton.jit
+def store_silu(y, bias, out, row, column, m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     columns = tl.arange(0, BLOCK_N)
     rows = tl.arange(0, BLOCK_M)
     right = columns < n - column
@@ -118,6 +183,30 @@ def gated_residual_linear_kernel(
 ):  # fmt: skip
     row, column = tile_origin(m, n, BLOCK_M, BLOCK_N, GROUP)
     z = matmul_tile(y, weight, row, column, m, n, k, BLOCK_M, BLOCK_N, BLOCK_K, EVEN, PRECISION)
+    add_gated(z, bias, gate, x, row, column, m, n, BLOCK_M, BLOCK_N)
+
+
+@triton.jit
+def gated_residual_linear8_kernel(
+    y, y_scales, weight, weight_scales, bias, gate, x, m, n, k,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
+    GROUPED: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    row, column = tile_origin(m, n, BLOCK_M, BLOCK_N * PARTS, GROUP)
+    a, b = matmul_tile8(
+        y, y_scales, weight, row, column, m, n, k, BLOCK_M, BLOCK_N, BLOCK_K, PARTS, GROUPED
+    )  # fmt: skip
+    a = scaled(a, weight_scales, column, n, BLOCK_N)
+    add_gated(a, bias, gate, x, row, column, m, n, BLOCK_M, BLOCK_N)
+    if PARTS == 2:
+        b = scaled(b, weight_scales, column + BLOCK_N, n, BLOCK_N)
+        add_gated(b, bias, gate, x, row, column + BLOCK_N, m, n, BLOCK_M, BLOCK_N)
+
+
+@triton.jit
+def add_gated(
+    z, bias, gate, x, row, column, m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
     columns = tl.arange(0, BLOCK_N)
     rows = tl.arange(0, BLOCK_M)
     right = columns < n - column
@@ -180,6 +269,8 @@ def cases(target: tuple[int, int]) -> Iterator[Case]:
             e = 5 * d // 2  # hidden width of the feed-forward; with the gate it has twice that
             wide = like(*x.shape[:2], e)
             yield from trace_launches(label, target, linear_silu, x, like(2 * e, d), like(2 * e))
+            up = like_rows8(x), like_weight8(like(2 * e, d)), like(2 * e)
+            yield from trace_launches(f"int8 {label}", target, linear_silu, *up)
             for name, y, bias, gate in (
                 ("self", x, like(d), like(d)),
                 ("cross", x, like(d), None),
@@ -190,3 +281,9 @@ def cases(target: tuple[int, int]) -> Iterator[Case]:
                 yield from trace_launches(
                     of, target, gated_residual_linear_, x, y, weight, bias, gate
                 )
+                if name != "cross":
+                    of = f"int8 {of}"
+                    eight = like_rows8(y, grouped=True), like_weight8(weight)
+                    yield from trace_launches(
+                        of, target, gated_residual_linear_, x, *eight, bias, gate
+                    )

@@ -77,10 +77,14 @@ class Inputs(Mapping[str, "np.ndarray"]):
         self._last: dict[str, tuple[str, np.ndarray]] = {}  # by role
         self.loras: dict[str, Path] = {}  # files by SHA-256
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What another process needs, which reads the pixels itself."""
+        return self.__dict__ | {"_last": {}}
+
     def add_bytes(self, name: str, data: bytes) -> None:
         """Put the bytes of an image file under a name, by which `add` finds it.
 
-        UsageError, which names the option `name`, if it is no image or a very large one.
+        UsageError, which names the option `name`, if it is not an image, or too large.
         """
         check_upload(data, f"--{name}")
         self._uploads[name] = data
@@ -200,6 +204,7 @@ class Resolution:
             control_scale=self._control_scale(),
             controlnet=self.controlnet.name if self.controlnet else None,
             vae=self.vae.name if self.vae else None,
+            quant=None if asked.quant == "none" else asked.quant,
             **self._pag(files),
         )
 

@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from rich.console import Console as RichConsole
 from rich.live import Live
@@ -30,6 +30,10 @@ from rich.theme import Theme
 
 from sana_cli.errors import SanaError
 
+if TYPE_CHECKING:
+    from sana_cli.pipeline.events import Event
+
+STAGES = ("encode", "image", "denoise", "decode")  # that have a bar
 NAME_COLUMNS = 12  # of facts, two of them blank
 # Colours of the terminal's own palette, readable on light and on dark; the default colours of
 # Rich's bars are for dark backgrounds.
@@ -139,6 +143,13 @@ class StageBars(_LiveBars):
         with self.paused():
             sys.stdout.write(f"{line}\n")
             sys.stdout.flush()
+
+    def show(self, event: "Event") -> None:
+        """Show the progress that an event reports, if its stage has a bar."""
+        from sana_cli.pipeline import events
+
+        if isinstance(event, events.Progress) and event.stage in self.tasks:
+            self.update(event.stage, event.done, event.total)
 
     def update(self, stage: str, done: int, total: int) -> None:
         task = self.tasks[stage]

@@ -41,7 +41,7 @@ def serve(path: str) -> None:
 
     import sana_cli.app
     import sana_cli.batch.run
-    import sana_cli.batch.runner
+    import sana_cli.batch.this_process
     import sana_cli.pipeline.text_encoder  # noqa: F401
 
     # Its constants are read from the environment as it is imported.

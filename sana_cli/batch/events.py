@@ -5,6 +5,7 @@ plan       jobs, done (in an earlier run), failed (in an earlier run), todo, fol
 image      id, row, path, seed, width, height, model, sha256, bytes, seconds (since the previous
            image), peak_bytes (so far), recipe
 error      id, row, column (or null), message, hint (or null), exit_code
+sheet      path, images: the contact sheet of --sheet
 heartbeat  stage, done, total: after ten seconds without another event
 summary    drawn, done, failed, left, seconds, exit_code: the last line, unless the run
            was killed or a usage error ended it before it began

@@ -27,6 +27,7 @@ from typing import Any
 
 from sana_cli.batch.shards import Shard
 from sana_cli.errors import DiskFull, SanaError
+from sana_cli.images.names import natural_order
 from sana_cli.system.disk import FULL, PARTIAL, Lock, sync
 
 Line = dict[str, Any]
@@ -75,6 +76,13 @@ class Ledger:
         if line["status"] == "failed":
             return "failed"
         return "done" if self._is_whole(line) else "open"
+
+    def images(self) -> list[Path]:
+        """The files of all jobs that are done, in the order of their rows."""
+        done = [line for id, line in self.last.items() if self.status(id) == "done"]
+        rows = [line["row"] if isinstance(line.get("row"), int) else 0 for line in done]
+        keys = zip(rows, (natural_order(line["path"]) for line in done), strict=True)
+        return [self.folder / path for _, (_, path) in sorted(keys)]
 
     def _is_whole(self, line: Line) -> bool:
         """Compare size and modification time, as make does; where the time differs, the hash."""

@@ -24,7 +24,7 @@ from sana_cli.units import counted
 from sana_cli.weights.catalogue import Component, Model
 
 if TYPE_CHECKING:
-    from sana_cli.batch.runner import RunEvent, Runner
+    from sana_cli.batch.engine import Engine, OpenEngine, RunEvent, Work
     from sana_cli.weights.model_files import ModelFiles
 
     BatchEvent: TypeAlias = "Planned | RowError | JobError | Waiting | Summary | RunEvent"
@@ -106,10 +106,14 @@ class Batch:
         source: str,
         options: FileOptions,
         policy: RunPolicy,
+        open_engine: "OpenEngine",
     ) -> None:
-        """`source` names the file of jobs in messages."""
+        """`source` names the file of jobs in messages; `open_engine` is called before the first
+        image is drawn."""
         self.session, self.reader, self.folder, self.shard = session, reader, folder, shard
         self.source, self.options, self.policy = source, options, policy
+        self.open_engine = open_engine
+        self.engine: Engine | None = None  # opened for the first job that is to be drawn
         self.builder = JobBuilder()
         self.files: dict[tuple[Model, Component | None, Component | None], ModelFiles] = {}
         self.manifest: Manifest | None = None  # set at the first round without a fault
@@ -141,7 +145,8 @@ class Batch:
                 for rows in rounds:
                     jobs = yield from self._jobs(rows, fetch=True)
                     if not stop:
-                        yield from self._draw((yield from self._take(jobs, stack)), stop)
+                        todo = yield from self._take(jobs, stack)
+                        yield from self._draw(todo, stop, stack)
                     if stop or self._failed_enough():
                         break
                     yield Waiting()
@@ -153,6 +158,10 @@ class Batch:
                 raise
             failed = self.failed + self.failed_before + self.bad_rows
             yield self._summary(stop.code or (FAILURES if failed else 0))
+
+    def images(self) -> list[Path]:
+        """The files of all jobs of the folder that are done, in the order of their rows."""
+        return self.manifest.images() if self.manifest is not None else []
 
     # --- from rows to jobs ---------------------------------------------------------------------
 
@@ -288,13 +297,16 @@ class Batch:
         yield Planned(jobs, len(todo), there, failed)
         return todo
 
-    def _draw(self, jobs: list[Job], stop: StopRequest) -> "Iterator[BatchEvent]":
+    def _draw(self, jobs: list[Job], stop: StopRequest, stack: ExitStack) -> "Iterator[BatchEvent]":
         if not jobs:
             return
-        from sana_cli.batch.runner import Failed, Saved
+        from sana_cli.batch.engine import Failed, Saved
 
         announced = False
-        for event in self._runner(stop).run(jobs):
+        if self.engine is None:
+            self.engine = self.open_engine(self._work(stop))
+            stack.callback(self.engine.close)
+        for event in self.engine.run(jobs):
             if isinstance(event, Failed):
                 self.failed += 1
                 message = f"{self.source}, row {event.job.row}: {event.error.message}"
@@ -309,14 +321,14 @@ class Batch:
                 yield event
             if stop and not announced:
                 announced = True
-                text = "stopping after this image; press Ctrl-C again to stop at once"
+                text = "stopping after the image under way; press Ctrl-C again to stop at once"
                 self.session.reporter.info(text)
 
-    def _runner(self, stop: StopRequest) -> "Runner":
-        from sana_cli.batch.runner import Runner
+    def _work(self, stop: StopRequest) -> "Work":
+        from sana_cli.batch.engine import Work
 
         assert self.manifest is not None
-        return Runner(
+        return Work(
             self.session,
             self.manifest,
             lambda job: self.files[job.model, job.vae, job.controlnet],

@@ -5,21 +5,23 @@ import os
 import sys
 from collections.abc import Iterable
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperCommand, TyperGroup
+from typer.core import TyperCommand
 
-from sana_cli.commands._defaults import apply_defaults
+from sana_cli.commands._defaults import apply_defaults, is_default, was_typed
+from sana_cli.commands._help import Command, Group
 from sana_cli.commands._options import (
     Color,
     Json,
+    Quiet,
     RunColor,
-    RunQuiet,
-    RunVerbose,
     Server,
+    Verbose,
     with_options,
 )
 from sana_cli.commands._session import open_session
@@ -28,10 +30,11 @@ from sana_cli.settings import FILES, RUNNING, FileOptions, RunOptions, Seeds, Se
 from sana_cli.units import counted
 
 if TYPE_CHECKING:
+    from sana_cli.batch.engine import OpenEngine, Saved
     from sana_cli.batch.events import EventWriter
     from sana_cli.batch.rows import RowOrFault
     from sana_cli.batch.run import Batch, BatchEvent, Planned, Summary
-    from sana_cli.batch.runner import Saved
+    from sana_cli.session import Session
     from sana_cli.ui import BatchBar, Console
 
 JOBS = "Jobs"  # panel of --help
@@ -45,7 +48,7 @@ class RowFormat(StrEnum):
     tsv = "tsv"
 
 
-class _RunsByDefault(TyperGroup):
+class _RunsByDefault(Group):
     """A command group where `sana batch FILE` runs a batch; `sana batch status` is a subcommand."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -62,7 +65,7 @@ class _BatchContext(TyperCommand.context_class):  # type: ignore[misc, valid-typ
         return super().command_path.rstrip()
 
 
-class _Run(TyperCommand):
+class _Run(Command):
     context_class = _BatchContext
 
 
@@ -85,6 +88,7 @@ def run(
     input_format: Annotated[
         RowFormat | None,
         typer.Option(
+            metavar="|".join(RowFormat),
             help="What FILE holds. [dim]default: by its suffix; txt of stdin[/dim]",
             rich_help_panel=JOBS,
         ),
@@ -143,16 +147,40 @@ def run(
             metavar="FOLDER",
             help="Folder, with names if wanted, as in out/{style}/{slug}-{id}.webp."
             " [dim]default: FILE-images/{slug}-{seed}.png[/dim]",
+        ),
+    ] = None,
+    sheet: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="In the end, write a contact sheet of the folder's images, or with .html a page"
+            " with their recipes.",
             rich_help_panel=FILES,
         ),
     ] = None,
     json_output: Annotated[
         bool,
-        typer.Option("--json", help="JSON Lines of events on stdout.", rich_help_panel=RUNNING),
+        typer.Option("--json", help="JSON Lines of events on stdout."),
     ] = False,
+    gpus: Annotated[
+        str | None,
+        typer.Option(
+            metavar="auto|N|0,1",
+            help="Draw on several GPUs of this machine, with a process on each.",
+            rich_help_panel=RUNNING,
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Draw in several processes that share the CPU; with --device cpu.",
+            rich_help_panel=RUNNING,
+        ),
+    ] = None,
     server: Server = None,
-    quiet: RunQuiet = False,
-    verbose: RunVerbose = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
     color: RunColor = True,
     **asked: Any,
 ) -> None:
@@ -180,6 +208,7 @@ def run(
     from sana_cli.batch.shards import parse_shard
     from sana_cli.images.names import parse_batch_output
     from sana_cli.settings import check_text
+    from sana_cli.sheet import check_sheet
     from sana_cli.system.signals import exit_on_second_signal
     from sana_cli.ui import Console
 
@@ -190,15 +219,21 @@ def run(
         check_text(text or "", name)
     kind = _row_format(file, input_format)
     folder, names = parse_batch_output(output, asked["format"], _usual_folder(file))
+    if sheet is not None and check:
+        raise UsageError("--sheet has no effect with --check, which draws nothing")
+    target = check_sheet(sheet) if sheet is not None else None
     share = parse_shard(shard, os.environ) if shard is not None else None
     options = FileOptions(**{name: asked[name] for name in declared(FileOptions)})
     running = RunOptions(**{name: asked[name] for name in declared(RunOptions)})
+    if gpus is not None:
+        running = _without_device(context, running, console)
     defaults = {name: asked[name] for name in declared(Settings, Seeds)}
     session = open_session(context, server, running, console)
     reader = RowReader(defaults, names, options.format, template, expand, session.resolve)
     source = "stdin" if file == "-" else file
     policy = RunPolicy(retry_failed, restart, max_failures)
-    batch = Batch(session, reader, folder, share, source, options, policy)
+    engine = _choose_engine(session, server, gpus, workers)
+    batch = Batch(session, reader, folder, share, source, options, policy, engine)
 
     def note(text: str) -> None:
         console.info(f"{source}: {text}")
@@ -212,14 +247,55 @@ def run(
             rounds = pipe.rounds(lambda: bool(asked_to_stop), whole=check)
         events = batch.check(rounds) if check else batch.run(rounds, asked_to_stop)
         stack.enter_context(closing(events))
-        code = _show(events, batch, check, json_output, console, stack)
+        code = _show(events, batch, check, target, json_output, console, stack)
     raise typer.Exit(code)
+
+
+def _without_device(context: typer.Context, running: RunOptions, console: "Console") -> RunOptions:
+    """Let --gpus choose the devices. UsageError if --device is typed beside it."""
+    if was_typed(context, "device"):
+        raise UsageError("--gpus and --device both choose a device", "leave one of them out")
+    if is_default(context, "device"):
+        console.info("ignored, as --gpus chooses the devices: device")
+    return replace(running, device="cuda")
+
+
+def _choose_engine(
+    session: "Session", server: str | None, gpus: str | None, workers: int | None
+) -> "OpenEngine":
+    """Choose what draws the jobs, and report it. UsageError for what cannot go together."""
+    from sana_cli.batch.this_process import ThisProcess
+
+    if gpus is None and workers is None:
+        return ThisProcess
+    if gpus is not None and workers is not None:
+        raise UsageError("--gpus and --workers both choose processes", "leave one of them out")
+    if server:
+        given = "--gpus" if gpus is not None else "--workers"
+        raise UsageError(f"{given} has no effect with --server", "leave one of them out")
+    from sana_cli.batch.placement import on_cpu, on_gpus
+    from sana_cli.batch.processes import Processes
+
+    if workers is not None:
+        if session.device != "cpu":
+            raise UsageError(f"--workers is for the CPU, not for {session.device}", "use --gpus")
+        from sana_cli.pipeline.plan import free_memory
+
+        memory = free_memory("cpu") if session.memory is None else session.memory
+        placements = on_cpu(workers, memory)
+        session.reporter.info(f"{workers} processes, each with {placements[0].share()}")
+    else:
+        assert gpus is not None
+        placements = on_gpus(gpus, session.memory)
+        session.reporter.info(f"a process on each of {', '.join(map(str, placements))}")
+    return lambda work: Processes(work, placements)
 
 
 def _show(
     events: "Iterable[BatchEvent]",
     batch: "Batch",
     check: bool,
+    sheet: Path | None,
     json_output: bool,
     console: "Console",
     stack: ExitStack,
@@ -230,7 +306,7 @@ def _show(
 
     bar = stack.enter_context(BatchBar(console))
     writer = stack.enter_context(EventWriter()) if json_output else None
-    view = _View(batch, check, console, bar, writer)
+    view = _View(batch, check, sheet, console, bar, writer)
     for event in events:
         view.show(event)
     return view.exit_code
@@ -243,18 +319,19 @@ class _View:
         self,
         batch: "Batch",
         check: bool,
+        sheet: Path | None,
         console: "Console",
         bar: "BatchBar",
         writer: "EventWriter | None",
     ) -> None:
-        self.batch, self.check, self.console = batch, check, console
+        self.batch, self.check, self.sheet, self.console = batch, check, sheet, console
         self.bar, self.writer = bar, writer
         self.exit_code = 0
         self.told: set[str] = set()
 
     def show(self, event: "BatchEvent") -> None:
+        from sana_cli.batch.engine import Saved
         from sana_cli.batch.run import JobError, Planned, RowError, Summary, Waiting
-        from sana_cli.batch.runner import Saved
         from sana_cli.pipeline.events import Notice, Progress
 
         match event:
@@ -280,6 +357,9 @@ class _View:
                     self.told.add(text)
                     self.console.warn(text)
             case Summary():
+                self.exit_code = event.exit_code
+                if self.sheet is not None:
+                    self._write_sheet(self.sheet)
                 self._summary(event)
 
     def _planned(self, plan: "Planned") -> None:
@@ -340,8 +420,23 @@ class _View:
         if self.writer:
             self.writer.stage(name, done, total)
 
+    def _write_sheet(self, sheet: Path) -> None:
+        """Write the sheet of all images of the folder. An error is the command's if all else went
+        well."""
+        from sana_cli.sheet import write_sheet
+
+        images = self.batch.images()
+        try:
+            written = write_sheet(sheet, images, self.batch.options.force, self.console)
+        except SanaError as error:
+            self._error(error)
+            self.exit_code = self.exit_code or error.exit_code
+            return
+        self.console.info(f"{counted(len(images), 'image')} on {written}")
+        if self.writer:
+            self.writer.emit("sheet", path=str(written), images=len(images))
+
     def _summary(self, summary: "Summary") -> None:
-        self.exit_code = summary.exit_code
         self.console.info(
             f"{summary.drawn} drawn"
             + (f", {summary.done} were there" if summary.done else "")
@@ -359,11 +454,11 @@ class _View:
                 failed=summary.failed,
                 left=summary.left,
                 seconds=round(summary.seconds, 3),
-                exit_code=summary.exit_code,
+                exit_code=self.exit_code,
             )
 
 
-@app.command()
+@app.command(cls=Command)
 def status(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The -o of a batch.")],
     json_output: Json = False,

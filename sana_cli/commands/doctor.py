@@ -85,12 +85,16 @@ def examine(color: bool, tell: Callable[[str], None]) -> Facts:
 def _kernels() -> Facts:
     """For the device that is taken unless another is asked for."""
     from sana_cli.kernels.dispatch import chosen_path
+    from sana_cli.kernels.rows8 import chosen_products
     from sana_cli.system import inventory
     from sana_cli.system.devices import choose_device
 
-    path, reason = chosen_path(choose_device("auto"))
+    device = choose_device("auto")
+    path, reason = chosen_path(device)
     triton = inventory.installed("triton", "triton-windows", "pytorch-triton")
-    return {"path": path, "reason": reason, "triton": triton}
+    fast, how = chosen_products(device)
+    products = {"fast": fast, "reason": how}
+    return {"path": path, "reason": reason, "triton": triton, "w8a8": products}
 
 
 def _hub() -> Facts:
@@ -263,6 +267,9 @@ def _lines(facts: Facts) -> Iterator[tuple[str, str]]:
     if kernels := facts["kernels"]:
         triton = f"Triton {kernels['triton']}" if kernels["triton"] else "Triton is not installed"
         yield "kernels", f"{kernels['path']} path: {kernels['reason']} ({triton})"
+        products = kernels["w8a8"]
+        speed = "fast products" if products["fast"] else "no faster than none"
+        yield "w8a8", f"{speed}: {products['reason']}"
     yield "8 bits", f"bitsandbytes {facts['bitsandbytes'] or 'is not installed'}"
     yield from _hub_lines(facts["hub"])
     if texts := facts["text_cache"]:

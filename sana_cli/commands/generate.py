@@ -11,16 +11,16 @@ import typer
 
 from sana_cli.commands._defaults import apply_defaults, is_default, was_typed
 from sana_cli.commands._options import (
+    Json,
+    Quiet,
     RunColor,
-    RunJson,
-    RunQuiet,
-    RunVerbose,
     Server,
+    Verbose,
     with_options,
 )
 from sana_cli.commands._session import open_session
 from sana_cli.errors import UsageError
-from sana_cli.settings import FILES, RUNNING, FileOptions, RunOptions, Seeds, Settings, declared
+from sana_cli.settings import FileOptions, RunOptions, Seeds, Settings, declared
 
 if TYPE_CHECKING:
     from sana_cli.commands._preview import TerminalPreview
@@ -64,7 +64,6 @@ def generate(
             metavar="PATH",
             help="File, folder, template such as {slug}-{seed}.webp, or - for stdout."
             " [dim]default: {slug}-{seed}.png[/dim]",
-            rich_help_panel=FILES,
         ),
     ] = None,
     dry_run: Annotated[
@@ -72,7 +71,6 @@ def generate(
         typer.Option(
             "--dry-run",
             help="Print recipes and plan as JSON; load nothing.",
-            rich_help_panel=RUNNING,
         ),
     ] = False,
     preview: Annotated[
@@ -81,13 +79,12 @@ def generate(
             "--preview/--no-preview",
             help="Show each image in the terminal as it forms; not with -q or --json, and never in"
             " a pipe.",
-            rich_help_panel=RUNNING,
         ),
     ] = False,
     server: Server = None,
-    json_output: RunJson = False,
-    quiet: RunQuiet = False,
-    verbose: RunVerbose = False,
+    json_output: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
     color: RunColor = True,
     **asked: Any,
 ) -> None:
@@ -193,7 +190,7 @@ def _replayed(
         settings.pop("res", None)
     # A recipe that says nothing of one of these has still said it by the rest.
     said = {"negative"} | ({"ar", "fit"} if "res" in settings else set())
-    said |= {"text_precision"} if "dtype" in settings else set()
+    said |= {"text_precision", "quant"} if "dtype" in settings else set()
     kept = {name for name in values if is_default(context, name)} - said
     settings = {name: values[name] for name in kept} | settings
     return settings | {name: values[name] for name in typed}
@@ -214,6 +211,7 @@ def _announce(request: "DrawRequest", device: str, console: "Console") -> None:
     precisions = {"text": first.text_dtype, "dit": first.dit_dtype, "vae": first.vae_dtype}
     same = len(set(precisions.values())) == 1
     precision = first.dit_dtype if same else ", ".join(f"{k} {v}" for k, v in precisions.items())
+    precision += f" with {first.quant}" if first.quant else ""
     size = f"{first.width}x{first.height}"
     if (first.width, first.height) != (first.native_width, first.native_height):
         size += f" (drawn at {first.native_width}x{first.native_height})"
@@ -344,8 +342,7 @@ def _watched(
             failures.append(event)
         elif isinstance(event, Progress):
             seconds[event.stage] += event.seconds
-            if event.stage in bars.tasks:
-                bars.update(event.stage, event.done, event.total)
+            bars.show(event)
             if event.peak_bytes:
                 peaks[event.stage] = event.peak_bytes
         elif isinstance(event, ImageDone):

@@ -18,13 +18,21 @@ def info(
     images: Annotated[
         list[str],
         typer.Argument(
-            metavar="FILE…", help="PNG, JPEG, WebP or AVIF files; a LoRA's .safetensors."
+            metavar="FILE…",
+            help="PNG, JPEG, WebP or AVIF files; a LoRA's .safetensors; with --sheet also folders.",
         ),
     ],
     command: Annotated[
         bool,
         typer.Option("--command", help="Print only the shell line that draws it again, one each."),
     ] = False,
+    sheet: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Write a contact sheet of the images, or with .html a page with their recipes.",
+        ),
+    ] = None,
     json_output: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -45,6 +53,8 @@ def info(
 
     sana info --command fox-7.png | sh
 
+    sana info --sheet sheet.webp jobs-images/
+
     sana info style.safetensors[/dim]
     """
     if command and json_output:
@@ -54,6 +64,16 @@ def info(
     from sana_cli.ui import Console
 
     console = Console(quiet, verbose, color)
+    if sheet is not None:
+        if command or json_output:
+            given = "--command" if command else "--json"
+            raise UsageError(f"{given} has no effect with --sheet", "leave one of them out")
+        from sana_cli.sheet import check_sheet, images_in, write_sheet
+
+        target = check_sheet(sheet)
+        written = write_sheet(target, images_in(images, target), False, console)
+        sys.stdout.write(f"{written}\n")
+        return
     rows: list[dict[str, Any]] = []
     loras: list[dict[str, Any]] = []
     code = 0
@@ -98,7 +118,7 @@ def _lora(path: str, command: bool) -> dict[str, Any]:
     from sana_cli.weights.lora import describe
 
     if command:
-        raise UsageError(f"{path[:200]} is no image: it has no command", "leave out --command")
+        raise UsageError(f"{path[:200]} is not an image: it has no command", "leave out --command")
     return describe(Path(path))
 
 
@@ -194,6 +214,8 @@ def _facts(found: "ImageMetadata", verbose: bool) -> list[tuple[str, str]]:
         rows.append(("precision", ", ".join(f"{k} {v}" for k, v in precisions.items())))
     elif "dit_dtype" in recipe:
         rows.append(("precision", recipe["dit_dtype"]))
+    if recipe.get("quant"):
+        rows.append(("quantised", f"the transformer's products, {recipe['quant']}"))
     made = [f"{k} {found.made[k]}" for k in ("sana", "torch") if k in found.made]
     made += [f"on {found.made['device']}"] if "device" in found.made else []
     made += [found.tool] if found.tool and not made else []

@@ -209,6 +209,12 @@ def _is_mark(character: str) -> bool:
     return unicodedata.category(character) in ("Mn", "Mc") and not "\ufe00" <= character <= "\ufe0f"
 
 
+def natural_order(path: str) -> tuple[list[str | int], str]:
+    """Return a key that sorts paths with the numbers in them by value: fox-2 before fox-10."""
+    parts = re.split(r"(\d+)", path)
+    return [int(part) if number % 2 else part for number, part in enumerate(parts)], path
+
+
 def safe_name(name: str) -> str:
     """Make a file name valid on every common file system, shortened before its suffix."""
     name = UNSAFE.sub("-", _encodable(name))

@@ -21,6 +21,7 @@ class NetworkKey(NamedTuple):
     dtype: str
     device: str = ""  # only for a network that cannot be moved
     adapters: tuple[Adapter, ...] = ()  # LoRAs merged into the weights
+    quant: str | None = None  # as in the recipe
 
 
 @dataclass
@@ -66,8 +67,14 @@ class Networks:
         `needed` includes the weights of the network in use, which stays.
         """
         others = [key for key in self._loaded if key != using]
-        held = sum(self._loaded[key].nbytes for key in others)
         released = False
+        for key in list(others) if using.adapters else ():
+            # Of one network with LoRAs the last stays: a server is asked for ever new scales.
+            if key.adapters and key._replace(adapters=using.adapters) == using:
+                others.remove(key)
+                del self._loaded[key]
+                released = True
+        held = sum(self._loaded[key].nbytes for key in others)
         while others and held + needed > budget:
             held -= self._loaded.pop(others.pop(0)).nbytes
             released = True

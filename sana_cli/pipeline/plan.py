@@ -233,9 +233,10 @@ def _text_peak(recipe: Recipe, files: ModelFiles) -> int:
 def _denoise_peak(plan: Plan, recipe: Recipe, files: ModelFiles) -> int:
     # An empty text is one token.
     lengths = [1 if recipe.negative == "" else LONGEST_PROMPT] if is_guided(recipe, files) else []
-    return fused_dit.peak_bytes(
+    dtype, controlnet = _dtype(recipe.dit_dtype), files.controlnet if recipe.control else None
+    peak = fused_dit.peak_bytes(
         files.dit,
-        _dtype(recipe.dit_dtype),
+        dtype,
         _grid(recipe, files),
         [*lengths, LONGEST_PROMPT],
         recipe.steps,
@@ -243,8 +244,12 @@ def _denoise_peak(plan: Plan, recipe: Recipe, files: ModelFiles) -> int:
         batched_cfg=plan.batched_cfg,
         fold=plan.folds_text,
         perturbed=recipe.pag is not None,
-        controlnet=files.controlnet if recipe.control else None,
+        controlnet=controlnet,
+        quantised=recipe.quant is not None,
     )
+    if recipe.quant is not None and not plan.device.startswith("cuda"):  # whose memory holds both
+        peak = max(peak, fused_dit.quantising_bytes(files.dit, dtype, controlnet))
+    return peak
 
 
 def _decode_peak(plan: Plan, recipe: Recipe, files: ModelFiles) -> int:
@@ -285,7 +290,8 @@ def _upper_bounds(recipe: Recipe, files: ModelFiles, strip_bytes: int) -> dict[s
     text = files.text.linear_weights * each + LONGEST_TEXT * files.text.intermediate_size * 8 * 4
     width, size = files.dit.width, _dtype(recipe.dit_dtype).itemsize
     layers = files.dit.num_layers + (files.controlnet.num_layers if files.controlnet else 0)
-    denoise = layers * 18 * width**2 * size + cells * width * 2 * 40 * size
+    each = size + (recipe.quant is not None)  # bytes a weight, also while it is quantised
+    denoise = layers * 18 * width**2 * each + cells * width * 2 * 40 * size
     widest, size = max(files.vae.decoder_block_out_channels), _dtype(recipe.vae_dtype).itemsize
     strips = max(40 * STRIP_BYTES, 8 * strip_bytes)
     decode = 160 * widest**2 * size + cells * 24 * widest * size + strips

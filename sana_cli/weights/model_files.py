@@ -45,7 +45,7 @@ def released_model(model: Model) -> ModelFiles:
     """Return the published configs of a released model whose files are not on this machine."""
     if model.architecture is None or model.side is None:
         raise MissingModel(
-            f"{model.name} is not on this machine, and nothing is known of it before its download",
+            f"{model.name} is not on this machine, and its configuration is unknown until it is",
             f"fetch it with: sana models pull {model.name}",
         )
     known = architecture(model.architecture, model.side)

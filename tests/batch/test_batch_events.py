@@ -16,6 +16,7 @@ SCHEMAS = {
     "plan": "jobs done failed todo folder shard device models",
     "image": "id row path seed width height model sha256 bytes seconds peak_bytes recipe",
     "error": "id row column message hint exit_code",
+    "sheet": "path images",
     "heartbeat": "stage done total",
     "summary": "drawn done failed left seconds exit_code",
 }

@@ -34,7 +34,7 @@ def shell(quick):
 @pytest.mark.skipif(not all(map(shutil.which, ("bash", "jq", "make"))), reason="needs jq and make")
 def test_every_command_on_the_scripting_page_runs(shell, here):
     """In order, in one folder, as someone would who reads from top to bottom."""
-    assert [kind for kind, _ in BLOCKS] == ["sh"] * 6 + ["cron", "slurm", "make"]
+    assert [kind for kind, _ in BLOCKS] == ["sh"] * 7 + ["cron", "sh", "slurm", "make"]
     outputs = []
     for kind, text in BLOCKS:
         # Fewer steps than the page, for time.
@@ -60,10 +60,12 @@ def test_every_command_on_the_scripting_page_runs(shell, here):
     assert len(outputs[0].splitlines()) == 2
     assert outputs[1].splitlines()[0] == "4 jobs, 4 to draw into shapes"
     assert outputs[1].splitlines()[-1] == "4 done"
-    assert outputs[2].splitlines()[0].startswith("table/Sun & Co/a-red-circle-on-white")
-    assert outputs[3].count("rings-images/") == 2
+    assert outputs[2] == "shapes.webp\n" and Path("shapes/index.html").exists()
+    assert outputs[3].splitlines()[0].startswith("table/Sun & Co/a-red-circle-on-white")
+    assert outputs[4].count("rings-images/") == 2
     sums = subprocess.run(["sha256sum", "-c", "SHA256"], cwd="rings-images", capture_output=True)
     assert sums.returncode == 0
-    assert outputs[4].count("drawn: hearts/") == 2
+    assert outputs[5].count("drawn: hearts/") == 2
     assert (here / "images/batch.log").read_text().startswith("jobs-images/")
-    assert pictures("shared").keys() == pictures("shapes").keys() - {".done"}
+    images = pictures("shapes").keys() - {".done", "index.html"}
+    assert pictures("shared").keys() == pictures("processes").keys() == images

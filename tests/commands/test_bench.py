@@ -187,7 +187,7 @@ def test_diffusers_compiled_draws_the_same(command):
         (["-m", "demo", "-r", "77q"], 2, "77q"),
         (["-m", "demo", "--force"], 2, "--force has no effect without --save"),
         (["-m", "demo", "--against", "diffusers", "--text-precision", "int8"], 2, "int8"),
-        (["-m", "someone/else", "--random-weights"], 5, "nothing is known of it"),
+        (["-m", "someone/else", "--random-weights"], 5, "its configuration is unknown"),
         (["-m", "demo", "--compare", "nothere.json"], 2, "cannot be read"),
         (["-m", "demo", "--memory", "60MB", "--device", "cpu"], 4, "takes"),
     ],
@@ -203,9 +203,9 @@ def test_a_call_that_cannot_be_measured_is_one_line_and_a_hint(sana, words, code
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("not json", "is no JSON"),
-        ("[]", "is no result of sana bench"),
-        ('{"schema": 1, "sizes": [{"model": "demo"}]}', "is no result of sana bench"),
+        ("not json", "is not JSON"),
+        ("[]", "is not a result of sana bench"),
+        ('{"schema": 1, "sizes": [{"model": "demo"}]}', "is not a result of sana bench"),
         ('{"schema": 99}', "has schema 99"),
     ],
 )

@@ -8,6 +8,7 @@ from sana_cli.errors import NotEnoughMemory
 from sana_cli.pipeline.networks import NetworkKey, Networks
 from sana_cli.pipeline.oom_retry import Notice, OOMRetry
 from sana_cli.pipeline.plan import Plan
+from sana_cli.recipe import Adapter
 
 
 def key(part: str) -> NetworkKey:
@@ -47,6 +48,17 @@ def test_being_found_counts_as_use(networks):
 def test_the_network_in_use_stays_whatever_it_needs(networks):
     networks.make_room(needed=9000, budget=400, using=key("transformer"), device="cpu")
     assert parts(networks) == ["transformer"]
+
+
+def test_of_one_network_with_loras_the_last_stays_beside_that_without(networks):
+    scaled = [key("transformer")._replace(adapters=(Adapter("x", s),)) for s in (0.5, 1.0)]
+    networks.add(scaled[0], nn.Identity(), 100)
+    networks.make_room(needed=0, budget=9000, using=scaled[1], device="cpu")
+    assert scaled[0] not in networks.loaded
+    assert parts(networks) == ["text_encoder", "transformer", "decoder"]
+    networks.add(scaled[1], nn.Identity(), 100)
+    networks.make_room(needed=0, budget=9000, using=key("transformer"), device="cpu")
+    assert scaled[1] in networks.loaded
 
 
 def running_out(times: int):

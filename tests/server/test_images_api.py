@@ -175,7 +175,9 @@ def test_quality_is_a_number_of_steps(served, effort, steps):
         ({"image": "/etc/passwd"}, 400, "image", "send it as a file"),
         ({"mask": "/etc/passwd"}, 400, "mask", "alpha"),
         ({"device": "cpu"}, 400, "device", "unknown field"),
-        ({"lora": ["/etc/passwd"]}, 400, "lora", "unknown field"),
+        ({"lora": ["/etc/passwd"]}, 400, "lora", "offers no LoRA '/etc/passwd'"),
+        ({"lora": ["a:x"]}, 400, "lora", "is not a scale"),
+        ({"lora": ["a"] * 9}, 400, "lora", "at most 8"),
         ({"vae": "/etc"}, 400, "vae", "should be"),
         ({"controlnet": "/etc"}, 400, "controlnet", "should be"),
         ({"model": "/etc"}, 404, "model", "offers no model"),
@@ -203,6 +205,6 @@ def test_every_option_is_a_field_unless_it_is_declared_otherwise():
         if name in by_name():
             assert one.option.http
             # What names a file of the server is not for strangers; these are one of a list each.
-            assert name in ("model", "vae", "controlnet") or not is_path(one)
+            assert name in ("model", "lora", "vae", "controlnet") or not is_path(one)
     assert set(uploads()) == {"image", "mask", "control"}
     assert not fields & declared(RunOptions).keys()
