@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sana_cli.kernels.cases import Case, like
+from sana_cli.kernels.cases import WIDTHS, Case, like
 from sana_cli.kernels.launch import launch, trace_launches
 
 VALUES = 4096  # per program
@@ -17,7 +17,7 @@ VALUES = 4096  # per program
 def rms_norm(
     x: Tensor,
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     eps: float,
     residual: Tensor | None,
     activation: str | None,
@@ -53,7 +53,8 @@ def rms_norm_kernel(
     y = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     scale = tl.rsqrt(tl.sum(y * y, 1) / channels + eps)
     y = y * scale[:, None] * tl.load(weight + column, mask=real, other=0.0).to(tl.float32)[None]
-    y += tl.load(bias + column, mask=real, other=0.0).to(tl.float32)[None]
+    if bias is not None:
+        y += tl.load(bias + column, mask=real, other=0.0).to(tl.float32)[None]
     if ACTIVATION == "relu":
         y = tl.where(y < 0, 0.0, y)  # NaN stays
     if ACTIVATION == "silu":
@@ -69,3 +70,7 @@ def cases(target: tuple[int, int]) -> Iterator[Case]:
         yield from trace_launches(str(channels), target, rms_norm, x, weight, weight, 1e-5, x, None)
     x, weight = like(1, 16, 4096, 128), like(128)
     yield from trace_launches("head", target, rms_norm, x, weight, weight, 1e-5, None, "relu")
+    for model in ("0.6B", "1.6B"):  # of Sana-Sprint and SANA-1.5
+        x, weight = like(1, 1024, WIDTHS[model]), like(WIDTHS[model])
+        of = f"queries {model}"
+        yield from trace_launches(of, target, rms_norm, x, weight, None, 1e-5, None, None)

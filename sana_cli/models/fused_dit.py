@@ -30,6 +30,10 @@ from sana_cli.models.fused_layers import FusedBlock, FusedPatchEmbed, frozen
 from sana_cli.system.devices import is_out_of_memory
 from sana_cli.system.memory import PeakMemory
 
+# With equal shapes, for a CUDA graph to pay. The first call runs without one, and capturing takes
+# Python as long as a call, while the GPU idles; a replay saves a part of that.
+LEAST_CALLS = 4
+
 
 class TimeModulation(NamedTuple):
     """What a timestep determines."""
@@ -52,6 +56,7 @@ class FusedDiT(nn.Module):
         self.row_chunk: int | None = None  # rows of the latent grid to run at once; None: all
         self._graph: GraphedCall | None = None
         self._signature: object = None  # of the inputs of the last call
+        self._calls = 0  # with that signature
         self.graph_error: str | None = None  # why capturing a CUDA graph failed
         if controlnet is not None:
             controlnet.config.check_matches(dit.config)
@@ -122,15 +127,23 @@ class FusedDiT(nn.Module):
         texts: Sequence[list[TextContext]],
         control: ControlContext | None = None,
         pag_layers: Sequence[int] = (),
+        left: int | None = None,
     ) -> Tensor:
-        """`forward`; on CUDA through one graph from the second call with the same shapes on."""
+        """`forward`; on CUDA through one graph from the second call with the same shapes on.
+
+        left: how many such calls will follow, if that is known. There is no graph as long as these
+        and those before are too few for it to pay.
+        """
         if not latents.is_cuda or self.row_chunk or self.graph_error:
             return self(latents, time, texts, control, pag_layers)
         contexts = chain.from_iterable(texts)
         inputs = [latents, *time, *chain.from_iterable(contexts), *(control or ())]
         signature = [tensor.shape for tensor in inputs], control is None, tuple(pag_layers)
         if signature != self._signature:
-            self._graph, self._signature = None, signature
+            self._graph, self._signature, self._calls = None, signature, 1
+            return self(latents, time, texts, control, pag_layers)
+        self._calls += 1
+        if self._graph is None and left is not None and self._calls + left < LEAST_CALLS:
             return self(latents, time, texts, control, pag_layers)
         if self._graph is None:
             forward = partial(self._forward_flat, texts, control is not None, pag_layers)

@@ -71,8 +71,16 @@ def test_a_picture_is_drawn_by_the_kernels_from_networks_on_the_card(imagined, m
     assert told["pixels"] == ["cpu", height, width, 3]
 
 
-def test_one_graph_covers_transformer_controlnet_and_perturbed_stream(imagined):
-    steps = imagined("steps.py")
+@pytest.fixture(scope="module")
+def steps(imagined) -> dict:
+    return imagined("steps.py")
+
+
+def test_two_steps_are_too_few_for_a_graph_and_twice_two_are_enough(steps):
+    assert steps["captures_of_short_runs"] == [0, 0, 1, 1]
+
+
+def test_one_graph_covers_transformer_controlnet_and_perturbed_stream(steps):
     assert (steps["error"], steps["captures"]) == (None, 1)
     assert steps["shapes"] == 4 * [[3, 32, 32, 32]]
     # Four passes: one to warm up, one to capture; replays launch nothing anew.

@@ -19,7 +19,7 @@ from sana_cli.kernels.kv_state import kv_state
 from sana_cli.kernels.linear_attention import attention_state
 from sana_cli.kernels.multiscale import aggregate
 from sana_cli.kernels.rgb import conv_to_rgb
-from sana_cli.kernels.rms_norm import rms_norm
+from sana_cli.kernels.rms_norm import qk_norm, rms_norm
 from sana_cli.models.streaming.autoencoder import decode, decode_pipeline, encode
 from sana_cli.models.streaming.subpixel import fold_upsamples
 
@@ -52,6 +52,16 @@ def test_rms_norm(draw, triton, shape, adds, activation):
     assert found is x
     assert torch.equal(found, again)
     assert decibels(found, exact) > LEAST[x.dtype]
+
+
+@pytest.mark.parametrize("shape", [(1, 5, 1152), (2, 3, 100)])
+def test_qk_norm(draw, triton, shape):
+    x, weight = draw(*shape, size=3.0), draw(shape[-1])
+    exact = F.rms_norm(x.double(), shape[-1:], weight.double(), 1e-5)
+    assert decibels(qk_norm(x.clone(), weight, 1e-5), exact) > LEAST[x.dtype]
+    triton(False)
+    # Rounded before the weight too, as diffusers does.
+    assert decibels(qk_norm(x, weight, 1e-5), exact) > LEAST[x.dtype] - 3
 
 
 def test_norm_and_activation_propagate_nan(draw, triton):
@@ -104,6 +114,13 @@ def test_kv_state(draw, triton, batch, tokens, heads, head):
     assert decibels(kv_state(kv, head), exact) > LEAST[torch.float32]
     roles = kv.unflatten(-1, (heads, 2, head)).permute(3, 0, 2, 4, 1)
     assert decibels(attention_state(*roles), exact) > LEAST[torch.float32]
+
+
+def test_the_state_of_a_nan_is_nan(draw, triton):
+    kv = draw(1, 70, 2 * 2 * 16)
+    kv[0, 66, 3] = math.nan  # of a key of the first head
+    found = kv_state(kv, 16)
+    assert found[0, 0, :, 3].isnan().all() and not found[0, 1].isnan().any()
 
 
 @pytest.mark.parametrize(
