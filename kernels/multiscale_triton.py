@@ -97,8 +97,9 @@ def cases(target: tuple[int, int]) -> Iterator[Case]:
     for channels, side in ((1024, 32), (512, 128)):  # of DC-AE's attention stages
         for roles, label in ((1, "queries"), (2, "keys and values")):
             c = roles * channels
-            window, out = like(1, 20, side, c), like(1, 16, side, 2 * c)[..., c:]
+            out = like(1, 16, side, 2 * c)[..., c:]
             weights = like(c, 1, 5, 5), like(c, 32, 1, 1)
-            yield from trace_launches(
-                f"{channels} {label}", target, aggregate, window, *weights, out
-            )
+            for rows, form in ((20, "strip"), (16, "whole")):
+                of = f"{channels} {label} {form}"
+                window = like(1, rows, side, c)
+                yield from trace_launches(of, target, aggregate, window, *weights, out)

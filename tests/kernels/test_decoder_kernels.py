@@ -14,7 +14,7 @@ from networks import DC_AE, DC_AE_LITE, FEW, TINY, random_dc_ae, random_image, r
 
 pytest.importorskip("triton", minversion=MIN_TRITON)
 
-from sana_cli.kernels import dispatch
+from sana_cli.kernels import convolution, convolution_triton, dispatch
 from sana_cli.kernels.kv_state import kv_state
 from sana_cli.kernels.linear_attention import attention_state
 from sana_cli.kernels.multiscale import aggregate
@@ -114,6 +114,35 @@ def test_kv_state(draw, triton, batch, tokens, heads, head):
     assert decibels(kv_state(kv, head), exact) > LEAST[torch.float32]
     roles = kv.unflatten(-1, (heads, 2, head)).permute(3, 0, 2, 4, 1)
     assert decibels(attention_state(*roles), exact) > LEAST[torch.float32]
+
+
+@pytest.mark.parametrize(
+    ("batch", "channels", "out", "height", "width"),
+    [(1, 64, 128, 1, 1), (2, 64, 256, 5, 7), (1, 128, 128, 3, 50), (1, 64, 40, 9, 15)],
+)
+def test_convolutions_with_what_follows(draw, batch, channels, out, height, width):
+    x, residual = (
+        draw(batch, n, height, width).contiguous(memory_format=torch.channels_last)
+        for n in (channels, out)
+    )
+    weight, bias = draw(out, channels, 3, 3, size=(9 * channels) ** -0.5), draw(out, size=0.1)
+    exact = F.conv2d(x.double(), weight.double(), padding=1)
+    silu = F.silu(exact + bias.double()[:, None, None])
+    normed = F.rms_norm(exact.movedim(1, -1), (out,), bias.double(), 1e-5).movedim(-1, 1)
+    added = normed + bias.double()[:, None, None] + residual.double()
+    for module in (convolution, convolution_triton):
+        if module is convolution_triton and x.dtype == torch.float32:
+            continue  # for 16 bits only
+        found = module.conv_silu(x, weight, bias)
+        assert found.is_contiguous(memory_format=torch.channels_last)
+        assert decibels(found, silu) > LEAST[x.dtype]
+        assert torch.equal(found, module.conv_silu(x, weight, bias))
+        if module is convolution_triton and out not in convolution.NORMED:
+            continue
+        found = module.conv_norm_add(x, weight, bias, bias, 1e-5, residual)
+        assert found.is_contiguous(memory_format=torch.channels_last)
+        # Without the kernel the convolution is rounded before the norm too.
+        assert decibels(found, added) > LEAST[x.dtype] - 3
 
 
 def test_the_state_of_a_nan_is_nan(draw, triton):

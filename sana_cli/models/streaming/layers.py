@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sana_cli.kernels.convolution import conv_norm_add, conv_silu, convolve
 from sana_cli.kernels.depthwise_glu import depthwise_glu
 from sana_cli.kernels.linear import linear
 from sana_cli.kernels.multiscale import aggregate
@@ -27,7 +28,6 @@ from sana_cli.models.streaming.ops import (
     Residual,
     Size,
     StripOp,
-    convolve,
     repeat,
     tokens,
 )
@@ -39,8 +39,7 @@ def op_of(module: nn.Module, height: int) -> StripOp:
     if isinstance(module, nn.Conv2d):
         return ConvOp(module, height)
     if isinstance(module, ResBlock):
-        body = Chain(ConvOp(module.conv1, height), ConvOp(module.conv2, height, silu=True))
-        return Residual(body, norm=module.norm)
+        return ResBlockOp(module, height)
     if isinstance(module, GLUMBConv):
         return Residual(GLUMBConvOp(module, height), norm=module.norm)
     if isinstance(module, SubpixelUpsample):
@@ -88,6 +87,22 @@ class ConvOp:
         else:
             return None
         return convolve(window, conv.weight, conv.bias, (above, self.reach), self.stride)
+
+
+class ResBlockOp:
+    """A ResBlock, in two kernels if the map comes in one strip."""
+
+    def __init__(self, module: ResBlock, height: int) -> None:
+        self.module, self.height = module, height
+        body = Chain(ConvOp(module.conv1, height), ConvOp(module.conv2, height, silu=True))
+        self.in_strips = Residual(body, norm=module.norm)
+
+    def __call__(self, x: Tensor) -> Tensor | None:
+        if x.shape[2] < self.height:
+            return self.in_strips(x)
+        conv1, conv2, norm = self.module.conv1, self.module.conv2, self.module.norm
+        hidden = conv_silu(x, conv1.weight, cast(Tensor, conv1.bias))
+        return conv_norm_add(hidden, conv2.weight, norm.weight, norm.bias, norm.eps, x)
 
 
 class ConvInput:

@@ -177,17 +177,6 @@ class Bilinear:
         return out
 
 
-def convolve(
-    x: Tensor, weight: Tensor, bias: Tensor | None, padding: Size = (0, 0), stride: Size = (1, 1)
-) -> Tensor:
-    """A convolution of x (B, C, h, w), channels-last, as the result is.
-
-    cuDNN and oneDNN return it so for such an x; where another library does not, it is copied.
-    """
-    y = F.conv2d(x, weight, bias, stride, padding)
-    return y if y.is_meta else y.contiguous(memory_format=torch.channels_last)
-
-
 def repeat(times: int) -> StripOp:
     return partial(torch.repeat_interleave, repeats=times, dim=1)
 

@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sana_cli.kernels.convolution import convolve
 from sana_cli.models.dc_ae import Decoder, Upsample
-from sana_cli.models.streaming.ops import convolve, empty
+from sana_cli.models.streaming.ops import empty
 
 
 class SubpixelUpsample(nn.Module):
