@@ -34,7 +34,7 @@ def conv_silu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
     weight (N, C, 3, 3), bias (N,).
     """
-    if _is_fused(x):
+    if _is_fused("conv_silu", x):
         from sana_cli.kernels import convolution_triton
 
         return convolution_triton.conv_silu(x, weight, bias)
@@ -48,7 +48,7 @@ def conv_norm_add(
 
     All maps are channels-last; weight (N, C, 3, 3); scale and shift (N,) are those of `rms_norm`.
     """
-    if _is_fused(x) and len(weight) in NORMED:
+    if len(weight) in NORMED and _is_fused("conv_norm_add", x):
         from sana_cli.kernels import convolution_triton
 
         return convolution_triton.conv_norm_add(x, weight, scale, shift, eps, residual)
@@ -57,7 +57,8 @@ def conv_norm_add(
     return y
 
 
-def _is_fused(x: Tensor) -> bool:
+def _is_fused(operation: str, x: Tensor) -> bool:
     """Whether the fused kernel runs. In float32 cuDNN has faster algorithms than such a product."""
-    fits = x.itemsize == 2 and x.shape[1] % STEP == 0
-    return dispatch.uses_triton(x) and fits and launch.capability(x.device) in FUSED_ON
+    if x.itemsize != 2 or x.shape[1] % STEP or launch.capability(x.device) not in FUSED_ON:
+        return False
+    return dispatch.uses_triton(operation, x)

@@ -13,24 +13,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sana_cli.kernels import convolution
 from sana_cli.kernels.cases import Case, like
 from sana_cli.kernels.convolution import NORMED, STEP
-from sana_cli.kernels.launch import launch, trace_launches
+from sana_cli.kernels.launch import launch, precision, trace_launches
 from sana_cli.kernels.projection_triton import GROUP, Blocks, tile_origin
+from sana_cli.kernels.selfcheck import Check, Draw, least
 
-TILE = Blocks(128, 128, STEP, 8, 3)
-WIDE = Blocks(64, 256, STEP, 8, 3)  # all channels of a pixel, for the norm
+TILE, TILE32 = Blocks(128, 128, STEP, 8, 3), Blocks(32, 128, 32, 8, 2)
+# All channels of a pixel, for the norm.
+WIDE, WIDE32 = Blocks(64, 256, STEP, 8, 3), Blocks(16, 256, 32, 8, 2)
 
 
 def conv_silu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return _launch(x, weight, bias, None, None, None, 0.0, TILE)
+    return _launch(x, weight, bias, None, None, None, 0.0, (TILE, TILE32))
 
 
 def conv_norm_add(
     x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, eps: float, residual: Tensor
 ) -> Tensor:
     residual = residual.contiguous(memory_format=torch.channels_last)
-    blocks = TILE if len(weight) == TILE.n else WIDE
+    blocks = (TILE, TILE32) if len(weight) == TILE.n else (WIDE, WIDE32)
     return _launch(x, weight, None, scale, shift, residual, eps, blocks)
 
 
@@ -42,8 +45,10 @@ def _launch(
     shift: Tensor | None,
     residual: Tensor | None,
     eps: float,
-    blocks: Blocks,
+    tiles: tuple[Blocks, Blocks],
 ) -> Tensor:
+    """Launch with one of `tiles`: in 16 bits and in float32."""
+    blocks = tiles[x.dtype == torch.float32]
     batch, channels, height, width = x.shape
     n, m = len(weight), batch * height * width
     out = torch.empty(
@@ -62,6 +67,7 @@ def _launch(
         BLOCK_N=blocks.n,
         BLOCK_K=blocks.k,
         GROUP=GROUP,
+        PRECISION=precision(),
         num_warps=blocks.warps,
         num_stages=blocks.stages,
     )
@@ -72,6 +78,7 @@ def _launch(
 def conv_kernel(
     x, weight, bias, scale, shift, residual, out, m, n, height, width, channels, eps,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """With `residual`, of which a tile has all channels, normalise and add; else apply SiLU."""
     row, column = tile_origin(m, n, BLOCK_M, BLOCK_N, GROUP)
@@ -92,7 +99,7 @@ def conv_kernel(
         seen &= (place + right >= 0) & (place + right < width)
         away = (down * width + right - tap) * channels + start
         a = tl.load(x_at + away, mask=seen[:, None], other=0.0)
-        y = tl.dot(a, tl.load(weight_at), y)
+        y = tl.dot(a, tl.load(weight_at), y, input_precision=PRECISION)
         weight_at += BLOCK_K
     right = columns < n - column
     inside = (rows < m - row)[:, None] & right[None]
@@ -116,3 +123,17 @@ def cases(target: tuple[int, int]) -> Iterator[Case]:
         if c in NORMED:
             inputs = x, weight, vector, vector, 1e-5, x
             yield from trace_launches(f"norm {c}", target, conv_norm_add, *inputs)
+
+
+def checks(draw: Draw) -> Iterator[Check]:
+    for channels, out, height, width in ((64, 128, 5, 7), (64, 40, 3, 50), (64, 256, 2, 33)):
+        x, residual = (
+            draw(2, c, height, width).contiguous(memory_format=torch.channels_last)
+            for c in (channels, out)
+        )
+        weight, bias = draw(out, channels, 3, 3, size=(9 * channels) ** -0.5), draw(out)
+        needed, inputs = least(x.dtype, 9 * channels), (x, weight, bias)
+        yield Check("conv_silu", conv_silu, convolution.conv_silu, inputs, needed)
+        if out in NORMED:
+            more = x, weight, bias, draw(out), 1e-5, residual
+            yield Check("conv_norm_add", conv_norm_add, convolution.conv_norm_add, more, needed)

@@ -15,7 +15,7 @@ def conv_to_rgb(
     window (1, h, W, C), token-major; weight (3, C, 3, 3), bias (3,). The borders are padded with
     zeros. With `halo` the first and last rows of the window serve as padding above and below.
     """
-    if dispatch.uses_triton(window):
+    if dispatch.uses_triton("conv_to_rgb", window):
         from sana_cli.kernels import rgb_triton
 
         return rgb_triton.conv_to_rgb(window, weight, bias, left, width, halo)

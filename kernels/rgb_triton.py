@@ -14,8 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sana_cli.kernels import rgb
 from sana_cli.kernels.cases import Case, like
 from sana_cli.kernels.launch import launch, precision, trace_launches
+from sana_cli.kernels.selfcheck import Check, Draw
 
 PIXELS = 128
 BYTES = 128  # of a pixel's channels, per step
@@ -37,7 +39,7 @@ def conv_to_rgb(
         conv_to_rgb_kernel,
         (tiles, rows),
         # In the order in which the kernel reads them.
-        *(window, weight.permute(2, 3, 1, 0).contiguous(), bias, pixels, extremes),
+        *(window, weight.permute(2, 3, 1, 0).contiguous(), bias.contiguous(), pixels, extremes),
         *(height, whole, channels, left, width),
         ABOVE=above,
         EVEN=channels % step == 0,
@@ -104,3 +106,16 @@ def cases(target: tuple[int, int]) -> Iterator[Case]:
         for halo, form in ((True, "strip"), (False, "whole")):
             inputs = window, weight, like(3), 0, side, halo
             yield from trace_launches(f"{side} {form}", target, conv_to_rgb, *inputs)
+
+
+def checks(draw: Draw) -> Iterator[Check]:
+    for height, width, channels, left, halo in (
+        (5, 131, 41, 5, True),
+        (4, 144, 128, 0, True),
+        (3, 140, 128, 5, False),
+    ):
+        weight = draw(3, channels, 3, 3, size=0.1 * channels**-0.5)
+        window, bias = draw(1, height, width, channels), draw(3, size=0.1)
+        inputs = window, weight, bias, left, width - 2 * left, halo
+        # A value between two levels may be rounded to either.
+        yield Check("conv_to_rgb", conv_to_rgb, rgb.conv_to_rgb, inputs, least=50.0)

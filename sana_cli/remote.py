@@ -57,7 +57,10 @@ class RemoteResolution(Resolution):
         drawn = self.drawn
         return Sampler(drawn.solver, drawn.steps, drawn.guidance, drawn.strength, self.warnings)
 
-    def recipe(self, files: Any, device: str, seed: int) -> Recipe:
+    def all_warnings(self, files: Any, device: str, memory: int | None = None) -> tuple[str, ...]:
+        return self.warnings
+
+    def recipe(self, files: Any, device: str, seed: int, memory: int | None = None) -> Recipe:
         return replace(self.drawn, prompt=self.settings.prompt, seed=seed)
 
 
@@ -156,7 +159,8 @@ class RemoteSession(Session):
         inputs = Inputs() if inputs is None else inputs
         resolved = [self.resolve(one, inputs) for one in settings]
         recipes = [one.recipe(None, "", seed) for one in resolved for seed in seeds]
-        model, warnings = resolved[0].model, resolved[0].warnings
+        notes = [note for image in inputs.images() for note in image.notes]
+        model, warnings = resolved[0].model, (*notes, *resolved[0].warnings)
         return DrawRequest(model, self.open(model), recipes, inputs, warnings)
 
     def plan(self, request: DrawRequest, *, predict: bool = False) -> Any:

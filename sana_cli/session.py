@@ -20,6 +20,7 @@ from sana_cli.settings import Settings
 from sana_cli.weights.catalogue import Model
 from sana_cli.weights.fetch import fetch_lora, open_component, open_or_fetch
 from sana_cli.weights.hub_cache import find_parts
+from sana_cli.weights.vocabulary import unknown_words, unknown_words_warning
 
 if TYPE_CHECKING:
     from sana_cli.images.metadata import Metadata
@@ -209,8 +210,13 @@ class Session:
         files = self.with_components(first, files, dry_run=dry_run)
         adapters = self.with_loras(first, inputs, files).adapters
         resolutions = [replace(one, adapters=adapters) for one in resolutions]
-        recipes = [r for one in resolutions for r in one.recipes(files, self.device, seeds)]
-        return DrawRequest(first.model, files, recipes, inputs, first.sampler(files).warnings)
+        chosen = files, self.device, seeds, self.memory
+        recipes = [r for one in resolutions for r in one.recipes(*chosen)]
+        warnings = first.all_warnings(files, self.device, self.memory)
+        texts = [text for one in settings for text in (one.prompt, one.negative)]
+        if files is not None and (unknown := unknown_words(texts, files.parts)):
+            warnings = *warnings, unknown_words_warning(first.model.name, unknown)
+        return DrawRequest(first.model, files, recipes, inputs, warnings)
 
     def plan(self, request: DrawRequest, *, predict: bool = False) -> "Plan":
         """Plan how this machine draws a request, and report it.

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+import typer
 from rich.console import Console as RichConsole
 from rich.live import Live
 from rich.markup import escape
@@ -52,8 +53,12 @@ THEME = Theme(
 class Console:
     """The reporter of the command line; `quiet` leaves only errors."""
 
-    def __init__(self, quiet: bool = False, verbose: bool = False, color: bool = True) -> None:
+    def __init__(
+        self, quiet: bool = False, verbose: bool = False, color: bool = True, asks: bool = False
+    ) -> None:
+        """`asks` is whether a person at a terminal is asked before something large happens."""
         self.quiet, self.verbose = quiet, verbose
+        self.asks = asks and not quiet and sys.stdin.isatty() and sys.stderr.isatty()
         self.rich = RichConsole(
             stderr=True, no_color=None if color else True, highlight=False, theme=THEME
         )
@@ -76,6 +81,15 @@ class Console:
     def warn(self, text: str) -> None:
         if not self.quiet:
             self.rich.print(f"[yellow]warning:[/yellow] {escape(text)}", soft_wrap=True)
+
+    def confirm(self, question: str) -> bool:
+        """Ask a yes-no question on a terminal; elsewhere the answer is yes."""
+        if not self.asks:
+            return True
+        try:
+            return typer.confirm(question, default=True, err=True)
+        except typer.Abort:  # the input has ended
+            return False
 
     def line(self, text: str) -> None:
         """Print a line even when quiet, as the context of an error."""

@@ -85,7 +85,7 @@ def matrix_rate(device: str, dtype: torch.dtype) -> float:
 @torch.inference_mode()
 def _best(work: Callable[[], object], device: str, limit: float) -> float:
     """Repeat a piece of work for `limit` seconds after a warm-up; return the fewest seconds."""
-    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    wait = partial(torch.cuda.synchronize, device) if device.startswith("cuda") else lambda: None
     if device == "mps":
         wait = torch.mps.synchronize
     work()
@@ -171,7 +171,8 @@ def operations(run: Callable[[], object]) -> int:
 
 # --- launches ----------------------------------------------------------------------------------
 
-READ_AND_WRITTEN = {"gated_residual_linear_kernel": "x", "rms_norm_kernel": "x"}
+# Kernels that read and write their argument `x`.
+IN_PLACE = {"gated_residual_linear_kernel", "gated_residual_linear8_kernel", "rms_norm_kernel"}
 WRITTEN_ONLY = {"copy_", "fill_", "zero_"}  # of what an operation in place may do with its tensor
 NOT_LAUNCHED = {"empty", "empty_like", "new_empty", "_unsafe_view", "scalar_tensor"}
 
@@ -202,7 +203,7 @@ def launches(run: Callable[[], object], capability: tuple[int, int] = (8, 9)) ->
     for case in cases:
         name = case.kernel.__name__
         calls[name] += 1
-        moved += sum(case.nbytes.values()) + case.nbytes.get(READ_AND_WRITTEN.get(name, ""), 0)
+        moved += sum(case.nbytes.values()) + (case.nbytes["x"] if name in IN_PLACE else 0)
     return Launches(calls, moved, operations(run))
 
 

@@ -32,7 +32,7 @@ PLACES = ("SANA_CONFIG", "SANA_CACHE_DIR", "SANA_DATA_DIR", "SANA_TOKEN")  # are
 # Options that belong to one call and cannot be kept.
 ONE_CALL = frozenset(
     {name for name, one in declared().items() if not one.option.kept}
-    | {"prompts", "replay", "dry_run", "json_output", "help_all"}
+    | {"prompts", "replay", "dry_run", "json_output", "help_all", "open_result", "yes"}
 )
 APPEARANCE = {"quiet", "verbose", "color", "preview"}  # which change no image
 

@@ -48,17 +48,18 @@ def _print_help(command: Any, context: Any) -> None:
         console.print(f"\n{EXAMPLES}")
     for line in examples:  # to be copied, so the terminal wraps them
         console.print(f"  {line}", soft_wrap=True)
-    panels: dict[str, list[tuple[str, str]]] = {}
+    panels: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}
     if isinstance(command, TyperGroup):
-        panels["Commands"] = [
-            (name, _parts(one.help or "")[0][0]) for name, one in command.commands.items()
-        ]
+        commands = command.commands.items()
+        panels = {"Commands": [(name, _parts(one.help or "")[0][0]) for name, one in commands]}
     for parameter in command.get_params(context):
         panel = _panel(parameter)
         if panel not in MORE or context.meta.get(ALL):
             row = _names(parameter), _text(parameter, context)
             panels.setdefault(panel, []).append(row)
     for panel, rows in panels.items():
+        if not rows:
+            continue
         console.print(f"\n[bold]{panel}[/bold]")
         for names, text in rows:
             _print_row(console, names, text)
@@ -70,7 +71,7 @@ def _print_row(console: Any, names: str, text: str) -> None:
     from rich.padding import Padding
     from rich.table import Table
 
-    if len(names) > NAMES - 4:
+    if len(names) > NAMES - 3:
         console.print(f"  {escape(names)}", style="bold", soft_wrap=True)
         console.print(Padding(text, (0, 0, 0, NAMES)))
         return

@@ -27,7 +27,6 @@ from sana_cli.models.cuda_graph import GraphedCall
 from sana_cli.models.dit import Block, DiT, DiTConfig
 from sana_cli.models.fused_controlnet import ControlBranch, ControlContext, FusedControlNet
 from sana_cli.models.fused_layers import FusedBlock, FusedPatchEmbed, frozen
-from sana_cli.system.devices import is_out_of_memory
 from sana_cli.system.memory import PeakMemory
 
 # With equal shapes, for a CUDA graph to pay. The first call runs without one, and capturing takes
@@ -75,10 +74,16 @@ class FusedDiT(nn.Module):
 
     def to_device(self, device: str, row_chunk: int | None) -> None:
         """Move to a device and run on `row_chunk` rows of the latent grid at a time (None: all)."""
-        if row_chunk != self.row_chunk or torch.device(device).type != self.tables.device.type:
+        target = torch.empty(0, device=device).device  # "cuda" with its index
+        if row_chunk != self.row_chunk or target != self.tables.device:
             self._graph, self._signature = None, None  # it reads the weights where they were
         self.row_chunk = row_chunk
-        self.to(device)
+        self.to(target)
+
+    @property
+    def graph_bytes(self) -> int:
+        """Bytes that the CUDA graph holds beside the weights."""
+        return 0 if self._graph is None else self._graph.nbytes
 
     def encode_text(self, text: Tensor, padded: int = 1, fold: bool = True) -> list[TextContext]:
         """Text states (1, L, caption_channels) -> a context for every block.
@@ -131,29 +136,32 @@ class FusedDiT(nn.Module):
     ) -> Tensor:
         """`forward`; on CUDA through one graph from the second call with the same shapes on.
 
+        If the graph cannot be captured, for lack of memory for instance, these shapes run without
+        one; `graph_error` says why.
+
         left: how many such calls will follow, if that is known. There is no graph as long as these
         and those before are too few for it to pay.
         """
-        if not latents.is_cuda or self.row_chunk or self.graph_error:
+        if not latents.is_cuda or self.row_chunk:
             return self(latents, time, texts, control, pag_layers)
         contexts = chain.from_iterable(texts)
         inputs = [latents, *time, *chain.from_iterable(contexts), *(control or ())]
         signature = [tensor.shape for tensor in inputs], control is None, tuple(pag_layers)
         if signature != self._signature:
-            self._graph, self._signature, self._calls = None, signature, 1
-            return self(latents, time, texts, control, pag_layers)
+            self._graph, self._signature, self.graph_error = None, signature, None
+            self._calls = 0
         self._calls += 1
-        if self._graph is None and left is not None and self._calls + left < LEAST_CALLS:
-            return self(latents, time, texts, control, pag_layers)
-        if self._graph is None:
+        pays = left is None or self._calls + left >= LEAST_CALLS
+        if self._calls > 1 and pays and self._graph is None and self.graph_error is None:
             forward = partial(self._forward_flat, texts, control is not None, pag_layers)
             try:
                 self._graph = GraphedCall(forward, inputs)
             except RuntimeError as error:
-                if is_out_of_memory(error):
-                    raise
-                self.graph_error = str(error)
-                return self(latents, time, texts, control, pag_layers)
+                # Ending a failed capture fails as well; the first error is the cause.
+                cause = error.__context__ or error
+                self.graph_error = str(cause).partition("\n")[0]
+        if self._graph is None:
+            return self(latents, time, texts, control, pag_layers)
         return self._graph(inputs).clone()
 
     def forward(
