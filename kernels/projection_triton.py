@@ -245,7 +245,7 @@ def add_gated(
     if bias is not None:
         z += tl.load(bias + column + columns, mask=right, other=0.0).to(tl.float32)[None]
     if x.dtype.element_ty == tl.float16:  # clamp; NaN stays NaN
-        z = tl.where(z > HALF_MAX, HALF_MAX, tl.where(z < -HALF_MAX, -HALF_MAX, z))
+        z = tl.clamp(z, -HALF_MAX, HALF_MAX, propagate_nan=tl.PropagateNan.ALL)
     if gate is not None:
         z *= tl.load(gate + column + columns, mask=right, other=0.0).to(tl.float32)[None]
     at = x + row.to(tl.int64) * n + column + rows[:, None] * n + columns[None]

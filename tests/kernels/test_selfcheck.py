@@ -12,7 +12,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import Tensor
 
 from examples import exhaustive
 from kernel_checks import DEVICE, DTYPES, MIN_TRITON
@@ -20,6 +19,7 @@ from kernel_checks import DEVICE, DTYPES, MIN_TRITON
 pytest.importorskip("triton", minversion=MIN_TRITON)
 
 from sana_cli.kernels import dispatch, launch, selfcheck
+from sana_cli.kernels.aot import DTYPES as COMPILED
 from sana_cli.kernels.aot import all_cases
 from sana_cli.kernels.cases import Case
 from sana_cli.kernels.selfcheck import OPERATIONS, OPERATIONS8, Outcome, all_checks, decibels, least
@@ -79,13 +79,10 @@ def specialisation(case: Case) -> tuple:
 @pytest.mark.parametrize("arch", [89, 90, *exhaustive(80, 86, 100, 120)])
 def test_every_specialisation_that_the_models_launch_is_checked(arch):
     target = divmod(arch, 10)
-
-    def draw(*shape: int, size: float = 1.0) -> Tensor:
-        return torch.empty(shape, dtype=torch.bfloat16, device="meta")
-
     with launch._tracing(target) as launched:
-        for check in all_checks(torch.device("meta"), torch.bfloat16):
-            check.fused(*check.inputs)
+        for dtype in COMPILED:
+            for check in all_checks(torch.device("meta"), dtype):
+                check.fused(*check.inputs)
     covered = set(map(specialisation, launched))
     missing = [
         case.name
