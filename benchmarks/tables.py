@@ -239,7 +239,7 @@ def registers() -> list[str]:
         for arch in archs:
             cases = [c for c in costs if c["arch"] == arch and c["kernel"] == name]
             most = max(cases, key=lambda cost: (cost["registers"], cost["shared"]))
-            facts = [str(most["registers"]), f"{most['shared'] / 1024:.0f}", str(most["programs"])]
+            facts = [str(most["registers"]), f"{most['shared'] / 1024:.0f}"]
             if most["tensor_cores"]:
                 core = most["tensor_cores"].split(".")[0]
                 facts.append(f"{core} tf32" if "TF32" in most["tensor_cores"] else core)
