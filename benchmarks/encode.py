@@ -22,11 +22,8 @@ import torch
 from decode import RELEASED, resident
 
 ROOT = Path(__file__).resolve().parents[1]
-ROWS = (  # the released sizes, whole, would need tens of gigabytes at 4096²
-    *(("bundled", 4096, way) for way in ("strips", "whole")),
-    *(("released", 1024, way) for way in ("strips", "whole")),
-    ("released", 4096, "strips"),
-)
+SIDES = {"bundled": 4096, "released": 1024}  # what also fits whole
+ROWS = [(name, side, way) for name, side in SIDES.items() for way in ("strips", "whole")]
 
 
 def picture(side: int) -> torch.Tensor:

@@ -86,19 +86,22 @@ def warm(rounds: int) -> dict:
             request = time.perf_counter() - began
             computed = metric(client, "sana_stage_seconds_total") - computed
             turns.append([cold, through, request, computed])
-    names = ("cold", "through_the_server", "request", "computed")
-    columns = zip(*turns, strict=True)
-    medians = {name: statistics.median(one) for name, one in zip(names, columns, strict=True)}
-    ratio = statistics.median(request / computed for *_, request, computed in turns)
-    return {"rounds": rounds, "request_to_computed": ratio} | medians | {"raw": turns}
+    names = ("cold", "through", "request", "computed")
+    rows = [dict(zip(names, turn, strict=True)) for turn in turns]
+    seconds = {name: statistics.median(row[name] for row in rows) for name in names}
+    ratios = {
+        name: statistics.median(row[name] / row["computed"] for row in rows) for name in names[:3]
+    }
+    return {"rounds": rounds, "seconds": seconds, "ratios": ratios, "raw": rows}
 
 
 def clients() -> dict:
     with serving("--queue", str(CLIENTS)) as client:
+        url = str(client.base_url).rstrip("/")
 
         def ask(seed: int) -> bool:
             answer = httpx2.post(
-                f"{client.base_url}v1/images/generations",
+                f"{url}/v1/images/generations",
                 json={"prompt": PROMPT, "size": SIZE, "seed": seed, "steps": 1},
                 timeout=600,
                 trust_env=False,
@@ -126,16 +129,20 @@ def memory() -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--parts", nargs="+", choices=("warm", "clients", "memory"))
     parser.add_argument("--save", type=Path)
     options = parser.parse_args()
-    report: dict = {
+    report: dict = {}
+    if options.save and options.save.exists():
+        report = json.loads(options.save.read_text())
+    report |= {
         "machine": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "threads": int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)),
     }
     parts = {"warm": lambda: warm(options.rounds), "clients": clients, "memory": memory}
-    for name, measure in parts.items():
-        report[name] = measure()
+    for name in options.parts or parts:
+        report[name] = parts[name]()
         if options.save:
             options.save.write_text(json.dumps(report, indent=1) + "\n")
     sys.stdout.write(json.dumps(report, indent=1) + "\n")

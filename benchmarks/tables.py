@@ -9,6 +9,7 @@ names. Prose around it is left alone, and so are marked blocks of other names.
 import glob
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import fields
@@ -110,6 +111,53 @@ def decode() -> list[str]:
     return rows
 
 
+def encode() -> list[str]:
+    rows = [
+        "| encoder | image | way | above the weights | CPU seconds | largest difference |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in measured("encode.json")["rows"]:
+        cells = [row["encoder"], f"{row['side']}²", row["way"]]
+        cells += [f"{row['peak_above_weights'] / 1e9:.2f} GB", f"{row['cpu_seconds']:.0f}"]
+        cells.append(f"{row['difference']:.0e} σ" if "difference" in row else "")
+        rows.append(f"| {' | '.join(cells)} |")
+    return rows
+
+
+def lite() -> list[str]:
+    rows = [
+        "| decoder | parameters | CPU seconds at 1024² | peak with weights | above the weights |",
+        "|---|---|---|---|---|",
+    ]
+    (row,) = measured("lite.json")["rows"]
+    for name, words in {"full": "the model's own", "lite": "`--vae lite`"}.items():
+        cells = [words, f"{row[f'parameters {name}'] / 1e6:.0f} M"]
+        cells.append(f"{row[f'cpu_seconds {name}']:.1f}")
+        cells += [f"{row[f'{key} {name}'] / 1e9:.2f} GB" for key in ("peak", "peak_above_weights")]
+        rows.append(f"| {' | '.join(cells)} |")
+    return rows
+
+
+def serve() -> list[str]:
+    facts = measured("serve.json")
+    warm, clients, resident = facts["warm"], facts["clients"], facts["memory"]["resident"]
+    rows = [
+        "| a warm image of `demo`, 256², 20 steps | times as long as its computation |",
+        "|---|---|",
+    ]
+    names = {
+        "request": "a request to `sana serve`",
+        "through": "a process of `sana generate --server`",
+        "cold": "a cold process of `sana generate`",
+    }
+    rows += [f"| {words} | {warm['ratios'][name]:.2f} |" for name, words in names.items()]
+    rows += ["", f"| requests | {' | '.join(resident)} |", "|---" * (len(resident) + 1) + "|"]
+    sizes = (f"{size / 1e6:.0f} MB" for size in resident.values())
+    rows.append(f"| resident memory of the server | {' | '.join(sizes)} |")
+    answers = f"{clients['answered']} of {clients['clients']} clients that ask at once"
+    return [*rows, "", f"{answers} get their image."]
+
+
 def demo() -> list[str]:
     """Shares of prompts obeyed, with their 95 % intervals."""
     rows = ["| prompts | 512² | 256² |", "|---|---|---|"]
@@ -173,24 +221,62 @@ def one_command() -> list[str]:
 
 
 def registers() -> list[str]:
-    """Of each kernel on each GPU the case that takes most registers."""
-    costs = measured("kernels.json")
+    """Of each kernel on each GPU the case that takes most registers, in bfloat16 and in int8."""
+    costs = [
+        cost | {"kernel": kernel + (", int8" if words[0] == "int8" else "")}
+        for cost in measured("kernels.json")
+        for kernel, *words in [cost["case"].split()]
+        if words[0] not in ("float16", "float32")
+    ]
     archs = sorted({cost["arch"] for cost in costs})
     rows = [
         f"| kernel | {' | '.join(f'sm_{arch}' for arch in archs)} |",
         f"|---{'|---' * len(archs)}|",
     ]
-    for name in sorted({cost["case"].split()[0] for cost in costs}):
+    for name in sorted({cost["kernel"] for cost in costs}):
         cells = []
         for arch in archs:
-            cases = [c for c in costs if c["arch"] == arch and c["case"].split()[0] == name]
+            cases = [c for c in costs if c["arch"] == arch and c["kernel"] == name]
             most = max(cases, key=lambda cost: (cost["registers"], cost["shared"]))
-            facts = [str(most["registers"]), f"{most['shared'] / 1024:.0f}"]
+            facts = [str(most["registers"]), f"{most['shared'] / 1024:.0f}", str(most["programs"])]
             if most["tensor_cores"]:
                 core = most["tensor_cores"].split(".")[0]
                 facts.append(f"{core} tf32" if "TF32" in most["tensor_cores"] else core)
             cells.append(", ".join(facts))
-        rows.append(f"| `{name}` | {' | '.join(cells)} |")
+        kernel, comma, kind = name.partition(",")
+        rows.append(f"| `{kernel}`{comma}{kind} | {' | '.join(cells)} |")
+    return rows
+
+
+def w8a8() -> list[str]:
+    """Likeness to float32 and obedience of the bundled model, in bfloat16 and in 8 bits."""
+    facts = measured("w8a8.json")
+    like = facts["likeness"]
+    rows = [f"| {like['images']} images, {like['side']}² | latents | pixels |", "|---|---|---|"]
+    for way, found in like["decibels"].items():
+        cells = [
+            f"{statistics.mean(found[what]):.1f} dB (worst {min(found[what]):.1f})"
+            for what in ("latents", "pixels")
+        ]
+        rows.append(f"| {way} | {' | '.join(cells)} |")
+    asked = facts["obedience"]
+    rows += ["", f"| {asked['prompts']} of {asked['of']} prompts, {asked['side']}² | obeyed |"]
+    rows.append("|---|---|")
+    for way in ("float32", "w8a8"):
+        low, high = map(percent, asked[way]["interval"])
+        rows.append(f"| {way} | {percent(asked[way]['obeyed'], 1)} ({low} – {high}) |")
+    return rows
+
+
+def w8a8_layers() -> list[str]:
+    rows = [
+        "| layer | largest input | bfloat16 | w8a8 | weights alone |",
+        "|---|---|---|---|---|",
+    ]
+    for row in measured("w8a8.json")["layers"]:
+        cells = [f"{row[name]:.1f} dB" for name in ("bfloat16", "w8a8", "weights")]
+        largest = f"{row['largest']:.0f} times the RMS"
+        rows.append(f"| {row['model']} `{row['layer']}` | {largest} | {' | '.join(cells)} |")
     return rows
 
 
@@ -226,11 +312,16 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "startup": startup,
     "batch": batch,
     "decode": decode,
+    "encode": encode,
+    "lite": lite,
+    "serve": serve,
     "demo": demo,
     "claims": claims,
     "settings": settings,
     "one-command": one_command,
     "registers": registers,
+    "w8a8": w8a8,
+    "w8a8-layers": w8a8_layers,
     "diffusers-suites": diffusers_suites,
     "diffusers-cases": diffusers_cases,
 }

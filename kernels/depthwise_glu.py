@@ -14,7 +14,7 @@ def depthwise_glu(x: Tensor, weight: Tensor, bias: Tensor, halo: bool = False) -
     -> (B, h, w, E). The borders are padded with zeros. With `halo` the first and last rows of x
     serve as padding above and below, and the result is (B, h-2, w, E).
     """
-    if dispatch.uses_triton(x):
+    if dispatch.uses_triton("depthwise_glu", x):
         from sana_cli.kernels import depthwise_glu_triton
 
         return depthwise_glu_triton.depthwise_glu(x, weight, bias, halo)
@@ -29,7 +29,7 @@ def depthwise_glu(x: Tensor, weight: Tensor, bias: Tensor, halo: bool = False) -
 
 def depthwise_glu8(x: Tensor, weight: Tensor, bias: Tensor) -> Rows8:
     """`depthwise_glu` without halo -> (B, h·w, E), quantised with a scale for each group."""
-    if dispatch.uses_triton(x):
+    if dispatch.uses_triton("depthwise_glu8", x):
         from sana_cli.kernels import depthwise_glu_triton
 
         return depthwise_glu_triton.depthwise_glu8(x, weight, bias)

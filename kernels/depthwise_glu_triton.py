@@ -12,10 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sana_cli.kernels import depthwise_glu as module
 from sana_cli.kernels.cases import WIDTHS, Case, like
 from sana_cli.kernels.launch import launch, trace_launches
 from sana_cli.kernels.rows8 import GROUP, Rows8
 from sana_cli.kernels.rows8_triton import new_rows8, round_rows
+from sana_cli.kernels.selfcheck import QUANTISED, Check, Draw
 
 # Per program. A thread has two channels and keeps their 36 weights in registers. With four
 # channels it would need 150 registers instead of 80, and half as many threads would fit.
@@ -165,3 +167,14 @@ def cases(target: tuple[int, int]) -> Iterator[Case]:
             label = f"{model}, halo" if halo else model
             yield from trace_launches(label, target, depthwise_glu, x, weight, bias, halo)
         yield from trace_launches(f"int8 {model}", target, depthwise_glu8, x, weight, bias)
+
+
+def checks(draw: Draw) -> Iterator[Check]:
+    for height, width, half in ((3, 5, 41), (9, 16, 64)):
+        weight, bias = draw(2 * half, 1, 3, 3, size=1 / 3), draw(2 * half)
+        for halo in (False, True):
+            x = draw(2, height + 2 * halo, width, 2 * half)
+            inputs = x, weight, bias, halo
+            yield Check("depthwise_glu", depthwise_glu, module.depthwise_glu, inputs)
+        rest = module.depthwise_glu8, (draw(2, height, width, 2 * half), weight, bias)
+        yield Check("depthwise_glu8", depthwise_glu8, *rest, QUANTISED)

@@ -10,6 +10,7 @@ own location and a second kernel adds them up in a fixed order, so equal inputs 
 
 import itertools
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -17,12 +18,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sana_cli.kernels import linear_attention
 from sana_cli.kernels.cases import SIDES, WIDTHS, Case, like, like_rows8, like_weight8
 from sana_cli.kernels.launch import capability, launch, precision, trace_launches
 from sana_cli.kernels.linear_attention import EPS
 from sana_cli.kernels.projection_triton import ENOUGH, GROUP, tile_origin
-from sana_cli.kernels.rows8 import Rows8, Weight8
+from sana_cli.kernels.rows8 import Rows8, Weight8, quantise, quantise_weight
 from sana_cli.kernels.rows8_triton import new_rows8, round_rows
+from sana_cli.kernels.selfcheck import QUANTISED, Check, Draw
 
 CHANNELS = 64  # also those that share a scale in 8 bits
 
@@ -43,13 +46,19 @@ BY_CAPABILITY = {(8, 0): LARGE, (9, 0): LARGE, (10, 0): LARGE}
 FLOAT32 = QKVBlocks(32, 32, 4, 2)
 
 
-def choose_qkv_blocks(x: Tensor, blocks: int) -> QKVBlocks:
-    """Choose block shapes for tokens x (B, N, D) of any dtype and a number of channel blocks."""
-    if x.dtype == torch.float32:
-        return FLOAT32
-    shapes = BY_CAPABILITY.get(capability(x.device), CONSUMER)
+def qkv_shapes(x: Tensor, dtype: torch.dtype) -> tuple[QKVBlocks, ...]:
+    """Return the block shapes for tokens x of any dtype and results in `dtype`."""
+    if dtype == torch.float32:
+        return (FLOAT32,)
     if x.dtype == torch.int8:
-        shapes = LARGE
+        return LARGE
+    return BY_CAPABILITY.get(capability(x.device), CONSUMER)
+
+
+def choose_qkv_blocks(x: Tensor, blocks: int, dtype: torch.dtype) -> QKVBlocks:
+    """Choose block shapes for tokens x (B, N, D), results in `dtype`, and a number of channel
+    blocks."""
+    shapes = qkv_shapes(x, dtype)
     for shape in shapes:
         if len(x) * triton.cdiv(x.shape[1], shape.m) * blocks >= ENOUGH:
             return shape
@@ -57,11 +66,18 @@ def choose_qkv_blocks(x: Tensor, blocks: int) -> QKVBlocks:
 
 
 def project_qkv(
-    x: Tensor | Rows8, weight: Tensor | Weight8, heads: int, norm_k: Tensor | None, eps: float
+    x: Tensor | Rows8,
+    weight: Tensor | Weight8,
+    heads: int,
+    norm_k: Tensor | None,
+    eps: float,
+    shape: QKVBlocks | None = None,
 ) -> tuple[Tensor, Tensor]:
+    """`shape` is that of the size of x unless given."""
     dtype, x_scales, weight_scales = x.dtype, None, None
     if isinstance(x, Rows8):
-        x, x_scales = x.values, x.scales
+        x_scales = x.scales.contiguous()
+        x = x.values
     if isinstance(weight, Weight8):
         weight, weight_scales = weight
     x, weight = x.contiguous(), weight.contiguous()
@@ -69,7 +85,7 @@ def project_qkv(
     features = len(weight) // 3
     d = features // heads
     blocks = triton.cdiv(features, CHANNELS)
-    m, step, warps, stages = choose_qkv_blocks(x, blocks)
+    m, step, warps, stages = shape or choose_qkv_blocks(x, blocks, dtype)
     tiles = triton.cdiv(n, m)
     q = x.new_empty(batch, n, features, dtype=dtype)
     sums = x.new_empty(batch, tiles, heads, d + 1, d, dtype=torch.float32)
@@ -341,11 +357,33 @@ def cases(target: tuple[int, int]) -> Iterator[Case]:
             yield from trace_launches(label, target, project_qkv, x, weight, heads, None, 0.0)
             of = f"normed {label}"
             yield from trace_launches(of, target, project_qkv, x, weight, heads, norm, 1e-5)
-            for function in (attend_tokens, attend_tokens8):
-                of = f"{function.__name__} {label}"
-                yield from trace_launches(of, target, function, x, state)
+            yield from trace_launches(label, target, attend_tokens, x, state)
+            yield from trace_launches(f"int8 {label}", target, attend_tokens8, x, state)
             x8, weight8 = like_rows8(x), like_weight8(weight)
             of = f"int8 {label}"
             yield from trace_launches(of, target, project_qkv, x8, weight8, heads, None, 0.0)
             of = f"int8 normed {label}"
             yield from trace_launches(of, target, project_qkv, x8, weight8, heads, norm, 1e-5)
+
+
+def checks(draw: Draw) -> Iterator[Check]:
+    # As many heads as the models have: `sum_normed_kernel` reads the squares of all of them.
+    for tokens, width, heads in ((135, 81, 7), (160, 192, 36), (3, 192, 70)):
+        x, norm = draw(1, tokens, width), draw(32 * heads)
+        weight = draw(3 * 32 * heads, width, size=width**-0.5)
+        rows, weight8 = quantise(x, grouped=False), quantise_weight(weight)
+        for name, tokens_, matrix, shapes in (
+            ("project_qkv", x, weight, qkv_shapes(x, x.dtype)),
+            ("project_qkv8", rows, weight8, qkv_shapes(rows.values, x.dtype)),
+        ):
+            for shape in shapes:
+                fused, definition = partial(project_qkv, shape=shape), linear_attention.project_qkv
+                yield Check(name, fused, definition, (tokens_, matrix, heads, None, 0.0))
+                yield Check(name, fused, definition, (tokens_, matrix, heads, norm, 1e-5))
+    for tokens, heads in ((135, 3), (160, 4)):
+        state = draw(2, heads, 33, 32).float()
+        state[:, :, -1] = state[:, :, -1].abs() * 10
+        inputs = draw(2, tokens, 32 * heads), state
+        yield Check("attend_tokens", attend_tokens, linear_attention.attend_tokens, inputs)
+        rest = linear_attention.attend_tokens8, inputs, QUANTISED
+        yield Check("attend_tokens8", attend_tokens8, *rest)

@@ -8,10 +8,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sana_cli.kernels import modulation
 from sana_cli.kernels.cases import WIDTHS, Case, like
 from sana_cli.kernels.launch import launch, trace_launches
 from sana_cli.kernels.rows8 import Rows8
 from sana_cli.kernels.rows8_triton import new_rows8, round_rows
+from sana_cli.kernels.selfcheck import QUANTISED, Check, Draw
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
@@ -62,6 +64,14 @@ def modulate_kernel(x, shift, scale, out, scales, width, out_width, eps, BLOCK: 
 def cases(target: tuple[int, int]) -> Iterator[Case]:
     for model, d in WIDTHS.items():
         x = like(2, 1024, d)
-        for function in (modulate, modulate8):
-            label = f"{model} {function.__name__}"
-            yield from trace_launches(label, target, function, x, like(d), like(d), 1e-6)
+        inputs = x, like(d), like(d), 1e-6
+        yield from trace_launches(model, target, modulate, *inputs)
+        yield from trace_launches(f"int8 {model}", target, modulate8, *inputs)
+
+
+def checks(draw: Draw) -> Iterator[Check]:
+    for tokens, d in ((7, 99), *((2, d) for d in WIDTHS.values())):
+        x, scale = draw(2, tokens, d) + 3, draw(d)  # LayerNorm removes the mean
+        inputs = x, draw(d), scale, 1e-6
+        yield Check("modulate", modulate, modulation.modulate, inputs)
+        yield Check("modulate8", modulate8, modulation.modulate8, inputs, QUANTISED)

@@ -16,7 +16,8 @@ HALF_MAX = torch.finfo(torch.float16).max
 
 def linear_silu(x: Tensor | Rows8, weight: Tensor | Weight8, bias: Tensor) -> Tensor:
     """x (B, N, D), weight (E, D), bias (E,) -> silu(x·weightᵀ + bias), (B, N, E)."""
-    if dispatch.uses_triton(x.values if isinstance(x, Rows8) else x):
+    eight = isinstance(x, Rows8)
+    if dispatch.uses_triton("linear_silu8" if eight else "linear_silu", bias):
         from sana_cli.kernels import projection_triton
 
         return projection_triton.linear_silu(x, weight, bias)
@@ -39,7 +40,8 @@ def gated_residual_linear_(
     x (B, N, D), y (B, N, E), weight (D, E), bias (D,) or None, gate (D,) or None for 1. In
     float16 the projection is clamped to the range of the dtype, as in diffusers.
     """
-    if dispatch.uses_triton(x):
+    eight = isinstance(y, Rows8)
+    if dispatch.uses_triton("gated_residual_linear8_" if eight else "gated_residual_linear_", x):
         from sana_cli.kernels import projection_triton
 
         return projection_triton.gated_residual_linear_(x, y, weight, bias, gate)

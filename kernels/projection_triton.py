@@ -8,6 +8,7 @@ so that those that run at the same time share rows and columns, which they then 
 
 import itertools
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -15,10 +16,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sana_cli.kernels import projection
 from sana_cli.kernels.cases import SIDES, WIDTHS, Case, like, like_rows8, like_weight8
 from sana_cli.kernels.launch import capability, launch, precision, trace_launches
-from sana_cli.kernels.rows8 import Rows8, Weight8
-from sana_cli.kernels.rows8_triton import choose_blocks8, matmul_tile8
+from sana_cli.kernels.rows8 import Rows8, Weight8, quantise, quantise_weight
+from sana_cli.kernels.rows8_triton import Blocks8, block_shapes8, choose_blocks8, matmul_tile8
+from sana_cli.kernels.selfcheck import Check, Draw
 
 
 class Blocks(NamedTuple):
@@ -41,31 +44,45 @@ CONSUMER = (Blocks(128, 128, 64, 8, 4), *SMALL)
 LARGE = (Blocks(128, 256, 64, 8, 3), Blocks(128, 128, 64, 8, 4), *SMALL)
 BY_CAPABILITY = {(8, 0): LARGE, (9, 0): LARGE, (10, 0): LARGE}
 FLOAT32 = Blocks(64, 64, 32, 4, 3)
+SILU_WIDEST = 256  # columns of a tile
+RESIDUAL_WIDEST = 128  # the tile of x leaves no registers for more
 HALF_MAX: tl.constexpr = tl.constexpr(65504.0)
 GROUP = 8  # rows of tiles that are traversed together
 
 
+def block_shapes(x: Tensor, widest: int) -> list[Blocks]:
+    """Return the block shapes for a result like x with tiles of at most `widest` columns."""
+    if x.dtype == torch.float32:
+        return [FLOAT32]
+    shapes = BY_CAPABILITY.get(capability(x.device), CONSUMER)
+    return [blocks for blocks in shapes if blocks.n <= widest]
+
+
 def choose_blocks(x: Tensor, m: int, n: int, widest: int) -> Blocks:
     """Choose block shapes for an m x n result like x, with tiles of at most `widest` columns."""
-    if x.dtype == torch.float32:
-        return FLOAT32
-    shapes = BY_CAPABILITY.get(capability(x.device), CONSUMER)
-    for blocks in shapes:
-        enough = triton.cdiv(m, blocks.m) * triton.cdiv(n, blocks.n) >= ENOUGH
-        if blocks.n <= widest and enough:
+    *larger, last = block_shapes(x, widest)
+    for blocks in larger:
+        if triton.cdiv(m, blocks.m) * triton.cdiv(n, blocks.n) >= ENOUGH:
             return blocks
-    return shapes[-1]
+    return last
 
 
-def linear_silu(x: Tensor | Rows8, weight: Tensor | Weight8, bias: Tensor) -> Tensor:
+def linear_silu(
+    x: Tensor | Rows8,
+    weight: Tensor | Weight8,
+    bias: Tensor,
+    blocks: Blocks | Blocks8 | None = None,
+) -> Tensor:
+    """`blocks` are those of the size of the result unless given."""
+    bias = bias.contiguous()
     if isinstance(x, Rows8):
         assert isinstance(weight, Weight8)
         out = bias.new_empty(*x.values.shape[:-1], len(weight.values))
-        _launch8(linear_silu8_kernel, x, weight, (bias, out))
+        _launch8(linear_silu8_kernel, x, weight, (bias, out), blocks)
         return out
     assert isinstance(weight, Tensor)
     out = x.new_empty(*x.shape[:-1], len(weight))
-    _launch(linear_silu_kernel, x.contiguous(), weight, (bias, out), 256)
+    _launch(linear_silu_kernel, x.contiguous(), weight, (bias, out), SILU_WIDEST, blocks)
     return out
 
 
@@ -75,25 +92,33 @@ def gated_residual_linear_(
     weight: Tensor | Weight8,
     bias: Tensor | None,
     gate: Tensor | None,
+    blocks: Blocks | Blocks8 | None = None,
 ) -> Tensor:
+    """`blocks` are those of the size of the result unless given."""
     if not x.is_contiguous():
-        raise ValueError("x is updated in place and must be contiguous")
+        return x.copy_(gated_residual_linear_(x.contiguous(), y, weight, bias, gate, blocks))
+    bias, gate = (None if part is None else part.contiguous() for part in (bias, gate))
+    rest = bias, gate, x
     if isinstance(y, Rows8):
         assert isinstance(weight, Weight8)
-        _launch8(gated_residual_linear8_kernel, y, weight, (bias, gate, x))
+        _launch8(gated_residual_linear8_kernel, y, weight, rest, blocks)
         return x
     assert isinstance(weight, Tensor)
-    # The tile of x leaves no registers for more than 128 columns.
-    _launch(gated_residual_linear_kernel, y.contiguous(), weight, (bias, gate, x), 128)
+    _launch(gated_residual_linear_kernel, y.contiguous(), weight, rest, RESIDUAL_WIDEST, blocks)
     return x
 
 
 def _launch(
-    kernel: triton.JITFunction, x: Tensor, weight: Tensor, rest: tuple, widest: int
+    kernel: triton.JITFunction,
+    x: Tensor,
+    weight: Tensor,
+    rest: tuple,
+    widest: int,
+    blocks: Blocks | Blocks8 | None,
 ) -> None:
     n, k = weight.shape
     m = x.numel() // k
-    blocks = choose_blocks(x, m, n, widest)
+    blocks = blocks or choose_blocks(x, m, n, widest)
     launch(
         kernel,
         (triton.cdiv(m, blocks.m) * triton.cdiv(n, blocks.n),),
@@ -109,10 +134,17 @@ def _launch(
     )
 
 
-def _launch8(kernel: triton.JITFunction, x: Rows8, weight: Weight8, rest: tuple) -> None:
+def _launch8(
+    kernel: triton.JITFunction,
+    x: Rows8,
+    weight: Weight8,
+    rest: tuple,
+    blocks: Blocks | Blocks8 | None,
+) -> None:
     n, k = weight.values.shape
     m = x.values.numel() // k
-    blocks = choose_blocks8(x, m, n)
+    blocks = blocks or choose_blocks8(x, m, n)
+    assert isinstance(blocks, Blocks8)
     launch(
         kernel,
         (triton.cdiv(m, blocks.m) * triton.cdiv(n, blocks.n * blocks.parts),),
@@ -287,3 +319,37 @@ def cases(target: tuple[int, int]) -> Iterator[Case]:
                     yield from trace_launches(
                         of, target, gated_residual_linear_, x, *eight, bias, gate
                     )
+
+
+def checks(draw: Draw) -> Iterator[Check]:
+    # No tile and no step of the sum is full, then every step is; and sizes are multiples of 16.
+    for tokens, width, wide in ((35, 97, 131), (40, 192, 144)):
+        x, weight, bias = draw(2, tokens, width), draw(wide, width, size=width**-0.5), draw(wide)
+        for blocks in block_shapes(x, SILU_WIDEST):
+            fused = partial(linear_silu, blocks=blocks)
+            yield Check("linear_silu", fused, projection.linear_silu, (x, weight, bias))
+        y, x, gate = x, draw(2, tokens, wide), draw(wide)
+        for blocks in block_shapes(x, RESIDUAL_WIDEST):
+            fused = partial(gated_residual_linear_, blocks=blocks)
+            definition = projection.gated_residual_linear_
+            for b, g in ((bias, gate), (bias, None), (None, gate), (None, None)):
+                inputs = x, y, weight, b, g
+                yield Check("gated_residual_linear_", fused, definition, inputs)
+    yield from checks8(draw)
+
+
+def checks8(draw: Draw) -> Iterator[Check]:
+    # Rows in 8 bits end with whole groups. A step has one, or two where the scales allow it.
+    for tokens, width, wide in ((35, 100, 131), (40, 150, 144)):
+        y, weight = draw(2, tokens, width), quantise_weight(draw(wide, width, size=width**-0.5))
+        x, bias, gate = draw(2, tokens, wide), draw(wide), draw(wide)
+        rows = quantise(y, grouped=False)
+        for blocks in block_shapes8(rows):
+            fused = partial(linear_silu, blocks=blocks)
+            yield Check("linear_silu8", fused, projection.linear_silu, (rows, weight, bias))
+        rows, definition = quantise(y, grouped=True), projection.gated_residual_linear_
+        for blocks in block_shapes8(rows):
+            fused = partial(gated_residual_linear_, blocks=blocks)
+            for b, g in ((bias, gate), (None, gate)):
+                inputs = x, rows, weight, b, g
+                yield Check("gated_residual_linear8_", fused, definition, inputs)

@@ -22,6 +22,7 @@ from torch import Tensor
 from sana_cli.kernels.cases import Case
 from sana_cli.kernels.launch import capability
 from sana_cli.kernels.rows8 import GROUP, LARGEST, TINY, Rows8
+from sana_cli.kernels.selfcheck import Check, Draw
 
 LARGEST_: tl.constexpr = tl.constexpr(float(LARGEST))
 TINY_: tl.constexpr = tl.constexpr(TINY)
@@ -41,19 +42,23 @@ class Blocks8(NamedTuple):
 
 
 ENOUGH = 120  # tiles that occupy a large GPU
-SMALL = Blocks8(64, 64, 64, 4, 4)
-# By whether a step may have 128 channels; the others have one GROUP.
-AMPERE = {True: Blocks8(128, 64, 128, 8, 3, 2), False: Blocks8(128, 64, 64, 8, 3, 2)}
-LATER = {True: Blocks8(128, 128, 128, 8, 3), False: Blocks8(128, 128, 64, 8, 3)}
+# With steps of 128 channels, where there may be; with steps of one GROUP; for few tiles.
+AMPERE = Blocks8(128, 64, 128, 8, 3, 2), Blocks8(128, 64, 64, 8, 3, 2), Blocks8(64, 32, 64, 4, 4, 2)
+LATER = Blocks8(128, 128, 128, 8, 3), Blocks8(128, 128, 64, 8, 3), Blocks8(64, 64, 64, 4, 4)
+
+
+def block_shapes8(x: Rows8) -> tuple[Blocks8, Blocks8]:
+    """Return the block shapes for products of rows."""
+    k, groups = x.values.shape[-1], x.scales.shape[-1]
+    wide, narrow, small = AMPERE if capability(x.values.device)[0] == 8 else LATER
+    return (wide if groups == 1 and k % wide.k == 0 else narrow), small
 
 
 def choose_blocks8(x: Rows8, m: int, n: int) -> Blocks8:
     """Choose block shapes for an m x n product of rows."""
-    k, groups = x.values.shape[-1], x.scales.shape[-1]
-    shapes = AMPERE if capability(x.values.device)[0] == 8 else LATER
-    blocks = shapes[groups == 1 and k % 128 == 0]
-    width = blocks.n * blocks.parts
-    return blocks if triton.cdiv(m, blocks.m) * triton.cdiv(n, width) >= ENOUGH else SMALL
+    large, small = block_shapes8(x)
+    width = large.n * large.parts
+    return large if triton.cdiv(m, large.m) * triton.cdiv(n, width) >= ENOUGH else small
 
 
 def new_rows8(like: Tensor, shape: tuple[int, ...], width: int, grouped: bool) -> Rows8:
@@ -130,4 +135,9 @@ def matmul_tile8(
 
 def cases(target: tuple[int, int]) -> Iterator[Case]:
     """Yield nothing: these functions are compiled as parts of the kernels that call them."""
+    return iter(())
+
+
+def checks(draw: Draw) -> Iterator[Check]:
+    """Yield nothing, for the same reason."""
     return iter(())

@@ -177,11 +177,35 @@ class Resolution:
         request = self.request or SizeRequest(side=side)
         return choose_canvas(request, self.aspect, self.settings.fit, side, self.model.squares)
 
-    def recipe(self, files: "ModelFiles", device: str, seed: int) -> Recipe:
+    def text_precision(
+        self, files: "ModelFiles", device: str, memory: int | None = None
+    ) -> tuple[str, str | None]:
+        """Return the precision of the text encoder and a warning; `memory` is the user's limit."""
         from sana_cli.system.devices import choose_dtypes, choose_text_precision
 
+        asked = self.settings
+        text_dtype, _, _ = choose_dtypes(asked.dtype, device, self.model.dtype)
+        return choose_text_precision(
+            *(asked.text_precision, asked.dtype, text_dtype, device),
+            *(files.text.linear_weights, memory),
+        )
+
+    def all_warnings(
+        self, files: "ModelFiles", device: str, memory: int | None = None
+    ) -> tuple[str, ...]:
+        """Return the warnings about the inputs, the sampler and the choices for a device."""
+        _, warning = self.text_precision(files, device, memory)
+        return (*self.notes, *self.sampler(files).warnings, *([warning] if warning else []))
+
+    def recipe(
+        self, files: "ModelFiles", device: str, seed: int, memory: int | None = None
+    ) -> Recipe:
+        """Return a recipe for a device; `memory` is the user's limit, in bytes."""
+        from sana_cli.system.devices import choose_dtypes
+
         asked, model, sampler = self.settings, self.model, self.sampler(files)
-        text_dtype, dit_dtype, vae_dtype = choose_dtypes(asked.dtype, device, model.dtype)
+        text_dtype, _ = self.text_precision(files, device, memory)
+        _, dit_dtype, vae_dtype = choose_dtypes(asked.dtype, device, model.dtype)
         instructed = model.instruction if asked.instruction is None else asked.instruction
         canvas = self.canvas(model.side or files.side)
         return Recipe(
@@ -200,10 +224,7 @@ class Resolution:
             fit=asked.fit,
             model=model.name,
             revision=commit_of(model),
-            text_dtype=choose_text_precision(
-                *(asked.text_precision, asked.dtype, text_dtype, device),
-                files.text.linear_weights,
-            ),
+            text_dtype=text_dtype,
             dit_dtype=dit_dtype,
             vae_dtype=vae_dtype,
             image=self.image.sha256 if self.image else None,
@@ -238,9 +259,11 @@ class Resolution:
             )
         return {"pag": asked.pag, "pag_layer": layer, "pag_adaptive": asked.pag_adaptive or None}
 
-    def recipes(self, files: "ModelFiles", device: str, seeds: Sequence[int]) -> list[Recipe]:
+    def recipes(
+        self, files: "ModelFiles", device: str, seeds: Sequence[int], memory: int | None = None
+    ) -> list[Recipe]:
         """One recipe for every seed; everything else is resolved once."""
-        first = self.recipe(files, device, seeds[0])
+        first = self.recipe(files, device, seeds[0], memory)
         return [first, *(replace(first, seed=seed) for seed in seeds[1:])]
 
 

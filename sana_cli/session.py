@@ -210,8 +210,9 @@ class Session:
         files = self.with_components(first, files, dry_run=dry_run)
         adapters = self.with_loras(first, inputs, files).adapters
         resolutions = [replace(one, adapters=adapters) for one in resolutions]
-        recipes = [r for one in resolutions for r in one.recipes(files, self.device, seeds)]
-        warnings = *first.notes, *first.sampler(files).warnings
+        chosen = files, self.device, seeds, self.memory
+        recipes = [r for one in resolutions for r in one.recipes(*chosen)]
+        warnings = first.all_warnings(files, self.device, self.memory)
         texts = [text for one in settings for text in (one.prompt, one.negative)]
         if files is not None and (unknown := unknown_words(texts, files.parts)):
             warnings = *warnings, unknown_words_warning(first.model.name, unknown)

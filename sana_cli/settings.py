@@ -229,7 +229,7 @@ class Settings:
         panel=RUNNING,
         at_load=True,
         help="Precision of the text encoder, whatever --dtype says. [dim]auto: int8 for a"
-        " large one on an NVIDIA GPU, else as the rest[/dim]",
+        " large one on a small NVIDIA GPU, else as the rest[/dim]",
     )
 
     def __post_init__(self) -> None:

@@ -26,8 +26,8 @@ ORDER = """
     server:   app access images_api page security service fields metrics gallery jobs loras errors
     api diffusers_compat
     ui
-    batch:    run processes this_process recorder worker engine placement jobs manifest rows
-              templates shards events
+    batch:    run on_ray processes this_process recorder worker engine placement jobs rows templates
+              manifest disk_store object_store store lines shards events
     bench:    run baseline competitor phases roofline random_weights
     sheet
     remote session
@@ -191,14 +191,16 @@ def test_imports_point_downwards(path):
     assert not upwards
 
 
-# What `sana bench --against` compares with, and Triton, which torch brings where it works.
-OPTIONAL = {"diffusers", "transformers", "triton"}
+# What `sana bench --against` compares with; Ray, for `--engine ray`; and fsspec, which its clients
+# of object stores bring.
+OPTIONAL = {"diffusers", "transformers", "ray", "fsspec"}
+MODULES = {"pillow": "PIL", "triton-windows": "triton"}  # elsewhere torch brings Triton
 
 
 def test_whatever_is_imported_is_declared():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = {re.match(r"[\w-]+", line)[0] for line in project["dependencies"]}
-    declared = {{"pillow": "PIL"}.get(name, name.replace("-", "_")) for name in declared}
+    declared = {MODULES.get(name, name.replace("-", "_")) for name in declared}
     declared -= {"python_multipart"}  # FastAPI imports it to read forms
     found = {name.split(".")[0] for path in FILES for name in imported(path)}
     ours = {"sana_cli", *sys.stdlib_module_names}

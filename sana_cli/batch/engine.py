@@ -5,6 +5,7 @@ and the events are the same with each:
 
     this_process.py   the session of the command, in its own process
     processes.py      several processes of this machine, one a device
+    on_ray.py         the actors of a Ray cluster
 """
 
 from collections.abc import Callable, Iterator
@@ -13,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from sana_cli.batch.jobs import Job
-from sana_cli.batch.manifest import Line, Manifest
+from sana_cli.batch.lines import Line
+from sana_cli.batch.manifest import Manifest
 from sana_cli.errors import SanaError
 from sana_cli.pipeline.events import Notice, Progress
 from sana_cli.resolve import Inputs
@@ -29,7 +31,7 @@ class Saved:
     """The image of a job is at `path`, and `line` is its line in the manifest."""
 
     job: Job
-    path: Path
+    path: Path | str  # in an object store, its URL
     line: Line
 
 

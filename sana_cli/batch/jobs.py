@@ -37,11 +37,14 @@ class Job:
     id: str
     row: int
     recipe: Recipe
-    model: Model
+    resolution: Resolution  # which recipe and files follow from
     name: Path  # inside the folder of the batch
     format: str
-    vae: Component | None = None
-    controlnet: Component | None = None
+
+    @property
+    def components(self) -> tuple[Model, Component | None, Component | None]:
+        """What decides the files of the model."""
+        return self.resolution.model, self.resolution.vae, self.resolution.controlnet
 
 
 @dataclass(frozen=True)
@@ -147,7 +150,9 @@ def fault(row: Row, error: SanaError) -> Fault:
 class JobBuilder:
     """Build jobs; keep the count, the names and the repeats of all jobs built so far."""
 
-    def __init__(self) -> None:
+    def __init__(self, memory: int | None) -> None:
+        """`memory` is the user's limit in bytes."""
+        self.memory = memory
         self.count = 0
         self.repeats: Counter[str] = Counter()
         self.names: dict[
@@ -178,7 +183,7 @@ class JobBuilder:
         return jobs, faults
 
     def _jobs(self, spec: JobSpec, files: "ModelFiles", device: str) -> Iterator[Job]:
-        first = spec.resolution.recipe(files, device, 0)
+        first = spec.resolution.recipe(files, device, 0, self.memory)
         check_size(first, spec.output.format)
         what = first.as_dict() | {"columns": spec.columns}
         for part in ("seed", "text_dtype", "dit_dtype", "vae_dtype"):
@@ -199,11 +204,7 @@ class JobBuilder:
             id = _hash(what | precision | {"seed": recipe.seed, "before": before})[:ID_DIGITS]
             name = spec.output.path(recipe, self.count, spec.columns | {"id": id})
             self._take(name, spec.row)
-            resolution, number = spec.resolution, spec.row.number
-            yield Job(
-                *(id, number, recipe, resolution.model, name, spec.output.format),
-                *(resolution.vae, resolution.controlnet),
-            )
+            yield Job(id, spec.row.number, recipe, spec.resolution, name, spec.output.format)
 
     def _take(self, name: Path, row: Row) -> None:
         key = name.as_posix().casefold()

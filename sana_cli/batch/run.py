@@ -101,20 +101,21 @@ class Batch:
         self,
         session: Session,
         reader: RowReader,
-        folder: Path,
+        folder: Path | str,
         shard: Shard | None,
         source: str,
         options: FileOptions,
         policy: RunPolicy,
         open_engine: "OpenEngine",
+        place: str,
     ) -> None:
-        """`source` names the file of jobs in messages; `open_engine` is called before the first
-        image is drawn."""
+        """`folder` is a path or a URL; `source` names the file of jobs in messages; `open_engine`
+        is called before the first image is drawn, and `place` tells where that engine draws."""
         self.session, self.reader, self.folder, self.shard = session, reader, folder, shard
         self.source, self.options, self.policy = source, options, policy
-        self.open_engine = open_engine
+        self.open_engine, self.place = open_engine, place
         self.engine: Engine | None = None  # opened for the first job that is to be drawn
-        self.builder = JobBuilder()
+        self.builder = JobBuilder(self.session.memory)
         self.files: dict[tuple[Model, Component | None, Component | None], ModelFiles] = {}
         self.manifest: Manifest | None = None  # set at the first round without a fault
         self.warned: set[str] = set()
@@ -159,7 +160,7 @@ class Batch:
             failed = self.failed + self.failed_before + self.bad_rows
             yield self._summary(stop.code or (FAILURES if failed else 0))
 
-    def images(self) -> list[Path]:
+    def images(self) -> list[Path | str]:
         """The files of all jobs of the folder that are done, in the order of their rows."""
         return self.manifest.images() if self.manifest is not None else []
 
@@ -197,7 +198,8 @@ class Batch:
             resolution = spec.resolution
             key = resolution.model, resolution.vae, resolution.controlnet
             if key in self.files:
-                for text in (*resolution.notes, *resolution.sampler(self.files[key]).warnings):
+                chosen = self.files[key], device, self.session.memory
+                for text in resolution.all_warnings(*chosen):
                     self._warn_once(text)
         return [job for job in jobs if self.shard is None or self.shard.holds(job.id)]
 
@@ -267,9 +269,9 @@ class Batch:
             if self.manifest.damaged:
                 text = f"{self.manifest.damaged} lines of the manifest are damaged"
                 self.session.reporter.warn(text)
-            if self.manifest.lock.missing:
+            if self.manifest.log.unlocked:
                 self.session.reporter.warn(
-                    f"{self.folder} cannot be locked ({self.manifest.lock.missing}), so do not"
+                    f"{self.folder} cannot be locked ({self.manifest.log.unlocked}), so do not"
                     " start a second batch in it"
                 )
         manifest = self.manifest
@@ -331,7 +333,7 @@ class Batch:
         return Work(
             self.session,
             self.manifest,
-            lambda job: self.files[job.model, job.vae, job.controlnet],
+            lambda job: self.files[job.components],
             self.reader.inputs,
             self.options,
             lambda: bool(stop),

@@ -38,7 +38,7 @@ def group_by_networks(jobs: Iterable[Job]) -> list[list[Job]]:
         recipe = job.recipe
         dtypes = recipe.text_dtype, recipe.dit_dtype, recipe.vae_dtype
         networks = (*dtypes, recipe.lora, recipe.quant)
-        groups.setdefault((job.model, job.vae, job.controlnet, networks), []).append(job)
+        groups.setdefault((job.components, networks), []).append(job)
     return list(groups.values())
 
 
@@ -97,7 +97,7 @@ class Worker:
         under_way = False
         try:
             recipes = [job.recipe for job in jobs]
-            request = DrawRequest(jobs[0].model, files, recipes, inputs)
+            request = DrawRequest(jobs[0].resolution.model, files, recipes, inputs)
             for event in self.session.draw(request):
                 if isinstance(event, ImageDone | Failure):
                     job = left.pop(event.index)

@@ -74,7 +74,7 @@ def surroundings(device: str) -> Facts:
         "schema": SCHEMA,
         "sana": __version__,
         "torch": torch.__version__,
-        "triton": inventory.installed("triton", "triton-windows", "pytorch-triton"),
+        "triton": inventory.triton(),
         "machine": facts,
     }
 

@@ -85,7 +85,7 @@ def matrix_rate(device: str, dtype: torch.dtype) -> float:
 @torch.inference_mode()
 def _best(work: Callable[[], object], device: str, limit: float) -> float:
     """Repeat a piece of work for `limit` seconds after a warm-up; return the fewest seconds."""
-    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    wait = partial(torch.cuda.synchronize, device) if device.startswith("cuda") else lambda: None
     if device == "mps":
         wait = torch.mps.synchronize
     work()

@@ -22,9 +22,11 @@ def open_session(
     console: "Console",
     *,
     keep_loaded: bool = True,
+    on_ray: bool = False,
 ) -> "Session":
     """Open the session of a command, which is closed when the command ends.
 
+    With `on_ray` it is that of a driver, which draws nothing: the options are those of the actors.
     UsageError for options that are the server's to choose.
     """
     if server:
@@ -43,8 +45,13 @@ def open_session(
         return context.with_resource(remote)
     from sana_cli.session import Session
 
-    session = Session(
-        device=running.device,
+    kind = Session
+    if on_ray:
+        from sana_cli.batch.on_ray import DriverSession
+
+        kind = DriverSession
+    session = kind(
+        device="cpu" if on_ray else running.device,
         memory=parse_memory(running.memory),
         cache=running.cache,
         offline=running.offline,

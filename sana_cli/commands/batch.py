@@ -48,6 +48,11 @@ class RowFormat(StrEnum):
     tsv = "tsv"
 
 
+class EngineName(StrEnum):
+    local = "local"
+    ray = "ray"
+
+
 class _RunsByDefault(Group):
     """A command group where `sana batch FILE` runs a batch; `sana batch status` is a subcommand."""
 
@@ -144,8 +149,9 @@ def run(
         typer.Option(
             "-o",
             "--output",
-            metavar="FOLDER",
-            help="Folder, with names if wanted, as in out/{style}/{slug}-{id}.webp."
+            metavar="FOLDER|URL",
+            help="Folder, with names if wanted, as in out/{style}/{slug}-{id}.webp; or that of an"
+            " object store, as in s3://bucket/out."
             " [dim]default: FILE-images/{slug}-{seed}.png[/dim]",
         ),
     ] = None,
@@ -174,7 +180,23 @@ def run(
         int | None,
         typer.Option(
             metavar="N",
-            help="Draw in several processes that share the CPU; with --device cpu.",
+            help="Draw in several processes that share the CPU; with --device cpu. On Ray, the"
+            " most actors. [dim]default there: one a GPU[/dim]",
+            rich_help_panel=RUNNING,
+        ),
+    ] = None,
+    engine: Annotated[
+        EngineName,
+        typer.Option(
+            help="Draw on this machine or on a Ray cluster, which needs sana-cli\\[ray].",
+            rich_help_panel=RUNNING,
+        ),
+    ] = EngineName.local,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT|auto",
+            help="Of the Ray cluster. [dim]default: RAY_ADDRESS, else one on this machine[/dim]",
             rich_help_panel=RUNNING,
         ),
     ] = None,
@@ -203,6 +225,7 @@ def run(
     sana batch jobs.jsonl --shard auto -o /shared/out/[/dim]
     """
     from sana_cli.batch.jobs import RowReader
+    from sana_cli.batch.manifest import open_store
     from sana_cli.batch.rows import Pipe, parse, read_file
     from sana_cli.batch.run import Batch, RunPolicy
     from sana_cli.batch.shards import parse_shard
@@ -222,18 +245,27 @@ def run(
     if sheet is not None and check:
         raise UsageError("--sheet has no effect with --check, which draws nothing")
     target = check_sheet(sheet) if sheet is not None else None
+    if isinstance(folder, str):
+        if sheet is not None:
+            raise UsageError("--sheet needs the images on a disk, not in an object store")
+        open_store(folder)  # refuses a URL that cannot be used before a model is opened
     share = parse_shard(shard, os.environ) if shard is not None else None
     options = FileOptions(**{name: asked[name] for name in declared(FileOptions)})
     running = RunOptions(**{name: asked[name] for name in declared(RunOptions)})
+    on_ray = engine == EngineName.ray
+    _refuse_engine(on_ray, address, server, gpus, workers)
     if gpus is not None:
         running = _without_device(context, running, console)
     defaults = {name: asked[name] for name in declared(Settings, Seeds)}
-    session = open_session(context, server, running, console)
+    session = open_session(context, server, running, console, on_ray=on_ray)
     reader = RowReader(defaults, names, options.format, template, expand, session.resolve)
     source = "stdin" if file == "-" else file
     policy = RunPolicy(retry_failed, restart, max_failures)
-    engine = _choose_engine(session, server, gpus, workers)
-    batch = Batch(session, reader, folder, share, source, options, policy, engine)
+    if on_ray:
+        drawing, place = _on_ray(address, workers, running.device), "a Ray cluster"
+    else:
+        drawing, place = _on_this_machine(session, gpus, workers), session.device
+    batch = Batch(session, reader, folder, share, source, options, policy, drawing, place)
 
     def note(text: str) -> None:
         console.info(f"{source}: {text}")
@@ -260,19 +292,44 @@ def _without_device(context: typer.Context, running: RunOptions, console: "Conso
     return replace(running, device="cuda")
 
 
-def _choose_engine(
-    session: "Session", server: str | None, gpus: str | None, workers: int | None
-) -> "OpenEngine":
-    """Choose what draws the jobs, and report it. UsageError for what cannot go together."""
+def _refuse_engine(
+    on_ray: bool, address: str | None, server: str | None, gpus: str | None, workers: int | None
+) -> None:
+    """UsageError for choices of where to draw that contradict each other."""
+    if address is not None and not on_ray:
+        raise UsageError("--address has no effect without --engine ray", "add --engine ray")
+    if on_ray and gpus is not None:
+        raise UsageError(
+            "--gpus is for this machine; with --engine ray there is an actor on each GPU",
+            "leave it out, or limit the actors by --workers",
+        )
+    if gpus is not None and workers is not None:
+        raise UsageError("--gpus and --workers both choose processes", "leave one of them out")
+    given = {"--engine ray": on_ray, "--gpus": gpus is not None, "--workers": workers is not None}
+    for name in (name for name, is_given in given.items() if is_given and server):
+        raise UsageError(f"{name} has no effect with --server", "leave one of them out")
+
+
+def _on_ray(address: str | None, workers: int | None, device: str) -> "OpenEngine":
+    """Draw on a Ray cluster. UsageError if Ray is not installed."""
+    from sana_cli.batch.on_ray import OnRay, RayOptions, check_address, import_ray
+
+    if device not in ("auto", "cuda", "cpu"):
+        raise UsageError(f"--device {device} cannot be used on Ray", "use auto, cuda or cpu")
+    if workers is not None and workers < 1:
+        raise UsageError(f"--workers {workers} is not at least 1")
+    import_ray()
+    address = address or os.environ.get("RAY_ADDRESS") or None
+    check_address(address)
+    return lambda work: OnRay(work, RayOptions(address, workers, device))
+
+
+def _on_this_machine(session: "Session", gpus: str | None, workers: int | None) -> "OpenEngine":
+    """Draw in this process or in several, and report which. UsageError for what is not here."""
     from sana_cli.batch.this_process import ThisProcess
 
     if gpus is None and workers is None:
         return ThisProcess
-    if gpus is not None and workers is not None:
-        raise UsageError("--gpus and --workers both choose processes", "leave one of them out")
-    if server:
-        given = "--gpus" if gpus is not None else "--workers"
-        raise UsageError(f"{given} has no effect with --server", "leave one of them out")
     from sana_cli.batch.placement import on_cpu, on_gpus
     from sana_cli.batch.processes import Processes
 
@@ -369,7 +426,7 @@ class _View:
         if not self.check:
             self.bar.expect(plan.todo)
             self.console.info(
-                f"{jobs}, {plan.todo} to draw into {batch.folder}, on {batch.session.device}"
+                f"{jobs}, {plan.todo} to draw into {batch.folder}, on {batch.place}"
                 + (f"; {plan.done} are there" if plan.done else "")
                 + (f"; {plan.failed} failed before" if plan.failed else "")
                 + (f"; shard {batch.shard}" if batch.shard else "")
@@ -383,7 +440,7 @@ class _View:
                 todo=plan.todo,
                 folder=str(batch.folder),
                 shard=str(batch.shard) if batch.shard else None,
-                device=batch.session.device,
+                device=batch.place,
                 models=list(dict.fromkeys(job.recipe.model for job in plan.jobs)),
             )
 
@@ -425,7 +482,7 @@ class _View:
         well."""
         from sana_cli.sheet import write_sheet
 
-        images = self.batch.images()
+        images = [Path(image) for image in self.batch.images()]
         try:
             written = write_sheet(sheet, images, self.batch.options.force, self.console)
         except SanaError as error:
@@ -460,12 +517,12 @@ class _View:
 
 @app.command(cls=Command)
 def status(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The -o of a batch.")],
+    folder: Annotated[str, typer.Argument(metavar="FOLDER|URL", help="The -o of a batch.")],
     json_output: Json = False,
     color: Color = True,
 ) -> None:
     """Show the progress of a batch and its failures; exit code 3 if any job is left."""
-    from sana_cli.batch.manifest import Ledger, is_held
+    from sana_cli.batch.manifest import Ledger
 
     ledger = Ledger(folder)
     if not ledger.last and not ledger.runs:
@@ -473,7 +530,7 @@ def status(
     states = {id: ledger.status(id) for id in ledger.last}
     runs = [_run_row(name, lines) for name, lines in ledger.runs.items()]
     for row in runs:
-        row["running"] = is_held(folder, row["manifest"].removesuffix(".jsonl"))
+        row["running"] = ledger.store.is_held(row["manifest"].removesuffix(".jsonl"))
     failures = [ledger.last[id] for id, state in states.items() if state == "failed"]
     gone = [ledger.last[id] for id, state in states.items() if state == "open"]
     document = {

@@ -1,6 +1,7 @@
 """Output paths: `--output` as a file, a folder or a template, and portable file names."""
 
 import os
+import posixpath
 import re
 import string
 import sys
@@ -16,6 +17,7 @@ from sana_cli.images.files import FORMATS, LARGEST_SIDE, SUFFIXES
 from sana_cli.recipe import Recipe
 from sana_cli.system.disk import FULL
 
+URL = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)  # and no drive of Windows
 DEFAULT_TEMPLATE = "{slug}-{seed}"
 FIELDS = ("slug", "seed", "index", "model", "width", "height", "steps", "guidance")
 JOB_FIELDS = (*FIELDS, "id")  # in the names of a batch, which may use columns as well
@@ -74,8 +76,11 @@ def parse_output(output: str | None, format: str | None) -> Output:
     return target
 
 
-def parse_batch_output(output: str | None, format: str | None, usual: str) -> tuple[Path, Output]:
-    """Parse the folder of a batch and the template of names in it; `usual` is the default."""
+def parse_batch_output(
+    output: str | None, format: str | None, usual: str
+) -> tuple[Path | str, Output]:
+    """Parse the folder of a batch, a path or a URL, and the template of names in it; `usual` is the
+    default folder."""
     if output is None:
         check_writable(Path(usual))
         return Path(usual), parse_job_name("", format)
@@ -83,15 +88,18 @@ def parse_batch_output(output: str | None, format: str | None, usual: str) -> tu
         raise UsageError("-o - is for a single image", "give a folder for those of a batch")
     if not output or "\0" in output:
         raise UsageError("--output is not a folder", "give a folder for the images of a batch")
-    head, brace, tail = os.path.expanduser(output).partition("{")
+    is_url = URL.match(output) is not None
+    head, brace, tail = (output if is_url else os.path.expanduser(output)).partition("{")
     folder, template = head, ""
     if brace:
-        folder, start = os.path.split(head)
+        folder, start = posixpath.split(head) if is_url else os.path.split(head)
         template = start + brace + tail
     elif Path(head).suffix.lower() in SUFFIXES and not os.path.isdir(head):
         raise UsageError(
             f"--output {output} names one file", "give a folder, or a name such as out/{slug}.webp"
         )
+    if is_url:
+        return folder, parse_job_name(template, format)
     check_writable(Path(folder or "."))
     return Path(folder or "."), parse_job_name(template, format)
 

@@ -21,11 +21,19 @@ class GraphedCall:
     def __init__(
         self, function: Callable[[Sequence[Tensor]], Tensor], inputs: Sequence[Tensor]
     ) -> None:
+        device = inputs[0].device
         self._static_inputs = [tensor.clone() for tensor in inputs]
         self._latest = list(inputs)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._output = function(self._static_inputs)
+        # After a failed capture torch stays on the graph's stream; this leaves it.
+        same_stream = torch.cuda.stream(torch.cuda.current_stream(device))
+        # A graph belongs to the current device, and torch's own stream to that of the first graph.
+        with torch.cuda.device(device), same_stream:
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph, stream=torch.cuda.Stream(device)):
+                before = torch.cuda.memory_reserved(device)
+                self._output = function(self._static_inputs)
+        # Held by the graph for as long as it lives: its activations.
+        self.nbytes = torch.cuda.memory_reserved(device) - before
 
     def __call__(self, inputs: Sequence[Tensor]) -> Tensor:
         """Replay with other inputs of the same shapes. The next call overwrites the result."""

@@ -27,7 +27,6 @@ from sana_cli.models.cuda_graph import GraphedCall
 from sana_cli.models.dit import Block, DiT, DiTConfig
 from sana_cli.models.fused_controlnet import ControlBranch, ControlContext, FusedControlNet
 from sana_cli.models.fused_layers import FusedBlock, FusedPatchEmbed, frozen
-from sana_cli.system.devices import is_out_of_memory
 from sana_cli.system.memory import PeakMemory
 
 
@@ -70,10 +69,16 @@ class FusedDiT(nn.Module):
 
     def to_device(self, device: str, row_chunk: int | None) -> None:
         """Move to a device and run on `row_chunk` rows of the latent grid at a time (None: all)."""
-        if row_chunk != self.row_chunk or torch.device(device).type != self.tables.device.type:
+        target = torch.empty(0, device=device).device  # "cuda" with its index
+        if row_chunk != self.row_chunk or target != self.tables.device:
             self._graph, self._signature = None, None  # it reads the weights where they were
         self.row_chunk = row_chunk
-        self.to(device)
+        self.to(target)
+
+    @property
+    def graph_bytes(self) -> int:
+        """Bytes that the CUDA graph holds beside the weights."""
+        return 0 if self._graph is None else self._graph.nbytes
 
     def encode_text(self, text: Tensor, padded: int = 1, fold: bool = True) -> list[TextContext]:
         """Text states (1, L, caption_channels) -> a context for every block.
@@ -123,24 +128,28 @@ class FusedDiT(nn.Module):
         control: ControlContext | None = None,
         pag_layers: Sequence[int] = (),
     ) -> Tensor:
-        """`forward`; on CUDA through one graph from the second call with the same shapes on."""
-        if not latents.is_cuda or self.row_chunk or self.graph_error:
+        """`forward`; on CUDA through one graph from the second call with the same shapes on.
+
+        If the graph cannot be captured, for lack of memory for instance, these shapes run without
+        one; `graph_error` says why.
+        """
+        if not latents.is_cuda or self.row_chunk:
             return self(latents, time, texts, control, pag_layers)
         contexts = chain.from_iterable(texts)
         inputs = [latents, *time, *chain.from_iterable(contexts), *(control or ())]
         signature = [tensor.shape for tensor in inputs], control is None, tuple(pag_layers)
         if signature != self._signature:
-            self._graph, self._signature = None, signature
-            return self(latents, time, texts, control, pag_layers)
-        if self._graph is None:
+            self._graph, self._signature, self.graph_error = None, signature, None
+        elif self._graph is None and self.graph_error is None:
             forward = partial(self._forward_flat, texts, control is not None, pag_layers)
             try:
                 self._graph = GraphedCall(forward, inputs)
             except RuntimeError as error:
-                if is_out_of_memory(error):
-                    raise
-                self.graph_error = str(error)
-                return self(latents, time, texts, control, pag_layers)
+                # Ending a failed capture fails as well; the first error is the cause.
+                cause = error.__context__ or error
+                self.graph_error = str(cause).partition("\n")[0]
+        if self._graph is None:
+            return self(latents, time, texts, control, pag_layers)
         return self._graph(inputs).clone()
 
     def forward(

@@ -29,6 +29,8 @@ from sana_cli.images.masks import (
     paste,
 )
 from sana_cli.instruction import normalise_prompt
+from sana_cli.kernels import selfcheck
+from sana_cli.kernels.dispatch import fallback_reason
 from sana_cli.models.controlnet import ControlNet
 from sana_cli.models.dc_ae import DCAE, Decoder, Encoder
 from sana_cli.models.dit import DiT
@@ -45,7 +47,12 @@ from sana_cli.pipeline.plan import Plan, is_guided
 from sana_cli.pipeline.solver import SOLVERS, Repaint, advance, first_step
 from sana_cli.pipeline.text_cache import TextCache
 from sana_cli.recipe import Recipe, adapters_of
-from sana_cli.system.devices import is_out_of_memory, peak_bytes, return_freed_blocks
+from sana_cli.system.devices import (
+    cap_memory,
+    is_out_of_memory,
+    peak_bytes,
+    return_freed_blocks,
+)
 from sana_cli.weights.checkpoint import load_weights, on_meta
 from sana_cli.weights.layout import Tensors
 from sana_cli.weights.lora import MergedTensors, unchanged_lora
@@ -122,6 +129,9 @@ class Drawing:
 
     def events(self) -> Iterator[Event]:
         return_freed_blocks()
+        if self.plan.budget:
+            cap_memory(self.plan.device, self.plan.budget, self.networks.held_bytes)
+        yield from self.start_selfcheck()
         yield from self.encode_texts()
         self.done_with("text_encoder")
         if any(recipe.image or recipe.control for recipe in self.recipes):
@@ -135,6 +145,7 @@ class Drawing:
         for first in range(0, len(self.recipes), turn):
             indices = range(first, min(first + turn, len(self.recipes)))
             transformer = yield from self.load_transformer()
+            yield from self.remarks_of_selfcheck()
             for i in indices:
                 yield from self.finish(i, self.denoise(i, transformer))
             del transformer
@@ -157,6 +168,28 @@ class Drawing:
         except (BadImage, NotEnoughMemory) as error:
             self.latents.pop(i, None)
             yield Failure(i, error)
+
+    # --- kernels -------------------------------------------------------------------------------
+
+    @property
+    def kernel_kinds(self) -> list[tuple[torch.dtype, bool]]:
+        """The precisions of the kernels that run on the plan's device; which are of 8-bit rows."""
+        if fallback_reason(torch.device(self.plan.device)) is not None:
+            return []
+        recipe = self.recipes[0]
+        kinds = [(dtype_of(recipe.dit_dtype), False), (dtype_of(recipe.vae_dtype), False)]
+        if recipe.quant == "w8a8":
+            kinds.append((dtype_of(recipe.dit_dtype), True))
+        return list(dict.fromkeys(kinds))
+
+    def start_selfcheck(self) -> Iterator[Event]:
+        """Begin to check the kernels, if they are new to this GPU, while networks are loaded."""
+        if selfcheck.start(self.plan.device, self.kernel_kinds):
+            yield Notice("compiling and checking the kernels, once for this GPU")
+
+    def remarks_of_selfcheck(self) -> Iterator[Event]:
+        for text in selfcheck.remarks(self.plan.device, self.kernel_kinds):
+            yield Notice(text, warning=True)
 
     # --- networks ------------------------------------------------------------------------------
 

@@ -27,7 +27,12 @@ class NetworkKey(NamedTuple):
 @dataclass
 class _Loaded:
     network: Any
-    nbytes: int
+    weights: int  # bytes
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of its weights and of its CUDA graph, which grows later."""
+        return self.weights + getattr(self.network, "graph_bytes", 0)
 
 
 class Networks:
@@ -42,8 +47,8 @@ class Networks:
 
     @property
     def held_bytes(self) -> int:
-        """Return the bytes of the tensors of all loaded networks."""
-        return sum(loaded.nbytes for loaded in list(self._loaded.values()))  # as of one moment
+        """Return the bytes of the weights of all loaded networks."""
+        return sum(loaded.weights for loaded in list(self._loaded.values()))  # as of one moment
 
     @property
     def loaded(self) -> list[NetworkKey]:

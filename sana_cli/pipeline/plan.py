@@ -29,6 +29,7 @@ GPU_STRIP_BYTES = 4 * STRIP_BYTES
 MIN_STRIP = STRIP_BYTES >> 10
 TALLEST_CHUNK = 32  # rows of the latent grid
 KEPT_FREE = 0.1  # of a device's memory, reserved for its libraries
+CONTEXT_BYTES = 500 << 20  # of a GPU, for CUDA's context and the code of its libraries
 ROOMY = 0.5  # of the memory: stages bounded below this are not measured, which would take a second
 
 
@@ -118,9 +119,12 @@ def make_plan(
     would fit, if no plan fits.
     """
     recipe = max(recipes, key=lambda r: r.native_width * r.native_height)
-    # On the CPU the memory of the interpreter and its libraries counts against the user's limit.
+    # What is not tensors counts against the user's limit too: the context on a GPU, elsewhere the
+    # interpreter and its libraries.
     used = 0
-    if limit is not None and not device.startswith("cuda"):
+    if limit is not None and device.startswith("cuda"):
+        used = CONTEXT_BYTES
+    elif limit is not None:
         used = resident_bytes() if overhead is None else overhead
     free = int((free_memory(device) + held) * (1 - KEPT_FREE)) if limit is None else limit
     budget = free - used
@@ -171,9 +175,13 @@ def fits(model: Model, device: str, free: int) -> str:
 
 
 def free_memory(device: str) -> int:
-    """Return the free bytes on a device; a very large number where the system does not report."""
+    """Return the free bytes on a device; a very large number where the system does not report.
+
+    On a GPU they include what torch holds for reuse. A CUDA graph's memory is part of that.
+    """
     if device.startswith("cuda"):
-        return torch.cuda.mem_get_info(device)[0]
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
     facts = memory()
     return min(
         (n for n in (facts["available_bytes"], facts["limit_bytes"]) if n is not None),

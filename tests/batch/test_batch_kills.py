@@ -38,7 +38,7 @@ def inodes(folder: str) -> dict[str, int]:
 
 
 def lines_that_parse(folder: str) -> list[dict]:
-    from sana_cli.batch.manifest import read_lines
+    from sana_cli.batch.lines import read_lines
 
     path = Path(folder) / "manifest.jsonl"
     return read_lines(path.read_bytes())[0] if path.exists() else []

@@ -34,9 +34,13 @@ def shell(quick):
 @pytest.mark.skipif(not all(map(shutil.which, ("bash", "jq", "make"))), reason="needs jq and make")
 def test_every_command_on_the_scripting_page_runs(shell, here):
     """In order, in one folder, as someone would who reads from top to bottom."""
-    assert [kind for kind, _ in BLOCKS] == ["sh"] * 7 + ["cron", "sh", "slurm", "make"]
+    assert [kind for kind, _ in BLOCKS] == (
+        ["sh"] * 7 + ["cron", "sh", "slurm", "ray", "s3", "make"]
+    )
     outputs = []
     for kind, text in BLOCKS:
+        if kind in ("ray", "s3"):  # run by test_on_ray.py and test_object_store.py, exhaustively
+            continue
         # Fewer steps than the page, for time.
         text = text.replace("-m demo", "-m demo --steps 1")
         if kind == "cron":

@@ -11,7 +11,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from sana_cli.batch.manifest import Ledger, Manifest, read_lines, repair
+from sana_cli.batch.disk_store import repair
+from sana_cli.batch.lines import read_lines
+from sana_cli.batch.manifest import Ledger, Manifest
 from sana_cli.batch.shards import Shard
 from sana_cli.errors import SanaError
 
@@ -41,7 +43,7 @@ def picture(tmp_path):
         facts = {"id": id, "sha256": hashlib.sha256(data).hexdigest()}
         manifest.append(status="writing", path=name, **facts)
         (manifest.folder / name).write_bytes(data)
-        manifest.done(Path(name), **facts)
+        manifest.done(name, **facts)
         return manifest.folder / name
 
     return write

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from examples import exhaustive
-from kernel_checks import DEVICE, LEAST, MIN_TRITON, decibels
+from kernel_checks import DEVICE, MIN_TRITON
 from sana_cli.kernels import rows8
 from sana_cli.kernels.depthwise_glu import depthwise_glu
 from sana_cli.kernels.linear_attention import attend_tokens, project_qkv
 from sana_cli.kernels.modulation import modulate
 from sana_cli.kernels.projection import gated_residual_linear_, linear_silu
 from sana_cli.kernels.rows8 import Rows8, Weight8, dequantise, quantise, quantise_weight
+from sana_cli.kernels.selfcheck import LEAST, decibels
 
 # On the same integers a kernel differs only by the order of float32 sums.
 LEAST8 = LEAST | {torch.float32: 110.0}
@@ -127,15 +128,6 @@ def check_producer(
     assert apart.sum() <= 1 + 1e-3 * apart.numel()
 
 
-def in_float64(definition: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Callable:
-    def run(*inputs: Any) -> Any:
-        with monkeypatch.context() as patch:
-            patch.setattr(Tensor, "float", Tensor.double)  # where it casts to float32
-            return definition(*inputs)
-
-    return run
-
-
 def check_consumer(
     fused: Callable[..., Any], definition: Callable[..., Any], dtype: torch.dtype, *inputs: Any
 ) -> None:
@@ -162,14 +154,13 @@ def test_modulate8(triton, draw, batch, tokens, width):
 @pytest.mark.parametrize(
     ("batch", "tokens", "heads", "head"), [(1, 1, 1, 32), (2, 135, 3, 32), (1, 3, 70, 32)]
 )
-def test_attend_tokens8(triton, draw, monkeypatch, batch, tokens, heads, head):
+def test_attend_tokens8(triton, draw, batch, tokens, heads, head):
     from sana_cli.kernels import linear_attention_triton
 
     state = draw(batch, heads, head + 1, head).float()
     state[:, :, -1] = state[:, :, -1].abs() * 10
     inputs = draw(batch, tokens, heads * head), state
-    definition = in_float64(attend_tokens, monkeypatch)
-    check_producer(linear_attention_triton.attend_tokens8, definition, True, *inputs)
+    check_producer(linear_attention_triton.attend_tokens8, attend_tokens, True, *inputs)
 
 
 @pytest.mark.parametrize(
@@ -197,10 +188,11 @@ def test_what_is_not_a_number_is_not_one_after_rounding(triton, draw):
     assert rows.scales.isnan().flatten().tolist() == [False, True, False]
 
 
+TILES = ["AMPERE large", "LATER large", "AMPERE small", *exhaustive("LATER small")]
 BOTH_TILES = [(1, 1, 100, 72), (2, 70, 64, 130)] + exhaustive((1, 3, 1152, 64), (1, 2, 5600, 16))
 
 
-@pytest.mark.parametrize("tile", ["SMALL", "AMPERE", "LATER"])
+@pytest.mark.parametrize("tile", TILES)
 @pytest.mark.parametrize(("batch", "tokens", "width", "wide_"), BOTH_TILES)
 def test_linear_silu8(triton, draw, dtype, monkeypatch, batch, tokens, width, wide_, tile):
     from sana_cli.kernels import projection_triton
@@ -211,7 +203,7 @@ def test_linear_silu8(triton, draw, dtype, monkeypatch, batch, tokens, width, wi
     check_consumer(projection_triton.linear_silu, linear_silu, dtype, x, weight, draw(wide_))
 
 
-@pytest.mark.parametrize("tile", ["SMALL", "AMPERE", "LATER"])
+@pytest.mark.parametrize("tile", TILES)
 @pytest.mark.parametrize(("batch", "tokens", "width", "wide_"), BOTH_TILES)
 @pytest.mark.parametrize(("with_bias", "with_gate"), [(1, 1), (0, 0)])
 def test_gated_residual_linear8(
@@ -231,12 +223,14 @@ def test_gated_residual_linear8(
 
 
 def use(tile: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the launcher take the tiles of one generation, or the small one."""
+    """Let the launcher take tiles of one generation of GPUs, large or small."""
     from sana_cli.kernels import rows8_triton
 
-    monkeypatch.setattr(rows8_triton, "ENOUGH", math.inf if tile == "SMALL" else 0)
-    if tile != "SMALL":
-        monkeypatch.setattr(rows8_triton, "AMPERE", getattr(rows8_triton, tile))
+    generation, size = tile.split()
+    shapes = getattr(rows8_triton, generation)
+    for name in ("AMPERE", "LATER"):
+        monkeypatch.setattr(rows8_triton, name, shapes)
+    monkeypatch.setattr(rows8_triton, "ENOUGH", math.inf if size == "small" else 0)
 
 
 @pytest.mark.parametrize("normed", [False, True])
@@ -244,12 +238,11 @@ def use(tile: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ("batch", "tokens", "width", "heads"),
     [(1, 1, 32, 1), (2, 135, 96, 3)] + exhaustive((1, 2, 2240, 2), (1, 3, 1152, 1)),
 )
-def test_project_qkv8(triton, draw, dtype, monkeypatch, batch, tokens, width, heads, normed):
+def test_project_qkv8(triton, draw, dtype, batch, tokens, width, heads, normed):
     from sana_cli.kernels import linear_attention_triton
 
     x = quantise(draw(batch, tokens, width), grouped=False)
     weight = quantise_weight(draw(3 * heads * 32, width, size=width**-0.5))
     norm = draw(heads * 32) if normed else None
-    definition = in_float64(project_qkv, monkeypatch)
     inputs = x, weight, heads, norm, 1e-5
-    check_consumer(linear_attention_triton.project_qkv, definition, dtype, *inputs)
+    check_consumer(linear_attention_triton.project_qkv, project_qkv, dtype, *inputs)

@@ -39,6 +39,13 @@ def test_the_least_recently_used_go_first_and_no_more_than_need_be(networks):
     assert parts(networks) == ["transformer", "decoder"]
 
 
+def test_a_cuda_graph_counts_as_part_of_its_network(networks):
+    networks.find(key("transformer")).graph_bytes = 60
+    networks.find(key("decoder"))
+    networks.make_room(needed=300, budget=500, using=key("decoder"), device="cpu")
+    assert parts(networks) == ["transformer", "decoder"]
+
+
 def test_being_found_counts_as_use(networks):
     assert networks.find(key("text_encoder")) is not None
     networks.make_room(needed=300, budget=400, using=key("decoder"), device="cpu")

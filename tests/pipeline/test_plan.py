@@ -18,6 +18,7 @@ from sana_cli.pipeline.draw import Drawing, draw
 from sana_cli.pipeline.events import Event, Failure, ImageDone, Notice, Progress
 from sana_cli.pipeline.networks import Networks
 from sana_cli.pipeline.plan import (
+    CONTEXT_BYTES,
     Plan,
     _decode_peak,
     _denoise_peak,
@@ -160,6 +161,12 @@ def test_on_a_laptop_gpu_of_16_gb_a_usual_picture_waits_for_no_rehearsal(monkeyp
     assert make_plan([one], files, "cuda").peaks == {}
     large = replace(one, native_width=4096, native_height=4096)
     assert make_plan([large], files, "cuda").peaks["denoise"] < 6e9
+
+
+def test_a_limit_for_a_gpu_has_room_for_its_context():
+    files = released_model(known_models()["sana-0.6b-512"])
+    one = recipe(files, 512, 512, text_dtype="int8")
+    assert make_plan([one], files, "cuda", limit=10**10).budget == 10**10 - CONTEXT_BYTES
 
 
 class Capped(PeakMemory):
