@@ -19,6 +19,7 @@ from typing import Any
 from sana_cli.weights.catalogue import known_models
 
 ROOT = Path(__file__).resolve().parents[1]
+DIFFUSERS_TESTS = "https://github.com/huggingface/diffusers/blob/58eb52c0803e/tests"
 BLOCK = re.compile(r"(<!-- (?P<name>[\w-]+) -->\n).*?(<!-- /(?P=name) -->)", re.DOTALL)
 
 
@@ -291,7 +292,7 @@ def diffusers_suites() -> list[str]:
     for file in sorted({file for case in cases for file in case["files"]}):
         own = [case.get("reason", "") for case in cases if file in case["files"]]
         counts = [len(own), own.count(""), *map(own.count, reasons)]
-        rows.append(f"| `{file}` | {' | '.join(map(str, counts))} |")
+        rows.append(f"| [{file}]({DIFFUSERS_TESTS}/{file}) | {' | '.join(map(str, counts))} |")
     return rows
 
 

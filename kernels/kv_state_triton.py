@@ -58,20 +58,21 @@ def kv_state_kernel(
     values += (image * n + first) * row + head * apart
     at = token[:, None] * row + channel[None]
     products = tl.zeros((BLOCK, BLOCK), tl.float32)
-    total = tl.zeros((BLOCK,), tl.float32)
+    total = tl.zeros((STEP, BLOCK), tl.float32)  # summed over its rows once, at the end
     for start in range(0, tl.minimum(TOKENS, n - first), STEP):
         inside = (token < n - first - start)[:, None] & real[None]
         key = tl.load(keys + at, mask=inside, other=0.0)
         value = tl.load(values + at, mask=inside, other=0.0)
-        key = tl.where(key < 0, 0.0, key)  # NaN stays
-        total += tl.sum(key.to(tl.float32), 0)
+        wide = tl.maximum(key.to(tl.float32), 0.0, propagate_nan=tl.PropagateNan.ALL)
+        total += wide
+        key = wide.to(key.dtype)
         # Products of bfloat16 or float16 are exact in float32.
         products = tl.dot(tl.trans(value), key, products, input_precision=PRECISION)
         at += STEP * row
     at = (image * tl.num_programs(1) + tile) * tl.num_programs(0) + head
     at = sums + at * ((HEAD + 1) * HEAD) + channel
     tl.store(at[None] + channel[:, None] * HEAD, products, mask=real[:, None] & real[None])
-    tl.store(at + HEAD * HEAD, total, mask=real)
+    tl.store(at + HEAD * HEAD, tl.sum(total, 0), mask=real)
 
 
 def cases(target: tuple[int, int]) -> Iterator[Case]:

@@ -78,6 +78,10 @@ def steps(imagined) -> dict:
     return imagined("steps.py")
 
 
+def test_two_steps_are_too_few_for_a_graph_and_twice_two_are_enough(steps):
+    assert steps["captures_of_short_runs"] == [0, 0, 1, 1]
+
+
 def test_one_graph_covers_transformer_controlnet_and_perturbed_stream(steps):
     assert (steps["error"], steps["captures"], steps["graph_bytes"]) == (None, 1, 1000)
     assert steps["shapes"] == 4 * [[3, 32, 32, 32]]
