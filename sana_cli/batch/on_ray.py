@@ -181,7 +181,9 @@ class OnRay:
                 _Actor,
                 fn_constructor_args=(self.setup, self.coordinator, need_the_same(jobs)),
                 batch_size=1,
-                compute=data.ActorPoolStrategy(min_size=1, max_size=self.workers),
+                compute=data.ActorPoolStrategy(
+                    min_size=1, max_size=self.workers, initial_size=self.workers
+                ),
                 **self.needs,
             )
             for row in drawn.iter_rows():
@@ -256,7 +258,8 @@ def _connect(ray: Any, address: str | None) -> None:
     handlers = {number: signal.getsignal(number) for number in CODES}
     try:
         with _without_stderr():
-            ray.init(address=address, log_to_driver=False, configure_logging=False)
+            # Left to itself, Ray would first look for a cluster that may have crashed long ago.
+            ray.init(address=address or "local", log_to_driver=False, configure_logging=False)
     except Exception as error:
         raise _unreachable(address, error) from None
     finally:
