@@ -110,6 +110,53 @@ def decode() -> list[str]:
     return rows
 
 
+def encode() -> list[str]:
+    rows = [
+        "| encoder | image | way | above the weights | CPU seconds | largest difference |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in measured("encode.json")["rows"]:
+        cells = [row["encoder"], f"{row['side']}²", row["way"]]
+        cells += [f"{row['peak_above_weights'] / 1e9:.2f} GB", f"{row['cpu_seconds']:.0f}"]
+        cells.append(f"{row['difference']:.0e} σ" if "difference" in row else "")
+        rows.append(f"| {' | '.join(cells)} |")
+    return rows
+
+
+def lite() -> list[str]:
+    rows = [
+        "| decoder | parameters | CPU seconds at 1024² | peak with weights | above the weights |",
+        "|---|---|---|---|---|",
+    ]
+    (row,) = measured("lite.json")["rows"]
+    for name, words in {"full": "the model's own", "lite": "`--vae lite`"}.items():
+        cells = [words, f"{row[f'parameters {name}'] / 1e6:.0f} M"]
+        cells.append(f"{row[f'cpu_seconds {name}']:.1f}")
+        cells += [f"{row[f'{key} {name}'] / 1e9:.2f} GB" for key in ("peak", "peak_above_weights")]
+        rows.append(f"| {' | '.join(cells)} |")
+    return rows
+
+
+def serve() -> list[str]:
+    facts = measured("serve.json")
+    warm, clients, resident = facts["warm"], facts["clients"], facts["memory"]["resident"]
+    rows = [
+        "| a warm image of `demo`, 256², 20 steps | times as long as its computation |",
+        "|---|---|",
+    ]
+    names = {
+        "request": "a request to `sana serve`",
+        "through": "a process of `sana generate --server`",
+        "cold": "a cold process of `sana generate`",
+    }
+    rows += [f"| {words} | {warm['ratios'][name]:.2f} |" for name, words in names.items()]
+    rows += ["", f"| requests | {' | '.join(resident)} |", "|---" * (len(resident) + 1) + "|"]
+    sizes = (f"{size / 1e6:.0f} MB" for size in resident.values())
+    rows.append(f"| resident memory of the server | {' | '.join(sizes)} |")
+    answers = f"{clients['answered']} of {clients['clients']} clients that ask at once"
+    return [*rows, "", f"{answers} get their image."]
+
+
 def demo() -> list[str]:
     """Shares of prompts obeyed, with their 95 % intervals."""
     rows = ["| prompts | 512² | 256² |", "|---|---|---|"]
@@ -194,17 +241,48 @@ def registers() -> list[str]:
     return rows
 
 
+def diffusers_suites() -> list[str]:
+    """Of each file of diffusers' tests, how many cases apply here, and why the others do not."""
+    cases = measured("../tests/diffusers_suite/cases.json")["cases"]
+    reasons = list(dict.fromkeys(case["reason"] for case in cases if "reason" in case))
+    rows = [
+        f"| file | cases | apply and pass | {' | '.join(reasons)} |",
+        f"|---|---|---{'|---' * len(reasons)}|",
+    ]
+    for file in sorted({file for case in cases for file in case["files"]}):
+        own = [case.get("reason", "") for case in cases if file in case["files"]]
+        counts = [len(own), own.count(""), *map(own.count, reasons)]
+        rows.append(f"| `{file}` | {' | '.join(map(str, counts))} |")
+    return rows
+
+
+def diffusers_cases() -> list[str]:
+    """Each case of diffusers' tests that applies here, and the test that stands for it."""
+    cases = measured("../tests/diffusers_suite/cases.json")["cases"]
+    rows = ["| case | files | here |", "|---|---|---|"]
+    for case in cases:
+        if "test" in case:
+            here = case["test"].partition("::")[2]
+            rows.append(f"| `{case['case']}` | {len(case['files'])} | `{here}` |")
+    return rows
+
+
 TABLES: dict[str, Callable[[], list[str]]] = {
     "models": models,
     "cpu": cpu,
     "startup": startup,
     "batch": batch,
     "decode": decode,
+    "encode": encode,
+    "lite": lite,
+    "serve": serve,
     "demo": demo,
     "claims": claims,
     "settings": settings,
     "one-command": one_command,
     "registers": registers,
+    "diffusers-suites": diffusers_suites,
+    "diffusers-cases": diffusers_cases,
 }
 
 

@@ -1,10 +1,12 @@
 """The specialisations of Triton kernels that `aot.py` compiles."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from sana_cli.kernels.rows8 import Rows8, Weight8, quantise, quantise_weight
 
 WIDTHS = {"demo": 224, "0.6B": 1152, "1.6B": 2240}  # of the transformers
 # Of images, in pixels: block shapes depend on the number of tokens.
@@ -26,12 +28,22 @@ class Case:
     num_warps: int
     num_stages: int
     aligned: tuple[str, ...]  # integer arguments that are multiples of 16; pointers always are
+    nbytes: dict[str, int] = field(compare=False)  # of the elements of every tensor argument
 
     def labelled(self, label: str) -> "Case":
         return replace(self, name=f"{self.name} {label}")
 
     def is_compiled_as(self, other: "Case") -> bool:
         return replace(self, name="") == replace(other, name="")
+
+
+def like_rows8(x: Tensor, grouped: bool = False) -> Rows8:
+    """Return rows without data that stand for x, on the meta device."""
+    return quantise(x, grouped)
+
+
+def like_weight8(weight: Tensor) -> Weight8:
+    return quantise_weight(weight)
 
 
 def like(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sana_cli.kernels import dispatch
+from sana_cli.kernels.rows8 import Rows8, quantise
 
 
 def depthwise_glu(x: Tensor, weight: Tensor, bias: Tensor, halo: bool = False) -> Tensor:
@@ -13,7 +14,7 @@ def depthwise_glu(x: Tensor, weight: Tensor, bias: Tensor, halo: bool = False) -
     -> (B, h, w, E). The borders are padded with zeros. With `halo` the first and last rows of x
     serve as padding above and below, and the result is (B, h-2, w, E).
     """
-    if dispatch.uses_triton(x):
+    if dispatch.uses_triton("depthwise_glu", x):
         from sana_cli.kernels import depthwise_glu_triton
 
         return depthwise_glu_triton.depthwise_glu(x, weight, bias, halo)
@@ -24,3 +25,14 @@ def depthwise_glu(x: Tensor, weight: Tensor, bias: Tensor, halo: bool = False) -
     del image
     value, gate = y.movedim(1, -1).chunk(2, dim=-1)
     return value.mul_(F.silu(gate, inplace=True))
+
+
+def depthwise_glu8(x: Tensor, weight: Tensor, bias: Tensor) -> Rows8:
+    """`depthwise_glu` without halo -> (B, h·w, E), quantised with a scale for each group."""
+    if dispatch.uses_triton("depthwise_glu8", x):
+        from sana_cli.kernels import depthwise_glu_triton
+
+        return depthwise_glu_triton.depthwise_glu8(x, weight, bias)
+    y = depthwise_glu(x, weight, bias)
+    del x  # frees memory if the caller holds no other reference
+    return quantise(y.flatten(1, 2), grouped=True)

@@ -12,8 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sana_cli.kernels import depthwise_glu as module
 from sana_cli.kernels.cases import WIDTHS, Case, like
 from sana_cli.kernels.launch import launch, trace_launches
+from sana_cli.kernels.rows8 import GROUP, Rows8
+from sana_cli.kernels.rows8_triton import new_rows8, round_rows
+from sana_cli.kernels.selfcheck import QUANTISED, Check, Draw
 
 # Per program. A thread has two channels and keeps their 36 weights in registers. With four
 # channels it would need 150 registers instead of 80, and half as many threads would fit.
@@ -21,29 +25,54 @@ COLUMNS, ROWS, CHANNELS, WARPS = 8, 8, 32, 4
 
 
 def depthwise_glu(x: Tensor, weight: Tensor, bias: Tensor, halo: bool) -> Tensor:
-    x = x.contiguous()
     batch, height, width, channels = x.shape
     above = 0 if halo else 1  # rows of zero padding
     out = x.new_empty(batch, height - 2 + 2 * above, width, channels // 2)
-    blocks = triton.cdiv(channels // 2, CHANNELS)
+    _launch(x, weight, bias, out, None, above, (COLUMNS, CHANNELS))
+    return out
+
+
+def depthwise_glu8(x: Tensor, weight: Tensor, bias: Tensor) -> Rows8:
+    batch, height, width, channels = x.shape
+    rows = new_rows8(x, (batch, height * width), channels // 2, grouped=True)
+    out = rows.values.view(batch, height, width, -1)
+    # A program has all channels of a scale, and as many pixels as without.
+    _launch(x, weight, bias, out, rows.scales, 1, (COLUMNS * CHANNELS // GROUP, GROUP))
+    return rows
+
+
+def _launch(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    out: Tensor,
+    scales: Tensor | None,
+    above: int,
+    tile: tuple[int, int],
+) -> None:
+    batch, height, width, channels = x.shape
+    columns, block = tile
+    blocks = triton.cdiv(channels // 2, block)
     launch(
         depthwise_glu_kernel,
-        (blocks * triton.cdiv(width, COLUMNS), triton.cdiv(out.shape[1], ROWS), batch),
-        *(x, weight.contiguous(), bias.contiguous(), out, height, width, channels // 2),
+        (blocks * triton.cdiv(width, columns), triton.cdiv(out.shape[1], ROWS), batch),
+        *(x.contiguous(), weight.contiguous(), bias.contiguous(), out, scales),
+        *(height, width, channels // 2),
         ABOVE=above,
-        COLUMNS=COLUMNS,
+        COLUMNS=columns,
         ROWS=ROWS,
-        CHANNELS=CHANNELS,
+        CHANNELS=block,
         num_warps=WARPS,
     )
-    return out
 
 
 @triton.jit
 def depthwise_glu_kernel(
-    x, weight, bias, out, height, width, half,
+    x, weight, bias, out, scales, height, width, half,
     ABOVE: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
+    """With `scales`, one for each pixel and CHANNELS channels, out is int8 and padded to whole
+    blocks of channels."""
     channel, column, first, image = strip_origin(half, COLUMNS, ROWS, CHANNELS)
     real = channel < half
     v_weights, g_weights = taps(weight, channel, real), taps(weight + half * 9, channel, real)
@@ -61,9 +90,18 @@ def depthwise_glu_kernel(
             v_above, v_here, v_below, g_above, g_here, g_below,
         )  # fmt: skip
         y = v_above * (g_above / (1 + tl.exp(-g_above)))
-        to = (image * rows_out + first + step - 2) * width * half + column * half + channel
-        whole = real & (column < width) & (column * 0 + step >= 2)
-        tl.store(out + to, y.to(out.dtype.element_ty), mask=whole)
+        row_out = (image * rows_out + first + step - 2) * width
+        whole = (column < width) & (column * 0 + step >= 2)
+        if scales is None:
+            to = out + row_out * half + column * half + channel
+            tl.store(to, y.to(out.dtype.element_ty), mask=real & whole)
+        else:
+            values, of_pixels = round_rows(y)
+            blocks = tl.cdiv(half, CHANNELS)
+            to = out + (row_out + column) * (blocks * CHANNELS) + channel
+            tl.store(to, values, mask=whole & (channel >= 0))
+            to = scales + (row_out + column) * blocks + tl.program_id(0) % blocks
+            tl.store(to, of_pixels[:, None], mask=whole)
         v_above, v_here, v_below = v_here, v_below, v_bias
         g_above, g_here, g_below = g_here, g_below, g_bias
 
@@ -128,3 +166,15 @@ def cases(target: tuple[int, int]) -> Iterator[Case]:
         for halo in (False, True):
             label = f"{model}, halo" if halo else model
             yield from trace_launches(label, target, depthwise_glu, x, weight, bias, halo)
+        yield from trace_launches(f"int8 {model}", target, depthwise_glu8, x, weight, bias)
+
+
+def checks(draw: Draw) -> Iterator[Check]:
+    for height, width, half in ((3, 5, 41), (9, 16, 64)):
+        weight, bias = draw(2 * half, 1, 3, 3, size=1 / 3), draw(2 * half)
+        for halo in (False, True):
+            x = draw(2, height + 2 * halo, width, 2 * half)
+            inputs = x, weight, bias, halo
+            yield Check("depthwise_glu", depthwise_glu, module.depthwise_glu, inputs)
+        rest = module.depthwise_glu8, (draw(2, height, width, 2 * half), weight, bias)
+        yield Check("depthwise_glu8", depthwise_glu8, *rest, QUANTISED)

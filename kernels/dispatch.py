@@ -13,12 +13,24 @@ from torch import Tensor
 
 MIN_CAPABILITY = (8, 0)  # Ampere: Triton generates no tensor-core code for older GPUs
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+meta_is_gpu = False  # set by `launch.meta_launches`
 
 
-def uses_triton(x: Tensor) -> bool:
-    """Whether kernels on `x` run in Triton. Autograd needs the torch operations."""
-    supported = x.is_cuda and x.dtype in DTYPES and not x.requires_grad
-    return supported and fallback_reason(x.device) is None
+def uses_triton(operation: str, x: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Whether an operation on `x`, one of `selfcheck.OPERATIONS`, runs in Triton.
+
+    `dtype` is that of the activations, if `x` are their values in 8 bits. Autograd needs the torch
+    operations. So does a GPU on which the kernel fails its check, which this waits for.
+    """
+    from sana_cli.kernels import selfcheck
+
+    if x.is_meta:
+        return meta_is_gpu
+    dtype = dtype or x.dtype
+    supported = x.is_cuda and dtype in DTYPES and not x.requires_grad
+    if not supported or fallback_reason(x.device) is not None:
+        return False
+    return selfcheck.passes(operation, x.device, dtype)
 
 
 @functools.cache
@@ -39,7 +51,10 @@ def fallback_reason(device: torch.device) -> str | None:
 
 def _missing_build_tool() -> str | None:
     """Return what Triton lacks to compile its launcher, a few lines of C, on first use."""
-    if not os.environ.get("CC") and not shutil.which("gcc") and not shutil.which("clang"):
+    chosen = os.environ.get("CC")
+    if chosen and not shutil.which(chosen):
+        return f"Triton needs a C compiler, and CC names {chosen}, which is not installed"
+    if not chosen and not shutil.which("gcc") and not shutil.which("clang"):
         return "Triton needs a C compiler, and neither gcc nor clang is installed"
     if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
         return "Triton needs Python.h, from a package such as python3-dev"

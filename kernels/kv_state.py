@@ -12,7 +12,7 @@ def kv_state(kv: Tensor, d: int) -> Tensor:
 
     The result is `linear_attention.attention_state`: Σ v φ(k)ᵀ, with Σ φ(k)ᵀ as the last row.
     """
-    if dispatch.uses_triton(kv):
+    if dispatch.uses_triton("kv_state", kv):
         from sana_cli.kernels import kv_state_triton
 
         return kv_state_triton.kv_state(kv, d)

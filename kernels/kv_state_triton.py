@@ -9,8 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sana_cli.kernels import kv_state as module
 from sana_cli.kernels.cases import Case, like
 from sana_cli.kernels.launch import launch, precision, trace_launches
+from sana_cli.kernels.selfcheck import Check, Draw
 
 TOKENS, STEP = 1024, 64  # tokens per program and per step
 LEAST = 16  # sides of the smallest matrix product
@@ -75,3 +77,9 @@ def kv_state_kernel(
 def cases(target: tuple[int, int]) -> Iterator[Case]:
     for heads in (32, 64):  # DC-AE's stages of 512 and 1024 channels, at two scales each
         yield from trace_launches(f"{heads} heads", target, kv_state, like(1, 8192, heads * 64), 32)
+
+
+def checks(draw: Draw) -> Iterator[Check]:
+    for tokens, heads in ((70, 3), (1030, 1), (128, 2)):
+        inputs = draw(2, tokens, heads * 64), 32
+        yield Check("kv_state", kv_state, module.kv_state, inputs)

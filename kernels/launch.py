@@ -7,10 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sana_cli.kernels import dispatch
 from sana_cli.kernels.cases import Case
 from sana_cli.kernels.dispatch import MIN_CAPABILITY
 
-_DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.uint8: "u8"}
+_DTYPES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.uint8: "u8",
+    torch.int8: "i8",
+}
 _traced: tuple[tuple[int, int], list[Case]] | None = None  # a capability and its launches
 
 
@@ -61,6 +68,17 @@ def trace_launches(
 
 
 @contextmanager
+def meta_launches(target: tuple[int, int]) -> Iterator[list[Case]]:
+    """Treat meta tensors as those of a GPU of capability `target`; yield its kernel launches."""
+    dispatch.meta_is_gpu = True
+    try:
+        with _tracing(target) as cases:
+            yield cases
+    finally:
+        dispatch.meta_is_gpu = False
+
+
+@contextmanager
 def _tracing(target: tuple[int, int]) -> Iterator[list[Case]]:
     global _traced
     cases: list[Case] = []
@@ -76,10 +94,11 @@ def _case(
 ) -> Case:
     """Return the specialisation that Triton compiles for a call: 1 and None become constants."""
     signature = dict.fromkeys(kernel.arg_names, "constexpr")
-    fixed, aligned = dict(constants), []
+    fixed, aligned, nbytes = dict(constants), [], {}
     for name, value in zip(kernel.arg_names, arguments, strict=False):
         if isinstance(value, Tensor):
             signature[name] = f"*{_DTYPES[value.dtype]}"
+            nbytes[name] = value.nbytes
         elif isinstance(value, float):
             signature[name] = "fp32"
         elif value is None or value == 1:
@@ -88,4 +107,4 @@ def _case(
             signature[name] = "i32" if value < 2**31 else "i64"
             if value % 16 == 0:
                 aligned.append(name)
-    return Case(kernel.__name__, kernel, signature, fixed, warps, stages, tuple(aligned))
+    return Case(kernel.__name__, kernel, signature, fixed, warps, stages, tuple(aligned), nbytes)

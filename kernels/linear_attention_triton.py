@@ -10,6 +10,7 @@ own location and a second kernel adds them up in a fixed order, so equal inputs 
 
 import itertools
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -17,12 +18,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sana_cli.kernels.cases import SIDES, WIDTHS, Case, like
+from sana_cli.kernels import linear_attention
+from sana_cli.kernels.cases import SIDES, WIDTHS, Case, like, like_rows8, like_weight8
 from sana_cli.kernels.launch import capability, launch, precision, trace_launches
 from sana_cli.kernels.linear_attention import EPS
 from sana_cli.kernels.projection_triton import ENOUGH, GROUP, tile_origin
+from sana_cli.kernels.rows8 import Rows8, Weight8, quantise, quantise_weight
+from sana_cli.kernels.rows8_triton import new_rows8, round_rows
+from sana_cli.kernels.selfcheck import QUANTISED, Check, Draw
 
-CHANNELS = 64
+CHANNELS = 64  # also those that share a scale in 8 bits
 
 
 class QKVBlocks(NamedTuple):
@@ -41,11 +46,18 @@ BY_CAPABILITY = {(8, 0): LARGE, (9, 0): LARGE, (10, 0): LARGE}
 FLOAT32 = QKVBlocks(32, 32, 4, 2)
 
 
+def qkv_shapes(x: Tensor) -> tuple[QKVBlocks, ...]:
+    """Return the block shapes for tokens x of any dtype."""
+    if x.dtype == torch.float32:
+        return (FLOAT32,)
+    if x.dtype == torch.int8:
+        return LARGE
+    return BY_CAPABILITY.get(capability(x.device), CONSUMER)
+
+
 def choose_qkv_blocks(x: Tensor, blocks: int) -> QKVBlocks:
     """Choose block shapes for tokens x (B, N, D) and a number of channel blocks."""
-    if x.dtype == torch.float32:
-        return FLOAT32
-    shapes = BY_CAPABILITY.get(capability(x.device), CONSUMER)
+    shapes = qkv_shapes(x)
     for shape in shapes:
         if len(x) * triton.cdiv(x.shape[1], shape.m) * blocks >= ENOUGH:
             return shape
@@ -53,16 +65,27 @@ def choose_qkv_blocks(x: Tensor, blocks: int) -> QKVBlocks:
 
 
 def project_qkv(
-    x: Tensor, weight: Tensor, heads: int, norm_k: Tensor | None, eps: float
+    x: Tensor | Rows8,
+    weight: Tensor | Weight8,
+    heads: int,
+    norm_k: Tensor | None,
+    eps: float,
+    shape: QKVBlocks | None = None,
 ) -> tuple[Tensor, Tensor]:
+    """`shape` is that of the size of x unless given."""
+    dtype, x_scales, weight_scales = x.dtype, None, None
+    if isinstance(x, Rows8):
+        x_scales, x = x.scales, x.values
+    if isinstance(weight, Weight8):
+        weight, weight_scales = weight
     x, weight = x.contiguous(), weight.contiguous()
     batch, n, width = x.shape
     features = len(weight) // 3
     d = features // heads
     blocks = triton.cdiv(features, CHANNELS)
-    m, step, warps, stages = choose_qkv_blocks(x, blocks)
+    m, step, warps, stages = shape or choose_qkv_blocks(x, blocks)
     tiles = triton.cdiv(n, m)
-    q = x.new_empty(batch, n, features)
+    q = x.new_empty(batch, n, features, dtype=dtype)
     sums = x.new_empty(batch, tiles, heads, d + 1, d, dtype=torch.float32)
     k = v = squares = None
     if norm_k is not None:
@@ -71,7 +94,8 @@ def project_qkv(
     launch(
         project_qkv_kernel,
         (tiles * blocks, batch),
-        *(x, weight, q, k, v, squares, None if norm_k is not None else sums, n, width, features),
+        *(x, x_scales, weight, weight_scales, q, k, v, squares),
+        *(None if norm_k is not None else sums, n, width, features),
         HEAD=d,
         BLOCK_M=m,
         CHANNELS=CHANNELS,
@@ -116,14 +140,25 @@ def sum_tiles(sums: Tensor) -> Tensor:
 
 
 def attend_tokens(q: Tensor, state: Tensor) -> Tensor:
+    out = q.new_empty(q.shape)
+    _attend(q, state, out, None)
+    return out
+
+
+def attend_tokens8(q: Tensor, state: Tensor) -> Rows8:
+    rows = new_rows8(q, tuple(q.shape[:2]), q.shape[2], grouped=True)
+    _attend(q, state, rows.values, rows.scales)
+    return rows
+
+
+def _attend(q: Tensor, state: Tensor, out: Tensor, scales: Tensor | None) -> None:
     q, state = q.contiguous(), state.contiguous()
     batch, n, features = q.shape
-    out = torch.empty_like(q)
     m = 32 if q.dtype == torch.float32 else 64
     launch(
         attend_tokens_kernel,
         (triton.cdiv(features, CHANNELS), triton.cdiv(n, m), batch),
-        *(q, state, out, n, features, EPS),
+        *(q, state, out, scales, n, features, EPS),
         HEAD=state.shape[-1],
         BLOCK_M=m,
         CHANNELS=CHANNELS,
@@ -131,19 +166,19 @@ def attend_tokens(q: Tensor, state: Tensor) -> Tensor:
         PRECISION=precision() if q.dtype == torch.float32 else "tf32",
         num_warps=4,
     )
-    return out
 
 
 @triton.jit
 def project_qkv_kernel(
-    x, weight, q, k, v, squares, sums, n, width, features,
+    x, x_scales, weight, weight_scales, q, k, v, squares, sums, n, width, features,
     HEAD: tl.constexpr, BLOCK_M: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_K: tl.constexpr,
     EVEN: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Compute q, k and v of BLOCK_M tokens and CHANNELS channels.
 
-    With `squares`, k and v are stored, and `squares` receives Σ k² over these channels. Without,
-    only the sums over k and v are.
+    With `x_scales` (batch, n) and `weight_scales` (3·features,), x and weight are int8. With
+    `squares`, k and v are stored, and `squares` receives Σ k² over these channels. Without, only
+    the sums over k and v are.
     """
     row, column = tile_origin(n, features, BLOCK_M, CHANNELS, GROUP)
     image = tl.program_id(1).to(tl.int64)
@@ -155,9 +190,10 @@ def project_qkv_kernel(
     q_at = weight + column.to(tl.int64) * width + near[None] * width + steps[:, None]
     k_at = q_at + features.to(tl.int64) * width
     v_at = k_at + features.to(tl.int64) * width
-    q_sum = tl.zeros((BLOCK_M, CHANNELS), tl.float32)
-    k_sum = tl.zeros((BLOCK_M, CHANNELS), tl.float32)
-    v_sum = tl.zeros((BLOCK_M, CHANNELS), tl.float32)
+    SUM: tl.constexpr = tl.float32 if x_scales is None else tl.int32
+    q_sum = tl.zeros((BLOCK_M, CHANNELS), SUM)
+    k_sum = tl.zeros((BLOCK_M, CHANNELS), SUM)
+    v_sum = tl.zeros((BLOCK_M, CHANNELS), SUM)
     for start in range(0, width, BLOCK_K):
         if EVEN:
             a, q_b, k_b, v_b = tl.load(x_at), tl.load(q_at), tl.load(k_at), tl.load(v_at)
@@ -167,14 +203,20 @@ def project_qkv_kernel(
             q_b = tl.load(q_at, mask=left[:, None], other=0.0)
             k_b = tl.load(k_at, mask=left[:, None], other=0.0)
             v_b = tl.load(v_at, mask=left[:, None], other=0.0)
-        q_sum = tl.dot(a, q_b, q_sum, input_precision=PRECISION)
-        k_sum = tl.dot(a, k_b, k_sum, input_precision=PRECISION)
-        v_sum = tl.dot(a, v_b, v_sum, input_precision=PRECISION)
+        q_sum = tl.dot(a, q_b, q_sum, input_precision=PRECISION, out_dtype=SUM)
+        k_sum = tl.dot(a, k_b, k_sum, input_precision=PRECISION, out_dtype=SUM)
+        v_sum = tl.dot(a, v_b, v_sum, input_precision=PRECISION, out_dtype=SUM)
         x_at += BLOCK_K
         q_at += BLOCK_K
         k_at += BLOCK_K
         v_at += BLOCK_K
     inside = (rows < n - row)[:, None] & (channels < features - column)[None]
+    if x_scales is not None:
+        of_rows = tl.load(x_scales + image * n + row + tl.minimum(rows, n - 1 - row))[:, None]
+        of_columns = weight_scales + column + near
+        q_sum = q_sum.to(tl.float32) * of_rows * tl.load(of_columns)[None]
+        k_sum = k_sum.to(tl.float32) * of_rows * tl.load(of_columns + features)[None]
+        v_sum = v_sum.to(tl.float32) * of_rows * tl.load(of_columns + 2 * features)[None]
     origin = (image * n + row) * features + column
     at = rows[:, None] * features + channels[None]
     dtype = q.dtype.element_ty
@@ -268,10 +310,13 @@ def sum_tiles_kernel(sums, state, tiles, size, BLOCK: tl.constexpr):
 
 @triton.jit
 def attend_tokens_kernel(
-    q, state, out, n, features, eps,
+    q, state, out, scales, n, features, eps,
     HEAD: tl.constexpr, BLOCK_M: tl.constexpr, CHANNELS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute numerators and denominators of several heads by two block-diagonal products."""
+    """Compute numerators and denominators of several heads by two block-diagonal products.
+
+    With `scales`, (batch, n, blocks of CHANNELS), out is int8 and as wide as all blocks.
+    """
     column, row = tl.program_id(0) * CHANNELS, tl.program_id(1) * BLOCK_M
     image = tl.program_id(2).to(tl.int64)
     rows, channel = tl.arange(0, BLOCK_M), tl.arange(0, CHANNELS)
@@ -288,7 +333,17 @@ def attend_tokens_kernel(
     query = tl.maximum(tl.load(q + origin + at, mask=inside, other=0.0).to(tl.float32), 0.0)
     above = tl.dot(query, values, input_precision=PRECISION)
     below = tl.dot(query, totals, input_precision=PRECISION) + eps
-    tl.store(out + origin + at, (above / below).to(out.dtype.element_ty), mask=inside)
+    if scales is None:
+        tl.store(out + origin + at, (above / below).to(out.dtype.element_ty), mask=inside)
+    else:
+        values, of_rows = round_rows(above / below)
+        blocks = tl.num_programs(0)
+        first = image * n + row
+        at = rows[:, None] * (blocks * CHANNELS) + channel[None]
+        mask = rows < n - row
+        tl.store(out + first * (blocks * CHANNELS) + column + at, values, mask=mask[:, None])
+        scales += first * blocks + tl.program_id(0)
+        tl.store(scales + rows * blocks, of_rows, mask=mask)
 
 
 def cases(target: tuple[int, int]) -> Iterator[Case]:
@@ -300,4 +355,34 @@ def cases(target: tuple[int, int]) -> Iterator[Case]:
             yield from trace_launches(label, target, project_qkv, x, weight, heads, None, 0.0)
             of = f"normed {label}"
             yield from trace_launches(of, target, project_qkv, x, weight, heads, norm, 1e-5)
-            yield from trace_launches(label, target, attend_tokens, x, state)
+            for function in (attend_tokens, attend_tokens8):
+                of = f"{function.__name__} {label}"
+                yield from trace_launches(of, target, function, x, state)
+            x8, weight8 = like_rows8(x), like_weight8(weight)
+            of = f"int8 {label}"
+            yield from trace_launches(of, target, project_qkv, x8, weight8, heads, None, 0.0)
+            of = f"int8 normed {label}"
+            yield from trace_launches(of, target, project_qkv, x8, weight8, heads, norm, 1e-5)
+
+
+def checks(draw: Draw) -> Iterator[Check]:
+    # As many heads as the models have: `sum_normed_kernel` reads the squares of all of them.
+    for tokens, width, heads in ((135, 81, 7), (160, 192, 36), (3, 192, 70)):
+        x, norm = draw(1, tokens, width), draw(32 * heads)
+        weight = draw(3 * 32 * heads, width, size=width**-0.5)
+        rows, weight8 = quantise(x, grouped=False), quantise_weight(weight)
+        for name, tokens_, matrix, shapes in (
+            ("project_qkv", x, weight, qkv_shapes(x)),
+            ("project_qkv8", rows, weight8, qkv_shapes(rows.values)),
+        ):
+            for shape in shapes:
+                fused, definition = partial(project_qkv, shape=shape), linear_attention.project_qkv
+                yield Check(name, fused, definition, (tokens_, matrix, heads, None, 0.0))
+                yield Check(name, fused, definition, (tokens_, matrix, heads, norm, 1e-5))
+    for tokens, heads in ((135, 3), (160, 4)):
+        state = draw(2, heads, 33, 32).float()
+        state[:, :, -1] = state[:, :, -1].abs() * 10
+        inputs = draw(2, tokens, 32 * heads), state
+        yield Check("attend_tokens", attend_tokens, linear_attention.attend_tokens, inputs)
+        rest = linear_attention.attend_tokens8, inputs, QUANTISED
+        yield Check("attend_tokens8", attend_tokens8, *rest)

@@ -15,7 +15,7 @@ def aggregate(window: Tensor, depth: Tensor, point: Tensor, out: Tensor) -> Tens
     window (B, h + 2·reach, w, C) has a halo of reach >= k // 2 rows above and below, zeros at the
     borders of the map. Left and right are padded with zeros here.
     """
-    if dispatch.uses_triton(window):
+    if dispatch.uses_triton("aggregate", window):
         from sana_cli.kernels import multiscale_triton
 
         return multiscale_triton.aggregate(window, depth, point, out)

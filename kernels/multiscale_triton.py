@@ -12,16 +12,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sana_cli.kernels import multiscale
 from sana_cli.kernels.cases import Case, like
 from sana_cli.kernels.launch import launch, precision, trace_launches
+from sana_cli.kernels.selfcheck import Check, Draw
 
 ROWS, COLUMNS = 8, 16  # of a tile
 MIN_GROUP = 16  # sides of the smallest matrix product
 
 
 def aggregate(window: Tensor, depth: Tensor, point: Tensor, out: Tensor) -> Tensor:
-    if window.stride(3) != 1 or out.stride(3) != 1:
-        raise ValueError("the channels of a pixel must be contiguous")
+    if window.stride(3) != 1:
+        window = window.contiguous()
+    if out.stride(3) != 1:
+        return out.copy_(aggregate(window, depth, point, out.contiguous()))
     batch, height, width, channels = out.shape
     kernel, group = depth.shape[-1], point.shape[1]
     above = (window.shape[1] - height) // 2 - kernel // 2
@@ -98,3 +102,12 @@ def cases(target: tuple[int, int]) -> Iterator[Case]:
             yield from trace_launches(
                 f"{channels} {label}", target, aggregate, window, *weights, out
             )
+
+
+def checks(draw: Draw) -> Iterator[Check]:
+    for height, width, groups in ((9, 17, 3), (16, 16, 2)):
+        c = 32 * groups
+        weights = draw(c, 1, 5, 5, size=1 / 5), draw(c, 32, 1, 1, size=32**-0.5)
+        out = draw(2, height, width, 2 * c)[..., c:]
+        inputs = draw(2, height + 4, width, c), *weights, out
+        yield Check("aggregate", aggregate, multiscale.aggregate, inputs)

@@ -8,6 +8,7 @@ so that those that run at the same time share rows and columns, which they then 
 
 import itertools
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -15,8 +16,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sana_cli.kernels.cases import SIDES, WIDTHS, Case, like
+from sana_cli.kernels import projection
+from sana_cli.kernels.cases import SIDES, WIDTHS, Case, like, like_rows8, like_weight8
 from sana_cli.kernels.launch import capability, launch, precision, trace_launches
+from sana_cli.kernels.rows8 import Rows8, Weight8, quantise, quantise_weight
+from sana_cli.kernels.rows8_triton import Blocks8, block_shapes8, choose_blocks8, matmul_tile8
+from sana_cli.kernels.selfcheck import Check, Draw
 
 
 class Blocks(NamedTuple):
@@ -39,45 +44,81 @@ CONSUMER = (Blocks(128, 128, 64, 8, 4), *SMALL)
 LARGE = (Blocks(128, 256, 64, 8, 3), Blocks(128, 128, 64, 8, 4), *SMALL)
 BY_CAPABILITY = {(8, 0): LARGE, (9, 0): LARGE, (10, 0): LARGE}
 FLOAT32 = Blocks(64, 64, 32, 4, 3)
+SILU_WIDEST = 256  # columns of a tile
+RESIDUAL_WIDEST = 128  # the tile of x leaves no registers for more
 HALF_MAX: tl.constexpr = tl.constexpr(65504.0)
 GROUP = 8  # rows of tiles that are traversed together
 
 
+def block_shapes(x: Tensor, widest: int) -> list[Blocks]:
+    """Return the block shapes for a result like x with tiles of at most `widest` columns."""
+    if x.dtype == torch.float32:
+        return [FLOAT32]
+    shapes = BY_CAPABILITY.get(capability(x.device), CONSUMER)
+    return [blocks for blocks in shapes if blocks.n <= widest]
+
+
 def choose_blocks(x: Tensor, m: int, n: int, widest: int) -> Blocks:
     """Choose block shapes for an m x n result like x, with tiles of at most `widest` columns."""
-    if x.dtype == torch.float32:
-        return FLOAT32
-    shapes = BY_CAPABILITY.get(capability(x.device), CONSUMER)
-    for blocks in shapes:
-        enough = triton.cdiv(m, blocks.m) * triton.cdiv(n, blocks.n) >= ENOUGH
-        if blocks.n <= widest and enough:
+    *larger, last = block_shapes(x, widest)
+    for blocks in larger:
+        if triton.cdiv(m, blocks.m) * triton.cdiv(n, blocks.n) >= ENOUGH:
             return blocks
-    return shapes[-1]
+    return last
 
 
-def linear_silu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    x = x.contiguous()
+def linear_silu(
+    x: Tensor | Rows8,
+    weight: Tensor | Weight8,
+    bias: Tensor,
+    blocks: Blocks | Blocks8 | None = None,
+) -> Tensor:
+    """`blocks` are those of the size of the result unless given."""
+    bias = bias.contiguous()
+    if isinstance(x, Rows8):
+        assert isinstance(weight, Weight8)
+        out = bias.new_empty(*x.values.shape[:-1], len(weight.values))
+        _launch8(linear_silu8_kernel, x, weight, (bias, out), blocks)
+        return out
+    assert isinstance(weight, Tensor)
     out = x.new_empty(*x.shape[:-1], len(weight))
-    _launch(linear_silu_kernel, x, weight, (bias, out), 256)
+    _launch(linear_silu_kernel, x.contiguous(), weight, (bias, out), SILU_WIDEST, blocks)
     return out
 
 
 def gated_residual_linear_(
-    x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor | None
+    x: Tensor,
+    y: Tensor | Rows8,
+    weight: Tensor | Weight8,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    blocks: Blocks | Blocks8 | None = None,
 ) -> Tensor:
+    """`blocks` are those of the size of the result unless given."""
     if not x.is_contiguous():
-        raise ValueError("x is updated in place and must be contiguous")
-    # The tile of x leaves no registers for more than 128 columns.
-    _launch(gated_residual_linear_kernel, y.contiguous(), weight, (bias, gate, x), 128)
+        return x.copy_(gated_residual_linear_(x.contiguous(), y, weight, bias, gate, blocks))
+    bias, gate = (None if part is None else part.contiguous() for part in (bias, gate))
+    rest = bias, gate, x
+    if isinstance(y, Rows8):
+        assert isinstance(weight, Weight8)
+        _launch8(gated_residual_linear8_kernel, y, weight, rest, blocks)
+        return x
+    assert isinstance(weight, Tensor)
+    _launch(gated_residual_linear_kernel, y.contiguous(), weight, rest, RESIDUAL_WIDEST, blocks)
     return x
 
 
 def _launch(
-    kernel: triton.JITFunction, x: Tensor, weight: Tensor, rest: tuple, widest: int
+    kernel: triton.JITFunction,
+    x: Tensor,
+    weight: Tensor,
+    rest: tuple,
+    widest: int,
+    blocks: Blocks | Blocks8 | None,
 ) -> None:
     n, k = weight.shape
     m = x.numel() // k
-    blocks = choose_blocks(x, m, n, widest)
+    blocks = blocks or choose_blocks(x, m, n, widest)
     launch(
         kernel,
         (triton.cdiv(m, blocks.m) * triton.cdiv(n, blocks.n),),
@@ -93,6 +134,33 @@ def _launch(
     )
 
 
+def _launch8(
+    kernel: triton.JITFunction,
+    x: Rows8,
+    weight: Weight8,
+    rest: tuple,
+    blocks: Blocks | Blocks8 | None,
+) -> None:
+    n, k = weight.values.shape
+    m = x.values.numel() // k
+    blocks = blocks or choose_blocks8(x, m, n)
+    assert isinstance(blocks, Blocks8)
+    launch(
+        kernel,
+        (triton.cdiv(m, blocks.m) * triton.cdiv(n, blocks.n * blocks.parts),),
+        *(x.values.contiguous(), x.scales.contiguous(), weight.values, weight.scales),
+        *(*rest, m, n, k),
+        BLOCK_M=blocks.m,
+        BLOCK_N=blocks.n,
+        BLOCK_K=blocks.k,
+        PARTS=blocks.parts,
+        GROUPED=x.scales.shape[-1] > 1,
+        GROUP=GROUP,
+        num_warps=blocks.warps,
+        num_stages=blocks.stages,
+    )
+
+
 @triton.jit
 def linear_silu_kernel(
     x, weight, bias, out, m, n, k,
@@ -101,6 +169,35 @@ def linear_silu_kernel(
 ):  # fmt: skip
     row, column = tile_origin(m, n, BLOCK_M, BLOCK_N, GROUP)
     y = matmul_tile(x, weight, row, column, m, n, k, BLOCK_M, BLOCK_N, BLOCK_K, EVEN, PRECISION)
+    store_silu(y, bias, out, row, column, m, n, BLOCK_M, BLOCK_N)
+
+
+@triton.jit
+def linear_silu8_kernel(
+    x, x_scales, weight, weight_scales, bias, out, m, n, k,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
+    GROUPED: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    row, column = tile_origin(m, n, BLOCK_M, BLOCK_N * PARTS, GROUP)
+    y, z = matmul_tile8(
+        x, x_scales, weight, row, column, m, n, k, BLOCK_M, BLOCK_N, BLOCK_K, PARTS, GROUPED
+    )  # fmt: skip
+    y = scaled(y, weight_scales, column, n, BLOCK_N)
+    store_silu(y, bias, out, row, column, m, n, BLOCK_M, BLOCK_N)
+    if PARTS == 2:
+        z = scaled(z, weight_scales, column + BLOCK_N, n, BLOCK_N)
+        store_silu(z, bias, out, row, column + BLOCK_N, m, n, BLOCK_M, BLOCK_N)
+
+
+@triton.jit
+def scaled(y, weight_scales, column, n, BLOCK_N: tl.constexpr):
+    """Multiply a tile by the scales of its columns."""
+    columns = tl.arange(0, BLOCK_N)
+    return y * tl.load(weight_scales + column + columns, mask=columns < n - column, other=0.0)[None]
+
+
+@triton.jit
+def store_silu(y, bias, out, row, column, m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     columns = tl.arange(0, BLOCK_N)
     rows = tl.arange(0, BLOCK_M)
     right = columns < n - column
@@ -118,6 +215,30 @@ def gated_residual_linear_kernel(
 ):  # fmt: skip
     row, column = tile_origin(m, n, BLOCK_M, BLOCK_N, GROUP)
     z = matmul_tile(y, weight, row, column, m, n, k, BLOCK_M, BLOCK_N, BLOCK_K, EVEN, PRECISION)
+    add_gated(z, bias, gate, x, row, column, m, n, BLOCK_M, BLOCK_N)
+
+
+@triton.jit
+def gated_residual_linear8_kernel(
+    y, y_scales, weight, weight_scales, bias, gate, x, m, n, k,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
+    GROUPED: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    row, column = tile_origin(m, n, BLOCK_M, BLOCK_N * PARTS, GROUP)
+    a, b = matmul_tile8(
+        y, y_scales, weight, row, column, m, n, k, BLOCK_M, BLOCK_N, BLOCK_K, PARTS, GROUPED
+    )  # fmt: skip
+    a = scaled(a, weight_scales, column, n, BLOCK_N)
+    add_gated(a, bias, gate, x, row, column, m, n, BLOCK_M, BLOCK_N)
+    if PARTS == 2:
+        b = scaled(b, weight_scales, column + BLOCK_N, n, BLOCK_N)
+        add_gated(b, bias, gate, x, row, column + BLOCK_N, m, n, BLOCK_M, BLOCK_N)
+
+
+@triton.jit
+def add_gated(
+    z, bias, gate, x, row, column, m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
     columns = tl.arange(0, BLOCK_N)
     rows = tl.arange(0, BLOCK_M)
     right = columns < n - column
@@ -180,6 +301,8 @@ def cases(target: tuple[int, int]) -> Iterator[Case]:
             e = 5 * d // 2  # hidden width of the feed-forward; with the gate it has twice that
             wide = like(*x.shape[:2], e)
             yield from trace_launches(label, target, linear_silu, x, like(2 * e, d), like(2 * e))
+            up = like_rows8(x), like_weight8(like(2 * e, d)), like(2 * e)
+            yield from trace_launches(f"int8 {label}", target, linear_silu, *up)
             for name, y, bias, gate in (
                 ("self", x, like(d), like(d)),
                 ("cross", x, like(d), None),
@@ -190,3 +313,43 @@ def cases(target: tuple[int, int]) -> Iterator[Case]:
                 yield from trace_launches(
                     of, target, gated_residual_linear_, x, y, weight, bias, gate
                 )
+                if name != "cross":
+                    of = f"int8 {of}"
+                    eight = like_rows8(y, grouped=True), like_weight8(weight)
+                    yield from trace_launches(
+                        of, target, gated_residual_linear_, x, *eight, bias, gate
+                    )
+
+
+def checks(draw: Draw) -> Iterator[Check]:
+    # No tile and no step of the sum is full, then every step is; and sizes are multiples of 16.
+    for tokens, width, wide in ((35, 97, 131), (40, 192, 144)):
+        x, weight, bias = draw(2, tokens, width), draw(wide, width, size=width**-0.5), draw(wide)
+        for blocks in block_shapes(x, SILU_WIDEST):
+            fused = partial(linear_silu, blocks=blocks)
+            yield Check("linear_silu", fused, projection.linear_silu, (x, weight, bias))
+        y, x, gate = x, draw(2, tokens, wide), draw(wide)
+        for blocks in block_shapes(x, RESIDUAL_WIDEST):
+            fused = partial(gated_residual_linear_, blocks=blocks)
+            definition = projection.gated_residual_linear_
+            for b, g in ((bias, gate), (bias, None), (None, gate), (None, None)):
+                inputs = x, y, weight, b, g
+                yield Check("gated_residual_linear_", fused, definition, inputs)
+    yield from checks8(draw)
+
+
+def checks8(draw: Draw) -> Iterator[Check]:
+    # Rows in 8 bits end with whole groups. A step has one, or two where the scales allow it.
+    for tokens, width, wide in ((35, 100, 131), (40, 150, 144)):
+        y, weight = draw(2, tokens, width), quantise_weight(draw(wide, width, size=width**-0.5))
+        x, bias, gate = draw(2, tokens, wide), draw(wide), draw(wide)
+        rows = quantise(y, grouped=False)
+        for blocks in block_shapes8(rows):
+            fused = partial(linear_silu, blocks=blocks)
+            yield Check("linear_silu8", fused, projection.linear_silu, (rows, weight, bias))
+        rows, definition = quantise(y, grouped=True), projection.gated_residual_linear_
+        for blocks in block_shapes8(rows):
+            fused = partial(gated_residual_linear_, blocks=blocks)
+            for b, g in ((bias, gate), (None, gate)):
+                inputs = x, rows, weight, b, g
+                yield Check("gated_residual_linear8_", fused, definition, inputs)

@@ -15,7 +15,7 @@ def conv_to_rgb(
     window (1, h + 2, W, C), token-major, with a halo of one row above and below, zeros at the
     borders of the image; weight (3, C, 3, 3), bias (3,). Left and right are padded with zeros here.
     """
-    if dispatch.uses_triton(window):
+    if dispatch.uses_triton("conv_to_rgb", window):
         from sana_cli.kernels import rgb_triton
 
         return rgb_triton.conv_to_rgb(window, weight, bias, left, width)

@@ -14,8 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sana_cli.kernels import rgb
 from sana_cli.kernels.cases import Case, like
 from sana_cli.kernels.launch import launch, precision, trace_launches
+from sana_cli.kernels.selfcheck import Check, Draw
 
 PIXELS = 128
 BYTES = 128  # of a pixel's channels, per step
@@ -35,7 +37,7 @@ def conv_to_rgb(
         conv_to_rgb_kernel,
         (tiles, rows - 2),
         # In the order in which the kernel reads them.
-        *(window, weight.permute(2, 3, 1, 0).contiguous(), bias, pixels, extremes),
+        *(window, weight.permute(2, 3, 1, 0).contiguous(), bias.contiguous(), pixels, extremes),
         *(whole, channels, left, width),
         EVEN=channels % step == 0,
         PIXELS=PIXELS,
@@ -96,3 +98,12 @@ def cases(target: tuple[int, int]) -> Iterator[Case]:
     for side in (1024, 4096):
         window, weight = like(1, 18, side, 128), like(3, 128, 3, 3)
         yield from trace_launches(str(side), target, conv_to_rgb, window, weight, like(3), 0, side)
+
+
+def checks(draw: Draw) -> Iterator[Check]:
+    for height, width, channels, left in ((3, 131, 41, 5), (2, 144, 128, 0)):
+        weight = draw(3, channels, 3, 3, size=0.1 * channels**-0.5)
+        window, bias = draw(1, height + 2, width, channels), draw(3, size=0.1)
+        inputs = window, weight, bias, left, width - 2 * left
+        # A value between two levels may be rounded to either.
+        yield Check("conv_to_rgb", conv_to_rgb, rgb.conv_to_rgb, inputs, least=50.0)

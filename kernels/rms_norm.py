@@ -19,10 +19,11 @@ def rms_norm(
 ) -> Tensor:
     """act(x / rms(x) · weight + bias) + residual, in place; x is returned.
 
-    x and residual (..., C), contiguous, of any float dtype; weight and bias (C,). The mean square
-    is computed in float32 (float64 for float64). `activation` is one of ACTIVATIONS.
+    x and residual (..., C), of any float dtype and layout, fastest if contiguous; weight and bias
+    (C,). The mean square is computed in float32 (float64 for float64). `activation` is one of
+    ACTIVATIONS.
     """
-    if dispatch.uses_triton(x):
+    if dispatch.uses_triton("rms_norm", x):
         from sana_cli.kernels import rms_norm_triton
 
         return rms_norm_triton.rms_norm(x, weight, bias, eps, residual, activation)

@@ -8,8 +8,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sana_cli.kernels import rms_norm as module
 from sana_cli.kernels.cases import Case, like
 from sana_cli.kernels.launch import launch, trace_launches
+from sana_cli.kernels.selfcheck import Check, Draw
 
 VALUES = 4096  # per program
 
@@ -22,15 +24,16 @@ def rms_norm(
     residual: Tensor | None,
     activation: str | None,
 ) -> Tensor:
-    if not x.is_contiguous():
-        raise ValueError("x is updated in place and must be contiguous")
+    if not x.is_contiguous():  # as convolutions may return it
+        return x.copy_(rms_norm(x.contiguous(), weight, bias, eps, residual, activation))
     channels = x.shape[-1]
     rows, block = x.numel() // channels, triton.next_power_of_2(channels)
     rows_per_program = max(1, VALUES // block)
     launch(
         rms_norm_kernel,
         (triton.cdiv(rows, rows_per_program),),
-        *(x, weight, bias, None if residual is None else residual.contiguous()),
+        *(x, weight.contiguous(), bias.contiguous()),
+        None if residual is None else residual.contiguous(),
         *(rows, channels, eps),
         ACTIVATION=activation,
         ROWS=rows_per_program,
@@ -69,3 +72,14 @@ def cases(target: tuple[int, int]) -> Iterator[Case]:
         yield from trace_launches(str(channels), target, rms_norm, x, weight, weight, 1e-5, x, None)
     x, weight = like(1, 16, 4096, 128), like(128)
     yield from trace_launches("head", target, rms_norm, x, weight, weight, 1e-5, None, "relu")
+
+
+def checks(draw: Draw) -> Iterator[Check]:
+    for pixels, c in ((7, 101), (33, 128), (16, 256), (5, 512), (3, 1024)):
+        x, weight, bias = draw(1, 2, pixels, c, size=3.0), draw(c), draw(c)
+        inputs = x, weight, bias, 1e-5
+        for rest in ((draw(*x.shape), None), (None, "relu"), (None, "silu")):
+            yield Check("rms_norm", rms_norm, module.rms_norm, (*inputs, *rest))
+    # Channels first, as a convolution may return it.
+    x = draw(1, 64, 3, 5).movedim(1, -1)
+    yield Check("rms_norm", rms_norm, module.rms_norm, (x, draw(64), draw(64), 1e-5, None, None))

@@ -15,6 +15,7 @@ import typer
 from sana_cli import __version__
 from sana_cli.commands import batch, bench, config, doctor, generate, info, models, serve
 from sana_cli.commands._defaults import Defaults, origins
+from sana_cli.commands._help import Command, Group
 from sana_cli.errors import DiskFull, NotEnoughMemory, SanaError, UsageError
 from sana_cli.system.devices import is_out_of_memory
 from sana_cli.system.signals import exit_at_once
@@ -36,18 +37,19 @@ ELSEWHERE = {
 }
 
 app = typer.Typer(
+    cls=Group,
     name="sana",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="rich",
 )
-app.command()(generate.generate)
+app.command(cls=Command)(generate.generate)
 app.add_typer(batch.app, name="batch")
-app.command()(serve.serve)
-app.command()(bench.bench)
-app.command()(info.info)
-app.command()(doctor.doctor)
+app.command(cls=Command)(serve.serve)
+app.command(cls=Command)(bench.bench)
+app.command(cls=Command)(info.info)
+app.command(cls=Command)(doctor.doctor)
 app.add_typer(models.app, name="models")
 app.add_typer(config.app, name="config")
 

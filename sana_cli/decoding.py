@@ -71,7 +71,7 @@ def _in_utf8(chunks: Iterable[bytes]) -> Iterator[bytes]:
         decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
         raise NotText(
-            f"this begins as UTF-16 text and goes on as none: {error.reason}", "save it as UTF-8"
+            f"the text begins as UTF-16 but is not valid UTF-16: {error.reason}", "save it as UTF-8"
         ) from None
 
 

@@ -48,6 +48,7 @@ class Recipe:
     pag: float | None = None  # scale of perturbed-attention guidance; None for none
     pag_layer: int | None = None  # the transformer block that it perturbs
     pag_adaptive: float | None = None  # decrease of the scale per timestep; None for none
+    quant: str | None = None  # "w8a8"; None where all products are in `dit_dtype`
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields, for JSON."""

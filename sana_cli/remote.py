@@ -26,12 +26,13 @@ from sana_cli.errors import (
 from sana_cli.images.files import UPLOADS, encode, read
 from sana_cli.images.metadata import Metadata
 from sana_cli.pipeline.events import Event, Failure, ImageDone, Notice, Preview, Progress
-from sana_cli.recipe import Recipe
+from sana_cli.recipe import Recipe, adapters_of
 from sana_cli.reporter import Reporter
 from sana_cli.resolve import Inputs, Resolution, Role, Sampler
 from sana_cli.session import DrawRequest, Session
-from sana_cli.settings import Settings, declared, flag, is_path
+from sana_cli.settings import Settings, declared
 from sana_cli.weights.catalogue import Model
+from sana_cli.weights.lora_choice import split_scale
 
 if TYPE_CHECKING:
     import httpx2
@@ -56,7 +57,10 @@ class RemoteResolution(Resolution):
         drawn = self.drawn
         return Sampler(drawn.solver, drawn.steps, drawn.guidance, drawn.strength, self.warnings)
 
-    def recipe(self, files: Any, device: str, seed: int) -> Recipe:
+    def all_warnings(self, files: Any, device: str, memory: int | None = None) -> tuple[str, ...]:
+        return self.warnings
+
+    def recipe(self, files: Any, device: str, seed: int, memory: int | None = None) -> Recipe:
         return replace(self.drawn, prompt=self.settings.prompt, seed=seed)
 
 
@@ -70,7 +74,7 @@ class RemoteSession(Session):
 
         self.url = url.rstrip("/").removesuffix("/v1")
         if not self.url.startswith(("http://", "https://")):
-            raise UsageError(f"--server {url} is no URL", "write http://127.0.0.1:7262")
+            raise UsageError(f"--server {url} is not a URL", "write http://127.0.0.1:7262")
         try:
             self._client = httpx2.Client(
                 base_url=self.url,
@@ -79,7 +83,7 @@ class RemoteSession(Session):
                 trust_env=not is_local(self.url),  # a proxy does not lead to this machine
             )
         except (httpx2.InvalidURL, ValueError, UnicodeError) as error:
-            raise UsageError(f"--server {url} is no URL: {error}") from None
+            raise UsageError(f"--server {url} is not a URL: {error}") from None
         self._made = ("", "")  # the device and the version of torch there
         self._resolved: dict[Settings, RemoteResolution] = {}  # by settings, whatever the prompt
         self._asked: dict[Recipe, Settings] = {}  # by recipes, whatever the prompt and the seed
@@ -110,11 +114,6 @@ class RemoteSession(Session):
     # --- resolve -------------------------------------------------------------------------------
 
     def resolve(self, settings: Settings, inputs: Inputs) -> RemoteResolution:
-        for name, one in declared(Settings).items():
-            given = getattr(settings, name) != one.default
-            if given and one.repeated and is_path(one):
-                text = f"{flag(name)} cannot be sent to a server"
-                raise UsageError(text, "leave out --server, or the option")
         for name in self._files(settings):  # read, and reported, as they are here
             inputs.add(getattr(settings, name), ROLES[name])
         key = replace(settings, prompt="-")
@@ -123,13 +122,18 @@ class RemoteSession(Session):
                 answer.read()
                 document = _json(answer.text)
             self._resolved[key] = self._read(document, settings)
-        return replace(self._resolved[key], settings=settings)
+        found = replace(self._resolved[key], settings=settings)
+        for text, adapter in zip(settings.lora, adapters_of(found.drawn), strict=True):
+            inputs.loras[adapter.sha256] = Path(split_scale(text)[0])  # what it is called there
+        return found
 
     def _read(self, document: Any, settings: Settings) -> RemoteResolution:
         try:
             drawn = Recipe(**document["recipes"][0])
-            told = document["model"]
-            model = Model(told["name"], licence=told["licence"], folder=told["source"])
+            described = document["model"]
+            model = Model(
+                described["name"], licence=described["licence"], folder=described["source"]
+            )
             self._made = document["device"], document["torch"]
             warnings = tuple(document["warnings"])
         except (KeyError, TypeError, IndexError):
@@ -155,7 +159,8 @@ class RemoteSession(Session):
         inputs = Inputs() if inputs is None else inputs
         resolved = [self.resolve(one, inputs) for one in settings]
         recipes = [one.recipe(None, "", seed) for one in resolved for seed in seeds]
-        model, warnings = resolved[0].model, resolved[0].warnings
+        notes = [note for image in inputs.images() for note in image.notes]
+        model, warnings = resolved[0].model, (*notes, *resolved[0].warnings)
         return DrawRequest(model, self.open(model), recipes, inputs, warnings)
 
     def plan(self, request: DrawRequest, *, predict: bool = False) -> Any:
@@ -256,11 +261,9 @@ class RemoteSession(Session):
         path, content = "/v1/images/generations", {"json": body}
         if files:
             path = "/v1/images/edits"
-            form = {
-                k: str(v).lower() if v is True or v is False else str(v) for k, v in body.items()
-            }
+            form = {k: _words(v) for k, v in body.items()}
             content = {"data": form, "files": files}
-        told = False
+        announced = False
         while True:
             try:
                 request = self._client.build_request("POST", path, **content)  # type: ignore[arg-type]
@@ -280,9 +283,9 @@ class RemoteSession(Session):
                 wait = answer.headers.get("Retry-After", "5")
             finally:
                 answer.close()
-            if not told:
+            if not announced:
                 self.reporter.info("the server's queue is full; waiting for room")
-                told = True
+                announced = True
             time.sleep(min(int(wait) if wait.isdigit() else 5, SILENT_SECONDS))
 
     def _error(self, document: Any, status: int = 500) -> SanaError:
@@ -292,14 +295,14 @@ class RemoteSession(Session):
             return SanaError(f"the server at {self.url} wants a token", "set SANA_TOKEN to it")
         if not isinstance(error, dict):
             return self._stranger()
-        told = error.get("sana") or {
+        details = error.get("sana") or {
             "message": f"the server at {self.url} says: {error.get('message')}",
             "hint": None,
             "exit_code": UsageError.exit_code if status in (400, 413) else SanaError.exit_code,
         }
         try:
-            kind = KINDS.get(told["exit_code"], SanaError)
-            return kind(str(told["message"]), told["hint"])
+            kind = KINDS.get(details["exit_code"], SanaError)
+            return kind(str(details["message"]), details["hint"])
         except (KeyError, TypeError):
             return self._stranger()
 
@@ -337,6 +340,13 @@ def pixels_of(data: Any) -> "np.ndarray":
 
     with Image.open(io.BytesIO(base64.b64decode(data["b64_json"])), formats=("PNG",)) as image:
         return np.asarray(image)
+
+
+def _words(value: Any) -> str | list[str]:
+    """A value in a form."""
+    if isinstance(value, tuple):
+        return [str(one) for one in value]
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _json(text: str) -> Any:

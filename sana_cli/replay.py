@@ -14,7 +14,7 @@ CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 DIRECT = (
     *("prompt", "negative", "model", "fit", "steps", "guidance", "solver"),
     *("pag", "pag_layer", "pag_adaptive"),
-    *("control_scale", "controlnet", "vae"),
+    *("control_scale", "controlnet", "vae", "quant"),
 )
 TEXT_PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "int8": "int8"}
 

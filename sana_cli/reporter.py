@@ -29,11 +29,12 @@ class TransferReporter(Protocol):
 
 
 class Reporter(Protocol):
-    """A receiver for the choices, details, warnings and downloads of a call."""
+    """A receiver for the choices, details, warnings and downloads of a call, and its questions."""
 
     def info(self, text: str) -> None: ...
     def detail(self, text: str) -> None: ...
     def warn(self, text: str) -> None: ...
+    def confirm(self, question: str) -> bool: ...
     def transfer(self) -> AbstractContextManager[TransferReporter]: ...
 
 
@@ -51,6 +52,9 @@ class LogReporter:
         while frame.f_back and frame.f_code.co_filename.startswith(PACKAGE):
             level, frame = level + 1, frame.f_back
         warnings.warn(text, stacklevel=level)  # attributed to the line that called the package
+
+    def confirm(self, question: str) -> bool:
+        return True  # a program has asked for it already
 
     def transfer(self) -> AbstractContextManager[TransferReporter]:
         return nullcontext(self)

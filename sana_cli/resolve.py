@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from sana_cli.errors import SanaError, UsageError
-from sana_cli.images.files import check_upload, read
-from sana_cli.images.masks import Margins, parse_outpaint, read_mask
+from sana_cli.images.files import Loaded, check_upload, load, rgb
+from sana_cli.images.masks import Margins, parse_outpaint, to_mask
 from sana_cli.instruction import INSTRUCTION
 from sana_cli.recipe import Adapter, Recipe
 from sana_cli.settings import Settings
@@ -60,6 +60,8 @@ class InputImage:
     width: int
     height: int
     convention: str = ""  # of a mask: what is repainted
+    turned: bool = False  # upright, by its EXIF
+    notes: tuple[str, ...] = ()  # what of it was not used, for the user
 
 
 class Inputs(Mapping[str, "np.ndarray"]):
@@ -71,8 +73,7 @@ class Inputs(Mapping[str, "np.ndarray"]):
 
     def __init__(self) -> None:
         self._inputs: dict[str, InputImage] = {}
-        # By role, path, size and time of change.
-        self._by_file: dict[tuple[str, str, int, int], InputImage] = {}
+        self._by_file: dict[tuple[object, ...], InputImage] = {}  # by role, path and state
         self._uploads: dict[str, bytes] = {}  # files that are in memory, by name
         self._last: dict[str, tuple[str, np.ndarray]] = {}  # by role
         self.loras: dict[str, Path] = {}  # files by SHA-256
@@ -84,7 +85,7 @@ class Inputs(Mapping[str, "np.ndarray"]):
     def add_bytes(self, name: str, data: bytes) -> None:
         """Put the bytes of an image file under a name, by which `add` finds it.
 
-        UsageError, which names the option `name`, if it is no image or a very large one.
+        UsageError, which names the option `name`, if it is not an image, or too large.
         """
         check_upload(data, f"--{name}")
         self._uploads[name] = data
@@ -96,24 +97,29 @@ class Inputs(Mapping[str, "np.ndarray"]):
         if path not in self._uploads:
             with contextlib.suppress(OSError, ValueError):  # reading tells what is wrong
                 state = os.stat(os.path.expanduser(path))
-                file = role, path, state.st_size, state.st_mtime_ns
+                # Copies that keep the time, as by rsync, differ in the file or its change time.
+                times = state.st_mtime_ns, state.st_ctime_ns
+                file = role, path, state.st_size, state.st_ino, *times
         if file is not None and file in self._by_file:
             return self._by_file[file]
-        pixels, convention = self._read(path, role)
+        loaded, pixels, convention = self._read(path, role)
         sha256 = hashlib.sha256(pixels.tobytes()).hexdigest()
         self._last[role] = sha256, pixels
         height, width = pixels.shape[:2]
-        image = InputImage(role, path, sha256, width, height, convention)
+        more = convention, loaded.turned, tuple(loaded.notes)
+        image = InputImage(role, path, sha256, width, height, *more)
         self._inputs[sha256] = image
         if file is not None:
             self._by_file[file] = image
         return image
 
-    def _read(self, path: str, role: Role) -> "tuple[np.ndarray, str]":
+    def _read(self, path: str, role: Role) -> "tuple[Loaded, np.ndarray, str]":
         data = self._uploads.get(path)
         if role in ("init", "control"):
-            return read(path, data), ""
-        return read_mask(path, alpha=role == "alpha", data=data)
+            loaded = load(path, data, "--image" if role == "init" else "--control")
+            return loaded, rgb(loaded, path), ""
+        loaded = load(path, data, "--mask")
+        return loaded, *to_mask(loaded, path, alpha=role == "alpha")
 
     def images(self) -> list[InputImage]:
         """All images that were added, each once."""
@@ -123,7 +129,7 @@ class Inputs(Mapping[str, "np.ndarray"]):
         """SanaError if the file has other pixels now than when it was added."""
         image = self._inputs[sha256]
         if self._last.get(image.role, ("",))[0] != sha256:
-            pixels, _ = self._read(image.path, image.role)
+            _, pixels, _ = self._read(image.path, image.role)
             if hashlib.sha256(pixels.tobytes()).hexdigest() != sha256:
                 raise SanaError(f"--image {image.path} has changed since this run began")
             self._last[image.role] = sha256, pixels
@@ -153,6 +159,12 @@ class Resolution:
     loras: tuple[LoraChoice, ...] = ()
     adapters: tuple[Adapter, ...] | None = None  # of the LoRAs, once their files are here
 
+    @property
+    def notes(self) -> list[str]:
+        """What of the input images is not used, for the user; of each file once."""
+        images = filter(None, (self.image, self.mask, self.control))
+        return list(dict.fromkeys(note for image in images for note in image.notes))
+
     def sampler(self, files: "ModelFiles | None" = None) -> Sampler:
         """Resolve the sampler. `files` are needed where only they tell what kind the model is."""
         model = self.model
@@ -165,11 +177,35 @@ class Resolution:
         request = self.request or SizeRequest(side=side)
         return choose_canvas(request, self.aspect, self.settings.fit, side, self.model.squares)
 
-    def recipe(self, files: "ModelFiles", device: str, seed: int) -> Recipe:
+    def text_precision(
+        self, files: "ModelFiles", device: str, memory: int | None = None
+    ) -> tuple[str, str | None]:
+        """Return the precision of the text encoder and a warning; `memory` is the user's limit."""
         from sana_cli.system.devices import choose_dtypes, choose_text_precision
 
+        asked = self.settings
+        text_dtype, _, _ = choose_dtypes(asked.dtype, device, self.model.dtype)
+        return choose_text_precision(
+            *(asked.text_precision, asked.dtype, text_dtype, device),
+            *(files.text.linear_weights, memory),
+        )
+
+    def all_warnings(
+        self, files: "ModelFiles", device: str, memory: int | None = None
+    ) -> tuple[str, ...]:
+        """Return the warnings about the inputs, the sampler and the choices for a device."""
+        _, warning = self.text_precision(files, device, memory)
+        return (*self.notes, *self.sampler(files).warnings, *([warning] if warning else []))
+
+    def recipe(
+        self, files: "ModelFiles", device: str, seed: int, memory: int | None = None
+    ) -> Recipe:
+        """Return a recipe for a device; `memory` is the user's limit, in bytes."""
+        from sana_cli.system.devices import choose_dtypes
+
         asked, model, sampler = self.settings, self.model, self.sampler(files)
-        text_dtype, dit_dtype, vae_dtype = choose_dtypes(asked.dtype, device, model.dtype)
+        text_dtype, _ = self.text_precision(files, device, memory)
+        _, dit_dtype, vae_dtype = choose_dtypes(asked.dtype, device, model.dtype)
         instructed = model.instruction if asked.instruction is None else asked.instruction
         canvas = self.canvas(model.side or files.side)
         return Recipe(
@@ -188,10 +224,7 @@ class Resolution:
             fit=asked.fit,
             model=model.name,
             revision=commit_of(model),
-            text_dtype=choose_text_precision(
-                *(asked.text_precision, asked.dtype, text_dtype, device),
-                files.text.linear_weights,
-            ),
+            text_dtype=text_dtype,
             dit_dtype=dit_dtype,
             vae_dtype=vae_dtype,
             image=self.image.sha256 if self.image else None,
@@ -204,6 +237,7 @@ class Resolution:
             control_scale=self._control_scale(),
             controlnet=self.controlnet.name if self.controlnet else None,
             vae=self.vae.name if self.vae else None,
+            quant=None if asked.quant == "none" else asked.quant,
             **self._pag(files),
         )
 
@@ -225,9 +259,11 @@ class Resolution:
             )
         return {"pag": asked.pag, "pag_layer": layer, "pag_adaptive": asked.pag_adaptive or None}
 
-    def recipes(self, files: "ModelFiles", device: str, seeds: Sequence[int]) -> list[Recipe]:
+    def recipes(
+        self, files: "ModelFiles", device: str, seeds: Sequence[int], memory: int | None = None
+    ) -> list[Recipe]:
         """One recipe for every seed; everything else is resolved once."""
-        first = self.recipe(files, device, seeds[0])
+        first = self.recipe(files, device, seeds[0], memory)
         return [first, *(replace(first, seed=seed) for seed in seeds[1:])]
 
 

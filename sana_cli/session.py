@@ -20,6 +20,7 @@ from sana_cli.settings import Settings
 from sana_cli.weights.catalogue import Model
 from sana_cli.weights.fetch import fetch_lora, open_component, open_or_fetch
 from sana_cli.weights.hub_cache import find_parts
+from sana_cli.weights.vocabulary import unknown_words, unknown_words_warning
 
 if TYPE_CHECKING:
     from sana_cli.images.metadata import Metadata
@@ -39,6 +40,8 @@ class DrawRequest:
     recipes: "list[Recipe]"
     inputs: Inputs = field(default_factory=Inputs)
     warnings: tuple[str, ...] = ()
+    latents: bool = False  # yielded after every step
+    decoded: bool = True  # into images; without, the last latents are the result
 
     def lora_names(self) -> list[tuple[str, float]]:
         """The file and the scale of every LoRA, in order."""
@@ -86,6 +89,17 @@ class Session:
             self.reporter.detail("kernels: {} path, as {}".format(*chosen_path(self._device)))
         return self._device
 
+    def move(self, device: str) -> None:
+        """Draw on another device from now on. UsageError if it is not here."""
+        from sana_cli.system.devices import choose_device
+
+        with self.exclusive():
+            choose_device(device)
+            if device == self._asked_device:
+                return
+            self.close()
+            self._asked_device, self._device = device, None
+
     @property
     def networks(self) -> "Networks":
         """The networks that are loaded."""
@@ -101,7 +115,7 @@ class Session:
         return cache_folder() if self.cache else None
 
     def metadata(self, recipe: "Recipe") -> "Metadata":
-        """What a file of this recipe, drawn here, says of itself."""
+        """The metadata of a file of this recipe, drawn here."""
         import torch
 
         from sana_cli.images.metadata import Metadata
@@ -196,8 +210,13 @@ class Session:
         files = self.with_components(first, files, dry_run=dry_run)
         adapters = self.with_loras(first, inputs, files).adapters
         resolutions = [replace(one, adapters=adapters) for one in resolutions]
-        recipes = [r for one in resolutions for r in one.recipes(files, self.device, seeds)]
-        return DrawRequest(first.model, files, recipes, inputs, first.sampler(files).warnings)
+        chosen = files, self.device, seeds, self.memory
+        recipes = [r for one in resolutions for r in one.recipes(*chosen)]
+        warnings = first.all_warnings(files, self.device, self.memory)
+        texts = [text for one in settings for text in (one.prompt, one.negative)]
+        if files is not None and (unknown := unknown_words(texts, files.parts)):
+            warnings = *warnings, unknown_words_warning(first.model.name, unknown)
+        return DrawRequest(first.model, files, recipes, inputs, warnings)
 
     def plan(self, request: DrawRequest, *, predict: bool = False) -> "Plan":
         """Plan how this machine draws a request, and report it.
@@ -220,13 +239,23 @@ class Session:
             held=held,
             overhead=self._overhead,
         )
-        for text in request.warnings:
+        for text in (*request.warnings, *self._about_quantisation(request)):
             self.reporter.warn(text)
         if plan.describe() != self._described:  # of a batch, once and not for every round
             self._described = plan.describe()
             for text in self._described:
                 self.reporter.info(text)
         return plan
+
+    def _about_quantisation(self, request: DrawRequest) -> Iterator[str]:
+        """Warn where 8-bit products are no faster than others."""
+        from sana_cli.kernels.rows8 import chosen_products
+
+        quant = request.recipes[0].quant
+        if quant is not None:
+            fast, reason = chosen_products(self.device, request.files.dit.width)
+            if not fast:
+                yield f"--quant {quant} is no faster on this machine: {reason}"
 
     # --- draw ----------------------------------------------------------------------------------
 
@@ -272,6 +301,8 @@ class Session:
                     loras=request.inputs.loras,
                     cache=self.cache_folder(),
                     previews=previews,
+                    latents=request.latents,
+                    decoded=request.decoded,
                 )
             finally:
                 self._is_drawing = False

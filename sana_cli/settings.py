@@ -16,7 +16,8 @@ from sana_cli.errors import UsageError
 from sana_cli.units import parse_memory
 
 LONGEST_PROMPT = 20_000  # characters; the models read 300 tokens of them
-DRAWING, FILES, RUNNING = None, "Files", "Running"  # panels of --help
+EVERYDAY = None  # the options that --help shows; the panels below it are shown by --help-all
+DRAWING, FILES, RUNNING = "Drawing", "Files", "Running"
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Option:
     metavar: str | None = None
     choices: tuple[str, ...] = ()
     bounds: tuple[float, float] | None = None  # both inclusive
-    panel: str | None = DRAWING
+    panel: str | None = DRAWING  # of --help
     off: bool = True  # whether a switch has a --no- form
     column: bool = True  # may be set by a row of a batch
     kept: bool = True  # may be kept by `sana config` and SANA_* variables
@@ -58,13 +59,17 @@ class Settings:
     prompt: str
     res: str | None = option(
         None,
+        panel=EVERYDAY,
         flag="-r",
         metavar="SIZE",
         help="512, 1024, 2048, 4096, 1k, 2k, 4k, or an exact size such as 1280x720."
         " [dim]default: what the model draws; 1024 if none is named[/dim]",
     )
     ar: str | None = option(
-        None, metavar="W:H", help="Aspect ratio, as in 16:9; not with an exact size."
+        None,
+        metavar="W:H",
+        help="Aspect ratio, as in 16:9; not with an exact size.",
+        panel=EVERYDAY,
     )
     fit: str = option(
         "trained",
@@ -74,6 +79,7 @@ class Settings:
     )
     model: str | None = option(
         None,
+        panel=EVERYDAY,
         flag="-m",
         metavar="NAME|FOLDER",
         complete="model",
@@ -81,15 +87,17 @@ class Settings:
         help="A model's name, a folder in the diffusers layout, or OWNER/NAME on the hub."
         " [dim]default: by --res[/dim]",
     )
-    negative: str = option("", metavar="TEXT", help="What to steer away from.")
+    negative: str = option("", metavar="TEXT", help="What to steer away from.", panel=EVERYDAY)
     steps: int | None = option(
         None,
+        panel=EVERYDAY,
         metavar="N",
         bounds=(1, 1000),
         help="Denoising steps. [dim]default: 20; 2 for Sprint[/dim]",
     )
     guidance: float | None = option(
         None,
+        panel=EVERYDAY,
         flag="-g",
         metavar="SCALE",
         bounds=(0, 100),
@@ -103,6 +111,7 @@ class Settings:
     )
     image: str | None = option(
         None,
+        panel=EVERYDAY,
         metavar="FILE",
         kept=False,  # kept, it would start every image from the same one
         upload=True,
@@ -110,6 +119,7 @@ class Settings:
     )
     strength: float | None = option(
         None,
+        panel=EVERYDAY,
         metavar="0-1",
         bounds=(0.01, 1),
         kept=False,  # it means nothing without an image
@@ -125,6 +135,7 @@ class Settings:
     )
     mask: str | None = option(
         None,
+        panel=EVERYDAY,
         metavar="FILE|alpha",
         kept=False,
         upload=True,
@@ -139,6 +150,7 @@ class Settings:
     )
     lora: tuple[str, ...] = option(
         (),
+        panel=EVERYDAY,
         metavar="FILE|REPO[/FILE][:SCALE]",
         kept=False,  # a list has no form in variables and one-line settings
         help="Add a LoRA, at a scale if not 1; may be repeated. OWNER/NAME is one on the hub.",
@@ -203,13 +215,21 @@ class Settings:
         at_load=True,
         help="Precision of the networks.",
     )
+    quant: str = option(
+        "none",
+        choices=("none", "w8a8"),
+        panel=RUNNING,
+        at_load=True,
+        help="[b]w8a8[/b]: the transformer's large matrix products in 8 bits, which changes the"
+        " image slightly. `sana doctor` tells whether it is faster here.",
+    )
     text_precision: str = option(
         "auto",
         choices=("auto", "int8", "bf16", "fp32"),
         panel=RUNNING,
         at_load=True,
         help="Precision of the text encoder, whatever --dtype says. [dim]auto: int8 for a"
-        " large one on an NVIDIA GPU, else as the rest[/dim]",
+        " large one on a small NVIDIA GPU, else as the rest[/dim]",
     )
 
     def __post_init__(self) -> None:
@@ -243,6 +263,7 @@ class Seeds:
 
     count: int | None = option(
         None,
+        panel=EVERYDAY,
         flag="-n",
         metavar="N",
         kept=False,  # scripts read one path
@@ -250,6 +271,7 @@ class Seeds:
     )
     seed: str | None = option(
         None,
+        panel=EVERYDAY,
         flag="-s",
         metavar="SEED",
         kept=False,  # kept, it would draw the same image every time
@@ -264,8 +286,8 @@ class FileOptions:
 
     force: bool = option(
         False,
+        panel=EVERYDAY,
         flag="-f",
-        panel=FILES,
         off=False,
         column=False,
         http=False,
@@ -274,8 +296,8 @@ class FileOptions:
     )
     format: str | None = option(
         None,
+        panel=EVERYDAY,
         choices=("png", "jpeg", "webp", "avif"),
-        panel=FILES,
         column=False,
         http=False,
         help="[dim]default: by the output's suffix, else png[/dim]",

@@ -8,8 +8,9 @@ import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
+import typer
 from rich.console import Console as RichConsole
 from rich.live import Live
 from rich.markup import escape
@@ -30,6 +31,10 @@ from rich.theme import Theme
 
 from sana_cli.errors import SanaError
 
+if TYPE_CHECKING:
+    from sana_cli.pipeline.events import Event
+
+STAGES = ("encode", "image", "denoise", "decode")  # that have a bar
 NAME_COLUMNS = 12  # of facts, two of them blank
 # Colours of the terminal's own palette, readable on light and on dark; the default colours of
 # Rich's bars are for dark backgrounds.
@@ -48,8 +53,12 @@ THEME = Theme(
 class Console:
     """The reporter of the command line; `quiet` leaves only errors."""
 
-    def __init__(self, quiet: bool = False, verbose: bool = False, color: bool = True) -> None:
+    def __init__(
+        self, quiet: bool = False, verbose: bool = False, color: bool = True, asks: bool = False
+    ) -> None:
+        """`asks` is whether a person at a terminal is asked before something large happens."""
         self.quiet, self.verbose = quiet, verbose
+        self.asks = asks and not quiet and sys.stdin.isatty() and sys.stderr.isatty()
         self.rich = RichConsole(
             stderr=True, no_color=None if color else True, highlight=False, theme=THEME
         )
@@ -72,6 +81,15 @@ class Console:
     def warn(self, text: str) -> None:
         if not self.quiet:
             self.rich.print(f"[yellow]warning:[/yellow] {escape(text)}", soft_wrap=True)
+
+    def confirm(self, question: str) -> bool:
+        """Ask a yes-no question on a terminal; elsewhere the answer is yes."""
+        if not self.asks:
+            return True
+        try:
+            return typer.confirm(question, default=True, err=True)
+        except typer.Abort:  # the input has ended
+            return False
 
     def line(self, text: str) -> None:
         """Print a line even when quiet, as the context of an error."""
@@ -139,6 +157,13 @@ class StageBars(_LiveBars):
         with self.paused():
             sys.stdout.write(f"{line}\n")
             sys.stdout.flush()
+
+    def show(self, event: "Event") -> None:
+        """Show the progress that an event reports, if its stage has a bar."""
+        from sana_cli.pipeline import events
+
+        if isinstance(event, events.Progress) and event.stage in self.tasks:
+            self.update(event.stage, event.done, event.total)
 
     def update(self, stage: str, done: int, total: int) -> None:
         task = self.tasks[stage]

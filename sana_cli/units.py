@@ -13,6 +13,13 @@ def gigabytes(count: int) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
+def rough_time(seconds: float) -> str:
+    """Format a time to one unit: "40 s", "10 min", "1.2 h"."""
+    if seconds < 90:
+        return f"{max(seconds, 1):.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
+
+
 def parse_memory(text: str) -> int | None:
     """Parse `6GB`, `512M` or `2.5GiB` to bytes; "auto" to None. UsageError for anything else."""
     word = text.strip().lower()

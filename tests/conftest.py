@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, is_hypothesis_test, settings
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 # Set before any import of the libraries that read them once.
-os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "0" if os.environ.get("SANA_TEST_WEIGHTS") == "pull" else "1"
 os.environ["NO_COLOR"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
@@ -24,8 +24,10 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# Nor may a developer's own standing choices change what is tested: there is no such file.
-for name in [name for name in os.environ if name.startswith("SANA_")]:
+# Nor may a developer's own standing choices change what is tested: there is no such file. Which
+# commits of released weights are here is no choice; the tests marked `weights` need it.
+KEPT = ("SANA_TEST_WEIGHTS", "SANA_DATA_DIR")
+for name in [name for name in os.environ if name.startswith("SANA_") and name not in KEPT]:
     del os.environ[name]
 os.environ["SANA_CONFIG"] = f"{tempfile.gettempdir()}/sana-tests-{os.getpid()}/config.toml"
 
@@ -51,6 +53,12 @@ def pytest_configure(config: pytest.Config) -> None:
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"
     settings.load_profile("exhaustive" if is_exhaustive(config) else "default")
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist, whose default is one worker for a core
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """Two workers for a core, as many tests wait for a process or a socket; not at full sizes."""
+    return None if is_exhaustive(config) else 2 * (os.cpu_count() or 1)
 
 
 @pytest.hookimpl(tryfirst=True)

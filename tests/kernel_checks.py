@@ -1,4 +1,4 @@
-"""Where the Triton kernels run in tests, and how near they must be to the torch lines in float64.
+"""Where the Triton kernels run in tests, and memory in which unwritten elements show.
 
 With a GPU the compiled kernels run, without one Triton's interpreter on the CPU (see conftest).
 """
@@ -19,18 +19,6 @@ DEVICE = "cuda" if ON_GPU else "cpu"
 MIN_TRITON = None if ON_GPU else "3.9"
 # The interpreter treats the bits of bfloat16 as integers.
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if ON_GPU else [])]
-# Minimum signal to noise in dB, against the torch lines in float64. A result rounded once to p bits
-# has about 6·p + 6 dB: 150 in float32 (p = 24), 72 in float16 (11), 54 in bfloat16 (8). Like torch,
-# kernels round k up to three times and v once before their product, which costs 6 dB. A state in
-# tf32 has 80 dB, a float32 sum of thousands of terms 130. One wrong element in 10,000 leaves 40 dB.
-LEAST = {torch.float32: 125.0, torch.float16: 62.0, torch.bfloat16: 44.0}
-
-
-def decibels(found: Tensor, true: Tensor) -> float:
-    """Signal to noise of `found`."""
-    assert found.shape == true.shape
-    noise = (found.double() - true).square().sum()
-    return (10 * torch.log10(true.square().sum() / noise)).item() if noise else math.inf
 
 
 def poison_allocations(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,14 +16,20 @@ CODE = re.compile(rb"\033\[([?\d;]*)([A-Za-z])|(\r?\n)|(\r)|([^\033\r\n]+)")
 
 
 def at_terminal(
-    command: list[str], width: int = 80, height: int = 24, results: bool = True, **options
+    command: list[str],
+    width: int = 80,
+    height: int = 24,
+    results: bool = True,
+    typed: bytes = b"",
+    **options,
 ) -> tuple[int, bytes, bytes]:
     """Exit code, what came to the terminal, and what came to stdout if `results` is not set.
 
-    stderr is the terminal, and stdout too unless it is a pipe.
+    stderr is the terminal, and stdout too unless it is a pipe. `typed` is typed ahead.
     """
     leader, follower = os.openpty()
     fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", height, width, 0, 0))
+    os.write(leader, typed)
     stdout = follower if results else subprocess.PIPE
     process = subprocess.Popen(
         command, stdin=follower, stdout=stdout, stderr=follower, close_fds=True, **options

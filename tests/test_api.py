@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -24,6 +25,7 @@ from sana_cli.images.metadata import recipe_of
 from sana_cli.pipeline.events import Progress
 from sana_cli.settings import Settings
 from sana_cli.system.signals import exit_by_exception
+from terminal import at_terminal
 
 PROMPT = "a red circle on a blue background"
 
@@ -106,8 +108,14 @@ def test_the_recipe_can_be_left_out(circle, tmp_path, name, word):
         recipe_of(str(tmp_path / name))
 
 
-def test_what_is_made_of_a_picture_has_no_recipe(circle, tmp_path):
-    for image in (circle.copy(), circle.resize((64, 64)), circle.convert("L")):
+def test_copies_and_other_modes_of_a_picture_keep_its_recipe(circle, tmp_path):
+    for image in (circle.copy(), copy.copy(circle), circle.convert("L"), circle.convert("RGB")):
+        image.save(tmp_path / "a.png")
+        assert recipe_of(str(tmp_path / "a.png"))[0] == circle.recipe.as_dict()
+
+
+def test_a_picture_with_other_pixels_has_no_recipe(circle):
+    for image in (circle.resize((64, 64)), circle.crop((0, 0, 64, 64)), circle.rotate(90)):
         assert not isinstance(image, SanaImage)
 
 
@@ -178,6 +186,30 @@ def test_it_draws_in_a_thread(circle):
     thread.start()
     thread.join()
     assert drawn[0].tobytes() == circle.tobytes()
+
+
+BARS = """
+from sana_cli import Pipeline
+pipeline = Pipeline("demo", cache=False)
+pipeline.generate("a red star", seed=1, steps=2, progress=False)
+print("silent until here")
+pipeline.generate("a red star", seed=1, steps=2)
+"""
+
+
+def test_bars_are_shown_on_a_terminal_unless_they_are_not_wanted():
+    _, seen, _ = at_terminal([sys.executable, "-P", "-c", BARS], 80, 24)
+    before, after = seen.split(b"silent until here")
+    assert before == b""
+    assert re.search(rb"denoise.*2/2", after)
+
+
+def test_a_pipeline_and_a_picture_say_what_they_are(circle):
+    assert repr(circle) == f"<SanaImage 512x512 RGB, demo, seed 7: '{PROMPT}'>"
+    pipeline = Pipeline("demo", cache=False, device="cpu", dtype="float32")
+    assert repr(pipeline) == "<Pipeline demo on cpu, dtype='float32': nothing loaded>"
+    pipeline.generate("a red star", seed=1, steps=1, res=256)
+    assert re.search("text_encoder, transformer, decoder loaded .* MB", repr(pipeline))
 
 
 PROGRAM = """

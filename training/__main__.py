@@ -5,9 +5,7 @@ CPU cores. `--estimate` times a few steps of each stage and prints how long a ru
 """
 
 import argparse
-import json
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -18,7 +16,7 @@ from training.arithmetic import keep_freed_memory
 from training.estimate import estimate
 from training.export import export
 from training.loop import Machine
-from training.settings import PRESETS, Settings, with_changes
+from training.settings import PRESETS, changed_settings, with_changes
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -57,19 +55,6 @@ def main(words: list[str] | None = None) -> None:
     dit = diffusion.train_transformer(run, settings, machine, seed, vae, tokenizer, encoder)
     vae = autoencoder.finetune_decoder(run, settings, machine, seed, vae)
     export(run, options.out or run / "model", settings, vae, encoder, dit)
-
-
-def changed_settings(path: Path, settings: Settings, seed: int) -> list[str]:
-    """Name the settings that differ from those the run was started with; record them if it is new.
-
-    Settings that do not change the result are ignored: workers, intervals of saving and logging.
-    """
-    now = json.loads(json.dumps(asdict(settings) | {"seed": seed}))
-    if not path.is_file():
-        path.write_text(json.dumps(now, indent=2) + "\n")
-    started = json.loads(path.read_text())
-    free = {"workers", "save_seconds", "log_every"}
-    return [name for name in now if name not in free and started.get(name) != now[name]]
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from training.scenes import FLYING, SAILING, Group, Scene, named_colours
 
 CANDIDATES = 5
 TEMPERATURE = 0.25
+NONSENSE = 0.25
 Pick = Callable[..., str]
 
 NOUNS = {
@@ -105,9 +106,12 @@ def score(caption: Caption, scene: Scene) -> float:
     return named / len(all_facts(scene))
 
 
-def caption(scene: Scene, rng: np.random.Generator) -> Caption:
-    """Sample one of several captions by their scores (paper §4, CLIP-score-based sampler)."""
-    found = [candidate(scene, rng) for _ in range(CANDIDATES)]
+def caption(scene: Scene, rng: np.random.Generator, nonsense: float = NONSENSE) -> Caption:
+    """Sample one of several captions by their scores (paper §4, CLIP-score-based sampler).
+
+    A share `nonsense` of them has random letters at one end.
+    """
+    found = [candidate(scene, rng, nonsense) for _ in range(CANDIDATES)]
     weights = np.exp(np.array([score(one, scene) for one in found]) / TEMPERATURE)
     return found[int(rng.choice(CANDIDATES, p=weights / weights.sum()))]
 
@@ -117,7 +121,7 @@ def picker(rng: np.random.Generator) -> Pick:
     return lambda options: str(options[int(rng.integers(len(options)))])
 
 
-def candidate(scene: Scene, rng: np.random.Generator) -> Caption:
+def candidate(scene: Scene, rng: np.random.Generator, nonsense: float = NONSENSE) -> Caption:
     """Write a caption of random length, order and wording; all that it states is true."""
     pick = picker(rng)
     facts: dict[str, str] = {}
@@ -154,7 +158,7 @@ def candidate(scene: Scene, rng: np.random.Generator) -> Caption:
     else:
         what = pick((" and ", " and ", ", ", " with ")).join(names)
     text = _sentence(what, where, time, groups, scene, pick, rng)
-    return Caption(_with_nonsense(text, rng) if rng.random() < 0.25 else text, facts)
+    return Caption(_with_nonsense(text, rng) if rng.random() < nonsense else text, facts)
 
 
 def _facts_of(group: Group, index: int) -> dict[str, str]:

@@ -41,7 +41,7 @@ MIN_SKY, MIN_LAND = 0.5, 0.6  # least shares of explained pixels
 
 
 @dataclass(frozen=True)
-class Found:
+class Detection:
     """A detected object: its kind and colour, the centre of its box, and its overlap."""
 
     kind: str
@@ -57,7 +57,7 @@ class Seen:
     land: str | None
     moon: bool
     stars: int
-    objects: tuple[Found, ...]
+    objects: tuple[Detection, ...]
 
 
 def check(facts: dict[str, str], pixels: np.ndarray) -> dict[str, bool]:
@@ -254,7 +254,7 @@ def _squares(pixels: np.ndarray, palette: np.ndarray) -> np.ndarray:
     return np.maximum(squares - 2 * pixels @ palette.T, 0)
 
 
-def _objects(mask: np.ndarray, details: dict[str, np.ndarray], colour: str) -> list[Found]:
+def _objects(mask: np.ndarray, details: dict[str, np.ndarray], colour: str) -> list[Detection]:
     found = []
     labels, count = ndimage.label(mask)
     sizes = np.bincount(labels.ravel())[1:]
@@ -269,7 +269,7 @@ def _objects(mask: np.ndarray, details: dict[str, np.ndarray], colour: str) -> l
             rows, columns = window
             x = (columns.start + columns.stop) / 2 / mask.shape[1]
             y = (rows.start + rows.stop) / 2 / mask.shape[0]
-            found.append(Found(kind, colour, x, y, overlap[kind]))
+            found.append(Detection(kind, colour, x, y, overlap[kind]))
     return found
 
 
@@ -319,11 +319,11 @@ def _templates() -> dict[str, tuple[np.ndarray, np.ndarray | None]]:
 # --- places --------------------------------------------------------------------------------
 
 
-def place_of(thing: Found) -> str:
+def place_of(thing: Detection) -> str:
     return min(PLACES, key=lambda place: abs(AT[place] - thing.x))
 
 
-def _in_relation(relation: str, first: list[Found], second: list[Found]) -> bool:
+def _in_relation(relation: str, first: list[Detection], second: list[Detection]) -> bool:
     dx = np.mean([t.x for t in second]) - np.mean([t.x for t in first])
     dy = np.mean([t.y for t in second]) - np.mean([t.y for t in first])
     along, across = along_and_across(relation, dx, dy)

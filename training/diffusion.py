@@ -6,6 +6,7 @@ where it is cheap.
 """
 
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -29,6 +30,7 @@ from training.world import Sample, describe, draw, objects_at, training_sample
 
 PART = 1024  # latents in one file of the bank
 ENCODED = 16  # images drawn and encoded at once
+Paint = Callable[[Sample, int], np.ndarray]  # a sample and a side to uint8 RGB (side, side, 3)
 
 
 @cache  # every image of the bank gets a new caption dozens of times
@@ -36,12 +38,20 @@ def bank_sample(seed: int, side: int, number: int) -> Sample:
     return training_sample(np.random.default_rng((seed, 4, side, number)))
 
 
-def _draw_chunk(seed: int, side: int, images: int, chunk: int) -> np.ndarray:
+def _draw_chunk(paint: Paint, seed: int, side: int, images: int, chunk: int) -> np.ndarray:
     numbers = range(chunk * ENCODED, min((chunk + 1) * ENCODED, images))
-    return np.stack([draw(bank_sample(seed, side, i), side) for i in numbers])
+    return np.stack([paint(bank_sample(seed, side, i), side) for i in numbers])
 
 
-def bank(folder: Path, vae: DCAE, machine: Machine, seed: int, side: int, images: int) -> Tensor:
+def bank(
+    folder: Path,
+    vae: DCAE,
+    machine: Machine,
+    seed: int,
+    side: int,
+    images: int,
+    paint: Paint = draw,
+) -> Tensor:
     """Return latents (images, 32, side/32, side/32) on the device; they are cached on disk."""
     parts = []
     for start in range(0, images, PART):
@@ -50,7 +60,7 @@ def bank(folder: Path, vae: DCAE, machine: Machine, seed: int, side: int, images
             chunks = range(start // ENCODED, -(-min(start + PART, images) // ENCODED))
             rows = []
             for pixels in prefetch(
-                partial(_draw_chunk, seed, side, images), chunks, machine.workers
+                partial(_draw_chunk, paint, seed, side, images), chunks, machine.workers
             ):
                 with torch.inference_mode(), autocast(machine.device):
                     rows.append(vae.encode(to_image(pixels, machine.device)).float().cpu())
@@ -129,10 +139,26 @@ def build(config: DiTConfig, text_scale: float) -> DiT:
     return fuse(model)
 
 
-def sample_sigmas(count: int, shift: float, device: str) -> Tensor:
+def sample_sigmas(count: int, shift: float, device: torch.device) -> Tensor:
     """Draw logit-normal noise levels, shifted towards noise like the sampler's schedule."""
     sigma = torch.sigmoid(torch.randn(count, device=device))
     return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def flow_matching(
+    model: DiT, encoder: Gemma2Model, bank: Bank, shift: float, batch: Sequence[np.ndarray]
+) -> Losses:
+    """Return the loss of a batch: indices into the bank, and ids and mask of their captions."""
+    device = bank.latents.device
+    chosen, ids, mask = (torch.from_numpy(part).to(device) for part in batch)
+    with torch.no_grad():
+        text = encoder(ids, attention_mask=mask, use_cache=False).last_hidden_state
+    clean, weight = bank.latents[chosen], bank.weight[chosen]
+    noise, sigma = torch.randn_like(clean), sample_sigmas(len(clean), shift, device)
+    mixed = torch.lerp(clean, noise, sigma[:, None, None, None])
+    velocity = model(mixed, sigma * 1000, model.project_text(text), mask.bool())
+    squares = (velocity.float() - (noise - clean)).square().mean(1)
+    return {"loss": (weight * squares).mean() / weight.mean(), "plain": squares.mean()}
 
 
 @dataclass
@@ -157,19 +183,11 @@ class Cascade:
         return self._stage("high", model, s.high_steps, s.high_rate, s.low_every)
 
     def _stage(self, name: str, model: DiT, steps: int, rate: float, low_every: int) -> Stage:
-        s, device = self.settings, self.machine.device
+        s = self.settings
 
         def losses(batch: tuple[int, np.ndarray, np.ndarray, np.ndarray]) -> Losses:
             side, *rest = batch
-            chosen, ids, mask = (torch.from_numpy(part).to(device) for part in rest)
-            with torch.no_grad():
-                text = self.encoder(ids, attention_mask=mask, use_cache=False).last_hidden_state
-            clean, weight = self.banks[side].latents[chosen], self.banks[side].weight[chosen]
-            noise, sigma = torch.randn_like(clean), sample_sigmas(len(clean), s.flow_shift, device)
-            mixed = torch.lerp(clean, noise, sigma[:, None, None, None])
-            velocity = model(mixed, sigma * 1000, model.project_text(text), mask.bool())
-            squares = (velocity.float() - (noise - clean)).square().mean(1)
-            return {"loss": (weight * squares).mean() / weight.mean(), "plain": squares.mean()}
+            return flow_matching(model, self.encoder, self.banks[side], s.flow_shift, rest)
 
         stream = 5 if low_every == 1 else 6
         batches = CaptionedBatches(s, self.seed, stream, self.tokenizer, low_every)

@@ -12,7 +12,9 @@ from transformers import Gemma2Model
 
 from sana_cli.models.dc_ae import DCAE
 from sana_cli.models.dit import DiT
+from sana_cli.weights.vocabulary import FILE
 from training.settings import Settings
+from training.vocabulary import as_json, vocabulary
 
 
 def export(
@@ -51,6 +53,7 @@ def export(
         "vae": ["diffusers", "AutoencoderDC"],
     }
     _write_json(partial / "model_index.json", index)
+    (partial / FILE).write_text(as_json(vocabulary()))
     shutil.rmtree(target, ignore_errors=True)
     partial.rename(target)
 

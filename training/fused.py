@@ -30,7 +30,8 @@ def fuse(dit: DiT) -> DiT:
 
 class FusedLinearAttention(LinearAttention):
     def forward(self, x: Tensor) -> Tensor:
-        if x.shape[-1] // self.heads in TRITON_HEADS and dispatch.uses_triton(x.detach()):
+        fits = x.shape[-1] // self.heads in TRITON_HEADS
+        if fits and dispatch.uses_triton("attend_tokens", x.detach()):
             q, k, v = self.to_q(x), self.to_k(x), self.to_v(x)
             if self.qk_norm:  # float32 under autocast, unlike v
                 q, k = self.norm_q(q).to(v.dtype), self.norm_k(k).to(v.dtype)
@@ -56,7 +57,7 @@ class FusedCrossAttention(CrossAttention):
 
 class FusedMixFFN(MixFFN):
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        if not dispatch.uses_triton(x.detach()):
+        if not dispatch.uses_triton("depthwise_glu", x.detach()):
             y = self.conv_depth(F.silu(self.conv_inverted(x.unflatten(1, grid).movedim(-1, 1))))
             return self.conv_point(_Gate.apply(y)).movedim(1, -1).flatten(1, 2)
         up, depth, down = self.conv_inverted, self.conv_depth, self.conv_point

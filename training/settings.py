@@ -1,6 +1,9 @@
 """All settings of the recipe, with presets for a GPU, for two CPU cores, and for a test."""
 
-from dataclasses import dataclass, fields, replace
+import json
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
 
 from sana_cli.models.dc_ae import DCAEConfig
 from sana_cli.models.dit import DiTConfig
@@ -140,7 +143,7 @@ TOY = replace(
 PRESETS = {"h200": H200, "cpu": CPU, "toy": TOY}
 
 
-def with_changes(settings: Settings, changes: list[str]) -> Settings:
+def with_changes(settings: Any, changes: list[str]) -> Any:
     """Apply changes given as "name=value"; raise ValueError for an unknown name."""
     kinds = {f.name: type(getattr(settings, f.name)) for f in fields(settings)}
     for change in changes:
@@ -150,3 +153,16 @@ def with_changes(settings: Settings, changes: list[str]) -> Settings:
             raise ValueError(f"unknown setting {name!r}; choose from {', '.join(numbers)}")
         settings = replace(settings, **{name: kinds[name](value)})
     return settings
+
+
+def changed_settings(path: Path, settings: Any, seed: int) -> list[str]:
+    """Name the settings that differ from those the run was started with; record them if it is new.
+
+    Settings that do not change the result are ignored: workers, intervals of saving and logging.
+    """
+    now = json.loads(json.dumps(asdict(settings) | {"seed": seed}))
+    if not path.is_file():
+        path.write_text(json.dumps(now, indent=2) + "\n")
+    started = json.loads(path.read_text())
+    free = {"workers", "save_seconds", "log_every"}
+    return [name for name in now if name not in free and started.get(name) != now[name]]

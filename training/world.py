@@ -33,10 +33,13 @@ def objects_at(sample: Sample, cells: int) -> np.ndarray:
     return found
 
 
-def describe(sample: Sample, rng: np.random.Generator) -> captions.Caption:
+def describe(
+    sample: Sample, rng: np.random.Generator, nonsense: float = captions.NONSENSE
+) -> captions.Caption:
+    """Caption a sample; of scenes a share `nonsense` has random letters at one end."""
     if isinstance(sample, shapes.Scene):
         return captions.Caption(shapes.describe(sample, rng), _shape_facts(sample))
-    return captions.caption(sample, rng)
+    return captions.caption(sample, rng, nonsense)
 
 
 # Every fact that a caption can state, with its possible values; None if it is not stated.

@@ -91,6 +91,8 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     report = Report(options.out)
     if options.section:
+        if options.device.startswith("cuda"):
+            torch.cuda.set_device(torch.device(options.device).index or 0)
         # float32 is the reference here, so its products must not be rounded to tf32.
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         CHECKS[options.section](options, report)

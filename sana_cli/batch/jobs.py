@@ -150,7 +150,9 @@ def fault(row: Row, error: SanaError) -> Fault:
 class JobBuilder:
     """Build jobs; keep the count, the names and the repeats of all jobs built so far."""
 
-    def __init__(self) -> None:
+    def __init__(self, memory: int | None) -> None:
+        """`memory` is the user's limit in bytes."""
+        self.memory = memory
         self.count = 0
         self.repeats: Counter[str] = Counter()
         self.names: dict[
@@ -181,7 +183,7 @@ class JobBuilder:
         return jobs, faults
 
     def _jobs(self, spec: JobSpec, files: "ModelFiles", device: str) -> Iterator[Job]:
-        first = spec.resolution.recipe(files, device, 0)
+        first = spec.resolution.recipe(files, device, 0, self.memory)
         check_size(first, spec.output.format)
         what = first.as_dict() | {"columns": spec.columns}
         for part in ("seed", "text_dtype", "dit_dtype", "vae_dtype"):

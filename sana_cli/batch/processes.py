@@ -237,6 +237,9 @@ class _Forward:
     def warn(self, text: str) -> None:
         self.connection.send(_Report("warn", text))
 
+    def confirm(self, question: str) -> bool:
+        raise AssertionError(f"a process asks nothing: {question}")
+
     def transfer(self) -> AbstractContextManager[TransferReporter]:
         raise AssertionError("weights are fetched before a process starts")
 

@@ -182,8 +182,8 @@ class _Table:
         header = next((line for line in self.text if line.strip()), None)
         if header is None:
             return
-        if told := re.fullmatch(r'"?sep=(.)"?', header.rstrip("\r\n"), re.IGNORECASE):
-            self.delimiter = told[1]
+        if declared := re.fullmatch(r'"?sep=(.)"?', header.rstrip("\r\n"), re.IGNORECASE):
+            self.delimiter = declared[1]
         else:
             self.text.put_back([header])
             self._find_delimiter(header)

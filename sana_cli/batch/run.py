@@ -115,7 +115,7 @@ class Batch:
         self.source, self.options, self.policy = source, options, policy
         self.open_engine, self.place = open_engine, place
         self.engine: Engine | None = None  # opened for the first job that is to be drawn
-        self.builder = JobBuilder()
+        self.builder = JobBuilder(self.session.memory)
         self.files: dict[tuple[Model, Component | None, Component | None], ModelFiles] = {}
         self.manifest: Manifest | None = None  # set at the first round without a fault
         self.warned: set[str] = set()
@@ -198,7 +198,8 @@ class Batch:
             resolution = spec.resolution
             key = resolution.model, resolution.vae, resolution.controlnet
             if key in self.files:
-                for text in resolution.sampler(self.files[key]).warnings:
+                chosen = self.files[key], device, self.session.memory
+                for text in resolution.all_warnings(*chosen):
                     self._warn_once(text)
         return [job for job in jobs if self.shard is None or self.shard.holds(job.id)]
 

@@ -36,7 +36,8 @@ def group_by_networks(jobs: Iterable[Job]) -> list[list[Job]]:
     groups: dict[Hashable, list[Job]] = {}
     for job in jobs:
         recipe = job.recipe
-        networks = (recipe.text_dtype, recipe.dit_dtype, recipe.vae_dtype, recipe.lora)
+        dtypes = recipe.text_dtype, recipe.dit_dtype, recipe.vae_dtype
+        networks = (*dtypes, recipe.lora, recipe.quant)
         groups.setdefault((job.components, networks), []).append(job)
     return list(groups.values())
 

@@ -15,7 +15,7 @@ def read_baseline(path: Path) -> Facts:
     except OSError as error:
         raise UsageError(f"--compare {path} cannot be read: {error.strerror}", hint) from None
     except (ValueError, RecursionError):
-        raise UsageError(f"--compare {path} is no JSON", hint) from None
+        raise UsageError(f"--compare {path} is not JSON", hint) from None
     try:
         if document["schema"] != SCHEMA:
             raise UsageError(f"--compare {path} has schema {document['schema']!r}, not {SCHEMA}")
@@ -23,7 +23,7 @@ def read_baseline(path: Path) -> Facts:
             _key(size), [size["phases"][name]["seconds"]["median"] for name in (*PHASES, "total")]
         _machine(document)
     except (KeyError, TypeError):
-        raise UsageError(f"--compare {path} is no result of sana bench", hint) from None
+        raise UsageError(f"--compare {path} is not a result of sana bench", hint) from None
     return document
 
 

@@ -97,11 +97,11 @@ class Diffusers:
         from transformers import AutoConfig, AutoTokenizer, Gemma2Model
 
         parts = files.parts
-        told = AutoConfig.from_pretrained(parts["text_encoder"].folder)
-        small = copy.deepcopy(told)
-        small.num_hidden_layers, small.vocab_size = 1, (told.pad_token_id or 0) + 1
-        small.layer_types = told.layer_types[:1]
-        text = _module(Gemma2Model, told, small)
+        text_config = AutoConfig.from_pretrained(parts["text_encoder"].folder)
+        small = copy.deepcopy(text_config)
+        small.num_hidden_layers, small.vocab_size = 1, (text_config.pad_token_id or 0) + 1
+        small.layer_types = text_config.layer_types[:1]
+        text = _module(Gemma2Model, text_config, small)
         _fill(text, files, "text_encoder", recipe.text_dtype, device, prefix="model.")
 
         model = diffusers.SanaTransformer2DModel
@@ -147,7 +147,7 @@ class Diffusers:
             "do_classifier_free_guidance": recipe.guidance > 1,
             "negative_prompt": recipe.negative,
         }
-        told = pipe.encode_prompt(
+        encoded = pipe.encode_prompt(
             recipe.prompt,
             device=torch.device(self.device),
             complex_human_instruction=lines,
@@ -155,7 +155,7 @@ class Diffusers:
         )
         names = ("prompt_embeds", "prompt_attention_mask")
         more = ("negative_prompt_embeds", "negative_prompt_attention_mask")
-        texts = dict(zip(names if sprint else names + more, told, strict=True))
+        texts = dict(zip(names if sprint else names + more, encoded, strict=True))
         if not sprint:
             texts["negative_prompt"] = None
         elif recipe.steps != 2:

@@ -13,14 +13,14 @@ runs, warmup, count    of this call; `count` images are drawn in every run
 warnings    what may have spoiled the numbers
 sizes       for every size asked for:
   model, width, height, random_weights, tokenizer ("its own" or "made up"), recipe, plan
-  predicted_peak_bytes    of tensors, by stage, as the plan foretells
+  predicted_peak_bytes    of tensors, by stage, as predicted by the plan
   phases    load (of random weights the time to draw them), encode, denoise, decode, save, and
             total, the sum of the last four:
     seconds        median, least, most, each (of the runs); all images of a run together
     peak_bytes     the most memory held during the phase: allocated on a CUDA device; elsewhere
                    resident in the process, with its libraries; null where the system tells neither
     floor_seconds, flops, bytes, share    of denoise and decode: see `roofline`; share is floor /
-                   median
+                   median. Not of denoise with --quant, as no rate of 8-bit products is measured
   step_seconds         of denoise, for one step of one image
   images_per_minute    with the weights loaded: 60 · count / total
   remarks              what the pipeline said on the way
@@ -74,7 +74,7 @@ def surroundings(device: str) -> Facts:
         "schema": SCHEMA,
         "sana": __version__,
         "torch": torch.__version__,
-        "triton": inventory.installed("triton", "triton-windows", "pytorch-triton"),
+        "triton": inventory.triton(),
         "machine": facts,
     }
 
@@ -183,10 +183,10 @@ def summary(runs: list[BenchRun], recipes: list[Recipe], files: ModelFiles, rate
         seconds = spread([run.seconds[phase] for run in runs])
         peaks = [peak for run in runs if (peak := run.peaks.get(phase)) is not None]
         phases[phase] = {"seconds": seconds, "peak_bytes": max(peaks, default=None)}
-    for phase, work, dtype in (
-        ("denoise", denoising(recipe, files), recipe.dit_dtype),
-        ("decode", decoding(recipe, files), recipe.vae_dtype),
-    ):
+    works = [("decode", decoding(recipe, files), recipe.vae_dtype)]
+    if recipe.quant is None:
+        works.append(("denoise", denoising(recipe, files), recipe.dit_dtype))
+    for phase, work, dtype in works:
         phases[phase] |= _floor(work, count, rates, dtype, phases[phase]["seconds"]["median"])
     total = spread([run.total for run in runs])
     known = [row["peak_bytes"] for row in phases.values() if row["peak_bytes"] is not None]

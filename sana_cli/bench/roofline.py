@@ -15,16 +15,24 @@ Bytes are those of a plan in which every branch of a block runs as one kernel: t
 once a step, of the decoder once an image, and each branch reads its input and writes its result,
 in the precision that runs. Linear attention reads its input twice, as its sums must be complete
 before they are applied.
+
+`launches` counts what the fused networks give a GPU to do, which is more than this least.
 """
 
+import math
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
+from sana_cli.kernels.launch import meta_launches
 from sana_cli.kernels.linear import linear
 from sana_cli.models.dc_ae import DCAE, Decoder, EfficientViTBlock
 from sana_cli.models.dit import Block, DiT
@@ -77,7 +85,7 @@ def matrix_rate(device: str, dtype: torch.dtype) -> float:
 @torch.inference_mode()
 def _best(work: Callable[[], object], device: str, limit: float) -> float:
     """Repeat a piece of work for `limit` seconds after a warm-up; return the fewest seconds."""
-    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    wait = partial(torch.cuda.synchronize, device) if device.startswith("cuda") else lambda: None
     if device == "mps":
         wait = torch.mps.synchronize
     work()
@@ -159,6 +167,84 @@ def operations(run: Callable[[], object]) -> int:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         run()
     return counter.get_total_flops()
+
+
+# --- launches ----------------------------------------------------------------------------------
+
+READ_AND_WRITTEN = {"gated_residual_linear_kernel": "x", "rms_norm_kernel": "x"}
+WRITTEN_ONLY = {"copy_", "fill_", "zero_"}  # of what an operation in place may do with its tensor
+NOT_LAUNCHED = {"empty", "empty_like", "new_empty", "_unsafe_view", "scalar_tensor"}
+
+
+@dataclass(frozen=True)
+class Launches:
+    """What a GPU is given to do."""
+
+    calls: Counter[str]  # by the name of the Triton kernel or of torch's operation
+    bytes: int  # with every operand read once and every result written once
+    flops: int  # of matrix products and convolutions
+
+    @property
+    def count(self) -> int:
+        return self.calls.total()
+
+
+def launches(run: Callable[[], object], capability: tuple[int, int] = (8, 9)) -> Launches:
+    """Count what `run` would launch on a GPU of a compute capability; its tensors are on `meta`.
+
+    `run` is called twice: as the GPU would run it, and by the torch definitions of the kernels,
+    whose products are counted. An operation of torch counts as one launch, although libraries may
+    take several. Softmax attention, which does not run on `meta`, is missing.
+    """
+    with torch.no_grad(), meta_launches(capability) as cases, _Operations() as operated:
+        run()
+    calls, moved = operated.calls, operated.bytes
+    for case in cases:
+        name = case.kernel.__name__
+        calls[name] += 1
+        moved += sum(case.nbytes.values()) + case.nbytes.get(READ_AND_WRITTEN.get(name, ""), 0)
+    return Launches(calls, moved, operations(run))
+
+
+class _Operations(TorchDispatchMode):
+    """Counts torch's operations on `meta`, and the bytes that they read and write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+        self.bytes = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        with self:  # in inference mode composite operations come whole
+            result = func.decompose(*args, **kwargs)
+        if result is not NotImplemented:
+            return result
+        result = func(*args, **kwargs)
+        name = func.overloadpacket.__name__
+        if name == "convolution" and args[0].is_contiguous(memory_format=torch.channels_last):
+            result = result.contiguous(memory_format=torch.channels_last)  # as cuDNN returns it
+        made = [tensor for tensor in tree_iter(result) if _is_on_gpu(tensor)]
+        if made and not func.is_view and name not in NOT_LAUNCHED:
+            given = (*args, *(v for k, v in kwargs.items() if k != "out"))
+            read = [tensor for tensor in tree_iter(given) if _is_on_gpu(tensor)]
+            if name in WRITTEN_ONLY:
+                del read[0]
+            self.calls[name] += 1
+            self.bytes += sum(_elements(tensor) * tensor.itemsize for tensor in read + made)
+        return result
+
+
+def _is_on_gpu(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_meta
+
+
+def _elements(tensor: Tensor) -> int:
+    """Count the elements in memory: an expanded dimension repeats the same ones."""
+    pairs = zip(tensor.shape, tensor.stride(), strict=True)
+    return math.prod(size for size, stride in pairs if stride)
 
 
 def _grid(recipe: Recipe, files: ModelFiles) -> tuple[int, int]:

@@ -95,7 +95,7 @@ def make_subject(
         )
     else:
         files = session.open(model)
-    first = resolution.recipe(files, device, 1)
+    first = resolution.recipe(files, device, 1, session.memory)
     # As large as was asked for, whether or not the model was trained for it: the work is the same.
     width, height = sides or (first.native_width, first.native_height)
     first = replace(first, native_width=width, native_height=height, width=width, height=height)

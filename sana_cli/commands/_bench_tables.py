@@ -39,6 +39,7 @@ def _show_size(
     console.print(f"[bold]{size['model']} at {size['width']}x{size['height']}[/bold]{weights}")
     images = "1 image" if count == 1 else f"{count} images"
     precisions = [recipe[f"{part}_dtype"] for part in ("text", "dit", "vae")]
+    precisions += [recipe["quant"]] if "quant" in recipe else []
     console.print(
         f"{images}, {recipe['steps']} step{'s' * (recipe['steps'] > 1)} of {recipe['solver']},"
         f" guidance {recipe['guidance']:g}, in {' / '.join(dict.fromkeys(precisions))};"
@@ -53,7 +54,7 @@ def _show_size(
         table.add_column("to before", justify="right", no_wrap=True)
     for name, phase in size["phases"].items():
         seconds = phase["seconds"]
-        drawn = name == "load" and size["random_weights"]  # which is no loading
+        drawn = name == "load" and size["random_weights"]  # which is not loading
         cells = [
             name,
             "–" if drawn else _time(seconds["median"]),
@@ -66,8 +67,9 @@ def _show_size(
             cells.append("" if drawn else f"{ratios[name]:.2f}" if name in ratios else "–")
         table.add_row(*cells, style="bold" if name == "total" else "")
         if name == "denoise":
-            floor = phase["floor_seconds"] / (recipe["steps"] * count)
-            table.add_row("  a step", _time(size["step_seconds"]), "", "", _time(floor), "")
+            steps = recipe["steps"] * count
+            floor = _time(phase["floor_seconds"] / steps) if "share" in phase else ""
+            table.add_row("  a step", _time(size["step_seconds"]), "", "", floor, "")
     console.print(table)
     console.print(f"{size['images_per_minute']:.1f} images a minute, once loaded\n")
 

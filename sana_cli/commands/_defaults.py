@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 
 PROJECT_FILE = Path("sana.toml")
 VARIABLE = "SANA_"
-PLACES = ("SANA_CONFIG", "SANA_CACHE_DIR", "SANA_DATA_DIR", "SANA_TOKEN")  # are no options
+PLACES = ("SANA_CONFIG", "SANA_CACHE_DIR", "SANA_DATA_DIR", "SANA_TOKEN")  # are not options
 
 # Options that belong to one call and cannot be kept.
 ONE_CALL = frozenset(
     {name for name, one in declared().items() if not one.option.kept}
-    | {"prompts", "replay", "dry_run", "json_output"}
+    | {"prompts", "replay", "dry_run", "json_output", "help_all", "open_result", "yes"}
 )
 APPEARANCE = {"quiet", "verbose", "color", "preview"}  # which change no image
 
@@ -160,7 +160,7 @@ def option_name(key: str, options: Mapping[str, Any]) -> str:
         raise UsageError(f"{key} cannot be kept: it belongs to one call", "type it where it counts")
     close = get_close_matches(name, options, n=1)
     hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(sorted(options))}"
-    raise UsageError(f"there is no setting {key!r}", hint)
+    raise UsageError(f"unknown setting {key!r}", hint)
 
 
 def read_file(path: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from sana_cli.commands._completion import model_or_folder
+from sana_cli.commands._help import show_all
 from sana_cli.settings import RUNNING, Declared, declared, flag
 
 COMPLETIONS = {"model": model_or_folder}
@@ -18,6 +19,10 @@ Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Only results and err
 Verbose = Annotated[
     bool, typer.Option("-v", "--verbose", help="Say more, with tracebacks for errors.")
 ]
+HelpAll = Annotated[
+    bool,
+    typer.Option("--help-all", callback=show_all, is_eager=True, help="Show every option."),
+]
 Color = Annotated[bool, typer.Option("--color/--no-color", help="Colour on a terminal.")]
 
 
@@ -26,7 +31,8 @@ def with_options(
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Add the options declared in some groups to a command, or `only` some of them.
 
-    In --help they are listed after its positional parameters and before its keyword-only ones.
+    In --help they are listed after its positional parameters and before its keyword-only ones;
+    --help-all comes last.
     The command receives them by name through `**`, a choice as plain text.
     """
 
@@ -43,8 +49,15 @@ def with_options(
             for name, one in taken.items()
         ]
 
+        last.append(
+            inspect.Parameter(
+                "help_all", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=HelpAll
+            )
+        )
+
         @functools.wraps(command)
         def run(*arguments: Any, **values: Any) -> None:
+            del values["help_all"]
             chosen = {name: plain(values.pop(name)) for name in taken}
             command(*arguments, **values, **chosen)
 
@@ -85,7 +98,7 @@ def _typed(one: Declared) -> Any:
     words.append(f"{name}/--no-{name[2:]}" if one.kind is bool and option.off else name)
     described = typer.Option(
         *words,
-        metavar=option.metavar,
+        metavar=option.metavar or "|".join(option.choices) or None,
         help=option.help,
         rich_help_panel=option.panel,
         autocompletion=COMPLETIONS.get(option.complete or ""),
@@ -97,18 +110,6 @@ def _typed(one: Declared) -> Any:
 
 # --- of the command line alone -----------------------------------------------------------------
 
-RunJson = Annotated[
-    bool, typer.Option("--json", help="One JSON document on stdout.", rich_help_panel=RUNNING)
-]
-RunQuiet = Annotated[
-    bool, typer.Option("-q", "--quiet", help="Only results and errors.", rich_help_panel=RUNNING)
-]
-RunVerbose = Annotated[
-    bool,
-    typer.Option(
-        "-v", "--verbose", help="Say more, with tracebacks for errors.", rich_help_panel=RUNNING
-    ),
-]
 RunColor = Annotated[
     bool, typer.Option("--color/--no-color", help="Colour on a terminal.", rich_help_panel=RUNNING)
 ]

@@ -11,16 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperCommand, TyperGroup
+from typer.core import TyperCommand
 
 from sana_cli.commands._defaults import apply_defaults, is_default, was_typed
+from sana_cli.commands._help import Command, Group
 from sana_cli.commands._options import (
     Color,
     Json,
+    Quiet,
     RunColor,
-    RunQuiet,
-    RunVerbose,
     Server,
+    Verbose,
     with_options,
 )
 from sana_cli.commands._session import open_session
@@ -52,7 +53,7 @@ class EngineName(StrEnum):
     ray = "ray"
 
 
-class _RunsByDefault(TyperGroup):
+class _RunsByDefault(Group):
     """A command group where `sana batch FILE` runs a batch; `sana batch status` is a subcommand."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -69,7 +70,7 @@ class _BatchContext(TyperCommand.context_class):  # type: ignore[misc, valid-typ
         return super().command_path.rstrip()
 
 
-class _Run(TyperCommand):
+class _Run(Command):
     context_class = _BatchContext
 
 
@@ -92,6 +93,7 @@ def run(
     input_format: Annotated[
         RowFormat | None,
         typer.Option(
+            metavar="|".join(RowFormat),
             help="What FILE holds. [dim]default: by its suffix; txt of stdin[/dim]",
             rich_help_panel=JOBS,
         ),
@@ -151,7 +153,6 @@ def run(
             help="Folder, with names if wanted, as in out/{style}/{slug}-{id}.webp; or that of an"
             " object store, as in s3://bucket/out."
             " [dim]default: FILE-images/{slug}-{seed}.png[/dim]",
-            rich_help_panel=FILES,
         ),
     ] = None,
     sheet: Annotated[
@@ -165,7 +166,7 @@ def run(
     ] = None,
     json_output: Annotated[
         bool,
-        typer.Option("--json", help="JSON Lines of events on stdout.", rich_help_panel=RUNNING),
+        typer.Option("--json", help="JSON Lines of events on stdout."),
     ] = False,
     gpus: Annotated[
         str | None,
@@ -200,8 +201,8 @@ def run(
         ),
     ] = None,
     server: Server = None,
-    quiet: RunQuiet = False,
-    verbose: RunVerbose = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
     color: RunColor = True,
     **asked: Any,
 ) -> None:
@@ -514,7 +515,7 @@ class _View:
             )
 
 
-@app.command()
+@app.command(cls=Command)
 def status(
     folder: Annotated[str, typer.Argument(metavar="FOLDER|URL", help="The -o of a batch.")],
     json_output: Json = False,

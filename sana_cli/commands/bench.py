@@ -18,7 +18,7 @@ from sana_cli.bench.run import (
 )
 from sana_cli.commands._bench_tables import show
 from sana_cli.commands._defaults import apply_defaults
-from sana_cli.commands._options import RunColor, RunJson, RunQuiet, RunVerbose, with_options
+from sana_cli.commands._options import Json, Quiet, RunColor, Verbose, with_options
 from sana_cli.errors import SanaError, UsageError
 from sana_cli.settings import FILES, FileOptions, RunOptions, Settings
 
@@ -26,7 +26,10 @@ if TYPE_CHECKING:
     from sana_cli.ui import Console
 
 TAKEN = frozenset(
-    {"model", "steps", "guidance", "dtype", "text_precision", "force", "device", "memory"}
+    {
+        *("model", "steps", "guidance", "dtype", "quant", "text_precision"),
+        *("force", "device", "memory"),
+    }
 )
 MAX_RUNS = 1000
 MAX_COUNT = 1000
@@ -64,6 +67,7 @@ def bench(
         Competitor | None,
         typer.Option(
             "--against",
+            metavar="|".join(Competitor),
             help="Measure diffusers too, on the same weights and seeds, turn and turn about.",
         ),
     ] = None,
@@ -82,9 +86,9 @@ def bench(
             rich_help_panel=FILES,
         ),
     ] = None,
-    json_output: RunJson = False,
-    quiet: RunQuiet = False,
-    verbose: RunVerbose = False,
+    json_output: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
     color: RunColor = True,
     **asked: Any,
 ) -> None:
@@ -120,13 +124,20 @@ def bench(
         raise UsageError("--force has no effect without --save", "leave it out")
     limit = parse_memory(asked["memory"])
     sizes = parse_sizes(res)
-    settings = {name: asked[name] for name in ("steps", "guidance", "dtype", "text_precision")}
+    names = ("steps", "guidance", "dtype", "quant", "text_precision")
+    settings = {name: asked[name] for name in names}
     resolutions = [resolve_at(asked["model"], size, settings) for size in sizes]
     if competitor is not None:
         if asked["text_precision"] == "int8":
             raise UsageError(
                 "--against measures the same weights, and diffusers has none for"
                 " --text-precision int8",
+                "leave it out",
+            )
+        if asked["quant"] != "none":
+            raise UsageError(
+                f"--against measures the same weights, and diffusers has none for"
+                f" --quant {asked['quant']}",
                 "leave it out",
             )
         from sana_cli.bench.competitor import check_installed

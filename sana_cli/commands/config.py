@@ -18,18 +18,20 @@ from sana_cli.commands._defaults import (
     read_file,
     read_value,
 )
+from sana_cli.commands._help import Command, Group
 from sana_cli.commands._options import Color, Json, Quiet, Verbose, plain
 from sana_cli.errors import SanaError, UsageError
 from sana_cli.system import disk
 from sana_cli.system.folders import cache_folder, config_file, used_bytes
 
 app = typer.Typer(
+    cls=Group,
     no_args_is_help=True,
     help="Show and keep default values of options.",
 )
 
 
-@app.command()
+@app.command(cls=Command)
 def show(
     context: typer.Context,
     json_output: Json = False,
@@ -67,13 +69,13 @@ def show(
         raise faults[0]
 
 
-@app.command()
+@app.command(cls=Command)
 def path() -> None:
     """Print the path of the user's file, which need not exist; SANA_CONFIG moves it."""
     sys.stdout.write(f"{config_file()}\n")
 
 
-@app.command("set")
+@app.command("set", cls=Command)
 def set_value(
     context: typer.Context,
     key: Annotated[str, typer.Argument(metavar="KEY", help="As `sana config show` calls it.")],

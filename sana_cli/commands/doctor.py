@@ -1,14 +1,21 @@
 """`sana doctor`: what is on this machine, what will run on it and how, and what to type next."""
 
+import itertools
 import json
+import math
 import os
 import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from sana_cli.commands._options import Color, Json, Quiet, Verbose
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 HUB_VARIABLES = (
     "HF_HOME",
@@ -32,7 +39,14 @@ Facts = dict[str, Any]
 
 
 def doctor(
-    json_output: Json = False, quiet: Quiet = False, verbose: Verbose = False, color: Color = True
+    check: Annotated[
+        bool,
+        typer.Option("--check", help="Also compile the kernels and check their results."),
+    ] = False,
+    json_output: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    color: Color = True,
 ) -> None:
     """Show what this machine has, how sana will run on it, and one command to run next.
 
@@ -42,6 +56,8 @@ def doctor(
 
     console = Console(quiet, verbose, color)
     facts = examine(color, console.detail)
+    if check:
+        facts["checks"] = _checks(console.info)
     if json_output:
         sys.stdout.write(json.dumps(facts, indent=2) + "\n")
         return
@@ -85,12 +101,52 @@ def examine(color: bool, tell: Callable[[str], None]) -> Facts:
 def _kernels() -> Facts:
     """For the device that is taken unless another is asked for."""
     from sana_cli.kernels.dispatch import chosen_path
+    from sana_cli.kernels.rows8 import chosen_products
     from sana_cli.system import inventory
     from sana_cli.system.devices import choose_device
 
-    path, reason = chosen_path(choose_device("auto"))
-    triton = inventory.installed("triton", "triton-windows", "pytorch-triton")
-    return {"path": path, "reason": reason, "triton": triton}
+    device = choose_device("auto")
+    path, reason = chosen_path(device)
+    triton = inventory.triton()
+    fast, how = chosen_products(device)
+    products = {"fast": fast, "reason": how}
+    return {"path": path, "reason": reason, "triton": triton, "w8a8": products}
+
+
+def _checks(tell: Callable[[str], None]) -> list[Facts]:
+    """Check the kernels of the device that is taken unless another is asked for."""
+    import torch
+
+    from sana_cli.kernels import selfcheck
+    from sana_cli.kernels.dispatch import DTYPES, fallback_reason
+    from sana_cli.system.devices import choose_device
+
+    device, dtypes = torch.device(choose_device("auto")), list(DTYPES)
+    if selfcheck.interpreted():
+        device, arch = torch.device("cpu"), "interpreter"
+        dtypes.remove(torch.bfloat16)  # which it treats as integers
+    elif reason := fallback_reason(device):
+        tell(f"no kernel to check, as everything runs as plain torch: {reason}")
+        return []
+    else:
+        arch = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+    rows = []
+    for dtype, eight in itertools.product(dtypes, (False, True)):
+        name = selfcheck.name_of(dtype)
+        tell(f"compiling and checking the kernels in {name}{' with 8-bit products' * eight}")
+        for operation, outcome in selfcheck.examine(device, dtype, eight).items():
+            error = outcome.decibels
+            rows.append(
+                {
+                    "kernel": operation,
+                    "dtype": name,
+                    "arch": arch,
+                    "decibels": error if error is not None and math.isfinite(error) else None,
+                    "path": "torch" if outcome.fault else "triton",
+                    "fault": outcome.fault,
+                }
+            )
+    return rows
 
 
 def _hub() -> Facts:
@@ -170,7 +226,11 @@ def _problems(facts: Facts, no_cuda: str | None) -> Iterator[str]:
     has_cuda = any(row["device"].startswith("cuda") for row in facts["devices"] or [])
     if facts["nvidia_driver"] and torch and not has_cuda:
         if torch["build"] == "CPU":
-            yield "there is an NVIDIA driver, but this torch is built for the CPU only"
+            where = ", as pip installs it on Windows" if sys.platform == "win32" else ""
+            yield (
+                f"there is an NVIDIA driver, but this torch is built for the CPU only{where};"
+                " install torch with CUDA first: https://pytorch.org/get-started/locally/"
+            )
         else:
             reason = no_cuda or "it does not say why"
             yield f"there is an NVIDIA driver, but torch finds no GPU: {reason}"
@@ -228,8 +288,24 @@ def _show(facts: Facts, color: bool) -> None:
         print_fact(console, name, value)
     for problem in facts["problems"]:
         print_fact(console, "problem", problem, "yellow")
+    if facts.get("checks"):
+        _show_checks(console, facts["checks"])
     print_fact(console, "next", facts["next"]["command"], "bold", one_line=True)
     print_fact(console, "", facts["next"]["reason"])
+
+
+def _show_checks(console: "Console", rows: list[Facts]) -> None:
+    from rich.table import Table
+
+    table = Table("kernel", "dtype", "arch", box=None, pad_edge=False)
+    table.add_column("dB to torch", justify="right")
+    table.add_column("path")
+    for row in rows:
+        exact = "exact" if row["fault"] is None else "-"
+        error = exact if row["decibels"] is None else f"{row['decibels']:.0f}"
+        path = row["path"] + (f": {row['fault']}" if row["fault"] else "")
+        table.add_row(row["kernel"], row["dtype"], row["arch"], error, path)
+    console.print(table)
 
 
 def _lines(facts: Facts) -> Iterator[tuple[str, str]]:
@@ -263,6 +339,9 @@ def _lines(facts: Facts) -> Iterator[tuple[str, str]]:
     if kernels := facts["kernels"]:
         triton = f"Triton {kernels['triton']}" if kernels["triton"] else "Triton is not installed"
         yield "kernels", f"{kernels['path']} path: {kernels['reason']} ({triton})"
+        products = kernels["w8a8"]
+        speed = "fast products" if products["fast"] else "no faster than none"
+        yield "w8a8", f"{speed}: {products['reason']}"
     yield "8 bits", f"bitsandbytes {facts['bitsandbytes'] or 'is not installed'}"
     yield from _hub_lines(facts["hub"])
     if texts := facts["text_cache"]:

@@ -11,16 +11,17 @@ import typer
 
 from sana_cli.commands._defaults import apply_defaults, is_default, was_typed
 from sana_cli.commands._options import (
+    Json,
+    Quiet,
     RunColor,
-    RunJson,
-    RunQuiet,
-    RunVerbose,
     Server,
+    Verbose,
     with_options,
 )
 from sana_cli.commands._session import open_session
 from sana_cli.errors import UsageError
-from sana_cli.settings import FILES, RUNNING, FileOptions, RunOptions, Seeds, Settings, declared
+from sana_cli.settings import FileOptions, RunOptions, Seeds, Settings, declared
+from sana_cli.units import counted
 
 if TYPE_CHECKING:
     from sana_cli.commands._preview import TerminalPreview
@@ -37,7 +38,28 @@ UNTYPED = {
     *("image", "mask", "control", "lora"),
 }
 PREVIEWS = 3  # of each image while it is denoised
-STAGES = ("load", "encode", "image", "denoise", "decode", "save")
+STAGES = ("start", "load", "encode", "image", "denoise", "decode", "save")
+# No prompt of its own is one of these.
+FUNCTION_WORDS = frozenset(
+    [
+        "a",
+        "an",
+        "the",
+        "of",
+        "in",
+        "on",
+        "at",
+        "by",
+        "to",
+        "with",
+        "and",
+        "or",
+        "from",
+        "for",
+        "under",
+        "over",
+    ]
+)
 
 
 @with_options(Settings, Seeds, FileOptions, RunOptions)
@@ -64,7 +86,6 @@ def generate(
             metavar="PATH",
             help="File, folder, template such as {slug}-{seed}.webp, or - for stdout."
             " [dim]default: {slug}-{seed}.png[/dim]",
-            rich_help_panel=FILES,
         ),
     ] = None,
     dry_run: Annotated[
@@ -72,7 +93,6 @@ def generate(
         typer.Option(
             "--dry-run",
             help="Print recipes and plan as JSON; load nothing.",
-            rich_help_panel=RUNNING,
         ),
     ] = False,
     preview: Annotated[
@@ -81,13 +101,19 @@ def generate(
             "--preview/--no-preview",
             help="Show each image in the terminal as it forms; not with -q or --json, and never in"
             " a pipe.",
-            rich_help_panel=RUNNING,
         ),
     ] = False,
+    open_result: Annotated[
+        bool,
+        typer.Option(
+            "--open", help="Open the image, or the folder of several, when they are saved."
+        ),
+    ] = False,
+    yes: Annotated[bool, typer.Option("-y", "--yes", help="Do not ask before a download.")] = False,
     server: Server = None,
-    json_output: RunJson = False,
-    quiet: RunQuiet = False,
-    verbose: RunVerbose = False,
+    json_output: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
     color: RunColor = True,
     **asked: Any,
 ) -> None:
@@ -116,7 +142,7 @@ def generate(
     from sana_cli.ui import Console
 
     # What can be wrong with the call is found before anything heavy is imported.
-    console = Console(quiet, verbose, color)
+    console = Console(quiet, verbose, color, asks=not yes)
     asked |= dict.fromkeys(apply_defaults(context, console))
     if not prompts and replay is None:
         raise UsageError("no PROMPT is given", 'say what to draw: sana generate "a red fox"')
@@ -136,6 +162,12 @@ def generate(
     check_quality(files.quality, {target.format})
     if target.to_stdout and not dry_run:
         _check_stdout(len(settings) * len(seeds), json_output, files.force)
+    if open_result and (dry_run or target.to_stdout):
+        other = "--dry-run" if dry_run else "-o -"
+        raise UsageError(f"--open has no effect with {other}, which saves no file", "leave it out")
+    if prompts and is_unquoted(prompts):
+        text = f"{len(prompts)} prompts are drawn; quotes would make them one"
+        console.warn(f'{text}: sana generate "{" ".join(prompts)[:80]}"')
     if server and dry_run:
         text = "--dry-run shows the plan of this machine, not of a --server"
         raise UsageError(text, 'leave one of them out, or add --server ""')
@@ -147,14 +179,24 @@ def generate(
         # Better refused now than when the image is drawn.
         longest = max(request.recipes, key=lambda recipe: len(json.dumps(recipe.prompt)))
         session.metadata(longest).as_exif("jpeg")
-    _announce(request, session.device, console)
+    _announce(request, session.device, len(settings), console)
     _compare(request.recipes[0], found, console)
     plan = session.plan(request, predict=dry_run)
     if dry_run:
         _print_plan(request, target, plan, console)
         return
     terminal = _previewer(console, json_output) if preview else None
-    _draw(session, request, plan, target, files, terminal, json_output, console, started)
+    rows = _draw(session, request, plan, target, files, terminal, json_output, console, started)
+    if open_result and rows:
+        _open([Path(row["path"]) for row in rows], console)
+
+
+def is_unquoted(words: list[str]) -> bool:
+    """Whether prompts look like one sentence whose quotes were forgotten."""
+    if len(words) < 2 or "-" in words:
+        return False
+    single = [word for word in words if len(word.split()) == 1]
+    return len(single) > 2 or any(word.lower() in FUNCTION_WORDS for word in single)
 
 
 def _recipe_in(path: str, console: "Console") -> dict[str, Any]:
@@ -193,7 +235,7 @@ def _replayed(
         settings.pop("res", None)
     # A recipe that says nothing of one of these has still said it by the rest.
     said = {"negative"} | ({"ar", "fit"} if "res" in settings else set())
-    said |= {"text_precision"} if "dtype" in settings else set()
+    said |= {"text_precision", "quant"} if "dtype" in settings else set()
     kept = {name for name in values if is_default(context, name)} - said
     settings = {name: values[name] for name in kept} | settings
     return settings | {name: values[name] for name in typed}
@@ -207,13 +249,16 @@ def _compare(recipe: "Recipe", found: dict[str, Any], console: "Console") -> Non
             console.warn(f"{name} is {new[name]!r}, and was {found[name]!r} for the image")
 
 
-def _announce(request: "DrawRequest", device: str, console: "Console") -> None:
+def _announce(request: "DrawRequest", device: str, prompts: int, console: "Console") -> None:
     """Report every choice that was made, the user's and ours."""
     first, model = request.recipes[0], request.model
+    if prompts > 1:
+        console.info(f"{prompts} prompts, {len(request.recipes)} images")
     console.info(f"model {model.name} ({model.source}), licence {model.licence}")
     precisions = {"text": first.text_dtype, "dit": first.dit_dtype, "vae": first.vae_dtype}
     same = len(set(precisions.values())) == 1
     precision = first.dit_dtype if same else ", ".join(f"{k} {v}" for k, v in precisions.items())
+    precision += f" with {first.quant}" if first.quant else ""
     size = f"{first.width}x{first.height}"
     if (first.width, first.height) != (first.native_width, first.native_height):
         size += f" (drawn at {first.native_width}x{first.native_height})"
@@ -228,7 +273,7 @@ def _announce(request: "DrawRequest", device: str, console: "Console") -> None:
         for name, scale in request.lora_names():
             console.info(f"LoRA {name} at scale {scale:g}")
     for image in request.inputs.images():
-        size = f"{image.width}x{image.height}"
+        size = f"{image.width}x{image.height}" + (", turned by its EXIF" if image.turned else "")
         if image.role == "control":
             how = f"ControlNet {first.controlnet} at scale {first.control_scale:g}"
             console.info(f"control image {image.path} ({size}), {how}")
@@ -282,34 +327,43 @@ def _draw(
     json_output: bool,
     console: "Console",
     started: float,
-) -> None:
-    """Draw, show progress, and write every image as it is finished."""
+) -> list[dict[str, Any]]:
+    """Draw, show progress, and write every image as it is finished; return a row for each."""
     from sana_cli.system.signals import exit_by_exception
+    from sana_cli.ui import STAGES as UI_STAGES
     from sana_cli.ui import StageBars
 
     seconds = {stage: 0.0 for stage in STAGES if stage != "image" or len(request.inputs)}
+    seconds["start"] = time.perf_counter() - started
     peaks: dict[str, int] = {}
     rows: list[dict[str, Any]] = []
     failures: list[Failure] = []
     written: set[Path] = set()
-    with exit_by_exception(), StageBars(console, STAGES[1:5]) as bars:
-        events = session.draw(request, plan, PREVIEWS if preview else 0)
-        for image in _watched(events, seconds, peaks, failures, bars, console, preview):
-            if preview is not None:
-                with bars.paused():
-                    preview.show(image.pixels)
-            began = time.perf_counter()
-            recipe = request.recipes[image.index]
-            path = _save(image, recipe, session, target, files, written)
-            seconds["save"] += time.perf_counter() - began
-            if path is None:
-                continue
-            size = {"width": recipe.width, "height": recipe.height}
-            row = {"path": str(path), "seed": recipe.seed, **size, "model": recipe.model}
-            rows.append(row | {"recipe": recipe.as_dict()})
-            if not json_output:
-                bars.result(str(path))
-    seconds["total"] = time.perf_counter() - started
+    try:
+        with exit_by_exception(), StageBars(console, UI_STAGES) as bars:
+            events = session.draw(request, plan, PREVIEWS if preview else 0)
+            for image in _watched(events, seconds, peaks, failures, bars, console, preview):
+                if preview is not None:
+                    with bars.paused():
+                        preview.show(image.pixels)
+                began = time.perf_counter()
+                recipe = request.recipes[image.index]
+                path = _save(image, recipe, session, target, files, written)
+                seconds["save"] += time.perf_counter() - began
+                if path is None:
+                    continue
+                size = {"width": recipe.width, "height": recipe.height}
+                row = {"path": str(path), "seed": recipe.seed, **size, "model": recipe.model}
+                rows.append(row | {"recipe": recipe.as_dict()})
+                if not json_output:
+                    bars.result(str(path))
+    except SystemExit:  # Ctrl-C, or a request to end
+        count = f"{len(rows)} of {counted(len(request.recipes), 'image')}"
+        last = f", the last in {rows[-1]['path']}" if rows else ""
+        console.warn(f"interrupted; saved {count}{last}")
+        raise
+    total = time.perf_counter() - started
+    seconds |= {"other": max(0.0, total - sum(seconds.values())), "total": total}
     if json_output:
         rounded = {stage: round(value, 4) for stage, value in seconds.items()}
         document = {"images": rows, "seconds": rounded, "peak_bytes": peaks}
@@ -317,6 +371,14 @@ def _draw(
     console.detail(", ".join(f"{stage} {value:.2f} s" for stage, value in seconds.items()))
     if failures:  # the others are drawn and saved
         raise failures[0].error
+    return rows
+
+
+def _open(paths: list[Path], console: "Console") -> None:
+    """Open an image, or the folder of several, in the program that the desktop has for it."""
+    shown = paths[0] if len(paths) == 1 else paths[0].resolve().parent
+    if typer.launch(str(shown)):
+        console.warn(f"{shown} cannot be opened: this machine has no program for it")
 
 
 def _watched(
@@ -344,8 +406,7 @@ def _watched(
             failures.append(event)
         elif isinstance(event, Progress):
             seconds[event.stage] += event.seconds
-            if event.stage in bars.tasks:
-                bars.update(event.stage, event.done, event.total)
+            bars.show(event)
             if event.peak_bytes:
                 peaks[event.stage] = event.peak_bytes
         elif isinstance(event, ImageDone):

@@ -1,6 +1,9 @@
-"""`sana info`: show the recipe in an image and the command that reproduces it; describe a LoRA."""
+"""`sana info`: show the recipe in an image and the command that reproduces it; list the images of a
+folder, the newest first; describe a LoRA.
+"""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,6 +15,9 @@ from sana_cli.errors import SanaError, UsageError
 
 if TYPE_CHECKING:
     from sana_cli.images.metadata import ImageMetadata
+    from sana_cli.ui import Console
+
+NEWEST = 20  # images of a folder that are listed
 
 
 def info(
@@ -19,7 +25,7 @@ def info(
         list[str],
         typer.Argument(
             metavar="FILE…",
-            help="PNG, JPEG, WebP or AVIF files; a LoRA's .safetensors; with --sheet also folders.",
+            help="PNG, JPEG, WebP or AVIF files; folders of them; a LoRA's .safetensors.",
         ),
     ],
     command: Annotated[
@@ -43,7 +49,8 @@ def info(
     [dim]A1111, Civitai, ComfyUI, Draw Things, Easy Diffusion, Fooocus, Forge, InvokeAI, mflux,
     NovelAI, SD.Next, stable-diffusion.cpp, SwarmUI.[/dim]
 
-    Of a LoRA file, show the container, the ranks and the models that it fits.
+    Of a folder, list the newest images, a line each. Of a LoRA file, show the container, the ranks
+    and the models that it fits.
 
     [b]Examples[/b]
 
@@ -52,6 +59,8 @@ def info(
     sana info --json fox-7.png | jq '.images[].recipe.seed'
 
     sana info --command fox-7.png | sh
+
+    sana info .
 
     sana info --sheet sheet.webp jobs-images/
 
@@ -74,11 +83,17 @@ def info(
         written = write_sheet(target, images_in(images, target), False, console)
         sys.stdout.write(f"{written}\n")
         return
+    if command or json_output:
+        images = [path for image in images for path in (_images_in(image) or [image])]
     rows: list[dict[str, Any]] = []
     loras: list[dict[str, Any]] = []
     code = 0
     for number, image in enumerate(images):
         try:
+            if (listed := _images_in(image)) is not None:
+                sys.stdout.write("\n" * bool(number))
+                _list(image, listed, console, color)
+                continue
             if image.lower().endswith(".safetensors"):
                 loras.append(_lora(image, command))
                 if not json_output:
@@ -113,12 +128,56 @@ def info(
         raise typer.Exit(code)
 
 
+def _images_in(folder: str) -> list[str] | None:
+    """The image files of a folder, the newest first; None if it is no folder."""
+    from sana_cli.images.files import SUFFIXES
+
+    if not os.path.isdir(folder):
+        return None
+    files = [Path(one.path) for one in os.scandir(folder) if one.is_file()]
+    images = [path for path in files if path.suffix.lower() in SUFFIXES]
+    return [str(path) for path in sorted(images, key=lambda path: -path.stat().st_mtime_ns)]
+
+
+def _list(folder: str, images: list[str], console: "Console", color: bool) -> None:
+    """Print a line for each of the newest images of a folder."""
+    from rich.console import Console as RichConsole
+    from rich.text import Text
+
+    from sana_cli.images.metadata import read
+    from sana_cli.ui import visible
+
+    if not images:
+        raise UsageError(f"{folder[:200]} holds no PNG, JPEG, WebP or AVIF", "name another folder")
+    out = RichConsole(no_color=None if color else True, highlight=False)
+    for image in images[:NEWEST]:
+        try:
+            found = read(image)
+            recipe = found.recipe
+            seed = f"seed {recipe['seed']}" if "seed" in recipe else ""
+            facts = [f"{found.width}x{found.height}", recipe.get("model", found.tool or ""), seed]
+            text = recipe.get("prompt", "(no prompt)")
+        except SanaError as error:
+            facts, text = [], error.message.removeprefix(f"{image[:200]} ")
+        line = Text.assemble(
+            (visible(image), "bold"),
+            "  ",
+            (", ".join(filter(None, facts)), "dim"),
+            "  ",
+            visible(" ".join(text.split())),
+        )
+        line.no_wrap, line.overflow = out.is_terminal, "ellipsis"
+        out.print(line, soft_wrap=not out.is_terminal)
+    if len(images) > NEWEST:
+        console.info(f"the newest {NEWEST} of {len(images)} images; --json has all")
+
+
 def _lora(path: str, command: bool) -> dict[str, Any]:
     """Describe a LoRA. UsageError where a command line was asked for: a LoRA has none."""
     from sana_cli.weights.lora import describe
 
     if command:
-        raise UsageError(f"{path[:200]} is no image: it has no command", "leave out --command")
+        raise UsageError(f"{path[:200]} is not an image: it has no command", "leave out --command")
     return describe(Path(path))
 
 
@@ -214,6 +273,8 @@ def _facts(found: "ImageMetadata", verbose: bool) -> list[tuple[str, str]]:
         rows.append(("precision", ", ".join(f"{k} {v}" for k, v in precisions.items())))
     elif "dit_dtype" in recipe:
         rows.append(("precision", recipe["dit_dtype"]))
+    if recipe.get("quant"):
+        rows.append(("quantised", f"the transformer's products, {recipe['quant']}"))
     made = [f"{k} {found.made[k]}" for k in ("sana", "torch") if k in found.made]
     made += [f"on {found.made['device']}"] if "device" in found.made else []
     made += [found.tool] if found.tool and not made else []

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sana_cli.commands._completion import hub_model
+from sana_cli.commands._help import Command, Group
 from sana_cli.commands._options import Color, Json, Quiet, Verbose
 from sana_cli.errors import MissingModel, UsageError
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from sana_cli.ui import Console
     from sana_cli.weights.catalogue import Model, Source
 
-app = typer.Typer(no_args_is_help=True, help="List, fetch, check and remove models.")
+app = typer.Typer(cls=Group, no_args_is_help=True, help="List, fetch, check and remove models.")
 
 Names = Annotated[
     list[str],
@@ -24,7 +25,7 @@ Names = Annotated[
 ]
 
 
-@app.command("list")
+@app.command("list", cls=Command)
 def list_models(
     json_output: Json = False, quiet: Quiet = False, verbose: Verbose = False, color: Color = True
 ) -> None:
@@ -56,7 +57,7 @@ def list_models(
     Console(no_color=None if color else True, highlight=False).print(table)
 
 
-@app.command()
+@app.command(cls=Command)
 def pull(
     names: Names,
     dry_run: Annotated[
@@ -126,7 +127,7 @@ def pull(
             sys.stdout.write(f"{model.name}\n")
 
 
-@app.command()
+@app.command(cls=Command)
 def verify(
     names: Annotated[
         list[str] | None,
@@ -179,7 +180,7 @@ def verify(
         )
 
 
-@app.command()
+@app.command(cls=Command)
 def rm(
     names: Names,
     yes: Annotated[bool, typer.Option("-y", "--yes", help="Do not ask.")] = False,

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from sana_cli.commands._defaults import apply_defaults
-from sana_cli.commands._options import RunColor, RunQuiet, RunVerbose, with_options
+from sana_cli.commands._options import Quiet, RunColor, Verbose, with_options
 from sana_cli.errors import UsageError
 from sana_cli.settings import RunOptions, Settings, declared
 
@@ -46,6 +46,12 @@ def serve(
         typer.Option(metavar="N", min=1, max=10_000, help="Requests that may wait; more are 429."),
     ] = 64,
     *,
+    loras: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="Requests may name the LoRAs (*.safetensors) in this folder."
+        ),
+    ] = None,
     token_file: Annotated[
         Path | None,
         typer.Option(
@@ -71,8 +77,8 @@ def serve(
             rich_help_panel=ACCESS,
         ),
     ] = None,
-    quiet: RunQuiet = False,
-    verbose: RunVerbose = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
     color: RunColor = True,
     **asked: Any,
 ) -> None:
@@ -104,6 +110,8 @@ def serve(
     token, made = _token(token_file, needed=not is_loopback(host))
     if asked["model"] is not None:
         choose_model(asked["model"], None)
+    if loras is not None and not loras.is_dir():
+        raise UsageError(f"--loras {loras} is not a folder", "name the one that holds the files")
     listener = listen(host, port)
     session = Session(
         device=running.device,
@@ -117,6 +125,7 @@ def serve(
     from sana_cli.server.app import create_app, unforeseen
     from sana_cli.server.app import serve as run
     from sana_cli.server.jobs import JobQueue
+    from sana_cli.server.loras import LoraFolder
     from sana_cli.server.metrics import Metrics
     from sana_cli.server.service import Service
 
@@ -129,7 +138,7 @@ def serve(
         ended=lambda state: metrics.jobs.labels(state).inc(),
         report=lambda error: console.warn(unforeseen(error)),
     )
-    service = Service(session, drawing, asked["model"], metrics)
+    service = Service(session, drawing, asked["model"], metrics, loras=LoraFolder(loras))
     hosts = [*(allow_host or []), host, socket.gethostname()]
     app = create_app(service, console, token=token, hosts=hosts, origins=allow_origin or [])
     shown = f"[{host}]" if ":" in host else host

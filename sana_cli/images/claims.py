@@ -29,6 +29,7 @@ KNOWN = {
     "fit": choices("fit"),
     "solver": choices("solver"),
     "image_fit": choices("image_fit"),
+    "quant": choices("quant"),
     "text_dtype": ("float32", "bfloat16", "int8"),
     "dit_dtype": ("float32", "bfloat16", "float16"),
     "vae_dtype": ("float32", "bfloat16"),

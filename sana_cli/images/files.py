@@ -5,7 +5,7 @@ import os
 import stat
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -19,11 +19,20 @@ FORMATS = {"png": ".png", "jpeg": ".jpg", "webp": ".webp", "avif": ".avif"}
 SUFFIXES = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp", ".avif": "avif"}
 LARGEST_SIDE = {"jpeg": 65500, "webp": 16383, "avif": 65535}  # pixels; PNG takes any
 MAX_PIXELS = 1 << 27  # of an input image: 400 MB as RGB; phones take up to 108 million
+ORIENTATION = 274  # of EXIF
 NEW_SUBFILE_TYPE = 254  # of a TIFF: its lowest bit marks a page that is a preview of another
 DEFAULT_QUALITY = {"jpeg": 92, "webp": 90, "avif": 80}
 
 UPLOADS = ("PNG", "JPEG", "WEBP", "AVIF")  # formats of an uploaded image
 UPLOAD_PIXELS = 40_000_000  # of an uploaded image: more than the largest model draws
+
+
+class Loaded(NamedTuple):
+    """A decoded input image, upright."""
+
+    image: Image.Image
+    notes: list[str]  # what of it was not used
+    turned: bool  # by its EXIF
 
 
 def read(path: str, data: bytes | None = None) -> np.ndarray:
@@ -32,92 +41,106 @@ def read(path: str, data: bytes | None = None) -> np.ndarray:
 
 
 def read_with_notes(path: str, data: bytes | None = None) -> tuple[np.ndarray, list[str]]:
-    """Read an image in any format of Pillow: uint8 RGB (height, width, 3), and notes.
+    """Read an image as `load` does: uint8 RGB (height, width, 3), and notes.
 
-    EXIF orientation is applied; the first of several frames is used; transparent pixels are
-    composited on white. Each of these that changes the image is in the notes. `data` holds the
-    file's bytes if `path` is only its name. UsageError if the file is not an image, is too large,
-    or its values do not define black and white.
+    Transparent pixels are composited on white, and the notes tell where that changes the image.
+    """
+    loaded = load(path, data)
+    return rgb(loaded, path), loaded.notes
+
+
+def load(path: str, data: bytes | None = None, option: str = "--image") -> Loaded:
+    """Open and decode an image in any format of Pillow.
+
+    EXIF orientation is applied; the first of several frames is used, which the notes tell. `data`
+    holds the file's bytes if `path` is only its name. UsageError, which names the `option`, if the
+    file is not an image, is too large, or its values do not define black and white.
     """
     shown = path[:200]
+    what = f"{option} {shown}"
     name = os.path.basename(shown)
     notes: list[str] = []
     try:
         # A pipe could wait forever.
         if data is None and not stat.S_ISREG(os.stat(os.path.expanduser(path)).st_mode):
-            raise UsageError(f"--image {shown} is not a regular file", "save the image to a file")
+            raise UsageError(f"{what} is not a regular file", "save the image to a file")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd files; and at half of Pillow's own limit
             with opened(path, data) as image:
-                _refuse(image, shown)
+                _refuse(image, what)
                 frames = getattr(image, "n_frames", 1)
                 # The additional images of a phone's MPO and the layers of a PSD are not frames.
                 if frames > 1 and image.format not in ("MPO", "PSD"):
                     notes.append(f"{name} has {frames} frames, of which the first is used")
                 image.load()
-                _turn(image, name, notes)
-                pixels = _rgb(image, name, notes)
+                turned = _turn(image, name, notes)
     except UsageError:
         raise
     except Image.DecompressionBombError:
-        raise _too_large(shown, "too many pixels") from None
+        raise _too_large(what, "too many pixels") from None
     except Image.UnidentifiedImageError:
-        raise _no_image(path, shown, data) from None
+        raise _no_image(path, what, data) from None
     except OSError as error:
         reason = error.strerror or f"it is damaged ({error})"
-        raise UsageError(f"--image {shown} cannot be read: {reason}") from None
+        raise UsageError(f"{what} cannot be read: {reason}") from None
     except Exception as error:  # a damaged file can make any of the decoders raise anything
-        raise UsageError(f"--image {shown} cannot be read: it is damaged ({error})") from None
-    return pixels, notes
+        raise UsageError(f"{what} cannot be read: it is damaged ({error})") from None
+    if image.mode.startswith("I;16"):  # Pillow's own conversion would clip, not scale
+        image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+    return Loaded(image, notes, turned)
 
 
-def _refuse(image: Image.Image, shown: str) -> None:
+def _refuse(image: Image.Image, what: str) -> None:
     """UsageError for an image whose pixels cannot be used, according to its header."""
     width, height = image.size
     if width * height > MAX_PIXELS:
-        raise _too_large(shown, f"{width}x{height} pixels")
+        raise _too_large(what, f"{width}x{height} pixels")
     if image.mode in ("I", "F"):
         raise UsageError(
-            f"--image {shown} has {image.mode} values, which do not say what is white",
+            f"{what} has {image.mode} values, which do not say what is white",
             "save it with 8 bits",
         )
     tags = getattr(image, "tag_v2", {})
     if image.format == "TIFF" and tags.get(NEW_SUBFILE_TYPE, 0) & 1:
         raise UsageError(
-            f"--image {shown} is a camera's raw file, of which only a small preview can be read",
+            f"{what} is a camera's raw file, of which only a small preview can be read",
             formats.DEVELOP,
         )
 
 
-def _too_large(shown: str, what: str) -> UsageError:
+def _too_large(what: str, size: str) -> UsageError:
     return UsageError(
-        f"--image {shown} has {what}; at most {MAX_PIXELS / 1e6:.0f} million are read",
+        f"{what} has {size}; at most {MAX_PIXELS / 1e6:.0f} million are read",
         "shrink it first: 4096 pixels a side are as many as any model draws",
     )
 
 
-def _no_image(path: str, shown: str, data: bytes | None) -> UsageError:
+def _no_image(path: str, what: str, data: bytes | None) -> UsageError:
     if data is None:
         with open(os.path.expanduser(path), "rb") as file:
             head = file.read(formats.HEAD)
     else:
         head = data[: formats.HEAD]
     if not head:
-        return UsageError(f"--image {shown} cannot be read: it is empty")
-    what, hint = formats.describe(head) or ("not an image, or a damaged one", None)
-    return UsageError(f"--image {shown} cannot be read: it is {what}", hint)
+        return UsageError(f"{what} cannot be read: it is empty")
+    kind, hint = formats.describe(head) or ("not an image, or a damaged one", None)
+    return UsageError(f"{what} cannot be read: it is {kind}", hint)
 
 
-def _turn(image: Image.Image, name: str, notes: list[str]) -> None:
+def _turn(image: Image.Image, name: str, notes: list[str]) -> bool:
+    """Turn an image upright by its EXIF; whether that changed it."""
     try:
+        before = image.getexif().get(ORIENTATION, 1)
         ImageOps.exif_transpose(image, in_place=True)
     except Exception:  # the pixels are whole, and most images need not be turned
         notes.append(f"{name} has damaged EXIF, so it may need to be turned")
+        return False
+    return before in range(2, 9)
 
 
-def _rgb(image: Image.Image, name: str, notes: list[str]) -> np.ndarray:
-    if image.mode.startswith("I;16"):  # Pillow's own conversion would clip, not scale
-        image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+def rgb(loaded: Loaded, path: str) -> np.ndarray:
+    """Return uint8 RGB (height, width, 3), on white; a note is added where that shows."""
+    image, notes, _ = loaded
     if not image.has_transparency_data:
         return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
     image = image.convert("RGBA")
@@ -125,6 +148,7 @@ def _rgb(image: Image.Image, name: str, notes: list[str]) -> np.ndarray:
     on_white.paste(image, mask=image.getchannel("A"))
     pixels = np.asarray(on_white)
     if not np.array_equal(pixels, np.asarray(image)[..., :3]):
+        name = os.path.basename(path[:200])
         notes.append(f"{name} is transparent in parts, which are taken as white")
     return pixels
 

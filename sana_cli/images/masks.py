@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageFilter, ImageOps
 
 from sana_cli.errors import UsageError
-from sana_cli.images.files import opened
+from sana_cli.images.files import Loaded, load
 
 Size = tuple[int, int]  # (width, height) in pixels
 WHITE, TRANSPARENT = "white is repainted", "transparent is repainted"
@@ -39,20 +39,17 @@ def parse_outpaint(text: str) -> Margins:
 
 
 def read_mask(path: str, alpha: bool = False, data: bytes | None = None) -> tuple[np.ndarray, str]:
-    """Read a mask, and tell which convention it follows.
+    """Return the mask in an image file, and tell which convention it follows; see `to_mask`."""
+    return to_mask(load(path, data, "--mask"), path, alpha)
 
-    With `alpha` only transparency counts. With `data` these are the file's bytes, and `path` is
-    its name. UsageError if the file is not an image or repaints nothing.
+
+def to_mask(loaded: Loaded, path: str, alpha: bool = False) -> tuple[np.ndarray, str]:
+    """Convert a loaded image to a mask, and tell which convention it follows.
+
+    With `alpha` only transparency counts. UsageError if it repaints nothing.
     """
     shown = path[:200]
-    try:
-        with opened(path, data) as image:
-            mask, convention = mask_of(ImageOps.exif_transpose(image))
-    except OSError as error:
-        reason = error.strerror or "it is not an image, or a damaged one"
-        raise UsageError(f"--mask {shown} cannot be read: {reason}") from None
-    except Exception as error:  # a damaged file can make any of the decoders raise anything
-        raise UsageError(f"--mask {shown} cannot be read: it is damaged ({error})") from None
+    mask, convention = mask_of(loaded.image)
     if alpha and convention != TRANSPARENT:
         raise UsageError(
             f"--mask alpha: {shown} has no transparent part", "give a mask of its own: --mask FILE"

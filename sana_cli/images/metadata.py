@@ -138,7 +138,9 @@ def read(path: str) -> ImageMetadata:
     claims = other_tools.read(texts)
     if claims is None:
         if own:
-            raise SanaError(f"the recipe in {shown} is damaged", "nothing else in it tells it")
+            raise SanaError(
+                f"the recipe in {shown} is damaged", "the image holds no other copy of it"
+            )
         raise SanaError(
             f"{shown} holds no recipe", "was it saved with --metadata none, or changed since?"
         )

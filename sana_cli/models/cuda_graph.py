@@ -21,11 +21,17 @@ class GraphedCall:
     def __init__(
         self, function: Callable[[Sequence[Tensor]], Tensor], inputs: Sequence[Tensor]
     ) -> None:
+        device = inputs[0].device
         self._static_inputs = [tensor.clone() for tensor in inputs]
         self._latest = list(inputs)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._output = function(self._static_inputs)
+        # Both default to the current device, and torch keeps the stream of its first graph.
+        with torch.cuda.device(device):
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph, stream=torch.cuda.Stream(device)):
+                before = torch.cuda.memory_reserved(device)
+                self._output = function(self._static_inputs)
+        # Held by the graph for as long as it lives: its activations.
+        self.nbytes = torch.cuda.memory_reserved(device) - before
 
     def __call__(self, inputs: Sequence[Tensor]) -> Tensor:
         """Replay with other inputs of the same shapes. The next call overwrites the result."""

@@ -20,13 +20,13 @@ from torch import Tensor, nn
 
 from sana_cli.kernels.linear import linear
 from sana_cli.kernels.modulation import modulate
+from sana_cli.models import w8a8
 from sana_cli.models.controlnet import ControlNet, ControlNetConfig
 from sana_cli.models.cross_attention import TextContext
 from sana_cli.models.cuda_graph import GraphedCall
 from sana_cli.models.dit import Block, DiT, DiTConfig
 from sana_cli.models.fused_controlnet import ControlBranch, ControlContext, FusedControlNet
 from sana_cli.models.fused_layers import FusedBlock, FusedPatchEmbed, frozen
-from sana_cli.system.devices import is_out_of_memory
 from sana_cli.system.memory import PeakMemory
 
 
@@ -69,10 +69,16 @@ class FusedDiT(nn.Module):
 
     def to_device(self, device: str, row_chunk: int | None) -> None:
         """Move to a device and run on `row_chunk` rows of the latent grid at a time (None: all)."""
-        if row_chunk != self.row_chunk or torch.device(device).type != self.tables.device.type:
+        target = torch.empty(0, device=device).device  # "cuda" with its index
+        if row_chunk != self.row_chunk or target != self.tables.device:
             self._graph, self._signature = None, None  # it reads the weights where they were
         self.row_chunk = row_chunk
-        self.to(device)
+        self.to(target)
+
+    @property
+    def graph_bytes(self) -> int:
+        """Bytes that the CUDA graph holds beside the weights."""
+        return 0 if self._graph is None else self._graph.nbytes
 
     def encode_text(self, text: Tensor, padded: int = 1, fold: bool = True) -> list[TextContext]:
         """Text states (1, L, caption_channels) -> a context for every block.
@@ -122,24 +128,28 @@ class FusedDiT(nn.Module):
         control: ControlContext | None = None,
         pag_layers: Sequence[int] = (),
     ) -> Tensor:
-        """`forward`; on CUDA through one graph from the second call with the same shapes on."""
-        if not latents.is_cuda or self.row_chunk or self.graph_error:
+        """`forward`; on CUDA through one graph from the second call with the same shapes on.
+
+        If the graph cannot be captured, for lack of memory for instance, these shapes run without
+        one; `graph_error` says why.
+        """
+        if not latents.is_cuda or self.row_chunk:
             return self(latents, time, texts, control, pag_layers)
         contexts = chain.from_iterable(texts)
         inputs = [latents, *time, *chain.from_iterable(contexts), *(control or ())]
         signature = [tensor.shape for tensor in inputs], control is None, tuple(pag_layers)
         if signature != self._signature:
-            self._graph, self._signature = None, signature
-            return self(latents, time, texts, control, pag_layers)
-        if self._graph is None:
+            self._graph, self._signature, self.graph_error = None, signature, None
+        elif self._graph is None and self.graph_error is None:
             forward = partial(self._forward_flat, texts, control is not None, pag_layers)
             try:
                 self._graph = GraphedCall(forward, inputs)
             except RuntimeError as error:
-                if is_out_of_memory(error):
-                    raise
-                self.graph_error = str(error)
-                return self(latents, time, texts, control, pag_layers)
+                # Ending a failed capture fails as well; the first error is the cause.
+                cause = error.__context__ or error
+                self.graph_error = str(cause).partition("\n")[0]
+        if self._graph is None:
+            return self(latents, time, texts, control, pag_layers)
         return self._graph(inputs).clone()
 
     def forward(
@@ -213,25 +223,31 @@ def peak_bytes(
     fold: bool = True,
     controlnet: ControlNetConfig | None = None,
     perturbed: bool = False,
+    quantised: bool = False,
 ) -> int:
     """Predict the most bytes that denoising one image takes, weights included.
 
     grid: (h, w) of the latents. text_lengths: tokens of each text, the prompt last. batched_cfg:
     whether all texts run in one batch, or each by itself. fold: as in `FusedDiT.encode_text`.
     controlnet: the one that takes part. perturbed: whether the prompt has a second stream for
-    perturbed-attention guidance.
+    perturbed-attention guidance. quantised: whether the projections are in 8 bits.
     """
     with torch.device("meta"):
-        weights = _parameters(DiT(config))
+        weights = _parameters(DiT(config)) * dtype.itemsize
         # A block frees its activations before the next one runs, so two blocks stand for all: the
         # first, which starts streams, and one that follows.
         dit = DiT(replace(config, num_layers=2)).requires_grad_(False).to(dtype)
         branch, control = None, None
         if controlnet is not None:
-            weights += _parameters(ControlNet(controlnet))
+            weights += _parameters(ControlNet(controlnet)) * dtype.itemsize
             branch = ControlNet(replace(controlnet, num_layers=1)).requires_grad_(False).to(dtype)
         fused = FusedDiT(dit, branch)
         fused.row_chunk = row_chunk
+        blocks = config.num_layers + (controlnet.num_layers if controlnet is not None else 0)
+        if quantised:
+            before = nbytes(fused.blocks[0])
+            w8a8.install(fused, w8a8.quantise(fused))
+            weights -= blocks * (before - nbytes(fused.blocks[0]))
         sample = torch.empty((1, config.in_channels, *grid))
         states = torch.empty((1, max(text_lengths), config.caption_channels), dtype=dtype)
         modulation = torch.empty((6, config.width), dtype=dtype)
@@ -247,12 +263,27 @@ def peak_bytes(
     if fold and config.qk_norm is None:
         # A shorter prompt may take more than a long one: up to D² numbers a block once folded.
         contexts[-1] = max(contexts[-1], config.width**2 * dtype.itemsize)
-    blocks = config.num_layers + (controlnet.num_layers if controlnet is not None else 0)
     constants = blocks * sum(contexts) + sum(tensor.nbytes for tensor in control or ())
     constants += steps * sum(tensor.nbytes for tensor in time)
     # In float32 the sampler holds the sample, two estimates of x₀, the noise, and the velocities.
     sampler = (4 + 2 + perturbed) * sample.nbytes
-    return weights * dtype.itemsize + constants + memory.peak + sampler
+    return weights + constants + memory.peak + sampler
+
+
+def quantising_bytes(
+    config: DiTConfig, dtype: torch.dtype, controlnet: ControlNetConfig | None = None
+) -> int:
+    """Bound the bytes of the networks while their weights are quantised: both kinds are held."""
+    with torch.device("meta"):
+        weights = _parameters(DiT(config))
+        if controlnet is not None:
+            weights += _parameters(ControlNet(controlnet))
+    return weights * (dtype.itemsize + 1)
+
+
+def nbytes(network: nn.Module) -> int:
+    """Return the bytes of all tensors of a network."""
+    return sum(t.nbytes for t in chain(network.parameters(), network.buffers()))
 
 
 def _parameters(network: nn.Module) -> int:

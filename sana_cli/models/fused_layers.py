@@ -4,19 +4,22 @@ Shapes as in `dit.py`: D width, h w the latent grid, N = h·w tokens. A *stream*
 of the network on the same latents: unconditional and conditional are two.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from sana_cli.kernels.depthwise_glu import depthwise_glu
+from sana_cli.kernels.depthwise_glu import depthwise_glu, depthwise_glu8
 from sana_cli.kernels.linear import linear
-from sana_cli.kernels.linear_attention import attend_tokens, project_qkv
-from sana_cli.kernels.modulation import modulate
+from sana_cli.kernels.linear_attention import attend_tokens, attend_tokens8, project_qkv
+from sana_cli.kernels.modulation import modulate, modulate8
 from sana_cli.kernels.projection import gated_residual_linear_, linear_silu
+from sana_cli.kernels.rows8 import Rows8, Weight8, dequantise_weight
 from sana_cli.models.cross_attention import TextAttention, TextContext
 from sana_cli.models.dit import Block, PatchEmbed, position_axes
+
+PROJECTIONS = ("qkv", "out", "up", "down")  # of a block, which may run in 8 bits
 
 
 class FusedPatchEmbed(nn.Module):
@@ -66,12 +69,31 @@ class FusedBlock(nn.Module):
             q = (attention.norm_q.weight.float()[:, None] * q.float()).to(q.dtype)
             self.norm_k, self.norm_eps = frozen(attention.norm_k.weight), attention.norm_k.eps
         self.qkv = frozen(torch.cat([q, k, v]))
-        self.out = cast(nn.Linear, attention.to_out[0])
+        out = cast(nn.Linear, attention.to_out[0])
+        self.out, self.out_bias = frozen(out.weight), out.bias
         self.text_attention = TextAttention(plain.attn2)
         self.up = frozen(ff.conv_inverted.weight.flatten(1))
         self.up_bias = cast(nn.Parameter, ff.conv_inverted.bias)
         self.depth = ff.conv_depth
         self.down = frozen(ff.conv_point.weight.flatten(1))
+        self.has_8_bits = False
+
+    def use_8_bits(self, weights: Mapping[str, Weight8]) -> None:
+        """Replace the weights of all PROJECTIONS."""
+        for name in PROJECTIONS:
+            delattr(self, name)
+            self.register_buffer(name, weights[name].values)
+            self.register_buffer(f"{name}_scales", weights[name].scales)
+        self.has_8_bits = True
+
+    def projection(self, name: str) -> Tensor:
+        """Return the weight of one of PROJECTIONS, which is not in 8 bits."""
+        assert not self.has_8_bits, "the weights are quantised"
+        return getattr(self, name)
+
+    def _weight(self, name: str) -> Tensor | Weight8:
+        weight = getattr(self, name)
+        return Weight8(weight, getattr(self, f"{name}_scales")) if self.has_8_bits else weight
 
     def forward(
         self,
@@ -104,44 +126,52 @@ class FusedBlock(nn.Module):
             for chunk in stream.split(tokens or stream.shape[1], 1):
                 self.text_attention(chunk, text)
         if tokens is None:
-            y = self._gated_conv(modulate(x, shift_ff, scale_ff, self.eps), grid)
-            return gated_residual_linear_(x, y, self.down, None, gate_ff)
+            y = self._gated_conv(self._modulate(x, shift_ff, scale_ff), grid)
+            return gated_residual_linear_(x, y, self._weight("down"), None, gate_ff)
         for stream in x.split(1):
             above = stream[:, :0]  # a copy of the row above the chunk, before it was overwritten
             for i, chunk in enumerate(stream.split(tokens, 1)):
                 end = i * tokens + chunk.shape[1]
                 padded = torch.cat([above, chunk, stream[:, end : end + grid[1]]], dim=1)
                 window = padded.shape[1] // grid[1], grid[1]
-                y = self._gated_conv(modulate(padded, shift_ff, scale_ff, self.eps), window)
-                y = y[:, above.shape[1] : above.shape[1] + chunk.shape[1]]
+                y = self._gated_conv(self._modulate(padded, shift_ff, scale_ff), window)
+                first, last = above.shape[1], above.shape[1] + chunk.shape[1]
+                y = y.between(first, last) if isinstance(y, Rows8) else y[:, first:last]
                 above = chunk[:, -grid[1] :].clone()
-                gated_residual_linear_(chunk, y, self.down, None, gate_ff)
+                gated_residual_linear_(chunk, y, self._weight("down"), None, gate_ff)
         return x
 
-    def _gated_conv(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    def _modulate(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor | Rows8:
+        return (modulate8 if self.has_8_bits else modulate)(x, shift, scale, self.eps)
+
+    def _gated_conv(self, tokens: Tensor | Rows8, grid: tuple[int, int]) -> Tensor | Rows8:
         """The Mix-FFN up to its last projection: (B, N, D) -> (B, N, 2.5·D)."""
-        hidden = linear_silu(tokens, self.up, self.up_bias).unflatten(1, grid)
+        hidden = linear_silu(tokens, self._weight("up"), self.up_bias).unflatten(1, grid)
         del tokens  # frees memory if the caller holds no other reference
-        return depthwise_glu(hidden, self.depth.weight, cast(Tensor, self.depth.bias)).flatten(1, 2)
+        bias = cast(Tensor, self.depth.bias)
+        if self.has_8_bits:
+            return depthwise_glu8(hidden, self.depth.weight, bias)
+        return depthwise_glu(hidden, self.depth.weight, bias).flatten(1, 2)
 
     def _attend(
         self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor, tokens: int | None
     ) -> Tensor:
         """Linear self-attention. In chunks of `tokens`, keys and values are summed up first."""
-        out = self.out
+        out, bias = self._weight("out"), self.out_bias
+        apply = attend_tokens8 if self.has_8_bits else attend_tokens
         if tokens is None:
-            y = attend_tokens(*self._project(modulate(x, shift, scale, self.eps)))
-            return gated_residual_linear_(x, y, out.weight, out.bias, gate)
+            y = apply(*self._project(self._modulate(x, shift, scale)))
+            return gated_residual_linear_(x, y, out, bias, gate)
         for stream in x.split(1):
             chunks = stream.split(tokens, 1)
             queries, state = [], None
             for chunk in chunks:
-                q, sums = self._project(modulate(chunk, shift, scale, self.eps))
+                q, sums = self._project(self._modulate(chunk, shift, scale))
                 queries.append(q.clone())  # q may be a view that keeps a larger tensor alive
                 state = sums if state is None else state + sums
             assert state is not None  # a grid has at least one row
             for chunk, q in zip(chunks, queries, strict=True):
-                gated_residual_linear_(chunk, attend_tokens(q, state), out.weight, out.bias, gate)
+                gated_residual_linear_(chunk, apply(q, state), out, bias, gate)
         return x
 
     def _attend_perturbed(
@@ -153,18 +183,27 @@ class FusedBlock(nn.Module):
         gate: Tensor,
         tokens: int | None,
     ) -> Tensor:
-        """Self-attention in all streams but the last -> (streams, N, D)."""
+        """Self-attention in all streams but the last -> (streams, N, D).
+
+        The last one reads weights of 8 bits as well, but its activations stay as they are.
+        """
         started = len(x) == streams
         intact, perturbed = (x[:-1], x[-1:]) if started else (x, x[-1:].clone())
-        to_v, out = self.qkv[2 * x.shape[-1] :], self.out
+        width = x.shape[-1]
+        qkv, out = (
+            dequantise_weight(weight, width, x.dtype) if isinstance(weight, Weight8) else weight
+            for weight in (self._weight("qkv"), self._weight("out"))
+        )
+        to_v = qkv[2 * width :]
         for chunk in perturbed.split(tokens or x.shape[1], 1):
             v = linear(modulate(chunk, shift, scale, self.eps), to_v)
-            gated_residual_linear_(chunk, v, out.weight, out.bias, gate)
+            gated_residual_linear_(chunk, v, out, self.out_bias, gate)
         intact = self._attend(intact, shift, scale, gate, tokens)
         return x if started else torch.cat([intact.expand(streams - 1, -1, -1), perturbed])
 
-    def _project(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        return project_qkv(tokens, self.qkv, self.heads, self.norm_k, self.norm_eps)
+    def _project(self, tokens: Tensor | Rows8) -> tuple[Tensor, Tensor]:
+        qkv = self._weight("qkv")
+        return project_qkv(tokens, qkv, self.heads, self.norm_k, self.norm_eps)
 
 
 def frozen(weight: Tensor) -> nn.Parameter:

@@ -29,14 +29,17 @@ from sana_cli.images.masks import (
     paste,
 )
 from sana_cli.instruction import normalise_prompt
+from sana_cli.kernels import selfcheck
+from sana_cli.kernels.dispatch import fallback_reason
 from sana_cli.models.controlnet import ControlNet
 from sana_cli.models.dc_ae import DCAE, Decoder, Encoder
 from sana_cli.models.dit import DiT
-from sana_cli.models.fused_dit import FusedDiT
+from sana_cli.models.fused_dit import FusedDiT, nbytes
 from sana_cli.models.streaming.autoencoder import decode, encode
 from sana_cli.models.streaming.strip_pipeline import Decoded
 from sana_cli.models.streaming.subpixel import fold_upsamples
-from sana_cli.pipeline.events import Event, Failure, ImageDone, Notice, Preview, Progress
+from sana_cli.pipeline import weight_cache
+from sana_cli.pipeline.events import Event, Failure, ImageDone, Latents, Notice, Preview, Progress
 from sana_cli.pipeline.guidance import GuidedVelocity
 from sana_cli.pipeline.networks import NetworkKey, Networks, identity_of
 from sana_cli.pipeline.oom_retry import OOMRetry
@@ -44,7 +47,12 @@ from sana_cli.pipeline.plan import Plan, is_guided
 from sana_cli.pipeline.solver import SOLVERS, Repaint, advance, first_step
 from sana_cli.pipeline.text_cache import TextCache
 from sana_cli.recipe import Recipe, adapters_of
-from sana_cli.system.devices import is_out_of_memory, peak_bytes, return_freed_blocks
+from sana_cli.system.devices import (
+    cap_memory,
+    is_out_of_memory,
+    peak_bytes,
+    return_freed_blocks,
+)
 from sana_cli.weights.checkpoint import load_weights, on_meta
 from sana_cli.weights.layout import Tensors
 from sana_cli.weights.lora import MergedTensors, unchanged_lora
@@ -68,6 +76,8 @@ def draw(
     loras: Mapping[str, Path] | None = None,
     cache: Path | None = None,
     previews: int = 0,
+    latents: bool = False,
+    decoded: bool = True,
 ) -> Iterator[Event]:
     """Draw every recipe, all with one model and one precision.
 
@@ -76,14 +86,17 @@ def draw(
     what is loaded here; `images` holds the pixels of every input image, and `loras` the file of
     every LoRA by its SHA-256; `cache` is a folder to keep text states in and find them again, and
     None reads and writes nothing. `previews` are decoded of each image while it is denoised, if
-    transformer and decoder fit in memory together. UsageError if a recipe names a solver that the
-    model cannot use.
+    transformer and decoder fit in memory together. With `latents` they are yielded after every
+    step; what is not to be `decoded` ends with them. UsageError if a recipe names a solver that
+    the model cannot use.
     """
     for recipe in recipes:
         if (recipe.solver == "scm") != files.is_sprint:
             raise UsageError(f"{recipe.model} cannot be sampled by {recipe.solver}")
     networks = networks or Networks(keep=False)
-    return Drawing(recipes, files, plan, networks, images, cache, loras, previews).events()
+    return Drawing(
+        *(recipes, files, plan, networks, images, cache, loras, previews, latents, decoded)
+    ).events()
 
 
 class Drawing:
@@ -99,19 +112,26 @@ class Drawing:
         cache: Path | None,
         loras: Mapping[str, Path] | None = None,
         previews: int = 0,
+        yields_latents: bool = False,
+        decoded: bool = True,
     ) -> None:
         self.recipes, self.files, self.plan = recipes, files, plan
         self.previews = previews
+        self.yields_latents, self.decoded = yields_latents, decoded
         self.networks, self.cache = networks, cache
         self.images, self.loras = images or {}, loras or {}
         self.text_states: dict[tuple[str, str], Tensor] = {}  # of (instruction, text)
         self.image_latents: dict[tuple[str, Recipe], Tensor] = {}  # by role and `start_of` a recipe
         self.latents: dict[int, Tensor] = {}  # of a recipe's index, waiting to be decoded
+        self.weight_fault: str | None = None  # why quantised weights could not be kept
         self.steps_done = self.images_done = 0
         self.steps = sum(r.steps - first_step(r.steps, r.strength) for r in recipes)
 
     def events(self) -> Iterator[Event]:
         return_freed_blocks()
+        if self.plan.budget:
+            cap_memory(self.plan.device, self.plan.budget, self.networks.held_bytes)
+        yield from self.start_selfcheck()
         yield from self.encode_texts()
         self.done_with("text_encoder")
         if any(recipe.image or recipe.control for recipe in self.recipes):
@@ -125,11 +145,15 @@ class Drawing:
         for first in range(0, len(self.recipes), turn):
             indices = range(first, min(first + turn, len(self.recipes)))
             transformer = yield from self.load_transformer()
+            yield from self.remarks_of_selfcheck()
             for i in indices:
                 yield from self.finish(i, self.denoise(i, transformer))
             del transformer
             if indices.stop == len(self.recipes):
                 self.done_with("transformer")
+            if not self.decoded:
+                self.latents.clear()
+                continue
             decoder = yield from self.load_decoder()
             for i in indices:
                 if i in self.latents:
@@ -145,6 +169,28 @@ class Drawing:
             self.latents.pop(i, None)
             yield Failure(i, error)
 
+    # --- kernels -------------------------------------------------------------------------------
+
+    @property
+    def kernel_kinds(self) -> list[tuple[torch.dtype, bool]]:
+        """The precisions of the kernels that run on the plan's device; which are of 8-bit rows."""
+        if fallback_reason(torch.device(self.plan.device)) is not None:
+            return []
+        recipe = self.recipes[0]
+        kinds = [(dtype_of(recipe.dit_dtype), False), (dtype_of(recipe.vae_dtype), False)]
+        if recipe.quant == "w8a8":
+            kinds.append((dtype_of(recipe.dit_dtype), True))
+        return list(dict.fromkeys(kinds))
+
+    def start_selfcheck(self) -> Iterator[Event]:
+        """Begin to check the kernels, if they are new to this GPU, while networks are loaded."""
+        if selfcheck.start(self.plan.device, self.kernel_kinds):
+            yield Notice("compiling and checking the kernels, once for this GPU")
+
+    def remarks_of_selfcheck(self) -> Iterator[Event]:
+        for text in selfcheck.remarks(self.plan.device, self.kernel_kinds):
+            yield Notice(text, warning=True)
+
     # --- networks ------------------------------------------------------------------------------
 
     def key(self, part: str) -> NetworkKey:
@@ -156,7 +202,11 @@ class Drawing:
             weights = identity_of(parts[part])
             if self.files.controlnet is not None:
                 weights += identity_of(parts["controlnet"])
-            return NetworkKey(part, weights, recipe.dit_dtype, adapters=adapters_of(recipe))
+            return NetworkKey(
+                *(part, weights, recipe.dit_dtype),
+                adapters=adapters_of(recipe),
+                quant=recipe.quant,
+            )
         return NetworkKey(part, identity_of(parts["vae"]), recipe.vae_dtype)
 
     def load(
@@ -178,7 +228,12 @@ class Drawing:
         self.networks.make_room(needed, budget, key, self.plan.device)
 
     def load_transformer(self) -> Generator[Event, None, FusedDiT]:
-        return (yield from self.load("transformer", "denoise", self.transformer))
+        transformer = yield from self.load("transformer", "denoise", self.transformer)
+        if self.weight_fault is not None:
+            text = f"the 8-bit weights cannot be kept in {self.cache}: {self.weight_fault}"
+            yield Notice(text, warning=True)
+            self.weight_fault = None
+        return transformer
 
     def load_decoder(self) -> Generator[Event, None, Decoder]:
         build = partial(self.autoencoder, "decoder")
@@ -323,11 +378,16 @@ class Drawing:
         part, dtype = self.files.parts["transformer"], dtype_of(self.recipes[0].dit_dtype)
         dit = on_meta(DiT, self.files.dit, part.config)
         weights: Sequence[Path | Tensors] = part.weights
-        if adapters := adapters_of(self.recipes[0]):
+        adapters = adapters_of(self.recipes[0])
+        if adapters:
             loras = [(unchanged_lora(self.loras[a.sha256], a.sha256), a.scale) for a in adapters]
             weights = [MergedTensors(part.weights, loras, self.files.dit, dtype)]
         load_weights(dit, weights, dtype)
         fused = FusedDiT(dit, self.controlnet(dtype))
+        if self.recipes[0].quant is not None:
+            own = [part, *([self.files.parts["controlnet"]] if self.files.controlnet else [])]
+            of = own, self.recipes[0].dit_dtype, adapters
+            self.weight_fault = weight_cache.quantise(fused, *of, self.cache)
         return cast(FusedDiT, self.moved(fused)), nbytes(fused)
 
     def controlnet(self, dtype: torch.dtype) -> ControlNet | None:
@@ -382,7 +442,12 @@ class Drawing:
             if step in shown:
                 yield from self.preview(i, step + 1, previous)
                 began = time.perf_counter()
+            if self.yields_latents:
+                yield Latents(i, step - first, schedule.timesteps[step], sample)
+                began = time.perf_counter()
         self.latents[i] = sample.cpu()
+        if not self.decoded and not self.latents[i].isfinite().all():
+            raise bad_image(recipe, "NaN")
         if reason := transformer.graph_error:
             yield Notice(f"no CUDA graph: {reason}", warning=True)
 
@@ -422,10 +487,7 @@ class Drawing:
             )
         self.images_done += 1
         if fault := fault_of(decoded):
-            raise BadImage(
-                f"seed {recipe.seed} came out as {fault}",
-                "try --dtype float32, another seed, or other weights",
-            )
+            raise bad_image(recipe, fault)
         yield self.done("decode", self.images_done, len(self.recipes), began)
         yield ImageDone(i, self.with_kept_pixels(decoded.pixels.numpy(), recipe))
 
@@ -500,20 +562,26 @@ def preview_steps(first: int, steps: int, count: int) -> set[int]:
     return {first + n - 1 for n in done if 0 < n < todo}
 
 
-def nbytes(network: nn.Module) -> int:
-    return sum(p.nbytes for p in network.parameters()) + sum(b.nbytes for b in network.buffers())
-
-
-def noise(recipe: Recipe, files: ModelFiles) -> Iterator[Tensor]:
-    """Yield the recipe's noise, float32 (1, 32, h, w), without end.
+def noise(
+    recipe: Recipe, files: ModelFiles, generator: torch.Generator | None = None
+) -> Iterator[Tensor]:
+    """Yield the recipe's noise, float32 (1, 32, h, w), without end: of its seed, or a generator.
 
     Drawn on the CPU, so that it is the same whatever the device.
     """
     cell = files.vae.compression
     shape = (1, files.dit.in_channels, recipe.native_height // cell, recipe.native_width // cell)
-    generator = torch.Generator("cpu").manual_seed(recipe.seed)
+    generator = generator or torch.Generator("cpu").manual_seed(recipe.seed)
     while True:
         yield torch.randn(shape, generator=generator)
+
+
+def draw_all_noise(recipe: Recipe, files: ModelFiles, generator: torch.Generator) -> None:
+    """Advance a generator by the noise that an image takes, as if it had drawn it."""
+    draws = noise(recipe, files, generator)
+    steps = recipe.steps - first_step(recipe.steps, recipe.strength)
+    for _ in range(1 + steps * SOLVERS[recipe.solver].stochastic):
+        next(draws)
 
 
 def covering(whole: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
@@ -531,6 +599,13 @@ def fault_of(decoded: Decoded) -> str | None:
     if decoded.low.isnan():
         return "NaN"
     return "one flat colour" if decoded.high - decoded.low < 1 / 255 else None
+
+
+def bad_image(recipe: Recipe, fault: str) -> BadImage:
+    return BadImage(
+        f"seed {recipe.seed} came out as {fault}",
+        "try --dtype float32, another seed, or other weights",
+    )
 
 
 def dtype_of(name: str) -> torch.dtype:

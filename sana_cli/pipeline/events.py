@@ -1,10 +1,14 @@
 """What drawing yields as it goes, here or on a server. Nothing here imports torch."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from sana_cli.errors import SanaError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,20 @@ class Preview:
 
 
 @dataclass(frozen=True)
+class Latents:
+    """The latents of the recipe at `index` after a step, float32 (1, 32, h, w).
+
+    `step` counts the steps that are run from 0; `timestep` is that of the step, in [0, 1000]. The
+    tensor is the sampler's own and must not be changed.
+    """
+
+    index: int
+    step: int
+    timestep: float
+    tensor: "Tensor"
+
+
+@dataclass(frozen=True)
 class ImageDone:
     """uint8 RGB (height, width, 3) of the recipe at `index`."""
 
@@ -56,4 +74,4 @@ class Notice:
     warning: bool = False
 
 
-Event = Progress | Preview | ImageDone | Failure | Notice
+Event = Progress | Preview | Latents | ImageDone | Failure | Notice

@@ -21,12 +21,18 @@ class NetworkKey(NamedTuple):
     dtype: str
     device: str = ""  # only for a network that cannot be moved
     adapters: tuple[Adapter, ...] = ()  # LoRAs merged into the weights
+    quant: str | None = None  # as in the recipe
 
 
 @dataclass
 class _Loaded:
     network: Any
-    nbytes: int
+    weights: int  # bytes
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of its weights and of its CUDA graph, which grows later."""
+        return self.weights + getattr(self.network, "graph_bytes", 0)
 
 
 class Networks:
@@ -41,8 +47,8 @@ class Networks:
 
     @property
     def held_bytes(self) -> int:
-        """Return the bytes of the tensors of all loaded networks."""
-        return sum(loaded.nbytes for loaded in list(self._loaded.values()))  # as of one moment
+        """Return the bytes of the weights of all loaded networks."""
+        return sum(loaded.weights for loaded in list(self._loaded.values()))  # as of one moment
 
     @property
     def loaded(self) -> list[NetworkKey]:
@@ -66,8 +72,14 @@ class Networks:
         `needed` includes the weights of the network in use, which stays.
         """
         others = [key for key in self._loaded if key != using]
-        held = sum(self._loaded[key].nbytes for key in others)
         released = False
+        for key in list(others) if using.adapters else ():
+            # Of one network with LoRAs the last stays: a server is asked for ever new scales.
+            if key.adapters and key._replace(adapters=using.adapters) == using:
+                others.remove(key)
+                del self._loaded[key]
+                released = True
+        held = sum(self._loaded[key].nbytes for key in others)
         while others and held + needed > budget:
             held -= self._loaded.pop(others.pop(0)).nbytes
             released = True

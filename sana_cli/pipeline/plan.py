@@ -29,6 +29,7 @@ GPU_STRIP_BYTES = 4 * STRIP_BYTES
 MIN_STRIP = STRIP_BYTES >> 10
 TALLEST_CHUNK = 32  # rows of the latent grid
 KEPT_FREE = 0.1  # of a device's memory, reserved for its libraries
+CONTEXT_BYTES = 500 << 20  # of a GPU, for CUDA's context and the code of its libraries
 ROOMY = 0.5  # of the memory: stages bounded below this are not measured, which would take a second
 
 
@@ -118,9 +119,12 @@ def make_plan(
     would fit, if no plan fits.
     """
     recipe = max(recipes, key=lambda r: r.native_width * r.native_height)
-    # On the CPU the memory of the interpreter and its libraries counts against the user's limit.
+    # What is not tensors counts against the user's limit too: the context on a GPU, elsewhere the
+    # interpreter and its libraries.
     used = 0
-    if limit is not None and not device.startswith("cuda"):
+    if limit is not None and device.startswith("cuda"):
+        used = CONTEXT_BYTES
+    elif limit is not None:
         used = resident_bytes() if overhead is None else overhead
     free = int((free_memory(device) + held) * (1 - KEPT_FREE)) if limit is None else limit
     budget = free - used
@@ -171,9 +175,13 @@ def fits(model: Model, device: str, free: int) -> str:
 
 
 def free_memory(device: str) -> int:
-    """Return the free bytes on a device; a very large number where the system does not report."""
+    """Return the free bytes on a device; a very large number where the system does not report.
+
+    On a GPU they include what torch holds for reuse. A CUDA graph's memory is part of that.
+    """
     if device.startswith("cuda"):
-        return torch.cuda.mem_get_info(device)[0]
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
     facts = memory()
     return min(
         (n for n in (facts["available_bytes"], facts["limit_bytes"]) if n is not None),
@@ -225,9 +233,10 @@ def _text_peak(recipe: Recipe, files: ModelFiles) -> int:
 def _denoise_peak(plan: Plan, recipe: Recipe, files: ModelFiles) -> int:
     # An empty text is one token.
     lengths = [1 if recipe.negative == "" else LONGEST_PROMPT] if is_guided(recipe, files) else []
-    return fused_dit.peak_bytes(
+    dtype, controlnet = _dtype(recipe.dit_dtype), files.controlnet if recipe.control else None
+    peak = fused_dit.peak_bytes(
         files.dit,
-        _dtype(recipe.dit_dtype),
+        dtype,
         _grid(recipe, files),
         [*lengths, LONGEST_PROMPT],
         recipe.steps,
@@ -235,8 +244,12 @@ def _denoise_peak(plan: Plan, recipe: Recipe, files: ModelFiles) -> int:
         batched_cfg=plan.batched_cfg,
         fold=plan.folds_text,
         perturbed=recipe.pag is not None,
-        controlnet=files.controlnet if recipe.control else None,
+        controlnet=controlnet,
+        quantised=recipe.quant is not None,
     )
+    if recipe.quant is not None and not plan.device.startswith("cuda"):  # whose memory holds both
+        peak = max(peak, fused_dit.quantising_bytes(files.dit, dtype, controlnet))
+    return peak
 
 
 def _decode_peak(plan: Plan, recipe: Recipe, files: ModelFiles) -> int:
@@ -275,7 +288,8 @@ def _upper_bounds(recipe: Recipe, files: ModelFiles) -> dict[str, int]:
     text = files.text.linear_weights * each + LONGEST_TEXT * files.text.intermediate_size * 8 * 4
     width, size = files.dit.width, _dtype(recipe.dit_dtype).itemsize
     layers = files.dit.num_layers + (files.controlnet.num_layers if files.controlnet else 0)
-    denoise = layers * 18 * width**2 * size + cells * width * 2 * 40 * size
+    each = size + (recipe.quant is not None)  # bytes a weight, also while it is quantised
+    denoise = layers * 18 * width**2 * each + cells * width * 2 * 40 * size
     widest, size = max(files.vae.decoder_block_out_channels), _dtype(recipe.vae_dtype).itemsize
     decode = 160 * widest**2 * size + cells * 24 * widest * size + 40 * STRIP_BYTES
     return {"encode": text, "image": decode, "denoise": denoise, "decode": decode}

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 MAX_IMAGES = 10  # of one request
 COMPONENTS = ("vae", "controlnet")
 MAX_PARTIAL = 3  # previews of one image
+MAX_LORAS, LONGEST_NAME = 8, 200  # of one request; characters
 # Other names of options: OpenAI's, and those that other servers have made common.
 ALIASES = {
     "n": "count",
@@ -69,10 +70,10 @@ class Asked:
 def by_name() -> dict[str, Declared]:
     """The declared options that a request may set, by their names: none that names a file.
 
-    A model, an autoencoder or a ControlNet is one of those that are known by a name.
+    A model, a LoRA, an autoencoder or a ControlNet is one of those that are known by a name.
     """
     known = declared(Settings, Seeds, FileOptions)
-    allowed = ("model", *COMPONENTS)  # `Service.model_named` checks the first
+    allowed = ("model", "lora", *COMPONENTS)  # `Service` checks the first two
     return {
         n: one for n, one in known.items() if one.option.http and (n in allowed or not is_path(one))
     }
@@ -152,8 +153,10 @@ def _field(one: Declared) -> tuple[Any, Any]:
         bounds["allow_inf_nan"] = False
     if kind in (int, float):
         kind = Annotated[kind, BeforeValidator(_no_switch)]
-    if one.repeated:
-        return (tuple[kind, ...] | None, Field(None, description=_help(one)))
+    if one.name == "lora":
+        text = "NAME[:SCALE] of each LoRA, as in GET /v1/loras."
+        kind = Annotated[str, Field(max_length=LONGEST_NAME)]
+        return (tuple[kind, ...] | None, Field(None, max_length=MAX_LORAS, description=text))
     return (Annotated[kind, Field(**bounds)] | None, Field(None, description=_help(one)))
 
 

@@ -105,6 +105,13 @@ def routes(service: Service) -> APIRouter:
             service.model_named(name)
         return model_row(offered[name])
 
+    @router.get("/loras")
+    def loras() -> Any:
+        """The LoRAs that a request may name."""
+        files = service.loras.files().items()
+        rows = [{"id": n, "object": "lora", "bytes": p.stat().st_size} for n, p in files]
+        return {"object": "list", "data": rows}
+
     @router.get("/jobs")
     def jobs() -> Any:
         """What is being drawn, and what waits behind it."""
@@ -117,7 +124,7 @@ def routes(service: Service) -> APIRouter:
             if job.id == id:
                 service.queue.cancel(job)
                 return {"id": id, "object": "job", "cancelled": True}
-        raise ApiError(404, "there is no such job", param="id", code="not_found")
+        raise ApiError(404, "no job has this id", param="id", code="not_found")
 
     return router
 
@@ -307,7 +314,7 @@ def model_row(model: Model) -> dict[str, Any]:
 
 
 def no_image() -> ApiError:
-    return ApiError(404, "there is no such image here any more", param="id", code="not_found")
+    return ApiError(404, "this image is no longer kept here", param="id", code="not_found")
 
 
 # --- the body of an edit -----------------------------------------------------------------------
@@ -324,7 +331,10 @@ async def read_edit(request: Request) -> tuple[dict[str, Any], dict[str, bytes]]
     uploads: dict[str, bytes] = {}
     async with request.form(max_files=8, max_fields=64, max_part_size=1 << 20) as form:
         for field, value in form.multi_items():
-            name = field.removesuffix("[]") if isinstance(value, UploadFile) else field
+            name = field.removesuffix("[]")
+            if name == "lora" and isinstance(value, str):
+                values.setdefault(name, []).append(value)
+                continue
             if name in values or name in uploads:
                 raise ApiError(400, f"{ascii(name)} is given twice", param=ascii(name)[1:-1])
             if not isinstance(value, UploadFile):
@@ -363,7 +373,7 @@ def no_upload(name: str) -> ApiError:
     return ApiError(400, message, param=shown, code="unknown_parameter")
 
 
-# --- what OpenAPI is told ----------------------------------------------------------------------
+# --- the OpenAPI description ----------------------------------------------------------------------
 
 
 def responses_of(what: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from sana_cli.pipeline.events import Event, Failure, ImageDone
 from sana_cli.server.errors import ApiError, of
 from sana_cli.session import DrawRequest, Session
 
-LONGEST_WAIT = 600  # seconds that a client is told to wait at most
+LONGEST_WAIT = 600  # seconds, the largest Retry-After
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ JobEvent = Event | Started | Ended
 
 
 class Job:
-    """The images of one request, and a way to hear of them in the thread of an event loop."""
+    """The images of one request, and a way to await them in the thread of an event loop."""
 
     def __init__(self, request: DrawRequest, previews: int = 0) -> None:
         """Made in the loop that reads `events`."""

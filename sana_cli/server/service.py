@@ -10,6 +10,7 @@ from sana_cli.server.errors import ApiError, of
 from sana_cli.server.fields import Asked
 from sana_cli.server.gallery import Gallery
 from sana_cli.server.jobs import JobQueue
+from sana_cli.server.loras import LoraFolder
 from sana_cli.server.metrics import Metrics
 from sana_cli.session import DrawRequest, Session
 from sana_cli.settings import Settings
@@ -25,6 +26,7 @@ class Service:
     default: str | None = None  # the model, as --model gave it
     metrics: Metrics = field(default_factory=Metrics)
     gallery: Gallery = field(default_factory=Gallery)
+    loras: LoraFolder = LoraFolder()
 
     def models(self) -> dict[str, Model]:
         """The models that are on this machine, the default one first."""
@@ -62,6 +64,7 @@ class Service:
             inputs = Inputs()
             values = dict(asked.settings)
             values["model"] = self.model_named(values.get("model"))
+            values["lora"] = tuple(map(self.loras.choice, values.get("lora", ())))
             for name, data in uploads.items():
                 inputs.add_bytes(name, data)
                 values[name] = name
@@ -73,6 +76,7 @@ class Service:
                 self.session.metadata(request.recipes[0]).as_exif("jpeg")
             return request
         except SanaError as error:
+            error.message = self.loras.without_folder(error.message)
             raise of(error, asked.names) from None
 
     def _usual_steps(self, values: dict[str, Any]) -> int:

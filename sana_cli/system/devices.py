@@ -14,6 +14,14 @@ if TYPE_CHECKING:
 
 M_TRIM_THRESHOLD = -1  # malloc.h
 MADV_DONTNEED = 4  # sys/mman.h
+# Parts of messages. In order: CUDA's runtime, Triton and MPS; CUDA's driver; cuBLAS, older cuDNN;
+# newer cuDNN; the CPU allocator on Linux and macOS, and on Windows; C++; one buffer beyond what
+# Metal has in all.
+OUT_OF_MEMORY = (
+    *("out of memory", "out_of_memory", "_alloc_failed", "_allocation_failed"),
+    *("can't allocate memory", "not enough memory", "bad_alloc", "invalid buffer size"),
+)
+ENCODER_SHARE = 0.5  # of a GPU's memory; the rest is for other programs and other networks
 LARGE_ENCODER = 250_000_000  # weights; below, importing bitsandbytes costs more than int8 saves
 
 
@@ -69,23 +77,40 @@ def wide_dtype(device: str) -> str:
 
 
 def choose_text_precision(
-    asked: str, dtype: str, text_dtype: str, device: str, linear_weights: int
-) -> str:
-    """Return the precision of the text encoder: "float32", "bfloat16" or "int8".
+    asked: str,
+    dtype: str,
+    text_dtype: str,
+    device: str,
+    linear_weights: int,
+    memory: int | None = None,
+) -> tuple[str, str | None]:
+    """Return the precision of the text encoder, "float32", "bfloat16" or "int8", and a warning.
 
     `asked` is --text-precision, `text_dtype` the result of `choose_dtypes`, which `auto` takes,
-    unless --dtype is `auto` too, the device has fast int8, and the encoder is large: then int8
-    halves its memory. UsageError if int8 is requested and cannot run.
+    unless --dtype is `auto` too and the encoder would fill a GPU: then int8 halves its memory.
+    `memory` is the user's limit in bytes; without one it is the memory of the whole GPU, since an
+    image must not depend on what other programs take of it. The warning says why int8, which the
+    memory asks for, cannot run. UsageError if int8 is requested and cannot run.
     """
     if asked in ("bf16", "fp32"):
-        return {"bf16": "bfloat16", "fp32": "float32"}[asked]
-    fault = _int8_fault(device)
+        return {"bf16": "bfloat16", "fp32": "float32"}[asked], None
     if asked == "int8":
-        if fault:
+        if fault := _int8_fault(device):
             raise UsageError(f"--text-precision int8: {fault}", "use --text-precision auto")
-        return "int8"
-    fast = device.startswith("cuda") and not fault
-    return "int8" if fast and dtype == "auto" and linear_weights > LARGE_ENCODER else text_dtype
+        return "int8", None
+    if dtype != "auto" or not device.startswith("cuda") or linear_weights <= LARGE_ENCODER:
+        return text_dtype, None
+    import torch
+
+    size = linear_weights * getattr(torch, text_dtype).itemsize
+    if memory is None:
+        memory = torch.cuda.get_device_properties(device).total_memory
+    if size <= ENCODER_SHARE * memory:
+        return text_dtype, None
+    if fault := _int8_fault(device):
+        gb = size / 1e9
+        return text_dtype, f"the text encoder takes {gb:.1f} GB, as it cannot run in int8: {fault}"
+    return "int8", None
 
 
 def _int8_fault(device: str) -> str | None:
@@ -97,8 +122,31 @@ def _int8_fault(device: str) -> str | None:
 
         if torch.cuda.get_device_capability(device) < (7, 5):
             return "this GPU is older than Turing, the first with int8 products"
+        return _cuda_part_fault()
     elif device != "cpu":
         return f"it runs on cuda and cpu, not on {device}"
+    return None
+
+
+def _cuda_part_fault() -> str | None:
+    """Return why the compiled part of bitsandbytes does not load, or None.
+
+    Only that part is loaded, as importing the library takes seconds. It chooses among its builds
+    for torch's major version of CUDA.
+    """
+    import torch
+
+    spec = importlib.util.find_spec("bitsandbytes")
+    assert spec is not None
+    folders = spec.submodule_search_locations or []
+    pattern = f"libbitsandbytes_cuda{str(torch.version.cuda).partition('.')[0]}*"
+    libraries = sorted(library for folder in folders for library in Path(folder).glob(pattern))
+    if not libraries:
+        return f"bitsandbytes has no library for CUDA {torch.version.cuda}"
+    try:
+        ctypes.CDLL(str(libraries[-1]))
+    except OSError as error:
+        return f"bitsandbytes' library for CUDA cannot be loaded: {error}"
     return None
 
 
@@ -152,13 +200,32 @@ def drop_pages(tensor: "Tensor") -> None:
             advise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), MADV_DONTNEED)
 
 
-def is_out_of_memory(error: Exception) -> bool:
+def cap_memory(device: str, budget: int, held: int) -> None:
+    """Let torch hold at most `budget` bytes on a CUDA device, and fail beyond.
+
+    Without a cap, the driver of Windows and of WSL moves what does not fit into RAM, where it is
+    a hundred times slower. `held` bytes of `budget` are allocated now; any others in this process
+    are somebody else's, and come on top.
+    """
+    if not device.startswith("cuda"):
+        return
+    import torch
+
+    index = torch.device(device).index
+    index = torch.cuda.current_device() if index is None else index
+    others = max(0, torch.cuda.memory_allocated(index) - held)
+    share = (budget + others) / torch.cuda.get_device_properties(index).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, share), index)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of any library that runs on a device says that memory is exhausted."""
     import torch
 
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    # The messages of the CPU allocator.
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(words in text for words in OUT_OF_MEMORY)
 
 
 def resident_bytes() -> int:

@@ -166,6 +166,11 @@ def installed(*names: str) -> str | None:
     return None
 
 
+def triton() -> str | None:
+    """Return the version of Triton, whatever its distribution is called on this platform."""
+    return installed("triton", "triton-windows", "pytorch-triton")
+
+
 def free_bytes(path: Path) -> int | None:
     """Return the free bytes on the disk that would hold `path`, which need not exist."""
     try:

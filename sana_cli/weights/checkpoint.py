@@ -52,7 +52,7 @@ def read_config(cls: type[Config], path: Path) -> tuple[Config, list[str]]:
     known: dict[str, Any] = {}
     for key in kinds.keys() & values.keys():
         if not _fits(values[key], kinds[key]):
-            raise BrokenModel(f"{path}: {key} is {values[key]!r}, which is no {kinds[key]}")
+            raise BrokenModel(f"{path}: {key} is {values[key]!r}, which is not {kinds[key]}")
         known[key] = _frozen(values[key])
     try:
         config = cls(**known)

@@ -130,8 +130,7 @@ def fetch(listings: list[Listing], report: TransferReporter) -> None:
     """
     files = list({file.pointer: file for listing in listings for file in listing.files}.values())
     missing = [file for file in files if not file.pointer.is_file()]
-    waiting = sum(file.missing_bytes for file in missing)
-    _check_disk(waiting)
+    _check_disk(sum(file.missing_bytes for file in missing))
     sizes = {file.id: file.digest.size for file in missing}
     report.begin(sizes, {file.id: file.digest.size - file.missing_bytes for file in missing})
     _fetch_at_once(missing, report)
@@ -139,13 +138,18 @@ def fetch(listings: list[Listing], report: TransferReporter) -> None:
         record(listing.source, listing.commit, {f.name: f.digest for f in listing.files})
 
 
-def _check_disk(needed: int) -> None:
+def free_disk() -> tuple[Path, int]:
+    """Return the folder that the cache is in, or will be made in, and its free bytes."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     place = Path(HF_HUB_CACHE)
     while not place.exists():
         place = place.parent
-    free = shutil.disk_usage(place).free
+    return place, shutil.disk_usage(place).free
+
+
+def _check_disk(needed: int) -> None:
+    place, free = free_disk()
     if needed and needed + SPARE > free:
         raise DiskFull(
             f"the download needs {gigabytes(needed)}, and {place} has {gigabytes(free)} free",

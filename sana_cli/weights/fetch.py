@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from sana_cli.errors import MissingModel
 from sana_cli.system.signals import exit_by_exception
+from sana_cli.units import gigabytes, rough_time
 from sana_cli.weights.hub_cache import find_parts, source_parts
 
 if TYPE_CHECKING:
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from sana_cli.weights.download import Listing
     from sana_cli.weights.layout import Part, Parts
     from sana_cli.weights.model_files import ModelFiles
+
+USUAL_SPEED = 100e6 / 8  # bytes a second, for the time that a download is expected to take
 
 
 def open_or_fetch(
@@ -128,11 +131,28 @@ def list_sources(
 
 
 def transfer(listings: "list[Listing]", reporter: "Reporter") -> None:
-    """Download the files of some listings."""
-    from sana_cli.weights.download import fetch
+    """Download the files of some listings, after telling how much that is.
 
-    with exit_by_exception(), reporter.transfer() as progress:
-        fetch(listings, progress)
+    MissingModel if the person at the terminal does not agree.
+    """
+    from sana_cli.weights.download import fetch, free_disk
+
+    size = sum(file.missing_bytes for listing in listings for file in listing.files)
+    place, free = free_disk()
+    if size:
+        reporter.info(
+            f"to fetch: {gigabytes(size)}, of {gigabytes(free)} free in {place}; about"
+            f" {rough_time(size / USUAL_SPEED)} at 100 Mbit/s"
+        )
+    # What does not fit is refused by `fetch`, without a question.
+    if 0 < size < free and not reporter.confirm(f"Fetch {gigabytes(size)}?"):
+        raise MissingModel("nothing was fetched", "sana models list shows what is on this machine")
+    try:
+        with exit_by_exception(), reporter.transfer() as progress:
+            fetch(listings, progress)
+    except SystemExit:
+        reporter.warn("interrupted; what was fetched is kept, and the same command goes on from it")
+        raise
 
 
 def no_network() -> bool:

@@ -226,7 +226,7 @@ def _shards(folder: Path, index: Path) -> list[Path]:
         # A shard lies beside its index: nothing outside the folder is ever opened.
         plain = Path(name).name == name and len(name) < 250
         if not plain or not name.endswith(".safetensors"):
-            raise BrokenModel(f"{index} names {name[:80]!r}, which is no shard beside it")
+            raise BrokenModel(f"{index} names {name[:80]!r}, which is not a shard beside it")
         if not (folder / name).is_file():
             raise BrokenModel(f"{folder / name} is missing", "is the download complete?")
     return [folder / name for name in names]

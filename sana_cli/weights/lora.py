@@ -194,11 +194,11 @@ class Rows(NamedTuple):
 def read_lora(path: Path) -> Lora:
     """Read the LoRA in a safetensors file, in any container.
 
-    UsageError if there is no file; BrokenModel for one that is no LoRA, or holds anything that
+    UsageError if there is no file; BrokenModel for one that is not a LoRA, or holds anything that
     could not be applied.
     """
     if not path.is_file():
-        raise UsageError(f"there is no LoRA {path}", "check the path, or name a repository")
+        raise UsageError(f"the LoRA {path} does not exist", "check the path, or name a repository")
     refuse_pickle(path)
     with open_safetensors(path) as file:
         names = list(file.keys())
@@ -374,17 +374,17 @@ def _peft_config(path: Path, stated: Any) -> Mapping[str, Any] | None:
         try:
             stated = json.loads(stated)
         except (ValueError, RecursionError) as error:
-            raise BrokenModel(f"{path}: {METADATA} is no JSON: {error}", AGAIN) from None
+            raise BrokenModel(f"{path}: {METADATA} is not JSON: {error}", AGAIN) from None
     if stated is None:
         return None
     if not isinstance(stated, dict):
-        raise BrokenModel(f"{path}: {METADATA} is no JSON object", AGAIN)
+        raise BrokenModel(f"{path}: {METADATA} is not a JSON object", AGAIN)
     prefix = "transformer."
     own = {k.removeprefix(prefix): v for k, v in stated.items() if k.startswith(prefix)}
     config = own or {key: value for key, value in stated.items() if "." not in key}
     for pattern in ("rank_pattern", "alpha_pattern"):
         if not isinstance(config.get(pattern) or {}, dict):
-            raise BrokenModel(f"{path}: {pattern} of {METADATA} is no JSON object", AGAIN)
+            raise BrokenModel(f"{path}: {pattern} of {METADATA} is not a JSON object", AGAIN)
     return config or None
 
 
@@ -419,15 +419,15 @@ def fit(lora: Lora, config: DiTConfig) -> dict[str, Rows]:
     """
     if lora.width not in (None, config.width):
         raise UsageError(
-            f"{lora.path} was made for {_said(lora)} (width {lora.width}); this model is"
+            f"{lora.path} was made for {_made_for(lora)} (width {lora.width}); this model is"
             f" {config.width} wide",
             _other_model(lora),
         )
     last = max(lora.blocks, default=0)
     if last >= config.num_layers:
         raise UsageError(
-            f"{lora.path} was made for {_said(lora)}: it changes block {last + 1}, and this model"
-            f" has {config.num_layers}",
+            f"{lora.path} was made for {_made_for(lora)}: it changes block {last + 1}, and this"
+            f" model has {config.num_layers}",
             _other_model(lora),
         )
     shapes = transformer_shapes(config)
@@ -505,7 +505,7 @@ def _misfit(update: Update, wanted: tuple[int, int]) -> str:
     return f"the update of {update.module} is {update.shape}, not {wanted}"
 
 
-def _said(lora: Lora) -> str:
+def _made_for(lora: Lora) -> str:
     return f"the {' or '.join(lora.families)}" if lora.families else "another model"
 
 

@@ -34,7 +34,7 @@ def parse_lora(text: str) -> LoraChoice:
     """Parse a value of `--lora`. UsageError for a scale that is not a number, and other faults."""
     if os.path.isfile(text):  # whatever colons are in its name
         return LoraChoice(Path(text))
-    place, scale = _split(text)
+    place, scale = split_scale(text)
     path = os.path.expanduser(place)
     if os.path.isdir(path):
         raise UsageError(f"--lora {place} is a folder", "give the .safetensors file in it")
@@ -47,7 +47,7 @@ def parse_lora(text: str) -> LoraChoice:
         if file.endswith(".safetensors") or not (file or name.endswith((".safetensors", *PICKLES))):
             return LoraChoice(lora_source(f"{owner}/{name}", file), scale)
     if not os.path.isfile(path):
-        raise UsageError(f"--lora {place[:200]}: there is no such file", FORM)
+        raise UsageError(f"--lora {place[:200]}: the file does not exist", FORM)
     return LoraChoice(Path(path), scale)
 
 
@@ -56,7 +56,8 @@ def lora_source(repo: str, file: str = "") -> Source:
     return Source(repo, "main", (), (), lora=file)
 
 
-def _split(text: str) -> tuple[str, float]:
+def split_scale(text: str) -> tuple[str, float]:
+    """`NAME:0.8` -> NAME and 0.8; the scale is 1 if there is none. UsageError for another word."""
     place, colon, scale = text.rpartition(":")
     if not colon or (len(place) == 1 and DRIVE.fullmatch(text[:3])):
         place, scale = text, "1"

@@ -45,7 +45,7 @@ def released_model(model: Model) -> ModelFiles:
     """Return the published configs of a released model whose files are not on this machine."""
     if model.architecture is None or model.side is None:
         raise MissingModel(
-            f"{model.name} is not on this machine, and nothing is known of it before its download",
+            f"{model.name} is not on this machine, and its configuration is unknown until it is",
             f"fetch it with: sana models pull {model.name}",
         )
     known = architecture(model.architecture, model.side)
@@ -79,6 +79,8 @@ def open_single_file(file: SingleFile, shared: Parts, side: int | None = None) -
     Its config and flow shift are those of the released architecture that its shapes have, at the
     native `side` in pixels: see `native_side` for what is taken where none is given.
     """
+    for part in shared.values():
+        refuse_quantised(part)
     known = architecture(architecture_of(file), native_side(file) if side is None else side)
     parts = shared | {"transformer": Part(file.path.parent, (file,))}
     vae, text, unknown = _around(known.dit, parts)
@@ -107,7 +109,8 @@ def _around(dit: DiTConfig, parts: Parts) -> tuple[DCAEConfig, GemmaConfig, list
 
 
 def with_vae(files: ModelFiles, part: Part) -> ModelFiles:
-    """Replace the autoencoder. BrokenModel if its latents are not the same."""
+    """Replace the autoencoder. BrokenModel if it is quantised or its latents are not the same."""
+    refuse_quantised(part)
     vae, unknown = read_config(DCAEConfig, part.config)
     own = files.vae
     if (vae.latent_channels, vae.compression) != (own.latent_channels, own.compression):
@@ -121,7 +124,8 @@ def with_vae(files: ModelFiles, part: Part) -> ModelFiles:
 
 
 def with_controlnet(files: ModelFiles, part: Part) -> ModelFiles:
-    """Add a ControlNet. BrokenModel if it was made for another transformer."""
+    """Add a ControlNet. BrokenModel if it is quantised or was made for another transformer."""
+    refuse_quantised(part)
     config, unknown = read_config(ControlNetConfig, part.config)
     try:
         config.check_matches(files.dit)

@@ -66,7 +66,7 @@ def read_single_file(path: Path) -> SingleFile:
     unquantised.
     """
     if not path.is_file():
-        raise UsageError(f"there is no file {path}", "check the path")
+        raise UsageError(f"{path} does not exist", "check the path")
     refuse_pickle(path)
     with open_safetensors(path) as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
@@ -146,13 +146,15 @@ def native_side(file: SingleFile) -> int:
 
     The original checkpoints' position table has a row for each cell of the native grid, whether it
     is used or not (inferred from NVlabs' code, which makes the table anew and never loads one).
-    Without a table nothing tells, and it is 1024, as for most released models.
+    Without a table it is unknown, and taken to be 1024, as for most released models.
     """
     if file.cells is None:
         return DEFAULT_SIDE
     grid = math.isqrt(file.cells)
     if grid * grid != file.cells or not grid:
-        raise BrokenModel(f"{file.path}: {POSITIONS} has {file.cells} rows, which are no square")
+        raise BrokenModel(
+            f"{file.path}: {POSITIONS} has {file.cells} rows, which is not a square number"
+        )
     return grid * DC_AE_F32C32.compression
 
 

@@ -38,12 +38,13 @@ def started(*words: str):
         process.communicate()
 
 
-def stopped(process: subprocess.Popen, number: int) -> tuple[int, bytes]:
-    """Exit code and stdout after the signal; anything said on stderr was no traceback."""
+def stopped(process: subprocess.Popen, number: int, says: bytes = b"") -> tuple[int, bytes]:
+    """Exit code and stdout after the signal; what stderr `says` includes no error."""
     process.send_signal(number)
     out, err = process.communicate(timeout=30)
     assert b"Traceback" not in err and b"Exception ignored" not in err, err.decode()
     assert b"error:" not in err, err.decode()
+    assert says in err, err.decode()
     return process.returncode, out
 
 
@@ -68,7 +69,8 @@ def test_stopped_while_it_draws_it_leaves_nothing(here, model, number, code, mar
     with started("a fox", "-m", str(model), "--steps", "1000", "-n", "50") as process:
         assert any(line.startswith(marker) for line in process.stderr)
         time.sleep(0.1)
-        assert stopped(process, number) == (code, b"")
+        says = b"interrupted; saved 0 of 50 images" if marker == b"encode:" else b""
+        assert stopped(process, number, says) == (code, b"")
     assert not list(here.rglob("*"))
 
 
@@ -78,7 +80,7 @@ def test_stopped_while_it_saves_it_leaves_whole_pictures(here, model, number, co
 
     with started("a fox", "-m", str(model), "--steps", "1", "-n", "20", "-s", "0") as process:
         first = process.stdout.readline()
-        ended, more = stopped(process, number)
+        ended, more = stopped(process, number, b" of 20 images, the last in a-fox-")
     assert ended == code
     printed = (first + more).decode().splitlines()
     found = sorted(path.name for path in here.rglob("*"))

@@ -18,6 +18,10 @@ from faults import (
     edit_tensors,
     replace,
 )
+from sana_cli.errors import BrokenModel
+from sana_cli.weights.layout import Part, folder_parts
+from sana_cli.weights.model_files import open_model, open_single_file, with_controlnet, with_vae
+from sana_cli.weights.single_file import SingleFile
 
 
 def _first(tensors) -> str:
@@ -233,6 +237,23 @@ def test_quantised_weights_of_every_part_are_named(refused, model, part):
     edit_tensors(model / part, _beside(".SCB"))
     words = ("a fox", "-m", str(model), *FAST, "--dry-run")
     refused(1, *words, says=("quantised", "bitsandbytes in 8 bits"))
+
+
+@pytest.mark.parametrize("component", ["vae", "controlnet"])
+def test_quantised_components_are_named_as_such(model, tmp_path, component):
+    folder = shutil.copytree(model / "vae", tmp_path / "component")
+    edit_tensors(folder / "diffusion_pytorch_model.safetensors", _beside(".SCB", ".weight_format"))
+    part = Part(folder, (folder / "diffusion_pytorch_model.safetensors",))
+    add = {"vae": with_vae, "controlnet": with_controlnet}[component]
+    with pytest.raises(BrokenModel, match="component holds quantised weights .bitsandbytes"):
+        add(open_model(folder_parts(model)), part)
+
+
+def test_quantised_parts_around_a_single_file_are_named_as_such(model):
+    edit_tensors(model / "vae/diffusion_pytorch_model.safetensors", _beside(dtype=torch.int8))
+    single = SingleFile(Path("a.safetensors"), {}, {}, None, False)
+    with pytest.raises(BrokenModel, match="vae holds quantised weights"):
+        open_single_file(single, folder_parts(model), 512)
 
 
 def test_a_config_that_tells_of_a_quantisation_is_enough(refused, model):

@@ -100,20 +100,20 @@ def test_the_machine_and_the_versions_are_told(kept):
     assert set(machine["power"]) == {"on_battery", "governor", "frequency_driver", "profile"}
 
 
-def test_people_get_a_table_that_fits_eighty_columns_beside_an_earlier_run(command, kept):
-    out, err = command(
-        *DEMO, "--runs", "1", "--warmup", "0", "-r", "128", "--compare", str(kept[1])
-    )
-    lines = out.splitlines()
+def test_people_get_a_table_that_fits_eighty_columns_beside_an_earlier_run(sana, kept, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    run = sana(*DEMO, "--runs", "1", "--warmup", "0", "-r", "128", "--compare", str(kept[1]))
+    assert run.code == 0, run.err
+    lines = run.out.splitlines()
     assert lines[0] == "demo at 128x128"
-    assert all(len(line) <= 80 for line in lines if not line.startswith("warning")), out
+    assert all(len(line) <= 80 for line in lines if not line.startswith("warning")), run.out
     header = next(line for line in lines if line.startswith("phase"))
     assert header.split()[-6:] == ["peak", "memory", "floor", "reached", "to", "before"]
     rows = {line.split()[0]: line.split() for line in lines[3:11] if line.strip()}
     assert set(PHASES) < set(rows)
     assert "%" in rows["denoise"][-2], "the share of the floor"
     assert 0.05 < float(rows["total"][-1]) < 20
-    assert "measured otherwise" not in err
+    assert "device_name" not in run.err
 
 
 def test_another_machine_or_other_steps_are_told(sana, kept, tmp_path):
@@ -134,12 +134,11 @@ def test_another_machine_or_other_steps_are_told(sana, kept, tmp_path):
     assert compared["sizes"][0]["ratios"]["denoise"] > 0
 
 
-def test_random_weights_cost_what_real_ones_do_and_are_told(command, kept):
-    out, _ = command(
-        *(*DEMO, "--random-weights", "--count", "2", "--runs", "1", "--warmup", "0"),
-        *("-r", "128", "--json"),
-    )
-    document = json.loads(out)
+def test_random_weights_cost_what_real_ones_do_and_are_told(sana, kept):
+    words = ("--random-weights", "--count", "2", "--runs", "1", "--warmup", "0")
+    run = sana(*DEMO, *words, "-r", "128", "--json")
+    assert run.code == 0, run.err
+    document = json.loads(run.out)
     (size,), real = document["sizes"], kept[0]["sizes"][0]
     assert (size["random_weights"], size["tokenizer"], document["count"]) == (True, "its own", 2)
     for name in ("denoise", "decode"):
@@ -149,12 +148,12 @@ def test_random_weights_cost_what_real_ones_do_and_are_told(command, kept):
     )
 
 
-def test_diffusers_draws_the_same_in_the_same_process(command):
+def test_diffusers_draws_the_same_in_the_same_process(sana):
     pytest.importorskip("diffusers")
-    out, _ = command(
-        *(*DEMO, "--runs", "2", "--against", "diffusers", "-r", "128x160", "--json"),
-    )
-    facts = json.loads(out)["sizes"][0]["against"]
+    words = ("--runs", "2", "--warmup", "0", "--against", "diffusers", "-r", "128x160", "--json")
+    run = sana(*DEMO, *words)
+    assert run.code == 0, run.err
+    facts = json.loads(run.out)["sizes"][0]["against"]
     assert (facts["with"], facts["pairs"]) == ("diffusers", 2)
     assert set(facts["ratio"]) == set(facts["seconds"]) == {"encode", "denoise", "decode", "total"}
     for stage, both in facts["seconds"].items():
@@ -188,7 +187,7 @@ def test_diffusers_compiled_draws_the_same(command):
         (["-m", "demo", "-r", "77q"], 2, "77q"),
         (["-m", "demo", "--force"], 2, "--force has no effect without --save"),
         (["-m", "demo", "--against", "diffusers", "--text-precision", "int8"], 2, "int8"),
-        (["-m", "someone/else", "--random-weights"], 5, "nothing is known of it"),
+        (["-m", "someone/else", "--random-weights"], 5, "its configuration is unknown"),
         (["-m", "demo", "--compare", "nothere.json"], 2, "cannot be read"),
         (["-m", "demo", "--memory", "60MB", "--device", "cpu"], 4, "takes"),
     ],
@@ -204,9 +203,9 @@ def test_a_call_that_cannot_be_measured_is_one_line_and_a_hint(sana, words, code
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("not json", "is no JSON"),
-        ("[]", "is no result of sana bench"),
-        ('{"schema": 1, "sizes": [{"model": "demo"}]}', "is no result of sana bench"),
+        ("not json", "is not JSON"),
+        ("[]", "is not a result of sana bench"),
+        ('{"schema": 1, "sizes": [{"model": "demo"}]}', "is not a result of sana bench"),
         ('{"schema": 99}', "has schema 99"),
     ],
 )

@@ -41,6 +41,7 @@ VALUES = {
     "device": "cpu",
     "dtype": "bfloat16",
     "memory": "6GB",
+    "quant": "w8a8",
     "text_precision": "fp32",
     "cache": False,
     "offline": True,
@@ -175,12 +176,12 @@ def test_a_number_may_stand_for_text_and_a_hyphen_for_an_underscore(sana, here):
         ("steps = [1, 2]", ["./sana.toml: steps is [1, 2]: one string or number"]),
         ("dtype = 'float8'", ["./sana.toml: dtype is 'float8': ", "bfloat16"]),
         ("cache = 'perhaps'", ["./sana.toml: cache is 'perhaps': "]),
-        ("stepz = 3", ["./sana.toml: there is no setting 'stepz'", "did you mean steps?"]),
+        ("stepz = 3", ["./sana.toml: unknown setting 'stepz'", "did you mean steps?"]),
         ("seed = 3", ["./sana.toml: seed cannot be kept: it belongs to one call"]),
         ("guidance = nan", ["./sana.toml: guidance is nan: it is not finite"]),
         (f"steps = {'9' * 5000}", ["./sana.toml cannot be read: ", "digits"]),
         (f"steps = {'[' * 5000}", ["./sana.toml"]),
-        ("[generate]\nsteps = 3", ["./sana.toml: there is no setting 'generate'"]),
+        ("[generate]\nsteps = 3", ["./sana.toml: unknown setting 'generate'"]),
         ("steps = 3\nsteps == 4", ["./sana.toml is not valid TOML", "line 2"]),
     ],
 )
@@ -240,7 +241,7 @@ def test_a_fault_stops_only_those_who_need_the_value(sana, here):
     assert sana("models", "list").code == 2
     help = sana("generate", "--help")
     assert (help.code, help.err) == (0, "")
-    assert "the configuration is faulty" in " ".join(help.out.replace("│", "").split())
+    assert "the configuration is faulty" in " ".join(help.out.split())
 
 
 def test_a_variable_that_is_nearly_a_setting_is_warned_of(sana, monkeypatch):

@@ -154,6 +154,9 @@ def test_a_driver_that_torch_cannot_use_is_a_problem(tmp_path):
     facts, _ = examine(PATH=path, HF_HOME=str(tmp_path))
     assert facts["nvidia_driver"]
     assert "there is an NVIDIA driver, but" in facts["problems"][0]
+    if not torch.backends.cuda.is_built():
+        assert "built for the CPU only" in facts["problems"][0]
+        assert "install torch with CUDA first: https://" in facts["problems"][0]
 
 
 def test_it_opens_no_connection(tmp_path):

@@ -4,12 +4,14 @@ import io
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from sana_cli.commands.generate import is_unquoted
 from terminal import at_terminal
 
 FAST = ("--steps", "1", "--no-instruction")
@@ -57,9 +59,66 @@ def test_json_is_one_document_with_everything_a_script_needs(sana, tiny_model, t
         with Image.open(image["path"]) as picture:
             assert picture.size == (image["width"], image["height"]) == (512, 512)
             assert json.loads(picture.text["sana"])["recipe"] == image["recipe"]
-    assert set(document["seconds"]) == {"load", "encode", "denoise", "decode", "save", "total"}
-    assert all(value > 0 for value in document["seconds"].values())
+    seconds = document["seconds"]
+    phases = {"start", "load", "encode", "denoise", "decode", "save"}
+    assert set(seconds) == phases | {"other", "total"}
+    assert all(seconds[phase] > 0 for phase in phases)
+    assert seconds.pop("total") == pytest.approx(sum(seconds.values()), abs=0.001)
     assert set(document["peak_bytes"]) == {"encode", "denoise", "decode"}
+
+
+@pytest.mark.parametrize(
+    ("prompts", "unquoted"),
+    [
+        (["a red fox"], False),
+        (["fox"], False),
+        (["fox", "owl"], False),
+        (["a fox", "an owl", "a cat"], False),
+        (["a fox", "owl", "cat"], False),
+        (["a", "red", "fox"], True),
+        (["a", "red fox"], True),
+        (["red fox", "in", "snow"], True),
+        (["ein", "roter", "Fuchs"], True),
+        (["-", "a"], False),
+    ],
+)
+def test_prompts_that_look_like_one_sentence(prompts, unquoted):
+    assert is_unquoted(prompts) == unquoted
+
+
+def test_several_prompts_are_counted_and_forgotten_quotes_warned_of(sana, tiny_model):
+    call = ("-m", str(tiny_model), "-n", "2", *FAST, "--dry-run")
+    run = sana("generate", "a", "red", "fox", *call)
+    assert "3 prompts, 6 images" in run.err
+    warning = 'warning: 3 prompts are drawn; quotes would make them one: sana generate "a red fox"'
+    assert warning in run.err
+    assert "prompts" not in sana("generate", "a red fox", *call).err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems open files by other programs")
+@pytest.mark.parametrize(("count", "opened"), [(1, "a-fox-1.png"), (2, "")])
+def test_open_shows_the_image_or_the_folder_of_several(
+    process, tiny_model, tmp_path, monkeypatch, count, opened
+):
+    opener, told = tmp_path / "bin" / "xdg-open", tmp_path / "told"
+    opener.parent.mkdir()
+    opener.write_text(f'#!/bin/sh\nprintf %s "$1" > {told}.part && mv {told}.part {told}\n')
+    opener.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{opener.parent}:{os.environ['PATH']}")
+    call = ("generate", "a fox", "-m", str(tiny_model), "-s", "1", "-n", str(count), *FAST)
+    assert process(*call, "-o", f"{tmp_path}/", "--open").returncode == 0
+    deadline = time.monotonic() + 30
+    while not told.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert Path(told.read_text()) == tmp_path / opened
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert b"cannot be opened" in process(*call, "-o", f"{tmp_path}/", "--open").stderr
+
+
+@pytest.mark.parametrize("words", [("--dry-run",), ("-o", "-")])
+def test_open_without_a_file_is_refused(sana, words):
+    run = sana("generate", "a fox", "-m", "demo", "--open", *words)
+    assert (run.code, "--open has no effect" in run.err) == (2, True)
 
 
 def test_quiet_says_nothing_but_the_path(sana, tiny_model, tmp_path):

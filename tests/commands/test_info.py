@@ -54,6 +54,35 @@ def in_shell(quick):
     return run
 
 
+# --- a folder ----------------------------------------------------------------------------------
+
+
+def test_a_folder_lists_its_newest_images(sana, here):
+    for number in range(22):
+        name = save(f"{number}.png", seed=number, prompt=f"fox\n{number}")
+        os.utime(name, (number, number))
+    (here / "broken.webp").write_text("nothing")
+    (here / "notes.txt").write_text("no image")
+    os.utime("broken.webp", (99, 99))
+    run = sana("info", ".")
+    lines = run.out.splitlines()
+    assert lines[0] == "broken.webp    is not a PNG, JPEG, WebP or AVIF"
+    assert lines[1] == "21.png  256x256, demo, seed 21  fox 21"
+    assert (run.code, len(lines)) == (0, 20)
+    assert "the newest 20 of 23 images" in run.err
+    found = json.loads(sana("info", "--json", ".").out)["images"]
+    assert [row["path"] for row in found] == [
+        "broken.webp",
+        *(f"{n}.png" for n in range(21, -1, -1)),
+    ]
+
+
+def test_a_folder_without_images_is_an_error(sana, here):
+    run = sana("info", ".")
+    assert (run.code, run.out) == (2, "")
+    assert "holds no PNG" in run.err
+
+
 # --- the command that draws it again -----------------------------------------------------------
 
 
@@ -226,7 +255,7 @@ def test_what_is_no_picture_is_refused_in_a_line(sana, here):
         ("nothing.png", "cannot be read: No such file or directory"),
         ("text.png", "is not a PNG, JPEG, WebP or AVIF"),
         ("a.gif", "is not a PNG, JPEG, WebP or AVIF"),
-        ("folder", "is not a file"),
+        ("folder", "holds no PNG, JPEG, WebP or AVIF"),
         ("pipe", "is not a file"),
         ("", "No such file"),
         ("a\0b", "cannot be read"),

@@ -15,6 +15,8 @@ from PIL import Image
 
 from sana_cli.errors import UsageError
 from sana_cli.images.files import MAX_PIXELS, read, read_with_notes
+from sana_cli.images.masks import read_mask
+from sana_cli.resolve import Inputs
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (32, 64, 3), np.uint8)
 RED = (255, 0, 0)
@@ -221,3 +223,82 @@ def test_no_bytes_are_too_strange(tmp_path, head, rest):
 def test_no_note_is_made_of_what_needs_none(tmp_path, mode):
     path = saved(tmp_path, Image.fromarray(PIXELS).convert(mode), "a.tiff")
     assert read_with_notes(path)[1] == []
+
+
+# --- masks and control images, as the image itself ---------------------------------------------
+
+ROLES = [("mask", "--mask"), ("control", "--control"), ("alpha", "--mask"), ("init", "--image")]
+UNREADABLE = {
+    "a.heic": (b"\0\0\0\x18ftypheic", "it is a HEIC image"),
+    "a.svg": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "it is an SVG image"),
+    "a.jxl": (b"\xff\x0a\0\0", "it is a JPEG XL image"),
+    "a.txt": (b"a mask", "it is not an image, or a damaged one"),
+    "empty.png": (b"", "it is empty"),
+}
+
+
+@pytest.mark.parametrize(("role", "option"), ROLES)
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_what_cannot_be_read_is_named_with_its_option(tmp_path, role, option, name):
+    data, says = UNREADABLE[name]
+    with pytest.raises(UsageError) as caught:
+        Inputs().add(written(tmp_path, name, data), role)
+    assert caught.value.message == f"{option} {tmp_path / name} cannot be read: {says}"
+
+
+@pytest.mark.parametrize(("role", "option"), ROLES)
+def test_what_is_too_large_or_no_file_is_refused_with_its_option(tmp_path, role, option):
+    large = saved(tmp_path, Image.new("L", (8, 8)), "a.png")
+    claiming(large, 12_000, 12_000)
+    for path, says in ((large, "12000x12000 pixels"), (str(tmp_path), "is not a regular file")):
+        with pytest.raises(UsageError, match=f"^{option} .*{says}"):
+            Inputs().add(path, role)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_mask_is_turned_as_its_image_is(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[274] = orientation
+    stored = np.zeros((16, 32), np.uint8)
+    stored[:4, :8] = 255
+    path = saved(tmp_path, Image.fromarray(stored), "a.png", exif=exif)
+    inputs = Inputs()
+    image, mask = inputs.add(path), inputs.add(path, "mask")
+    assert (image.width, image.height) == (mask.width, mask.height)
+    assert image.turned == mask.turned == (orientation > 1)
+    np.testing.assert_array_equal(inputs[image.sha256][..., 0], inputs[mask.sha256])
+
+
+def test_a_mask_of_16_bits_is_scaled_and_one_of_floats_refused(tmp_path):
+    values = np.array([[0, 200, 30_000, 40_000]], np.uint16)
+    mask, _ = read_mask(saved(tmp_path, Image.fromarray(values), "a.png"))
+    assert mask.tolist() == [[0, 0, 0, 255]]
+    floats = Image.fromarray(np.ones((2, 2), np.float32))
+    with pytest.raises(UsageError, match=r"^--mask .* do not say what is white"):
+        read_mask(saved(tmp_path, floats, "a.tiff"))
+
+
+@pytest.mark.parametrize("role", ["image", "mask"])
+def test_what_is_not_used_of_an_input_is_said_once(sana, tmp_path, role):
+    frames = [Image.new("RGBA", (64, 64), (255, 255, 255, a)) for a in (0, 255)]
+    moving = saved(tmp_path, frames[0], "a.gif", save_all=True, append_images=frames[1:])
+    exif = Image.Exif()
+    exif[274] = 6
+    still = saved(tmp_path, Image.new("RGB", (64, 64), RED), "b.png", exif=exif)
+    words = {
+        "image": ("-m", "demo", "--image", moving),
+        "mask": ("-m", "demo", "--image", still, "--mask", moving),
+    }[role]
+    run = sana("generate", "a circle", *words, "--dry-run", "--device", "cpu")
+    assert run.code == 0, run.err
+    assert run.err.count("warning: a.gif has 2 frames, of which the first is used") == 1
+    assert ("(64x64, turned by its EXIF)" in run.err) == (role == "mask")
+
+
+def test_a_file_that_was_replaced_is_read_again_though_it_kept_size_and_time(tmp_path):
+    inputs, hashes = Inputs(), set()
+    for number, color in enumerate(("red", "lime")):
+        path = saved(tmp_path, Image.new("RGB", (8, 8), color), f"{number}.bmp")
+        os.utime(path, (1, 1))
+        hashes.add(inputs.add(str(Path(path).replace(tmp_path / "a.bmp"))).sha256)
+    assert len(hashes) == 2

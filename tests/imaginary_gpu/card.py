@@ -1,4 +1,4 @@
-"""A GPU of capability 9.0 whose tensors have shapes, dtypes and a device, and no numbers.
+"""Two GPUs of capability 9.0 whose tensors have shapes, dtypes and a device, and no numbers.
 
 Torch's fake tensors compute nothing but refuse what a card would, as operands on two devices.
 Kernels are not started, but it is noted with what they would have been. Run with the library of
@@ -6,7 +6,7 @@ Kernels are not started, but it is noted with what they would have been. Run wit
 """
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -17,25 +17,71 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from sana_cli.kernels import launch
+from sana_cli.kernels import launch, selfcheck
 from sana_cli.kernels.cases import Case
 from sana_cli.weights import checkpoint
 
-CAPABILITY = (9, 0)
+CAPABILITY, MEMORY = (9, 0), 80 * 10**9
 STREAM = SimpleNamespace(record_event=lambda: SimpleNamespace(synchronize=lambda: None))
+
+
+class Cards:
+    """Which GPU is current, and which one is being captured."""
+
+    current, captured = 0, None
+    reserved = 0  # bytes; every capture takes a thousand
+    fail: Exception | None = None  # raised by the next captures
+    capped: dict[int, float] = {}  # share of the memory by GPU
+    checked: list[str] = []  # in which precisions the kernels were to be checked
+
+    @classmethod
+    def check(cls, device: Any, kinds: Any) -> bool:
+        cls.checked += [selfcheck.name_of(dtype) + " int8" * eight for dtype, eight in kinds]
+        return False
+
+    @classmethod
+    @contextmanager
+    def using(cls, device: Any) -> Iterator[None]:
+        before, cls.current = cls.current, torch.device(device).index
+        yield
+        cls.current = before
+
+    @classmethod
+    @contextmanager
+    def capture(cls, graph: Any, stream: int | None = None) -> Iterator[None]:
+        cls.captured = cls.current if stream is None else stream
+        if cls.captured != graph.card:
+            raise RuntimeError("the graph and its stream are on two devices")
+        try:
+            yield
+            cls.reserved += 1000
+            if cls.fail:
+                raise cls.fail
+        except Exception as error:
+            raise RuntimeError("capture failed due to a previous error") from error
+        finally:
+            cls.captured = None
+
+
 CUDA = {
     "is_available": lambda: True,
     "is_bf16_supported": lambda *args, **words: True,
     "get_device_capability": lambda *args: CAPABILITY,
-    "current_device": lambda: 0,
-    "device_count": lambda: 1,
+    "get_device_properties": lambda *args: SimpleNamespace(total_memory=MEMORY),
+    "current_device": lambda: Cards.current,
+    "device_count": lambda: 2,
+    "device": Cards.using,
     "synchronize": lambda *args: None,
     "empty_cache": lambda: None,
+    "memory_allocated": lambda *args: 0,
+    "memory_reserved": lambda *args: Cards.reserved,
     "max_memory_allocated": lambda *args: 0,
     "reset_peak_memory_stats": lambda *args: None,
+    "set_per_process_memory_fraction": lambda share, index: Cards.capped.update({index: share}),
     "current_stream": lambda *args: STREAM,
-    "CUDAGraph": lambda: SimpleNamespace(replay=lambda: None),
-    "graph": lambda graph: nullcontext(),
+    "Stream": lambda device: torch.device(device).index,
+    "CUDAGraph": lambda: SimpleNamespace(card=Cards.current, replay=lambda: None),
+    "graph": Cards.capture,
 }
 
 
@@ -46,8 +92,11 @@ PRODUCTS = {
 }
 
 
-class _OneDtype(TorchDispatchMode):
-    """Refuses products of several dtypes, as CUDA's libraries do and fake tensors do not."""
+class _Refusals(TorchDispatchMode):
+    """Refuses what a card would and fake tensors do not.
+
+    These are products of several dtypes, and work for another GPU than the one being captured.
+    """
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
@@ -56,7 +105,11 @@ class _OneDtype(TorchDispatchMode):
             dtypes = {given.dtype for given in args if isinstance(given, torch.Tensor)}
             if len(dtypes) > 1:
                 raise RuntimeError(f"{func}: expected one dtype, and there are {dtypes}")
-        return func(*args, **(kwargs or {}))
+        made = func(*args, **(kwargs or {}))
+        card = made.device.index if isinstance(made, torch.Tensor) and made.is_cuda else None
+        if card is not None and Cards.captured not in (None, card):
+            raise RuntimeError(f"{func} on cuda:{card} is not captured")
+        return made
 
 
 class _Literals(TorchFunctionMode):
@@ -88,6 +141,12 @@ def _apply(self: nn.Module, function: Any, recurse: bool = True) -> nn.Module:
     return self
 
 
+def _passed(device: Any, dtype: Any, eight: bool = False) -> dict[str, selfcheck.Outcome]:
+    """Outcomes of the self-check, as the kernels cannot run."""
+    operations = (*selfcheck.OPERATIONS, *selfcheck.OPERATIONS8)
+    return dict.fromkeys(operations, selfcheck.Outcome(150.0))
+
+
 def _unread(read: Any) -> Any:
     """The tensors of a file, without their numbers."""
 
@@ -108,10 +167,12 @@ def card() -> Iterator[list[Case]]:
         for name, stand_in in CUDA.items():
             stack.enter_context(patch.object(torch.cuda, name, stand_in))
         stack.enter_context(patch.object(nn.Module, "_apply", _apply))
+        stack.enter_context(patch.object(selfcheck, "start", Cards.check))
+        stack.enter_context(patch.object(selfcheck, "outcomes", _passed))
         stack.enter_context(
             patch.object(checkpoint, "read_tensors", _unread(checkpoint.read_tensors))
         )
         stack.enter_context(fake)
-        stack.enter_context(_OneDtype())
+        stack.enter_context(_Refusals())
         stack.enter_context(_Literals())
         yield stack.enter_context(launch._tracing(CAPABILITY))

@@ -3,7 +3,6 @@
 import json
 import sys
 from collections import Counter
-from collections.abc import Generator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -11,10 +10,10 @@ from unittest.mock import patch
 
 from torch import nn
 
-from card import card
+from card import MEMORY, Cards, card
 from sana_cli.bench.random_weights import random_model
 from sana_cli.pipeline import draw
-from sana_cli.pipeline.events import Notice
+from sana_cli.pipeline.events import Notice, Progress
 from sana_cli.pipeline.networks import Networks
 from sana_cli.pipeline.plan import Plan
 from sana_cli.resolve import Inputs, resolve
@@ -22,18 +21,11 @@ from sana_cli.settings import Settings
 from sana_cli.weights.hub_cache import find_parts
 from sana_cli.weights.model_files import open_model
 
+BUDGET = MEMORY // 2
+
 
 def devices_of(network: nn.Module) -> set[str]:
     return {tensor.device.type for tensor in (*network.parameters(), *network.buffers())}
-
-
-def result(events: Generator[Any, None, Any]) -> Any:
-    """What a generator of events returns."""
-    try:
-        while True:
-            next(events)
-    except StopIteration as stop:
-        return stop.value
 
 
 def main(model: str, res: str, *words: str) -> None:
@@ -43,7 +35,6 @@ def main(model: str, res: str, *words: str) -> None:
         "a red fox", model=model, res=res, fit="exact", steps=2, text_precision="bf16", **options
     )
     seen: list[Any] = []
-    devices: set[str] = set()
     with (
         TemporaryDirectory() as folder,
         card() as launched,
@@ -58,18 +49,20 @@ def main(model: str, res: str, *words: str) -> None:
             else random_model(resolution.model, None, Path(folder), "cpu")
         )
         recipe = resolution.recipe(files, "cuda", 1)
-        plan = Plan("cuda", **planned)
+        bounds = dict.fromkeys(("encode", "denoise", "decode"), 0)  # so every network stays
+        plan = Plan("cuda", budget=BUDGET, bounds=bounds, **planned)
         drawing = draw.Drawing([recipe], files, plan, Networks(), None, None)
-        assert not [event for event in drawing.encode_texts() if isinstance(event, Notice)]
-        transformer = result(drawing.load_transformer())
-        notices = [e for e in drawing.denoise(0, transformer) if isinstance(e, Notice)]
-        assert not notices, notices
-        devices |= devices_of(transformer)
-        decoder = result(drawing.load_decoder())
-        devices |= devices_of(decoder)
-        next(drawing.decode(0, decoder))
+        for event in drawing.events():
+            assert not isinstance(event, Notice), event
+            if isinstance(event, Progress) and event.stage == "decode":
+                break  # the pixels have no numbers
+        assert Cards.capped == {0: BUDGET / MEMORY}
+        devices: set[str] = set()
+        for part in ("transformer", "decoder"):
+            devices |= devices_of(drawing.networks.find(drawing.key(part)))
         (drawn,) = set(seen)
         document = {
+            "checked": Cards.checked,
             "kernels": Counter(case.kernel.__name__ for case in launched),
             "networks": sorted(devices),
             "extremes": [drawn.low.device.type, drawn.high.device.type],

@@ -16,7 +16,7 @@ struct CUDAHooks : CUDAHooksInterface {
   bool isBuilt() const override { return true; }
   bool isAvailable() const override { return true; }
   bool hasPrimaryContext(DeviceIndex) const override { return true; }
-  DeviceIndex deviceCount() const override { return 1; }
+  DeviceIndex deviceCount() const override { return 2; }
   DeviceIndex getCurrentDevice() const override { return 0; }
   // With cuDNN convolutions keep channels last, which kernels after them count on.
   bool hasCuDNN() const override { return true; }

@@ -1,4 +1,4 @@
-"""Steps with a ControlNet and perturbed-attention guidance on the imaginary card, as JSON."""
+"""Steps with a ControlNet and perturbed-attention guidance on the second of the cards, as JSON."""
 
 import json
 import sys
@@ -6,7 +6,7 @@ from collections import Counter
 
 import torch
 
-from card import card
+from card import Cards, card
 from sana_cli.models import cuda_graph, fused_dit
 from sana_cli.models.architectures import NARROW
 from sana_cli.models.controlnet import ControlNet, ControlNetConfig
@@ -18,6 +18,7 @@ CONTROLNET = ControlNetConfig(
     cross_attention_head_dim=72,
     cross_attention_dim=1152,
 )
+DEVICE = "cuda:1"  # while cuda:0 is the current one
 captured = []
 
 
@@ -31,10 +32,10 @@ with card() as launched, torch.inference_mode():
     dtype = torch.bfloat16
     fused_dit.GraphedCall = Counted
     fused = fused_dit.FusedDiT(DiT(NARROW).to(dtype), ControlNet(CONTROLNET).to(dtype))
-    fused.to_device("cuda", None)
-    latents = torch.empty(1, 32, 32, 32, dtype=dtype, device="cuda")
+    fused.to_device(DEVICE, None)
+    latents = torch.empty(1, 32, 32, 32, dtype=dtype, device=DEVICE)
     texts = [
-        torch.empty(1, n, NARROW.caption_channels, dtype=dtype, device="cuda") for n in (1, 30)
+        torch.empty(1, n, NARROW.caption_channels, dtype=dtype, device=DEVICE) for n in (1, 30)
     ]
     contexts = [fused.encode_text(text, 32) for text in texts]
     steps = fused.time_modulations([900.0, 700.0, 500.0, 300.0])
@@ -42,8 +43,18 @@ with card() as launched, torch.inference_mode():
     shapes = [tuple(fused.velocity(latents, step, contexts, control, (8,)).shape) for step in steps]
     document = {
         "error": fused.graph_error,
+        "graph_bytes": fused.graph_bytes,
         "captures": len(captured),
         "shapes": shapes,
         "kernels": Counter(case.kernel.__name__ for case in launched),
     }
+    # With other shapes, and no memory for their graph.
+    Cards.fail = torch.OutOfMemoryError("CUDA out of memory. Tried\nto allocate")
+    for step in steps:
+        fused.velocity(latents[..., :16], step, contexts)
+    document |= {"without_graph": fused.graph_error, "left": fused.graph_bytes}
+    Cards.fail = None
+    for step in steps:
+        fused.velocity(latents, step, contexts)
+    document["again"] = fused.graph_error, fused.graph_bytes
 sys.stdout.write(json.dumps(document))

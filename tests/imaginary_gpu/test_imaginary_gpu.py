@@ -65,18 +65,28 @@ def imagined(tmp_path_factory) -> Callable[..., dict]:
 def test_a_picture_is_drawn_by_the_kernels_from_networks_on_the_card(imagined, model, res, words):
     told = imagined("draws.py", model, res, *words)
     assert told["kernels"].keys() >= TRANSFORMER | DECODER
+    assert told["checked"] == (["bfloat16"] if model == "demo" else ["float16", "bfloat16"])
     assert told["networks"] == ["cuda"]
     assert told["extremes"] == ["cuda", "cuda"]  # looked at once, at the end
     width, height = map(int, res.split("x"))
     assert told["pixels"] == ["cpu", height, width, 3]
 
 
-def test_one_graph_covers_transformer_controlnet_and_perturbed_stream(imagined):
-    steps = imagined("steps.py")
-    assert (steps["error"], steps["captures"]) == (None, 1)
+@pytest.fixture(scope="module")
+def steps(imagined) -> dict:
+    return imagined("steps.py")
+
+
+def test_one_graph_covers_transformer_controlnet_and_perturbed_stream(steps):
+    assert (steps["error"], steps["captures"], steps["graph_bytes"]) == (None, 1, 1000)
     assert steps["shapes"] == 4 * [[3, 32, 32, 32]]
     # Four passes: one to warm up, one to capture; replays launch nothing anew.
     assert steps["kernels"]["project_qkv_kernel"] == 2 * (28 + 7)
+
+
+def test_without_memory_for_a_graph_steps_run_one_by_one_and_it_is_tried_again(steps):
+    assert (steps["without_graph"], steps["left"]) == ("CUDA out of memory. Tried", 0)
+    assert steps["again"] == [None, 1000]
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +95,7 @@ def trained(imagined) -> dict[str, dict]:
     return imagined("trains.py")
 
 
+@pytest.mark.exhaustive
 def test_the_gpus_recipe_is_planned_for_less_than_25_minutes_of_an_h200(trained):
     """By count: at a third of its 989 TFLOP/s in bfloat16, and at 10 µs for PyTorch to launch an
     operation. Whichever takes longer, and pictures are drawn meanwhile."""
@@ -93,6 +104,7 @@ def test_the_gpus_recipe_is_planned_for_less_than_25_minutes_of_an_h200(trained)
     assert max(arithmetic, launches) < 20 * 60
 
 
+@pytest.mark.exhaustive
 def test_every_stage_of_training_takes_its_steps_on_the_card(trained):
     assert list(trained) == ["autoencoder", "decoder", "text", "low", "high"]
     for stage in trained.values():

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernel_checks import DEVICE, LEAST, MIN_TRITON, decibels
+from kernel_checks import DEVICE, MIN_TRITON
 from networks import DC_AE, DC_AE_LITE, FEW, TINY, random_dc_ae, random_image, random_latents
 
 pytest.importorskip("triton", minversion=MIN_TRITON)
@@ -18,8 +18,10 @@ from sana_cli.kernels import dispatch
 from sana_cli.kernels.kv_state import kv_state
 from sana_cli.kernels.linear_attention import attention_state
 from sana_cli.kernels.multiscale import aggregate
+from sana_cli.kernels.projection import gated_residual_linear_
 from sana_cli.kernels.rgb import conv_to_rgb
 from sana_cli.kernels.rms_norm import rms_norm
+from sana_cli.kernels.selfcheck import decibels, least
 from sana_cli.models.streaming.autoencoder import decode, decode_pipeline, encode
 from sana_cli.models.streaming.subpixel import fold_upsamples
 
@@ -29,7 +31,7 @@ def triton(monkeypatch):
     """Force the kernels to run in Triton, whatever the device; call with False for torch."""
 
     def choose(yes: bool = True) -> None:
-        monkeypatch.setattr(dispatch, "uses_triton", lambda x: yes)
+        monkeypatch.setattr(dispatch, "uses_triton", lambda operation, x: yes)
 
     choose()
     return choose
@@ -51,7 +53,30 @@ def test_rms_norm(draw, triton, shape, adds, activation):
     found = rms_norm(x, weight, bias, 1e-5, residual, activation)
     assert found is x
     assert torch.equal(found, again)
-    assert decibels(found, exact) > LEAST[x.dtype]
+    assert decibels(found, exact) > least(x.dtype)
+
+
+def test_any_layout_is_taken_and_results_go_where_they_belong(draw, triton):
+    """Convolutions promise no layout: what is not contiguous is copied."""
+
+    def channels_first(*shape: int) -> torch.Tensor:
+        return draw(shape[0], shape[3], *shape[1:3]).movedim(1, -1)
+
+    x, vectors = channels_first(1, 5, 7, 40), draw(40, 2)
+    weight, bias = vectors.unbind(1)  # of stride 2
+    plain = (x.clone(memory_format=torch.contiguous_format), weight.clone(), bias.clone())
+    found = rms_norm(x, weight, bias, 1e-5, channels_first(1, 5, 7, 40).zero_())
+    assert found is x
+    assert torch.equal(x, rms_norm(*plain, 1e-5))
+    tokens, y, square = channels_first(1, 5, 7, 40).flatten(1, 2), draw(1, 35, 16), draw(40, 16)
+    expected = gated_residual_linear_(tokens.contiguous(), y, square, bias, weight)
+    assert gated_residual_linear_(tokens, y, square, bias, weight) is tokens
+    assert torch.equal(tokens, expected)
+    window, out = channels_first(1, 9, 7, 32), channels_first(1, 5, 7, 32)
+    weights = draw(32, 1, 5, 5), draw(32, 32, 1, 1)
+    expected = aggregate(window.contiguous(), *weights, torch.empty_like(window[:, 2:-2]))
+    assert torch.equal(aggregate(window, *weights, out), expected)
+    assert torch.equal(out, expected)
 
 
 def test_norm_and_activation_propagate_nan(draw, triton):
@@ -81,7 +106,7 @@ def test_multiscale_aggregation(draw, triton, batch, height, width, groups, grou
     out = among[..., channels : 2 * channels]
     found = aggregate(window, depth, point, out).clone()
     assert torch.equal(found, aggregate(window, depth, point, torch.empty_like(out)))
-    assert decibels(found, exact) > LEAST[window.dtype]
+    assert decibels(found, exact) > least(window.dtype)
     assert (among[..., :channels] == 7).all() and (among[..., 2 * channels :] == 7).all()
 
 
@@ -97,11 +122,11 @@ def test_kv_state(draw, triton, batch, tokens, heads, head):
     found = kv_state(kv, head)
     assert found.dtype == torch.float32
     assert torch.equal(found, kv_state(kv, head))
-    assert decibels(found, exact) > LEAST[torch.float32]
+    assert decibels(found, exact) > least(torch.float32)
     triton(False)
-    assert decibels(kv_state(kv, head), exact) > LEAST[torch.float32]
+    assert decibels(kv_state(kv, head), exact) > least(torch.float32)
     roles = kv.unflatten(-1, (heads, 2, head)).permute(3, 0, 2, 4, 1)
-    assert decibels(attention_state(*roles), exact) > LEAST[torch.float32]
+    assert decibels(attention_state(*roles), exact) > least(torch.float32)
 
 
 @pytest.mark.parametrize(

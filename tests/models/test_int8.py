@@ -1,9 +1,12 @@
 """Gemma's layers in 8 bits: accuracy, the cache of quantised weights, devices, and imports."""
 
+import ctypes
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from examples import exhaustive
 from networks import relative_error
 from reference import text_encoder
 from sana_cli.bench.competitor import psnr
@@ -78,24 +82,26 @@ def test_the_states_of_the_bundled_model_are_within_two_hundredths(cache):
         assert torch.equal(cached.encode(prompt, INSTRUCTION), instructed)
 
 
-def test_images_hardly_change_and_still_match_the_prompt(sana, tmp_path):
+@pytest.mark.parametrize(
+    ("prompt", "shape", "colour", "ground"),
+    [(PROMPTS[0], "circle", "red", "blue"), *exhaustive((PROMPTS[1], "star", "white", "purple"))],
+)
+def test_images_hardly_change_and_still_match_the_prompt(
+    sana, tmp_path, prompt, shape, colour, ground
+):
     from training.shape_checker import check
     from training.shapes import Object, Scene
 
-    call = ("generate", *PROMPTS, "-m", "demo", "-s", "1", "--device", "cpu")
     images = []
     for words in ((), ("--text-precision", "int8")):
+        call = ("generate", prompt, "-m", "demo", "-r", "256", "-s", "1", "--device", "cpu")
         run = sana(*call, *words, "-o", f"{tmp_path}/{len(words)}/")
         assert run.code == 0, run.err
-        images.append([np.asarray(Image.open(path)) for path in run.out.splitlines()])
+        images.append(np.asarray(Image.open(run.out.strip())))
     assert "text int8" in run.err
-    exact, ours = images
-    for pair in zip(exact, ours, strict=True):
-        assert (likeness := psnr(*pair)) is None or likeness > 40
-    wanted = [("circle", "red", "blue"), ("star", "white", "purple")]
-    for (shape, colour, ground), pixels in zip(wanted, ours, strict=True):
-        scene = Scene((Object(shape, colour, 0.5, 0.5, 0.2),), (ground,))
-        assert all(check(scene, pixels).values())
+    assert (likeness := psnr(*images)) is None or likeness > 40
+    scene = Scene((Object(shape, colour, 0.5, 0.5, 0.2),), (ground,))
+    assert all(check(scene, images[1]).values())
 
 
 # --- the cache of quantised weights ------------------------------------------------------------
@@ -161,12 +167,18 @@ def test_a_broken_cache_file_is_rewritten(cache, int8, damage):
 LARGE, SMALL = 2_000_000_000, 1_000_000
 
 
+def chosen(*given) -> str:
+    precision, warning = choose_text_precision(*given)
+    assert warning is None
+    return precision
+
+
 def test_on_a_cpu_int8_is_opt_in():
     for dtype in ("auto", "float32"):
-        assert choose_text_precision("auto", dtype, "float32", "cpu", LARGE) == "float32"
-        assert choose_text_precision("int8", dtype, "float32", "cpu", SMALL) == "int8"
-    assert choose_text_precision("bf16", "auto", "float32", "cpu", SMALL) == "bfloat16"
-    assert choose_text_precision("fp32", "bfloat16", "bfloat16", "cpu", SMALL) == "float32"
+        assert chosen("auto", dtype, "float32", "cpu", LARGE) == "float32"
+        assert chosen("int8", dtype, "float32", "cpu", SMALL) == "int8"
+    assert chosen("bf16", "auto", "float32", "cpu", SMALL) == "bfloat16"
+    assert chosen("fp32", "bfloat16", "bfloat16", "cpu", SMALL) == "float32"
 
 
 @pytest.mark.parametrize("device", ["mps", "mps:0", "xpu"])
@@ -174,23 +186,56 @@ def test_other_devices_refuse_int8_with_a_hint(device):
     with pytest.raises(UsageError, match="cuda and cpu") as refusal:
         choose_text_precision("int8", "auto", "float32", device, LARGE)
     assert "--text-precision" in refusal.value.hint
-    assert choose_text_precision("auto", "auto", "float32", device, LARGE) == "float32"
+    assert chosen("auto", "auto", "float32", device, LARGE) == "float32"
 
 
-@pytest.mark.parametrize(("generation", "fast"), [((8, 6), True), ((7, 5), True), ((7, 0), False)])
-def test_on_nvidia_int8_is_the_default_of_a_large_encoder_from_turing_on(
-    monkeypatch, generation, fast
+@pytest.fixture
+def nvidia(monkeypatch) -> Callable[..., None]:
+    """A GPU, as the choice of a precision sees it: `nvidia(6e9, (8, 6))`."""
+
+    def gpu(memory: float, generation: tuple[int, int] = (8, 6), cuda: str = "12.8") -> None:
+        facts = SimpleNamespace(total_memory=int(memory))
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: facts)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: generation)
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+
+    return gpu
+
+
+def test_on_nvidia_int8_is_chosen_only_where_memory_needs_it(nvidia, monkeypatch):
+    nvidia(6e9)
+    monkeypatch.setattr(ctypes, "CDLL", lambda path: None)  # it loads
+    assert chosen("auto", "auto", "bfloat16", "cuda", LARGE) == "int8"
+    assert chosen("auto", "auto", "bfloat16", "cuda", SMALL) == "bfloat16"
+    assert chosen("auto", "float32", "float32", "cuda", LARGE) == "float32", "--dtype was given"
+    assert chosen("int8", "float32", "float32", "cuda:1", SMALL) == "int8"
+    nvidia(12e9)
+    assert chosen("auto", "auto", "bfloat16", "cuda", LARGE) == "bfloat16"
+    assert chosen("auto", "auto", "bfloat16", "cuda", LARGE, int(6e9)) == "int8", "--memory"
+
+
+@pytest.mark.parametrize(
+    ("generation", "cuda", "reason"),
+    [
+        ((7, 0), "12.8", "Turing"),
+        ((8, 6), "99.1", "no library for CUDA 99.1"),
+        ((8, 6), "12.8", "cannot be loaded"),
+    ],
+)
+def test_where_int8_cannot_run_it_is_a_warning_unless_it_was_asked_for(
+    nvidia, monkeypatch, generation, cuda, reason
 ):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: generation)
-    choose = choose_text_precision
-    assert choose("auto", "auto", "bfloat16", "cuda", LARGE) == ("int8" if fast else "bfloat16")
-    assert choose("auto", "auto", "bfloat16", "cuda", SMALL) == "bfloat16"
-    assert choose("auto", "float32", "float32", "cuda", LARGE) == "float32", "--dtype was given"
-    if fast:
-        assert choose("int8", "float32", "float32", "cuda:1", SMALL) == "int8"
-    else:
-        with pytest.raises(UsageError, match="Turing"):
-            choose("int8", "auto", "float32", "cuda", LARGE)
+    def refuse(path: str) -> None:
+        raise OSError("libcudart.so: cannot open shared object file")
+
+    nvidia(6e9, generation, cuda)
+    monkeypatch.setattr(ctypes, "CDLL", refuse)
+    precision, warning = choose_text_precision("auto", "auto", "bfloat16", "cuda", LARGE)
+    assert precision == "bfloat16"
+    assert warning.startswith("the text encoder takes 4.0 GB")
+    assert reason in warning
+    with pytest.raises(UsageError, match=reason):
+        choose_text_precision("int8", "auto", "float32", "cuda", LARGE)
 
 
 def test_an_unknown_precision_is_refused(sana):

@@ -63,9 +63,10 @@ def test_it_draws_the_scene_it_is_told(sana, tmp_path, prompt, facts):
 
 
 @pytest.mark.parametrize(
-    ("world", "side", "every"), [*exhaustive(("scenes", 512, 25)), ("shapes", 256, 15)]
+    ("world", "side", "every", "least"),
+    [("shapes", 256, 60, 4), *exhaustive(("shapes", 256, 15, 17), ("scenes", 512, 25, 17))],
 )
-def test_it_follows_most_prompts_it_was_not_trained_on(world, side, every):
+def test_it_follows_most_prompts_it_was_not_trained_on(world, side, every, least):
     """A sample of `python -m training.evaluate`; the whole is in benchmarks/demo/."""
     from sana_cli.weights.layout import folder_parts
     from sana_cli.weights.model_files import open_model
@@ -77,8 +78,8 @@ def test_it_follows_most_prompts_it_was_not_trained_on(world, side, every):
     how = files.flow_shift, 20, 4.5
     drawn = draw_images([recipe(q.prompt, i, *how, side=side) for i, q in asked], files, "cpu")
     right = [all(q.judge(p).values()) for (_, q), p in zip(asked, drawn, strict=True)]
-    assert len(right) == 20
-    assert sum(right) >= 17
+    assert len(right) in (5, 20)
+    assert sum(right) >= least
 
 
 @pytest.mark.parametrize("side", [256, *exhaustive(512)])

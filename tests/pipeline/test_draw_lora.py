@@ -119,7 +119,7 @@ def test_rows_of_a_batch_have_loras_of_their_own(model, loras, sana, tmp_path):
 @pytest.mark.parametrize(
     ("word", "says"),
     [
-        ("none.safetensors", "there is no such file"),
+        ("none.safetensors", "the file does not exist"),
         ("none.safetensors:much", "'much' is not a scale"),
     ],
 )

@@ -8,6 +8,7 @@ from sana_cli.errors import NotEnoughMemory
 from sana_cli.pipeline.networks import NetworkKey, Networks
 from sana_cli.pipeline.oom_retry import Notice, OOMRetry
 from sana_cli.pipeline.plan import Plan
+from sana_cli.recipe import Adapter
 
 
 def key(part: str) -> NetworkKey:
@@ -38,6 +39,13 @@ def test_the_least_recently_used_go_first_and_no_more_than_need_be(networks):
     assert parts(networks) == ["transformer", "decoder"]
 
 
+def test_a_cuda_graph_counts_as_part_of_its_network(networks):
+    networks.find(key("transformer")).graph_bytes = 60
+    networks.find(key("decoder"))
+    networks.make_room(needed=300, budget=500, using=key("decoder"), device="cpu")
+    assert parts(networks) == ["transformer", "decoder"]
+
+
 def test_being_found_counts_as_use(networks):
     assert networks.find(key("text_encoder")) is not None
     networks.make_room(needed=300, budget=400, using=key("decoder"), device="cpu")
@@ -47,6 +55,17 @@ def test_being_found_counts_as_use(networks):
 def test_the_network_in_use_stays_whatever_it_needs(networks):
     networks.make_room(needed=9000, budget=400, using=key("transformer"), device="cpu")
     assert parts(networks) == ["transformer"]
+
+
+def test_of_one_network_with_loras_the_last_stays_beside_that_without(networks):
+    scaled = [key("transformer")._replace(adapters=(Adapter("x", s),)) for s in (0.5, 1.0)]
+    networks.add(scaled[0], nn.Identity(), 100)
+    networks.make_room(needed=0, budget=9000, using=scaled[1], device="cpu")
+    assert scaled[0] not in networks.loaded
+    assert parts(networks) == ["text_encoder", "transformer", "decoder"]
+    networks.add(scaled[1], nn.Identity(), 100)
+    networks.make_room(needed=0, budget=9000, using=key("transformer"), device="cpu")
+    assert scaled[1] in networks.loaded
 
 
 def running_out(times: int):

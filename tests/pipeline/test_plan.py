@@ -18,6 +18,7 @@ from sana_cli.pipeline.draw import Drawing, draw
 from sana_cli.pipeline.events import Event, Failure, ImageDone, Notice, Progress
 from sana_cli.pipeline.networks import Networks
 from sana_cli.pipeline.plan import (
+    CONTEXT_BYTES,
     Plan,
     _decode_peak,
     _denoise_peak,
@@ -162,6 +163,12 @@ def test_on_a_laptop_gpu_of_16_gb_a_usual_picture_waits_for_no_rehearsal(monkeyp
     assert make_plan([large], files, "cuda").peaks["denoise"] < 6e9
 
 
+def test_a_limit_for_a_gpu_has_room_for_its_context():
+    files = released_model(known_models()["sana-0.6b-512"])
+    one = recipe(files, 512, 512, text_dtype="int8")
+    assert make_plan([one], files, "cuda", limit=10**10).budget == 10**10 - CONTEXT_BYTES
+
+
 class Capped(PeakMemory):
     """A device that holds no more than `cap` bytes of what is made in its `with` block."""
 
@@ -209,7 +216,12 @@ def test_a_limit_below_every_plan_is_refused_with_what_fits(process):
     error, hint = run.stderr.decode().splitlines()[-2:]
     assert error.startswith("error: to encode 4096x4096 takes 4.")
     assert hint == "hint: use --res 1024 --text-precision int8, which fits"
-    suggested = process("generate", "a fox", "-r", "1024", "--text-precision", "int8", *words)
+
+
+@pytest.mark.exhaustive
+def test_what_a_refusal_suggests_fits(process):
+    words = ("-r", "1024", "--text-precision", "int8", "--dtype", "bfloat16", "--dry-run")
+    suggested = process("generate", "a fox", *words, "--memory", "3GB")
     assert suggested.returncode == 0
 
 

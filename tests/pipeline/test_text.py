@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from examples import exhaustive
 from reference import TOKENIZER, text_encoder
 from sana_cli.instruction import INSTRUCTION
 from sana_cli.pipeline.text_cache import TextCache
@@ -330,13 +331,15 @@ def test_nothing_of_a_prompt_can_be_read_in_the_cache(sana, cache, tmp_path):
         assert b"secret" not in path.read_bytes()
 
 
-def test_two_processes_at_once_do_no_harm(cache, tmp_path):
+@pytest.mark.parametrize(("words", "weights"), [([], 0), *exhaustive((["int8"], 1))])
+def test_two_processes_at_once_do_no_harm(cache, tmp_path, words, weights):
     sana = str(Path(sys.executable).with_name("sana"))
-    call = [sana, *CALL, "a red star", "--instruction", "--text-precision", "int8", "-q"]
+    precision = [f"--text-precision={word}" for word in words]
+    call = [sana, *CALL, "a red star", "--instruction", *precision, "-q"]
     both = [subprocess.Popen([*call, "-o", f"{tmp_path}/{name}.png"]) for name in "ab"]
     assert [process.wait(120) for process in both] == [0, 0]
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
-    assert (len(kept(cache)), len(list((cache / "int8").iterdir()))) == (3, 1)
+    assert (len(kept(cache)), len(list(cache.glob("int8/*")))) == (3, weights)
 
 
 def test_a_cache_that_cannot_be_written_is_a_warning(sana, tmp_path, monkeypatch):

@@ -63,6 +63,18 @@ def test_an_edit_repaints_as_the_command_does(client, sana, tmp_path, picture):
         assert np.array_equal(np.asarray(drawn)[160:], np.full((96, 256, 3), (30, 60, 200)))
 
 
+def test_what_open_webui_sends_is_taken(served, picture):
+    """The requests of its `routers/images.py`, with additional parameters from its settings."""
+    fields = {"model": "demo", "prompt": PROMPT, "n": 1, "size": "256x256"}
+    fields["response_format"] = "b64_json"
+    drawn = served.client.post("/v1/images/generations", json=fields | {"steps": 1})
+    assert drawn.json()["data"][0]["b64_json"]
+    form = {name: str(value) for name, value in fields.items()} | {"background": "auto"}
+    files = {"image[]": ("image.png", picture[0].read_bytes(), "image/png")}
+    edited = served.client.post("/v1/images/edits", data=form | {"steps": "1"}, files=files)
+    assert edited.json()["data"][0]["b64_json"]
+
+
 def test_an_edit_may_be_a_document_with_base64(served, picture):
     data = base64.b64encode(picture[0].read_bytes()).decode()
     fields = {"prompt": PROMPT, "steps": 1, "seed": 7, "size": "256x256", "dry_run": True}
@@ -175,7 +187,9 @@ def test_quality_is_a_number_of_steps(served, effort, steps):
         ({"image": "/etc/passwd"}, 400, "image", "send it as a file"),
         ({"mask": "/etc/passwd"}, 400, "mask", "alpha"),
         ({"device": "cpu"}, 400, "device", "unknown field"),
-        ({"lora": ["/etc/passwd"]}, 400, "lora", "unknown field"),
+        ({"lora": ["/etc/passwd"]}, 400, "lora", "offers no LoRA '/etc/passwd'"),
+        ({"lora": ["a:x"]}, 400, "lora", "is not a scale"),
+        ({"lora": ["a"] * 9}, 400, "lora", "at most 8"),
         ({"vae": "/etc"}, 400, "vae", "should be"),
         ({"controlnet": "/etc"}, 400, "controlnet", "should be"),
         ({"model": "/etc"}, 404, "model", "offers no model"),
@@ -203,6 +217,6 @@ def test_every_option_is_a_field_unless_it_is_declared_otherwise():
         if name in by_name():
             assert one.option.http
             # What names a file of the server is not for strangers; these are one of a list each.
-            assert name in ("model", "vae", "controlnet") or not is_path(one)
+            assert name in ("model", "lora", "vae", "controlnet") or not is_path(one)
     assert set(uploads()) == {"image", "mask", "control"}
     assert not fields & declared(RunOptions).keys()

@@ -12,7 +12,7 @@ import pytest
 from servers import TINY
 
 pytestmark = pytest.mark.exhaustive
-
+LORAS = Path(__file__).resolve().parents[2] / "benchmarks" / "gallery"
 
 HOOKS = """
 import schemathesis
@@ -21,13 +21,15 @@ import schemathesis
 def map_body(context, body):
     if isinstance(body, dict) and isinstance(body.get("prompt"), str):
         body["dry_run"] = True  # resolved to the end; a thousand steps say nothing more
+        if isinstance(body.get("lora"), list) and body["lora"]:
+            body["lora"][0] = "blueprint:0.5"  # a name that is offered, beside those that are not
     return body
 """
 
 
 def test_no_request_that_the_description_allows_or_forbids_is_a_5xx(serving, tmp_path):
     (tmp_path / "hooks.py").write_text(HOOKS)
-    with serving("-m", "demo") as served:
+    with serving("-m", "demo", "--loras", str(LORAS)) as served:
         command = [
             str(Path(sys.executable).with_name("schemathesis")),
             *("run", f"{served.url}/openapi.json", "--checks", "not_a_server_error"),

@@ -60,5 +60,5 @@ def test_the_words_of_the_unit_are_options(process, tmp_path):
     (unit,) = (text for kind, text in BLOCKS if kind == "ini")
     words = re.search(r"ExecStart=\S+ serve (.*)", unit)[1].split()
     options = {word for word in words if word.startswith("--")}
-    described = process("serve", "--help").stdout.decode()
+    described = process("serve", "--help-all").stdout.decode()
     assert options <= set(re.findall(r"--[a-z-]+", described))

@@ -18,11 +18,9 @@ from torch import Tensor
 from kernel_checks import (
     DEVICE,
     DTYPES,
-    LEAST,
     MIN_TRITON,
     ON_GPU,
     compiled_cases,
-    decibels,
     poison_allocations,
 )
 from networks import DIT_KINDS, random_dit
@@ -31,6 +29,7 @@ pytest.importorskip("triton", minversion=MIN_TRITON)
 
 from sana_cli.kernels import dispatch
 from sana_cli.kernels.linear_attention import relu_linear_attention
+from sana_cli.kernels.selfcheck import decibels, least
 from sana_cli.models.dit import DiT
 from training import depthwise_glu_backward_triton
 from training.diffusion import build
@@ -64,7 +63,7 @@ def draw(dtype) -> Callable[..., Tensor]:
 @pytest.fixture(autouse=True)
 def in_triton(monkeypatch):
     """Whatever the device; and what a kernel leaves out shows."""
-    monkeypatch.setattr(dispatch, "uses_triton", lambda x: True)
+    monkeypatch.setattr(dispatch, "uses_triton", lambda operation, x: True)
     poison_allocations(monkeypatch)
 
 
@@ -87,7 +86,7 @@ def check(monkeypatch) -> Callable[..., None]:
         for one, same, true, like in zip(found, again, exact, (given, *inputs), strict=True):
             assert one.dtype == like.dtype
             assert torch.equal(one, same)
-            assert decibels(one, true) > LEAST[given.dtype]
+            assert decibels(one, true) > least(given.dtype)
 
     return check
 
@@ -153,8 +152,8 @@ def test_a_token_alone_is_its_value_whatever_it_asks(draw, dtype):
     q, k, v, given = (draw(3, 1, 64) for _ in range(4))
     function = lambda *x: linear_attention(*x, 2)  # noqa: E731
     out, of_q, of_k, of_v = with_gradients(function, given, q, k, v)
-    assert decibels(out, v.double()) > LEAST[dtype]
-    assert decibels(of_v, given.double()) > LEAST[dtype]
+    assert decibels(out, v.double()) > least(dtype)
+    assert decibels(of_v, given.double()) > least(dtype)
     assert max(of_q.abs().max(), of_k.abs().max()) < 1e-5
 
 
@@ -268,7 +267,7 @@ def test_under_autocast_it_learns_no_worse(plain):
 
 
 def test_without_triton_it_learns_the_same_too(plain, monkeypatch):
-    monkeypatch.setattr(dispatch, "uses_triton", lambda x: False)
+    monkeypatch.setattr(dispatch, "uses_triton", lambda operation, x: False)
     exact, found = learnt(deepcopy(plain)), learnt(fuse(plain))
     for name, value in found.items():
         assert decibels(value, exact[name].double()) > 90, name

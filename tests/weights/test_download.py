@@ -15,7 +15,9 @@ import pytest
 
 from examples import exhaustive
 from hub import Fault, Hub
+from sana_cli.units import gigabytes
 from sana_cli.weights.catalogue import known_models
+from terminal import at_terminal
 
 NAME = "sana-0.6b-512"
 OWN, TEXT, VAE = known_models()[NAME].sources
@@ -157,6 +159,28 @@ def test_generate_fetches_what_the_model_needs_and_draws(laptop):
     assert_whole(laptop)
 
 
+@pytest.mark.parametrize(
+    ("typed", "words", "code"),
+    [(b"n\n", (), 5), (b"\x04", (), 5), (b"\n", (), 0), (b"", ("-y",), 0)],
+    ids=["no", "end of input", "yes", "-y"],
+)
+def test_a_person_is_asked_before_a_download(laptop, typed, words, code):
+    command = laptop.command("generate", "a fox", "-m", NAME, "-s1", "--steps", "1", *words)
+    ended, seen, _ = at_terminal(command, 120, typed=typed, cwd=laptop.home, env=laptop.env)
+    assert ended == code, seen
+    assert (b"Fetch " in seen) == (not words)
+    assert bool(laptop.files(OWN.repo)) == (code == 0)
+
+
+def test_a_download_is_announced_with_its_size_the_disk_and_the_time(laptop):
+    run = laptop.pull()
+    size = sum(path.stat().st_size for path in laptop.blobs())
+    (line,) = (line for line in run.stderr.splitlines() if line.startswith("to fetch: "))
+    assert f"to fetch: {gigabytes(size)}, of " in line
+    assert f" free in {laptop.home}; about 1 s at 100 Mbit/s" in line
+    assert "to fetch" not in laptop.pull().stderr
+
+
 def test_the_next_run_asks_the_hub_for_nothing(laptop, hub):
     laptop.pull()
     hub.requests.clear()
@@ -246,6 +270,7 @@ def test_an_interrupted_download_leaves_at_once_and_quietly(laptop, hub):
     said = run.communicate(timeout=60)[1]
     assert run.returncode == 130
     assert "Traceback" not in said
+    assert "interrupted; what was fetched is kept" in said
 
 
 @pytest.mark.parametrize(

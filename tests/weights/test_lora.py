@@ -574,13 +574,13 @@ def test_a_file_whose_tensors_do_not_belong_together(config, tmp_path, change, s
 @pytest.mark.parametrize(
     ("metadata", "says"),
     [
-        ("{", "no JSON"),
-        ("[]", "no JSON object"),
+        ("{", "not JSON"),
+        ("[]", "not a JSON object"),
         ({"transformer.r": 4, "transformer.lora_alpha": 8}, "has rank 2, its metadata says 4"),
         ({"transformer.r": 2, "transformer.lora_alpha": "x"}, "rank or alpha 'x'"),
         ({"transformer.r": 2, "transformer.lora_alpha": -1}, "rank or alpha -1"),
         ({"transformer.r": 2, "transformer.alpha_pattern": {"(a+)+$": 2}}, "not a module's name"),
-        ({"transformer.r": 2, "transformer.alpha_pattern": [2]}, "no JSON object"),
+        ({"transformer.r": 2, "transformer.alpha_pattern": [2]}, "not a JSON object"),
         ({"transformer.r": 2, "transformer.use_dora": True}, "DoRA"),
     ],
 )
@@ -603,7 +603,7 @@ def test_what_is_no_safetensors_file(config, tmp_path):
     whole = lora_for(config, tmp_path / "lora.safetensors").read_bytes()
     (tmp_path / "half.safetensors").write_bytes(whole[: len(whole) // 2])
     assert "not a whole safetensors file" in refusal(tmp_path / "half.safetensors")
-    assert "there is no LoRA" in refusal(tmp_path / "absent.safetensors")
+    assert "does not exist" in refusal(tmp_path / "absent.safetensors")
 
 
 def test_a_file_that_changes_between_the_recipe_and_the_drawing_is_refused(config, tmp_path):

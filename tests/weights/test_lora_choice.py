@@ -65,7 +65,7 @@ def test_a_repository_and_its_scale(here, text, repo, file, scale):
     "text", ["C:\\loras\\fox.safetensors", "C:/loras/fox.safetensors", "c:\\fox.safetensors:0.8"]
 )
 def test_the_letter_of_a_drive_is_no_scale(here, text):
-    with pytest.raises(UsageError, match="no such file"):  # there is no such drive here
+    with pytest.raises(UsageError, match="does not exist"):  # there is no such drive here
         parse_lora(text)
 
 
@@ -83,14 +83,14 @@ def test_the_letter_of_a_drive_is_no_scale(here, text):
         ("fox.safetensors:0,8", "not a scale"),
         ("someone/fox:0.8:x", "not a scale"),
         ("owner", "is a folder"),
-        ("absent.safetensors", "no such file"),
-        ("loras/absent.safetensors:0.5", "no such file"),
-        ("./someone/fox", "no such file"),
-        ("someone/fox/sub", "no such file"),
+        ("absent.safetensors", "does not exist"),
+        ("loras/absent.safetensors:0.5", "does not exist"),
+        ("./someone/fox", "does not exist"),
+        ("someone/fox/sub", "does not exist"),
         ("someone/fox/a.bin", "pickle"),
         ("https://huggingface.co/someone/fox", "is an address"),
-        ("x" * 5000, "no such file"),
-        ("a\0b", "no such file"),
+        ("x" * 5000, "does not exist"),
+        ("a\0b", "does not exist"),
     ],
 )
 def test_what_names_no_lora_is_refused_with_the_form(here, text, says):

@@ -287,7 +287,7 @@ def test_other_files_are_told_apart(tmp_path):
     assert "pickle" in refusal(tmp_path / "a.pth")
     (tmp_path / "text.safetensors").write_text("a fox")
     assert "not a whole safetensors file" in refusal(tmp_path / "text.safetensors")
-    assert "there is no file" in refusal(tmp_path / "absent.safetensors")
+    assert "does not exist" in refusal(tmp_path / "absent.safetensors")
 
 
 def test_a_missing_tensor_is_reported_by_the_loader(tmp_path):

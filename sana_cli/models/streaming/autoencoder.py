@@ -13,7 +13,8 @@ from sana_cli.models.streaming.subpixel import fold_upsamples
 from sana_cli.system.memory import PeakMemory
 
 STRIP_BYTES = 16 << 20
-SLACK = 1.05  # later strips, which are not run on the meta device, may hold a little more
+STRIPS = 8  # of a sweep that are run to predict memory: further strips take the same
+SLACK = 1.05  # later strips may hold a little more
 
 
 @torch.inference_mode()
@@ -24,20 +25,24 @@ def decode(
     resized: Size | None = None,
     size: Size | None = None,
     strip_bytes: int = STRIP_BYTES,
+    most_strips: int | None = None,
 ) -> Decoded:
     """Decode latents (1, 32, h, w), unscaled, to 8 bits: `decoder(latent)` from [-1, 1] to 0..255.
 
     The image is resized to `resized` first, bilinearly and without antialiasing, then cropped about
-    its centre to `size`. `strip_bytes` is roughly the size of the widest tensor of a strip.
+    its centre to `size`. `strip_bytes` is roughly the size of the widest tensor of a strip. Only
+    `most_strips` strips of each sweep are run, if given: enough to predict memory.
     """
-    return decode_pipeline(decoder, latent, strip_bytes).to_image(resized, size)
+    return decode_pipeline(decoder, latent, strip_bytes, most_strips).to_image(resized, size)
 
 
-def decode_pipeline(decoder: Decoder, latent: Tensor, strip_bytes: int) -> StripPipeline:
+def decode_pipeline(
+    decoder: Decoder, latent: Tensor, strip_bytes: int, most_strips: int | None = None
+) -> StripPipeline:
     """Return the pipeline of a decode; its `materialise()` is the float image (1, 3, H, W)."""
     dtype = decoder.norm_out.weight.dtype
     pipeline = StripPipeline(
-        latent.to(dtype, memory_format=torch.channels_last), dtype, strip_bytes
+        latent.to(dtype, memory_format=torch.channels_last), dtype, strip_bytes, most_strips
     )
     pipeline.through(decoder.conv_in, repeat(decoder.repeats) if decoder.shortcut else None)
     for stage in reversed(decoder.up_blocks):
@@ -50,14 +55,21 @@ def decode_pipeline(decoder: Decoder, latent: Tensor, strip_bytes: int) -> Strip
 
 
 @torch.inference_mode()
-def encode(encoder: Encoder, pixels: Tensor, *, strip_bytes: int = STRIP_BYTES) -> Tensor:
+def encode(
+    encoder: Encoder,
+    pixels: Tensor,
+    *,
+    strip_bytes: int = STRIP_BYTES,
+    most_strips: int | None = None,
+) -> Tensor:
     """Encode an image, uint8 (H, W, 3) with sides that are multiples of 32, to (1, 32, h, w).
 
     The result is `encoder(image)` of the image in [-1, 1], unscaled, in the dtype and on the device
     of the encoder. The pixels may be on the CPU: each strip is moved and converted by itself.
+    `most_strips` as in `decode`.
     """
     weight = encoder.conv_out.weight
-    pipeline = StripPipeline(pixels.permute(2, 0, 1)[None], weight.dtype, strip_bytes)
+    pipeline = StripPipeline(pixels.permute(2, 0, 1)[None], weight.dtype, strip_bytes, most_strips)
     pipeline.add(lambda x: x.to(weight.device).float().div_(127.5).sub_(1).to(weight.dtype), 3)
     pipeline.through(encoder.conv_in)
     for stage in encoder.down_blocks:
@@ -108,14 +120,15 @@ def activation_bytes(
     libraries allocate within one operation does not.
     """
     height, width = grid
+    cut = {"strip_bytes": strip_bytes, "most_strips": STRIPS}
     with PeakMemory() as memory:
         if isinstance(network, Decoder):
             channels = network.conv_in.in_channels
             latent = torch.empty((1, channels, height, width), device="meta")
-            decode(network, latent, resized=resized, size=size, strip_bytes=strip_bytes)
+            decode(network, latent, resized=resized, size=size, **cut)
         else:
             cell = 2 ** (len(network.down_blocks) - 1)
             shape = (height * cell, width * cell, 3)
             pixels = torch.empty(shape, dtype=torch.uint8, device="meta")
-            encode(network, pixels, strip_bytes=strip_bytes)
+            encode(network, pixels, **cut)
     return memory.peak

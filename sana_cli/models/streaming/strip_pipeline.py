@@ -17,7 +17,6 @@ from sana_cli.models.streaming.ops import Bilinear, Chain, Residual, Size, Strip
 from sana_cli.models.streaming.subpixel import SubpixelUpsample
 
 MAX_BYTES = 1 << 30  # convolution libraries index elements with 31 bits
-META_STRIPS = 8  # of a sweep on the meta device: further strips take the same memory
 
 
 @dataclass(frozen=True)
@@ -32,8 +31,11 @@ class Decoded:
 class StripPipeline:
     """A feature map, and the ops that have yet to run over it."""
 
-    def __init__(self, map: Tensor, dtype: torch.dtype, strip_bytes: int) -> None:
+    def __init__(
+        self, map: Tensor, dtype: torch.dtype, strip_bytes: int, most_strips: int | None = None
+    ) -> None:
         self.map, self.itemsize = map, dtype.itemsize
+        self.most_strips = most_strips  # of a sweep, which then stops unfinished
         self.strip_bytes = min(strip_bytes, MAX_BYTES)
         self.height, self.width = map.shape[2:]  # of the output of the ops
         self.ops: list[tuple[StripOp, int]] = []  # each with the most rows it is given at once
@@ -133,7 +135,7 @@ class StripPipeline:
             if i == len(self.ops):
                 yield strip
                 yielded += 1
-                if strip.is_meta and yielded == META_STRIPS:
+                if yielded == self.most_strips:
                     return
                 continue
             op, most = self.ops[i]

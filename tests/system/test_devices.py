@@ -1,0 +1,67 @@
+"""What a device tells and is told: that memory is exhausted, and how much may be taken."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from sana_cli.pipeline.plan import free_memory
+from sana_cli.system.devices import cap_memory, is_out_of_memory
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CUDA out of memory. Tried to allocate 2.00 GiB.",
+        "CUDA error: out of memory",
+        "Triton Error [CUDA]: out of memory",
+        "CUDA driver error: CUDA_ERROR_OUT_OF_MEMORY",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+        "MPS backend out of memory (MPS allocated: 8.00 GB, max allowed: 9.07 GB)",
+        "Invalid buffer size: 16.00 GB",
+        "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory",
+        "DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes.",
+        "std::bad_alloc",
+    ],
+)
+def test_exhausted_memory_is_known_in_every_spelling(text):
+    assert is_out_of_memory(RuntimeError(text))
+    assert not is_out_of_memory(ValueError(text)), "errors of devices are RuntimeErrors"
+
+
+def test_other_errors_of_a_device_are_not_taken_for_exhausted_memory():
+    for text in ("CUDA error: an illegal memory access was encountered", "CUDNN_STATUS_BAD_PARAM"):
+        assert not is_out_of_memory(RuntimeError(text))
+
+
+@pytest.fixture
+def gpu(monkeypatch) -> dict[int, float]:
+    """Two GPUs of 16 GB, of which torch has 5 GB and uses 3; the share that each was capped to."""
+    capped: dict[int, float] = {}
+    functions = {
+        "get_device_properties": lambda device: SimpleNamespace(total_memory=16 * 10**9),
+        "mem_get_info": lambda device: (10 * 10**9, 16 * 10**9),
+        "memory_reserved": lambda device: 5 * 10**9,
+        "memory_allocated": lambda device: 3 * 10**9,
+        "current_device": lambda: 0,
+        "set_per_process_memory_fraction": lambda share, index: capped.update({index: share}),
+    }
+    for name, function in functions.items():
+        monkeypatch.setattr(torch.cuda, name, function)
+    return capped
+
+
+def test_torch_may_take_no_more_of_a_gpu_than_the_plan_has(gpu):
+    cap_memory("cuda", budget=8 * 10**9, held=3 * 10**9)
+    cap_memory("cuda:1", budget=8 * 10**9, held=10**9)
+    cap_memory("cpu", budget=8 * 10**9, held=0)
+    # On the second GPU, 2 GB belong to somebody else in this process.
+    assert gpu == {0: pytest.approx(8 / 16), 1: pytest.approx(10 / 16)}
+    cap_memory("cuda", budget=20 * 10**9, held=0)
+    assert gpu[0] == 1.0
+
+
+def test_memory_that_torch_keeps_for_reuse_is_free(gpu):
+    assert free_memory("cuda:1") == 12 * 10**9

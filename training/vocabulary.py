@@ -1,0 +1,31 @@
+"""The words of the training captions, which the command compares with those of a prompt.
+
+    python -m training.vocabulary > sana_cli/demo/vocabulary.json
+
+`export` writes the same file beside the weights.
+"""
+
+import json
+import sys
+
+import numpy as np
+
+from sana_cli.weights.vocabulary import words
+from training.world import describe, training_sample
+
+CAPTIONS = 5_000  # enough that every wording occurs
+
+
+def vocabulary(captions: int = CAPTIONS, seed: int = 1) -> list[str]:
+    """Return every word of so many captions without their random letters, sorted."""
+    rng = np.random.default_rng(seed)
+    texts = (describe(training_sample(rng), rng, nonsense=0).text for _ in range(captions))
+    return sorted({word for text in texts for word in words(text)})
+
+
+def as_json(found: list[str]) -> str:
+    return json.dumps(found, indent=0) + "\n"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(as_json(vocabulary()))
