@@ -188,6 +188,7 @@ def run(
     engine: Annotated[
         EngineName,
         typer.Option(
+            metavar="local|ray",
             help="Draw on this machine or on a Ray cluster, which needs sana-cli\\[ray].",
             rich_help_panel=RUNNING,
         ),
