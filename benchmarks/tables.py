@@ -9,6 +9,7 @@ names. Prose around it is left alone, and so are marked blocks of other names.
 import glob
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import fields
@@ -220,24 +221,62 @@ def one_command() -> list[str]:
 
 
 def registers() -> list[str]:
-    """Of each kernel on each GPU the case that takes most registers."""
-    costs = measured("kernels.json")
+    """Of each kernel on each GPU the case that takes most registers, in bfloat16 and in int8."""
+    costs = [
+        cost | {"kernel": kernel + (", int8" if words[0] == "int8" else "")}
+        for cost in measured("kernels.json")
+        for kernel, *words in [cost["case"].split()]
+        if words[0] not in ("float16", "float32")
+    ]
     archs = sorted({cost["arch"] for cost in costs})
     rows = [
         f"| kernel | {' | '.join(f'sm_{arch}' for arch in archs)} |",
         f"|---{'|---' * len(archs)}|",
     ]
-    for name in sorted({cost["case"].split()[0] for cost in costs}):
+    for name in sorted({cost["kernel"] for cost in costs}):
         cells = []
         for arch in archs:
-            cases = [c for c in costs if c["arch"] == arch and c["case"].split()[0] == name]
+            cases = [c for c in costs if c["arch"] == arch and c["kernel"] == name]
             most = max(cases, key=lambda cost: (cost["registers"], cost["shared"]))
-            facts = [str(most["registers"]), f"{most['shared'] / 1024:.0f}"]
+            facts = [str(most["registers"]), f"{most['shared'] / 1024:.0f}", str(most["programs"])]
             if most["tensor_cores"]:
                 core = most["tensor_cores"].split(".")[0]
                 facts.append(f"{core} tf32" if "TF32" in most["tensor_cores"] else core)
             cells.append(", ".join(facts))
-        rows.append(f"| `{name}` | {' | '.join(cells)} |")
+        kernel, comma, kind = name.partition(",")
+        rows.append(f"| `{kernel}`{comma}{kind} | {' | '.join(cells)} |")
+    return rows
+
+
+def w8a8() -> list[str]:
+    """Likeness to float32 and obedience of the bundled model, in bfloat16 and in 8 bits."""
+    facts = measured("w8a8.json")
+    like = facts["likeness"]
+    rows = [f"| {like['images']} images, {like['side']}² | latents | pixels |", "|---|---|---|"]
+    for way, found in like["decibels"].items():
+        cells = [
+            f"{statistics.mean(found[what]):.1f} dB (worst {min(found[what]):.1f})"
+            for what in ("latents", "pixels")
+        ]
+        rows.append(f"| {way} | {' | '.join(cells)} |")
+    asked = facts["obedience"]
+    rows += ["", f"| {asked['prompts']} of {asked['of']} prompts, {asked['side']}² | obeyed |"]
+    rows.append("|---|---|")
+    for way in ("float32", "w8a8"):
+        low, high = map(percent, asked[way]["interval"])
+        rows.append(f"| {way} | {percent(asked[way]['obeyed'], 1)} ({low} – {high}) |")
+    return rows
+
+
+def w8a8_layers() -> list[str]:
+    rows = [
+        "| layer | largest input | bfloat16 | w8a8 | weights alone |",
+        "|---|---|---|---|---|",
+    ]
+    for row in measured("w8a8.json")["layers"]:
+        cells = [f"{row[name]:.1f} dB" for name in ("bfloat16", "w8a8", "weights")]
+        largest = f"{row['largest']:.0f} times the RMS"
+        rows.append(f"| {row['model']} `{row['layer']}` | {largest} | {' | '.join(cells)} |")
     return rows
 
 
@@ -281,6 +320,8 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "settings": settings,
     "one-command": one_command,
     "registers": registers,
+    "w8a8": w8a8,
+    "w8a8-layers": w8a8_layers,
     "diffusers-suites": diffusers_suites,
     "diffusers-cases": diffusers_cases,
 }

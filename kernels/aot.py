@@ -2,9 +2,13 @@
 
     python -m sana_cli.kernels.aot [--arch 89 90] [--json] [--jobs 2]
 
+Every case is compiled in bfloat16 and, where there are 8-bit inputs, with int8; in float16 and
+float32 one case of each block shape is.
+
 The exit code is 1, with one line per fault, if a kernel spills registers, needs more shared memory
-than the GPU has, or multiplies matrices without tensor cores. The machine code is read with the
-NVIDIA tools that come with Triton.
+than the GPU has, multiplies matrices without the tensor-core instructions of their precision, or
+rearranges the bytes of int8 operands in its inner loop. The machine code is read with the NVIDIA
+tools that come with Triton.
 """
 
 import argparse
@@ -18,12 +22,18 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+
+import torch
 
 from sana_cli.kernels.cases import Case
 
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Bytes of shared memory available to one program (CUDA C++ Programming Guide, table of
 # capabilities): A100; GeForce Ampere and Ada; Hopper; Blackwell, data centre and GeForce.
 SHARED = {
@@ -34,8 +44,21 @@ SHARED = {
     (10, 0): 227 << 10,
     (12, 0): 99 << 10,
 }
-# mma.sync is HMMA and the like, wgmma is HGMMA, and tcgen05 UTCHMMA.
+# Of a multiprocessor, from the same table.
+REGISTERS = 1 << 16
+THREADS = {(8, 0): 2048, (8, 6): 1536, (8, 9): 1536, (9, 0): 2048, (10, 0): 2048, (12, 0): 1536}
+RESERVED = 1 << 10  # bytes of shared memory that the system takes for each program
+# mma.sync is HMMA and the like, wgmma is HGMMA, and tcgen05 UTCHMMA; the I is for integers.
 TENSOR_CORES = re.compile(r"\b(?:[HIQO]G?MMA|UTC[A-Z]*MMA)[.\w]*")
+INTEGER = re.compile(r"\b(?:IG?MMA|UTCIMMA)\b")
+FLOAT = re.compile(r"\b(?:HG?MMA|UTC[HQ]MMA)\b")
+# Products of matrices in Triton's intermediate code: the options and the type of the left one.
+DOT = re.compile(r"tt\.dot ([^\n]*?) : tensor<[\dx]*x(\w+)>")
+LABEL = re.compile(r"^(\.L_x_\d+):", re.MULTILINE)
+LOADS = re.compile(r"\bLDG(?:STS)?\.E((?:\.\w+)*)")
+WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}  # bytes; else 4
+# Of int8 products: more mean that operands are put together byte by byte.
+MOST_PERMUTES = 0.5
 
 
 @dataclass(frozen=True)
@@ -49,6 +72,17 @@ class Cost:
     tensor_cores: str | None  # the most frequent tensor-core instruction
     count: int  # of tensor-core instructions
     matrices: bool  # whether the kernel multiplies matrices
+    missing: str | None  # of the tensor-core instructions that its precisions need: "int8", "float"
+    permutes: float  # PRMT instructions for each tensor-core instruction of the inner loop
+    loads: dict[str, int]  # instructions that load from memory, by the bytes that a thread loads
+
+    @property
+    def programs(self) -> int:
+        """How many fit on a multiprocessor at once, by registers, shared memory and threads."""
+        target, threads = divmod(self.arch, 10), 32 * self.warps
+        each = -(-self.registers // 8) * 8 * threads
+        shared = (SHARED[target] + RESERVED) // (self.shared + RESERVED)
+        return min(REGISTERS // each, shared, THREADS[target] // threads)
 
     @property
     def fault(self) -> str | None:
@@ -57,8 +91,10 @@ class Cost:
             return f"spills {self.stack} bytes of registers per thread"
         if self.shared > limit:
             return f"needs {self.shared} bytes of shared memory, and a program has {limit}"
-        if self.matrices and not self.count:
-            return "multiplies matrices without tensor cores"
+        if self.missing:
+            return f"multiplies matrices of {self.missing} without tensor cores"
+        if self.permutes > MOST_PERMUTES and self.tensor_cores and INTEGER.match(self.tensor_cores):
+            return f"has {self.permutes:.1f} PRMT for each product of int8 in its inner loop"
         return None
 
 
@@ -67,12 +103,37 @@ def all_cases(package: str, target: tuple[int, int]) -> tuple[Case, ...]:
     """Collect the cases of all modules of a package on a GPU, without those that compile alike."""
     found: list[Case] = []
     folders = importlib.import_module(package).__path__
-    for module in pkgutil.iter_modules(folders, f"{package}."):
-        if module.name.endswith("_triton"):
-            for case in importlib.import_module(module.name).cases(target):
-                if not any(case.is_compiled_as(other) for other in found):
-                    found.append(case)
+    modules = [
+        importlib.import_module(module.name)
+        for module in pkgutil.iter_modules(folders, f"{package}.")
+        if module.name.endswith("_triton")
+    ]
+    for dtype in DTYPES:
+        shapes = set()
+        for module in modules:
+            with _default_dtype(dtype):
+                cases = list(module.cases(target))
+            for case in cases:
+                known = case.shape in shapes if dtype != DTYPES[0] else False
+                if known or any(case.is_compiled_as(other) for other in found):
+                    continue
+                shapes.add(case.shape)
+                kernel, label = case.name.split(" ", 1)
+                name = str(dtype).removeprefix("torch.")
+                if dtype != DTYPES[0]:
+                    case = replace(case, name=f"{kernel} {name} {label}")
+                found.append(case)
     return tuple(found)
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def measure(package: str, target: tuple[int, int], index: int) -> Cost:
@@ -113,7 +174,42 @@ def measure(package: str, target: tuple[int, int], index: int) -> Cost:
         max(set(found), key=found.count, default=None),
         len(found),
         "tt.dot" in made.asm["ttir"],
+        _missing(made.asm["ttir"], code),
+        _permutes(code),
+        _loads(code),
     )
+
+
+def _missing(ttir: str, code: str) -> str | None:
+    """Name a precision whose products of matrices use no tensor cores, if there is one.
+
+    Products of float32 only use them in TF32.
+    """
+    dots = DOT.findall(ttir)
+    if any(kind == "i8" for _, kind in dots) and not INTEGER.search(code):
+        return "int8"
+    floats = [kind for options, kind in dots if kind != "f32" or "= tf32" in options]
+    return "floats" if {*floats} - {"i8"} and not FLOAT.search(code) else None
+
+
+def _permutes(code: str) -> float:
+    """Return the PRMT for each tensor-core instruction of the loop that has most of these."""
+    most = permutes = 0
+    for label in LABEL.finditer(code):
+        body, jumps, _ = code[label.end() :].partition(f"`({label[1]})")
+        if jumps and not LABEL.search(body):  # an innermost loop
+            count = len(TENSOR_CORES.findall(body))
+            if count > most:
+                most, permutes = count, len(re.findall(r"\bPRMT\b", body))
+    return permutes / most if most else 0.0
+
+
+def _loads(code: str) -> dict[str, int]:
+    widths = Counter(
+        next((WIDTHS[word] for word in words.split(".") if word in WIDTHS), 4)
+        for words in LOADS.findall(code)
+    )
+    return {str(width): count for width, count in sorted(widths.items())}
 
 
 def _run(tool: str, *words: str) -> str:
@@ -138,14 +234,16 @@ def show(costs: list[Cost]) -> None:
     from rich.table import Table
 
     table = Table("kernel", "GPU")
-    for name in ("warps", "registers", "stack", "shared"):
+    for name in ("warps", "registers", "stack", "shared", "programs"):
         table.add_column(name, justify="right")
+    table.add_column("bytes x loads")
     table.add_column("tensor cores")
     for cost in costs:
         cores = f"{cost.count} {cost.tensor_cores}" if cost.count else ""
-        numbers = (cost.warps, cost.registers, cost.stack, cost.shared)
+        numbers = (cost.warps, cost.registers, cost.stack, cost.shared, cost.programs)
+        loads = ", ".join(f"{width}x{count}" for width, count in cost.loads.items())
         style = "red" if cost.fault else ""
-        table.add_row(cost.case, f"sm_{cost.arch}", *map(str, numbers), cores, style=style)
+        table.add_row(cost.case, f"sm_{cost.arch}", *map(str, numbers), loads, cores, style=style)
     console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(table)
     console.print("sm_75 and older: torch's own kernels, as Triton has no tensor-core code there")
@@ -161,7 +259,7 @@ def main(package: str = "sana_cli.kernels") -> int:
     os.environ.pop("TRITON_INTERPRET", None)  # the interpreter compiles nothing
     costs = measure_all(package, options.arch, options.jobs)
     if options.json:
-        rows = [asdict(cost) | {"fault": cost.fault} for cost in costs]
+        rows = [asdict(c) | {"programs": c.programs, "fault": c.fault} for c in costs]
         sys.stdout.write(json.dumps(rows, indent=2) + "\n")
     else:
         show(costs)

@@ -33,6 +33,12 @@ class Case:
     def labelled(self, label: str) -> "Case":
         return replace(self, name=f"{self.name} {label}")
 
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        """What is left of a case without the shapes and dtypes of its tensors."""
+        blocks = {name: value for name, value in self.constants.items() if name.isupper()}
+        return self.kernel.__name__, self.num_warps, self.num_stages, tuple(sorted(blocks.items()))
+
     def is_compiled_as(self, other: "Case") -> bool:
         return replace(self, name="") == replace(other, name="")
 
@@ -46,6 +52,9 @@ def like_weight8(weight: Tensor) -> Weight8:
     return quantise_weight(weight)
 
 
-def like(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """Return a tensor without data, on the meta device."""
+def like(*shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Return a tensor without data, on the meta device, in torch's default dtype if none is given.
+
+    `aot.all_cases` sets that default, for one precision after the other.
+    """
     return torch.empty(shape, dtype=dtype, device="meta")

@@ -12,7 +12,7 @@ from torch import Tensor
 from sana_cli.kernels import kv_state as module
 from sana_cli.kernels.cases import Case, like
 from sana_cli.kernels.launch import launch, precision, trace_launches
-from sana_cli.kernels.selfcheck import Check, Draw
+from sana_cli.kernels.selfcheck import TENSOR_CORES, Check, Draw, least
 
 TOKENS, STEP = 1024, 64  # tokens per program and per step
 LEAST = 16  # sides of the smallest matrix product
@@ -58,20 +58,21 @@ def kv_state_kernel(
     values += (image * n + first) * row + head * apart
     at = token[:, None] * row + channel[None]
     products = tl.zeros((BLOCK, BLOCK), tl.float32)
-    total = tl.zeros((BLOCK,), tl.float32)
+    total = tl.zeros((STEP, BLOCK), tl.float32)  # summed over its rows once, at the end
     for start in range(0, tl.minimum(TOKENS, n - first), STEP):
         inside = (token < n - first - start)[:, None] & real[None]
         key = tl.load(keys + at, mask=inside, other=0.0)
         value = tl.load(values + at, mask=inside, other=0.0)
-        key = tl.where(key < 0, 0.0, key)  # NaN stays
-        total += tl.sum(key.to(tl.float32), 0)
+        wide = tl.maximum(key.to(tl.float32), 0.0, propagate_nan=tl.PropagateNan.ALL)
+        total += wide
+        key = wide.to(key.dtype)
         # Products of bfloat16 or float16 are exact in float32.
         products = tl.dot(tl.trans(value), key, products, input_precision=PRECISION)
         at += STEP * row
     at = (image * tl.num_programs(1) + tile) * tl.num_programs(0) + head
     at = sums + at * ((HEAD + 1) * HEAD) + channel
     tl.store(at[None] + channel[:, None] * HEAD, products, mask=real[:, None] & real[None])
-    tl.store(at + HEAD * HEAD, total, mask=real)
+    tl.store(at + HEAD * HEAD, tl.sum(total, 0), mask=real)
 
 
 def cases(target: tuple[int, int]) -> Iterator[Case]:
@@ -81,5 +82,6 @@ def cases(target: tuple[int, int]) -> Iterator[Case]:
 
 def checks(draw: Draw) -> Iterator[Check]:
     for tokens, heads in ((70, 3), (1030, 1), (128, 2)):
-        inputs = draw(2, tokens, heads * 64), 32
-        yield Check("kv_state", kv_state, module.kv_state, inputs)
+        kv = draw(2, tokens, heads * 64)
+        needed = least(kv.dtype, tokens) if kv.dtype == torch.float32 else TENSOR_CORES
+        yield Check("kv_state", kv_state, module.kv_state, (kv, 32), needed)

@@ -46,18 +46,19 @@ BY_CAPABILITY = {(8, 0): LARGE, (9, 0): LARGE, (10, 0): LARGE}
 FLOAT32 = QKVBlocks(32, 32, 4, 2)
 
 
-def qkv_shapes(x: Tensor) -> tuple[QKVBlocks, ...]:
-    """Return the block shapes for tokens x of any dtype."""
-    if x.dtype == torch.float32:
+def qkv_shapes(x: Tensor, dtype: torch.dtype) -> tuple[QKVBlocks, ...]:
+    """Return the block shapes for tokens x of any dtype and results in `dtype`."""
+    if dtype == torch.float32:
         return (FLOAT32,)
     if x.dtype == torch.int8:
         return LARGE
     return BY_CAPABILITY.get(capability(x.device), CONSUMER)
 
 
-def choose_qkv_blocks(x: Tensor, blocks: int) -> QKVBlocks:
-    """Choose block shapes for tokens x (B, N, D) and a number of channel blocks."""
-    shapes = qkv_shapes(x)
+def choose_qkv_blocks(x: Tensor, blocks: int, dtype: torch.dtype) -> QKVBlocks:
+    """Choose block shapes for tokens x (B, N, D), results in `dtype`, and a number of channel
+    blocks."""
+    shapes = qkv_shapes(x, dtype)
     for shape in shapes:
         if len(x) * triton.cdiv(x.shape[1], shape.m) * blocks >= ENOUGH:
             return shape
@@ -75,7 +76,8 @@ def project_qkv(
     """`shape` is that of the size of x unless given."""
     dtype, x_scales, weight_scales = x.dtype, None, None
     if isinstance(x, Rows8):
-        x_scales, x = x.scales, x.values
+        x_scales = x.scales.contiguous()
+        x = x.values
     if isinstance(weight, Weight8):
         weight, weight_scales = weight
     x, weight = x.contiguous(), weight.contiguous()
@@ -83,7 +85,7 @@ def project_qkv(
     features = len(weight) // 3
     d = features // heads
     blocks = triton.cdiv(features, CHANNELS)
-    m, step, warps, stages = shape or choose_qkv_blocks(x, blocks)
+    m, step, warps, stages = shape or choose_qkv_blocks(x, blocks, dtype)
     tiles = triton.cdiv(n, m)
     q = x.new_empty(batch, n, features, dtype=dtype)
     sums = x.new_empty(batch, tiles, heads, d + 1, d, dtype=torch.float32)
@@ -355,9 +357,8 @@ def cases(target: tuple[int, int]) -> Iterator[Case]:
             yield from trace_launches(label, target, project_qkv, x, weight, heads, None, 0.0)
             of = f"normed {label}"
             yield from trace_launches(of, target, project_qkv, x, weight, heads, norm, 1e-5)
-            for function in (attend_tokens, attend_tokens8):
-                of = f"{function.__name__} {label}"
-                yield from trace_launches(of, target, function, x, state)
+            yield from trace_launches(label, target, attend_tokens, x, state)
+            yield from trace_launches(f"int8 {label}", target, attend_tokens8, x, state)
             x8, weight8 = like_rows8(x), like_weight8(weight)
             of = f"int8 {label}"
             yield from trace_launches(of, target, project_qkv, x8, weight8, heads, None, 0.0)
@@ -372,8 +373,8 @@ def checks(draw: Draw) -> Iterator[Check]:
         weight = draw(3 * 32 * heads, width, size=width**-0.5)
         rows, weight8 = quantise(x, grouped=False), quantise_weight(weight)
         for name, tokens_, matrix, shapes in (
-            ("project_qkv", x, weight, qkv_shapes(x)),
-            ("project_qkv8", rows, weight8, qkv_shapes(rows.values)),
+            ("project_qkv", x, weight, qkv_shapes(x, x.dtype)),
+            ("project_qkv8", rows, weight8, qkv_shapes(rows.values, x.dtype)),
         ):
             for shape in shapes:
                 fused, definition = partial(project_qkv, shape=shape), linear_attention.project_qkv

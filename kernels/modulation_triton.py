@@ -64,9 +64,9 @@ def modulate_kernel(x, shift, scale, out, scales, width, out_width, eps, BLOCK: 
 def cases(target: tuple[int, int]) -> Iterator[Case]:
     for model, d in WIDTHS.items():
         x = like(2, 1024, d)
-        for function in (modulate, modulate8):
-            label = f"{model} {function.__name__}"
-            yield from trace_launches(label, target, function, x, like(d), like(d), 1e-6)
+        inputs = x, like(d), like(d), 1e-6
+        yield from trace_launches(model, target, modulate, *inputs)
+        yield from trace_launches(f"int8 {model}", target, modulate8, *inputs)
 
 
 def checks(draw: Draw) -> Iterator[Check]:

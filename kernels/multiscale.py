@@ -13,14 +13,15 @@ def aggregate(window: Tensor, depth: Tensor, point: Tensor, out: Tensor) -> Tens
     depth (C, 1, k, k), k odd; point (C, d, 1, 1), so C/d groups. All tensors are token-major.
     out (B, h, w, C) is filled and returned; it may be a slice of the channels of a wider tensor.
     window (B, h + 2·reach, w, C) has a halo of reach >= k // 2 rows above and below, zeros at the
-    borders of the map. Left and right are padded with zeros here.
+    borders of the map; or no halo, and is padded with zeros here, as it is left and right.
     """
     if dispatch.uses_triton("aggregate", window):
         from sana_cli.kernels import multiscale_triton
 
         return multiscale_triton.aggregate(window, depth, point, out)
-    padded, kernel = window.movedim(-1, 1), depth.shape[-1]
-    spare = (window.shape[1] - out.shape[1]) // 2 - kernel // 2
-    padded = padded[:, :, spare : window.shape[1] - spare]
-    y = F.conv2d(padded, depth, padding=(0, kernel // 2), groups=len(depth))
+    padded, margin = window.movedim(-1, 1), depth.shape[-1] // 2
+    reach = (window.shape[1] - out.shape[1]) // 2
+    if reach:
+        padded = padded[:, :, reach - margin : window.shape[1] - reach + margin]
+    y = F.conv2d(padded, depth, padding=(0 if reach else margin, margin), groups=len(depth))
     return out.copy_(pointwise(y, point, len(point) // point.shape[1]).movedim(1, -1))

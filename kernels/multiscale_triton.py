@@ -28,15 +28,16 @@ def aggregate(window: Tensor, depth: Tensor, point: Tensor, out: Tensor) -> Tens
         return out.copy_(aggregate(window, depth, point, out.contiguous()))
     batch, height, width, channels = out.shape
     kernel, group = depth.shape[-1], point.shape[1]
-    above = (window.shape[1] - height) // 2 - kernel // 2
+    reach = (window.shape[1] - height) // 2
     tiles = triton.cdiv(height, ROWS) * triton.cdiv(width, COLUMNS)
     launch(
         aggregate_kernel,
         (channels // group, tiles, batch),
         # Transposed, so that the same tap of neighbouring channels is contiguous.
         *(window, depth.flatten(1).t().contiguous(), point.contiguous(), out),
-        *(above, height, width, channels),
+        *(reach - kernel // 2, height, width, channels),
         *(*window.stride()[:3], *out.stride()[:3]),
+        HALO=reach > 0,
         KERNEL=kernel,
         GROUP=group,
         BLOCK=max(MIN_GROUP, triton.next_power_of_2(group)),
@@ -52,8 +53,8 @@ def aggregate(window: Tensor, depth: Tensor, point: Tensor, out: Tensor) -> Tens
 def aggregate_kernel(
     window, depth, point, out, above, height, width, channels,
     window_image, window_row, window_pixel, out_image, out_row, out_pixel,
-    KERNEL: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+    HALO: tl.constexpr, KERNEL: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     across = tl.cdiv(width, COLUMNS)
     top = tl.program_id(1) // across * ROWS
@@ -70,10 +71,13 @@ def aggregate_kernel(
     at = (row * window_row + column * window_pixel)[:, None] + channel[None]
     taps = depth + first + channel
     total = tl.zeros((ROWS * COLUMNS, BLOCK), tl.float32)
-    for _ in range(KERNEL):
+    for down in range(KERNEL):
         for over in tl.static_range(KERNEL):
             near = left + column + (over - KERNEL // 2)
             seen = inside & (near >= 0) & (near < width)
+            if not HALO:
+                source = top + above + down + row
+                seen &= (source >= 0) & (source < height)
             x = tl.load(
                 window + over * window_pixel + at, mask=seen[:, None] & real[None], other=0.0
             )
@@ -97,17 +101,18 @@ def cases(target: tuple[int, int]) -> Iterator[Case]:
     for channels, side in ((1024, 32), (512, 128)):  # of DC-AE's attention stages
         for roles, label in ((1, "queries"), (2, "keys and values")):
             c = roles * channels
-            window, out = like(1, 20, side, c), like(1, 16, side, 2 * c)[..., c:]
+            out = like(1, 16, side, 2 * c)[..., c:]
             weights = like(c, 1, 5, 5), like(c, 32, 1, 1)
-            yield from trace_launches(
-                f"{channels} {label}", target, aggregate, window, *weights, out
-            )
+            for rows, form in ((20, "strip"), (16, "whole")):
+                of = f"{channels} {label} {form}"
+                window = like(1, rows, side, c)
+                yield from trace_launches(of, target, aggregate, window, *weights, out)
 
 
 def checks(draw: Draw) -> Iterator[Check]:
-    for height, width, groups in ((9, 17, 3), (16, 16, 2)):
+    for height, width, groups, reach in ((9, 17, 3, 2), (16, 16, 2, 2), (9, 17, 2, 0)):
         c = 32 * groups
         weights = draw(c, 1, 5, 5, size=1 / 5), draw(c, 32, 1, 1, size=32**-0.5)
         out = draw(2, height, width, 2 * c)[..., c:]
-        inputs = draw(2, height + 4, width, c), *weights, out
+        inputs = draw(2, height + 2 * reach, width, c), *weights, out
         yield Check("aggregate", aggregate, multiscale.aggregate, inputs)

@@ -8,18 +8,18 @@ from sana_cli.kernels import dispatch
 
 
 def conv_to_rgb(
-    window: Tensor, weight: Tensor, bias: Tensor, left: int, width: int
+    window: Tensor, weight: Tensor, bias: Tensor, left: int, width: int, halo: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A 3x3 convolution to RGB in [-1, 1], then `to_rgb8` of the columns left … left + width - 1.
 
-    window (1, h + 2, W, C), token-major, with a halo of one row above and below, zeros at the
-    borders of the image; weight (3, C, 3, 3), bias (3,). Left and right are padded with zeros here.
+    window (1, h, W, C), token-major; weight (3, C, 3, 3), bias (3,). The borders are padded with
+    zeros. With `halo` the first and last rows of the window serve as padding above and below.
     """
     if dispatch.uses_triton("conv_to_rgb", window):
         from sana_cli.kernels import rgb_triton
 
-        return rgb_triton.conv_to_rgb(window, weight, bias, left, width)
-    y = F.conv2d(window.movedim(-1, 1), weight, bias, padding=(0, 1))
+        return rgb_triton.conv_to_rgb(window, weight, bias, left, width, halo)
+    y = F.conv2d(window.movedim(-1, 1), weight, bias, padding=(0 if halo else 1, 1))
     return to_rgb8(y[..., left : left + width])
 
 

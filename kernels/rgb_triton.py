@@ -26,19 +26,22 @@ ROUNDS = tl.constexpr(1.5 * 2**23)  # adding it to a small float32 rounds to int
 
 
 def conv_to_rgb(
-    window: Tensor, weight: Tensor, bias: Tensor, left: int, width: int
+    window: Tensor, weight: Tensor, bias: Tensor, left: int, width: int, halo: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     window = window.contiguous()
-    _, rows, whole, channels = window.shape
+    _, height, whole, channels = window.shape
+    above = 0 if halo else 1  # rows of zero padding
+    rows = height - 2 + 2 * above
     tiles, step = triton.cdiv(width, PIXELS), BYTES // window.itemsize
-    pixels = window.new_empty(rows - 2, width, 3, dtype=torch.uint8)
-    extremes = window.new_empty(2, (rows - 2) * tiles, dtype=torch.float32)
+    pixels = window.new_empty(rows, width, 3, dtype=torch.uint8)
+    extremes = window.new_empty(2, rows * tiles, dtype=torch.float32)
     launch(
         conv_to_rgb_kernel,
-        (tiles, rows - 2),
+        (tiles, rows),
         # In the order in which the kernel reads them.
         *(window, weight.permute(2, 3, 1, 0).contiguous(), bias.contiguous(), pixels, extremes),
-        *(whole, channels, left, width),
+        *(height, whole, channels, left, width),
+        ABOVE=above,
         EVEN=channels % step == 0,
         PIXELS=PIXELS,
         CHANNELS=step,
@@ -52,9 +55,9 @@ def conv_to_rgb(
 
 @triton.jit
 def conv_to_rgb_kernel(
-    window, weight, bias, pixels, extremes, whole, channels, left, width,
-    EVEN: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, COLOURS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    window, weight, bias, pixels, extremes, height, whole, channels, left, width,
+    ABOVE: tl.constexpr, EVEN: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
+    COLOURS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(1).to(tl.int64)
     column = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
@@ -65,8 +68,11 @@ def conv_to_rgb_kernel(
     for step in range(9 * steps):
         tap, start = step // steps, step % steps * CHANNELS
         source = left + column + tap % 3 - 1
+        line = row + tap // 3 - ABOVE
         seen = (column < width) & (source >= 0) & (source < whole)
-        at = window + (row + tap // 3) * whole * channels + start
+        if ABOVE:
+            seen &= (line + column * 0 >= 0) & (line + column * 0 < height)
+        at = window + line * whole * channels + start
         at += (source * channels)[:, None] + channel[None]
         taps = weight + (tap * channels + start + channel)[:, None] * 3 + colour[None]
         if EVEN:
@@ -97,13 +103,19 @@ def conv_to_rgb_kernel(
 def cases(target: tuple[int, int]) -> Iterator[Case]:
     for side in (1024, 4096):
         window, weight = like(1, 18, side, 128), like(3, 128, 3, 3)
-        yield from trace_launches(str(side), target, conv_to_rgb, window, weight, like(3), 0, side)
+        for halo, form in ((True, "strip"), (False, "whole")):
+            inputs = window, weight, like(3), 0, side, halo
+            yield from trace_launches(f"{side} {form}", target, conv_to_rgb, *inputs)
 
 
 def checks(draw: Draw) -> Iterator[Check]:
-    for height, width, channels, left in ((3, 131, 41, 5), (2, 144, 128, 0)):
+    for height, width, channels, left, halo in (
+        (5, 131, 41, 5, True),
+        (4, 144, 128, 0, True),
+        (3, 140, 128, 5, False),
+    ):
         weight = draw(3, channels, 3, 3, size=0.1 * channels**-0.5)
-        window, bias = draw(1, height + 2, width, channels), draw(3, size=0.1)
-        inputs = window, weight, bias, left, width - 2 * left
+        window, bias = draw(1, height, width, channels), draw(3, size=0.1)
+        inputs = window, weight, bias, left, width - 2 * left, halo
         # A value between two levels may be rounded to either.
         yield Check("conv_to_rgb", conv_to_rgb, rgb.conv_to_rgb, inputs, least=50.0)

@@ -1,4 +1,4 @@
-"""RMSNorm over channels (arXiv 1910.07467) with the activation or residual that follows it."""
+"""RMSNorm over channels (arXiv 1910.07467), alone or with the activation or residual after it."""
 
 import torch
 import torch.nn.functional as F
@@ -34,3 +34,16 @@ def rms_norm(
     if activation:
         ACTIVATIONS[activation](x, inplace=True)
     return x if residual is None else x.add_(residual)
+
+
+def qk_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / rms(x) · weight, of queries or keys (B, N, D) over all heads; x may be overwritten.
+
+    The mean square is computed in float32.
+    """
+    if dispatch.uses_triton("rms_norm", x):
+        from sana_cli.kernels import rms_norm_triton
+
+        return rms_norm_triton.rms_norm(x, weight, None, eps, None, None)
+    scale = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)
+    return (x * scale).to(weight.dtype) * weight

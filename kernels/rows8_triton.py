@@ -42,17 +42,16 @@ class Blocks8(NamedTuple):
 
 
 ENOUGH = 120  # tiles that occupy a large GPU
-SMALL = Blocks8(64, 64, 64, 4, 4)
-# By whether a step may have 128 channels; the others have one GROUP.
-AMPERE = {True: Blocks8(128, 64, 128, 8, 3, 2), False: Blocks8(128, 64, 64, 8, 3, 2)}
-LATER = {True: Blocks8(128, 128, 128, 8, 3), False: Blocks8(128, 128, 64, 8, 3)}
+# With steps of 128 channels, where there may be; with steps of one GROUP; for few tiles.
+AMPERE = Blocks8(128, 64, 128, 8, 3, 2), Blocks8(128, 64, 64, 8, 3, 2), Blocks8(64, 32, 64, 4, 4, 2)
+LATER = Blocks8(128, 128, 128, 8, 3), Blocks8(128, 128, 64, 8, 3), Blocks8(64, 64, 64, 4, 4)
 
 
 def block_shapes8(x: Rows8) -> tuple[Blocks8, Blocks8]:
     """Return the block shapes for products of rows."""
     k, groups = x.values.shape[-1], x.scales.shape[-1]
-    shapes = AMPERE if capability(x.values.device)[0] == 8 else LATER
-    return shapes[groups == 1 and k % 128 == 0], SMALL
+    wide, narrow, small = AMPERE if capability(x.values.device)[0] == 8 else LATER
+    return (wide if groups == 1 and k % wide.k == 0 else narrow), small
 
 
 def choose_blocks8(x: Rows8, m: int, n: int) -> Blocks8:

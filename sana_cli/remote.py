@@ -32,7 +32,6 @@ from sana_cli.resolve import Inputs, Resolution, Role, Sampler
 from sana_cli.session import DrawRequest, Session
 from sana_cli.settings import Settings, declared
 from sana_cli.weights.catalogue import Model
-from sana_cli.weights.lora_choice import split_scale
 
 if TYPE_CHECKING:
     import httpx2
@@ -124,7 +123,8 @@ class RemoteSession(Session):
             self._resolved[key] = self._read(document, settings)
         found = replace(self._resolved[key], settings=settings)
         for text, adapter in zip(settings.lora, adapters_of(found.drawn), strict=True):
-            inputs.loras[adapter.sha256] = Path(split_scale(text)[0])  # what it is called there
+            name = text.rpartition(":")[0] or text
+            inputs.loras[adapter.sha256] = Path(name)  # what it is called there
         return found
 
     def _read(self, document: Any, settings: Settings) -> RemoteResolution:

@@ -16,6 +16,13 @@ DIRECT = (
     *("pag", "pag_layer", "pag_adaptive"),
     *("control_scale", "controlnet", "vae", "quant"),
 )
+# Fields of a recipe that are the hashes of files.
+FILES = {
+    "image": "the image it started from",
+    "mask": "the mask of what was repainted",
+    "control": "the control image",
+    "lora": "the LoRA",
+}
 TEXT_PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "int8": "int8"}
 
 
@@ -67,12 +74,15 @@ def command_of(recipe: dict[str, Any]) -> tuple[str, list[str]]:
     """Return the shell command that reproduces a recipe, and remarks on what it lacks."""
     settings, remarks = settings_of(recipe)
     prompt = settings.pop("prompt")
-    if recipe.get("image"):
-        settings["image"] = "IMAGE"
-        remarks.append("replace IMAGE by the image it started from")
     if "seed" in recipe:
         settings["seed"] = recipe["seed"]
     words = []
+    for name, what in FILES.items():
+        for one in (recipe.get(name) or "").split(","):
+            if one:  # a hash, and the scale of a LoRA
+                scale = one.partition(":")[1:]
+                words += [flag(name), name.upper() + "".join(scale)]
+                remarks.append(f"replace {name.upper()} by {what}")
     for name, value in settings.items():
         if isinstance(value, bool):
             words.append(flag(name) if value else flag(f"no_{name}"))

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -72,6 +73,8 @@ def folder(tmp_path, monkeypatch) -> Path:
     to_q = "transformer.transformer_blocks.0.attn1.to_q"
     factors = {"A": np.ones((4, 1152), "f4"), "B": np.ones((1152, 4), "f4")}
     save_file({f"{to_q}.lora_{k}.weight": v for k, v in factors.items()}, "style.safetensors")
+    Path("runs/lora").mkdir(parents=True)
+    shutil.copy(ROOT / "benchmarks" / "gallery" / "blueprint.safetensors", "runs/lora")
     mask = Image.new("L", (512, 512))
     mask.paste(255, (64, 64, 192, 192))
     mask.save("mask.png")

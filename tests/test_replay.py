@@ -1,10 +1,14 @@
 """`sana generate --from IMAGE`: the same pixels again, or with something changed."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
+
+from recipes import RECIPE
+from sana_cli.replay import command_of
 
 FAST = ("-m", "demo", "-r", "256", "--steps", "2", "--dtype", "float32")
 
@@ -128,3 +132,14 @@ def test_what_holds_no_recipe_is_one_line(sana, tmp_path, kind):
     assert run.code == (1 if kind == "no-recipe" else 2)
     assert run.err.startswith("error: ")
     assert "Traceback" not in run.err
+
+
+def test_the_command_has_a_place_for_every_file_of_the_recipe():
+    hashes = {"image": "a" * 64, "mask": "b" * 64, "control": "c" * 64, "strength": 1.0}
+    loras = f"{'d' * 64}:0.5,{'e' * 64}:1.0"
+    line, remarks = command_of(replace(RECIPE, lora=loras, **hashes).as_dict())
+    files = "--image IMAGE --mask MASK --control CONTROL --lora LORA:0.5 --lora LORA:1.0"
+    assert f"sana generate 'a red circle' {files} " in line
+    assert [one for one in remarks if "replace LORA by the LoRA" in one]
+    assert [one for one in remarks if "replace MASK by the mask" in one]
+    assert "--mask" not in command_of(RECIPE.as_dict())[0]

@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from sana_cli import Pipeline, SanaError
-from sana_cli.batch import runner
+from sana_cli.batch import worker
 from sana_cli.batch.jobs import RowReader
 from sana_cli.batch.rows import parse
 from sana_cli.batch.run import Batch, RunPolicy, Summary
@@ -155,7 +155,7 @@ def test_a_pipe_loads_each_network_once_however_many_rounds_its_rows_come_in(tmp
 
 
 def test_a_file_loads_each_network_once_however_many_chunks_it_is_drawn_in(tmp_path, monkeypatch):
-    monkeypatch.setattr(runner, "GROUP_SIZE", 2)
+    monkeypatch.setattr(worker, "GROUP_SIZE", 2)
     session = Session(cache=False)
     run, rows = batch(tmp_path, session, b"".join(b"a red circle\n" for _ in range(5)))
     events = list(run.run([rows], StopRequest()))

@@ -187,7 +187,9 @@ SHAPES["0.6B 1024²"] = (8, 32, 32, 5 * WIDTHS["0.6B"] // 2)
 
 def cases(target: tuple[int, int]) -> Iterator[Case]:
     for model, (batch, height, width, e) in SHAPES.items():
-        x, gradient = like(batch, height, width, 2 * e), like(batch, height, width, e)
+        narrow = torch.bfloat16
+        x = like(batch, height, width, 2 * e, dtype=narrow)
+        gradient = like(batch, height, width, e, dtype=narrow)
         # A model with float32 weights under autocast.
         weight = like(2 * e, 1, 3, 3, dtype=torch.float32)
         bias = like(2 * e, dtype=torch.float32)

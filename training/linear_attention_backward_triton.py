@@ -159,7 +159,7 @@ SHAPES["0.6B 1024²"] = (8, 1024, WIDTHS["0.6B"])
 
 def cases(target: tuple[int, int]) -> Iterator[Case]:
     for model, (batch, n, d) in SHAPES.items():
-        q, k, v, gradient = (like(batch, n, d) for _ in range(4))
+        q, k, v, gradient = (like(batch, n, d, dtype=torch.bfloat16) for _ in range(4))
         label, heads = f"training {model}", d // 32
         state = like(batch, heads, 33, 32, dtype=torch.float32)
         yield from trace_launches(label, target, linear_attention, q, k, v, heads)

@@ -109,7 +109,7 @@ def save_lora(path: Path, dit: DiT, settings: Settings) -> None:
     config = lora_config(settings).to_dict() | {"base_model_name_or_path": "demo"}
     config = {f"transformer.{name}": value for name, value in config.items()}
     partial = path.with_suffix(".partial")
-    # One entry: safetensors writes several in any order, and the same run is to give the same bytes.
+    # One entry: safetensors writes several in any order, and equal runs give equal bytes.
     metadata = {"lora_adapter_metadata": json.dumps(config, default=sorted)}
     save_file(tensors, partial, metadata=metadata)
     partial.replace(path)

@@ -354,6 +354,9 @@ class _Reporter:
     def warn(self, text: str) -> None:
         self.coordinator.tell.remote("warn", text)
 
+    def confirm(self, question: str) -> bool:
+        return True  # the driver's caller has asked for the batch
+
     def transfer(self) -> Any:
         return nullcontext(self)
 

@@ -171,7 +171,8 @@ def operations(run: Callable[[], object]) -> int:
 
 # --- launches ----------------------------------------------------------------------------------
 
-READ_AND_WRITTEN = {"gated_residual_linear_kernel": "x", "rms_norm_kernel": "x"}
+# Kernels that read and write their argument `x`.
+IN_PLACE = {"gated_residual_linear_kernel", "gated_residual_linear8_kernel", "rms_norm_kernel"}
 WRITTEN_ONLY = {"copy_", "fill_", "zero_"}  # of what an operation in place may do with its tensor
 NOT_LAUNCHED = {"empty", "empty_like", "new_empty", "_unsafe_view", "scalar_tensor"}
 
@@ -202,7 +203,7 @@ def launches(run: Callable[[], object], capability: tuple[int, int] = (8, 9)) ->
     for case in cases:
         name = case.kernel.__name__
         calls[name] += 1
-        moved += sum(case.nbytes.values()) + case.nbytes.get(READ_AND_WRITTEN.get(name, ""), 0)
+        moved += sum(case.nbytes.values()) + (case.nbytes["x"] if name in IN_PLACE else 0)
     return Launches(calls, moved, operations(run))
 
 
@@ -227,7 +228,7 @@ class _Operations(TorchDispatchMode):
         if name == "convolution" and args[0].is_contiguous(memory_format=torch.channels_last):
             result = result.contiguous(memory_format=torch.channels_last)  # as cuDNN returns it
         made = [tensor for tensor in tree_iter(result) if _is_on_gpu(tensor)]
-        if made and not func.is_view and name not in NOT_LAUNCHED:
+        if any(tensor.numel() for tensor in made) and not func.is_view and name not in NOT_LAUNCHED:
             given = (*args, *(v for k, v in kwargs.items() if k != "out"))
             read = [tensor for tensor in tree_iter(given) if _is_on_gpu(tensor)]
             if name in WRITTEN_ONLY:

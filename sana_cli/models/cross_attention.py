@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from sana_cli.kernels.linear import linear
 from sana_cli.kernels.projection import gated_residual_linear_
+from sana_cli.kernels.rms_norm import qk_norm
 from sana_cli.models.dit import CrossAttention
 
 
@@ -92,7 +93,7 @@ class TextAttention(nn.Module):
             return
         q = linear(x, self.to_q.weight, self.to_q.bias)
         if self.qk_norm:
-            q = self.norm_q(q)
+            q = qk_norm(q, self.norm_q.weight, self.norm_q.eps)
         q = q.unflatten(-1, (self.heads, -1)).transpose(1, 2)
         bias = text.bias if text.bias.numel() else None
         if q.is_meta:  # on meta, torch would count a score matrix that no device materialises

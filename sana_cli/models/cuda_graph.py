@@ -24,8 +24,10 @@ class GraphedCall:
         device = inputs[0].device
         self._static_inputs = [tensor.clone() for tensor in inputs]
         self._latest = list(inputs)
-        # Both default to the current device, and torch keeps the stream of its first graph.
-        with torch.cuda.device(device):
+        # After a failed capture torch stays on the graph's stream; this leaves it.
+        same_stream = torch.cuda.stream(torch.cuda.current_stream(device))
+        # A graph belongs to the current device, and torch's own stream to that of the first graph.
+        with torch.cuda.device(device), same_stream:
             self._graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self._graph, stream=torch.cuda.Stream(device)):
                 before = torch.cuda.memory_reserved(device)

@@ -29,6 +29,10 @@ from sana_cli.models.fused_controlnet import ControlBranch, ControlContext, Fuse
 from sana_cli.models.fused_layers import FusedBlock, FusedPatchEmbed, frozen
 from sana_cli.system.memory import PeakMemory
 
+# With equal shapes, for a CUDA graph to pay. The first call runs without one, and capturing takes
+# Python as long as a call, while the GPU idles; a replay saves a part of that.
+LEAST_CALLS = 4
+
 
 class TimeModulation(NamedTuple):
     """What a timestep determines."""
@@ -51,6 +55,7 @@ class FusedDiT(nn.Module):
         self.row_chunk: int | None = None  # rows of the latent grid to run at once; None: all
         self._graph: GraphedCall | None = None
         self._signature: object = None  # of the inputs of the last call
+        self._calls = 0  # with that signature
         self.graph_error: str | None = None  # why capturing a CUDA graph failed
         if controlnet is not None:
             controlnet.config.check_matches(dit.config)
@@ -127,11 +132,15 @@ class FusedDiT(nn.Module):
         texts: Sequence[list[TextContext]],
         control: ControlContext | None = None,
         pag_layers: Sequence[int] = (),
+        left: int | None = None,
     ) -> Tensor:
         """`forward`; on CUDA through one graph from the second call with the same shapes on.
 
         If the graph cannot be captured, for lack of memory for instance, these shapes run without
         one; `graph_error` says why.
+
+        left: how many such calls will follow, if that is known. There is no graph as long as these
+        and those before are too few for it to pay.
         """
         if not latents.is_cuda or self.row_chunk:
             return self(latents, time, texts, control, pag_layers)
@@ -140,7 +149,10 @@ class FusedDiT(nn.Module):
         signature = [tensor.shape for tensor in inputs], control is None, tuple(pag_layers)
         if signature != self._signature:
             self._graph, self._signature, self.graph_error = None, signature, None
-        elif self._graph is None and self.graph_error is None:
+            self._calls = 0
+        self._calls += 1
+        pays = left is None or self._calls + left >= LEAST_CALLS
+        if self._calls > 1 and pays and self._graph is None and self.graph_error is None:
             forward = partial(self._forward_flat, texts, control is not None, pag_layers)
             try:
                 self._graph = GraphedCall(forward, inputs)

@@ -1,6 +1,6 @@
 """The transformer's four large projections in 8 bits: weights and activations, W8A8.
 
-These are qkv, out, up and down of every block, 94 % of the operations of a step. Norms, the
+These are qkv, out, up and down of every block, 95 % of the operations of a step. Norms, the
 residual stream, modulation, linear attention, cross-attention, the depthwise convolution and both
 ends of the network stay as they are. `kernels/rows8.py` defines the arithmetic.
 """

@@ -43,10 +43,11 @@ class GuidedVelocity:
         time, perturbed = self.times[step], self.perturbed_layers
         latents = sample.to(plan.device, self.transformer.proj_out.weight.dtype)
         turns = [self.contexts] if plan.batched_cfg else [[context] for context in self.contexts]
+        left = len(self.timesteps) - 1 - step
         streams = [
             # The perturbed stream follows that of the prompt, which is in the last turn.
             self.transformer.velocity(
-                latents, time, turn, self.context, perturbed if turn is turns[-1] else ()
+                latents, time, turn, self.context, perturbed if turn is turns[-1] else (), left
             ).float()
             for turn in turns
         ]

@@ -24,8 +24,9 @@ from sana_cli.weights.model_files import ModelFiles, released_model
 
 LONGEST_PROMPT = 300  # tokens
 LONGEST_TEXT = 507  # with the instruction
-# The launch overhead of a strip's kernels does not depend on its size.
-GPU_STRIP_BYTES = 4 * STRIP_BYTES
+# The widest map of 1024x1024 in 16 bits. A map that is one strip takes the fewest launches, and no
+# rows have to be copied between strips.
+GPU_STRIP_BYTES = 16 * STRIP_BYTES
 MIN_STRIP = STRIP_BYTES >> 10
 TALLEST_CHUNK = 32  # rows of the latent grid
 KEPT_FREE = 0.1  # of a device's memory, reserved for its libraries
@@ -129,7 +130,7 @@ def make_plan(
     free = int((free_memory(device) + held) * (1 - KEPT_FREE)) if limit is None else limit
     budget = free - used
     plan = _default_plan(device, budget)
-    bounds = _upper_bounds(recipe, files)
+    bounds = _upper_bounds(recipe, files, plan.strip_bytes)
     if limit is None and not predict and max(bounds.values()) < ROOMY * budget:
         together = bounds["denoise"] + bounds["decode"] < budget
         return replace(plan, bounds=bounds, keep_loaded=together)
@@ -149,6 +150,13 @@ def make_plan(
         )
     # More than either takes beside the other's weights.
     together = denoising.batched_cfg and peaks["denoise"] + peaks["decode"] < budget
+    if denoising.batched_cfg and not together and plan.strip_bytes > STRIP_BYTES:
+        # Smaller strips take less time than loading the networks in turns.
+        smaller = replace(plan, strip_bytes=plan.strip_bytes // 4)
+        needed = _decode_peak(smaller, recipe, files)
+        together = peaks["denoise"] + needed < budget
+        if together:
+            plan, peaks["decode"] = smaller, needed
     return replace(
         denoising,
         strip_bytes=plan.strip_bytes,
@@ -269,7 +277,6 @@ def _autoencoder_peak(
         _dtype(recipe.vae_dtype),
         _grid(recipe, files),
         strip_bytes=plan.strip_bytes,
-        image_on_device=plan.device == "cpu",
     )
 
 
@@ -281,8 +288,11 @@ def _grid(recipe: Recipe, files: ModelFiles) -> tuple[int, int]:
     )
 
 
-def _upper_bounds(recipe: Recipe, files: ModelFiles) -> dict[str, int]:
-    """Return bytes by stage that no plan exceeds, computed from sizes alone to be fast."""
+def _upper_bounds(recipe: Recipe, files: ModelFiles, strip_bytes: int) -> dict[str, int]:
+    """Return bytes by stage that no plan with such strips exceeds.
+
+    They are computed from sizes alone, to be fast.
+    """
     cells = recipe.native_height * recipe.native_width // files.vae.compression**2
     each = 1 if recipe.text_dtype == "int8" else _dtype(recipe.text_dtype).itemsize
     text = files.text.linear_weights * each + LONGEST_TEXT * files.text.intermediate_size * 8 * 4
@@ -291,7 +301,8 @@ def _upper_bounds(recipe: Recipe, files: ModelFiles) -> dict[str, int]:
     each = size + (recipe.quant is not None)  # bytes a weight, also while it is quantised
     denoise = layers * 18 * width**2 * each + cells * width * 2 * 40 * size
     widest, size = max(files.vae.decoder_block_out_channels), _dtype(recipe.vae_dtype).itemsize
-    decode = 160 * widest**2 * size + cells * 24 * widest * size + 40 * STRIP_BYTES
+    strips = max(40 * STRIP_BYTES, 8 * strip_bytes)
+    decode = 160 * widest**2 * size + cells * 24 * widest * size + strips
     return {"encode": text, "image": decode, "denoise": denoise, "decode": decode}
 
 

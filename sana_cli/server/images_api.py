@@ -108,8 +108,7 @@ def routes(service: Service) -> APIRouter:
     @router.get("/loras")
     def loras() -> Any:
         """The LoRAs that a request may name."""
-        files = service.loras.files().items()
-        rows = [{"id": n, "object": "lora", "bytes": p.stat().st_size} for n, p in files]
+        rows = [{"id": name, "object": "lora"} for name in service.loras.files()]
         return {"object": "list", "data": rows}
 
     @router.get("/jobs")

@@ -6,7 +6,7 @@ Kernels are not started, but it is noted with what they would have been. Run wit
 """
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -79,6 +79,7 @@ CUDA = {
     "reset_peak_memory_stats": lambda *args: None,
     "set_per_process_memory_fraction": lambda share, index: Cards.capped.update({index: share}),
     "current_stream": lambda *args: STREAM,
+    "stream": nullcontext,
     "Stream": lambda device: torch.device(device).index,
     "CUDAGraph": lambda: SimpleNamespace(card=Cards.current, replay=lambda: None),
     "graph": Cards.capture,

@@ -48,6 +48,11 @@ with card() as launched, torch.inference_mode():
         "shapes": shapes,
         "kernels": Counter(case.kernel.__name__ for case in launched),
     }
+    # Two runs of two steps, with other shapes.
+    document["captures_of_short_runs"] = []
+    for step, left in zip(steps, (1, 0, 1, 0), strict=True):
+        fused.velocity(latents[..., :8], step, contexts, left=left)
+        document["captures_of_short_runs"].append(len(captured) - document["captures"])
     # With other shapes, and no memory for their graph.
     Cards.fail = torch.OutOfMemoryError("CUDA out of memory. Tried\nto allocate")
     for step in steps:

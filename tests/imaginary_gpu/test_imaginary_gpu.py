@@ -57,6 +57,7 @@ def imagined(tmp_path_factory) -> Callable[..., dict]:
         ("demo", "256x256", ["batched_cfg=false", "row_chunk=4"]),
         *exhaustive(
             ("demo", "512x512", ['negative="dull"']),
+            ("demo", "256x256", ['quant="w8a8"', 'negative="dull"']),
             ("sana-0.6b-1024", "512x384", ["guidance=1.0"]),
             ("sana-sprint-0.6b", "512x512", []),
         ),
@@ -75,6 +76,10 @@ def test_a_picture_is_drawn_by_the_kernels_from_networks_on_the_card(imagined, m
 @pytest.fixture(scope="module")
 def steps(imagined) -> dict:
     return imagined("steps.py")
+
+
+def test_two_steps_are_too_few_for_a_graph_and_twice_two_are_enough(steps):
+    assert steps["captures_of_short_runs"] == [0, 0, 1, 1]
 
 
 def test_one_graph_covers_transformer_controlnet_and_perturbed_stream(steps):

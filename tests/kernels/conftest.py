@@ -8,6 +8,8 @@ from torch import Tensor
 
 from kernel_checks import DEVICE, DTYPES, poison_allocations
 
+torch.backends.cudnn.allow_tf32 = False  # float32 is what others are compared with
+
 
 @pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 def dtype(request) -> torch.dtype:

@@ -14,14 +14,14 @@ from networks import DC_AE, DC_AE_LITE, FEW, TINY, random_dc_ae, random_image, r
 
 pytest.importorskip("triton", minversion=MIN_TRITON)
 
-from sana_cli.kernels import dispatch
+from sana_cli.kernels import convolution, convolution_triton, dispatch
 from sana_cli.kernels.kv_state import kv_state
 from sana_cli.kernels.linear_attention import attention_state
 from sana_cli.kernels.multiscale import aggregate
 from sana_cli.kernels.projection import gated_residual_linear_
 from sana_cli.kernels.rgb import conv_to_rgb
-from sana_cli.kernels.rms_norm import rms_norm
-from sana_cli.kernels.selfcheck import decibels, least
+from sana_cli.kernels.rms_norm import qk_norm, rms_norm
+from sana_cli.kernels.selfcheck import TENSOR_CORES, decibels, least
 from sana_cli.models.streaming.autoencoder import decode, decode_pipeline, encode
 from sana_cli.models.streaming.subpixel import fold_upsamples
 
@@ -31,7 +31,7 @@ def triton(monkeypatch):
     """Force the kernels to run in Triton, whatever the device; call with False for torch."""
 
     def choose(yes: bool = True) -> None:
-        monkeypatch.setattr(dispatch, "uses_triton", lambda operation, x: yes)
+        monkeypatch.setattr(dispatch, "uses_triton", lambda operation, x, dtype=None: yes)
 
     choose()
     return choose
@@ -79,6 +79,16 @@ def test_any_layout_is_taken_and_results_go_where_they_belong(draw, triton):
     assert torch.equal(out, expected)
 
 
+@pytest.mark.parametrize("shape", [(1, 5, 1152), (2, 3, 100)])
+def test_qk_norm(draw, triton, shape):
+    x, weight = draw(*shape, size=3.0), draw(shape[-1])
+    exact = F.rms_norm(x.double(), shape[-1:], weight.double(), 1e-5)
+    assert decibels(qk_norm(x.clone(), weight, 1e-5), exact) > least(x.dtype)
+    triton(False)
+    # Rounded before the weight too, as diffusers does.
+    assert decibels(qk_norm(x, weight, 1e-5), exact) > least(x.dtype) - 3
+
+
 def test_norm_and_activation_propagate_nan(draw, triton):
     for activation in (None, "relu", "silu"):
         x = draw(3, 64)
@@ -91,16 +101,18 @@ def test_norm_and_activation_propagate_nan(draw, triton):
     ("batch", "height", "width", "groups", "group", "kernel", "reach"),
     [(1, 1, 1, 1, 32, 5, 2), (1, 3, 5, 3, 32, 5, 2), (2, 9, 17, 1, 32, 5, 3),
      (1, 8, 16, 1, 8, 3, 3), (1, 2, 33, 2, 24, 7, 3), (1, 17, 1, 1, 64, 5, 2),
-     (1, 4, 3, 2, 32, 1, 0)],
+     (1, 4, 3, 2, 32, 1, 0), (2, 9, 17, 1, 32, 5, 0), (1, 1, 3, 1, 16, 7, 0)],
 )  # fmt: skip
 def test_multiscale_aggregation(draw, triton, batch, height, width, groups, group, kernel, reach):
     channels = groups * group
     window = draw(batch, height + 2 * reach, width, channels)
     depth = draw(channels, 1, kernel, kernel, size=1 / kernel)
     point = draw(channels, group, 1, 1, size=group**-0.5)
-    spare = reach - kernel // 2
-    near = window[:, spare : len(window[0]) - spare].movedim(-1, 1).double()
-    exact = F.conv2d(near, depth.double(), padding=(0, kernel // 2), groups=channels)
+    margin = kernel // 2
+    exact = F.conv2d(
+        window.movedim(-1, 1).double(), depth.double(), padding=margin, groups=channels
+    )
+    exact = exact[:, :, reach : len(window[0]) - reach]
     exact = F.conv2d(exact, point.double(), groups=groups).movedim(1, -1)
     among = torch.full((batch, height, width, 2 * channels + 3), 7.0).to(window)
     out = among[..., channels : 2 * channels]
@@ -122,11 +134,47 @@ def test_kv_state(draw, triton, batch, tokens, heads, head):
     found = kv_state(kv, head)
     assert found.dtype == torch.float32
     assert torch.equal(found, kv_state(kv, head))
-    assert decibels(found, exact) > least(torch.float32)
+    needed = least(kv.dtype, tokens) if kv.dtype == torch.float32 else TENSOR_CORES
+    assert decibels(found, exact) > needed
     triton(False)
-    assert decibels(kv_state(kv, head), exact) > least(torch.float32)
+    assert decibels(kv_state(kv, head), exact) > least(torch.float32, tokens)
     roles = kv.unflatten(-1, (heads, 2, head)).permute(3, 0, 2, 4, 1)
-    assert decibels(attention_state(*roles), exact) > least(torch.float32)
+    assert decibels(attention_state(*roles), exact) > least(torch.float32, tokens)
+
+
+@pytest.mark.parametrize(
+    ("batch", "channels", "out", "height", "width"),
+    [(1, 64, 128, 1, 1), (2, 64, 256, 5, 7), (1, 128, 128, 3, 50), (1, 64, 40, 9, 15)],
+)
+def test_convolutions_with_what_follows(draw, batch, channels, out, height, width):
+    x, residual = (
+        draw(batch, n, height, width).contiguous(memory_format=torch.channels_last)
+        for n in (channels, out)
+    )
+    weight, bias = draw(out, channels, 3, 3, size=(9 * channels) ** -0.5), draw(out, size=0.1)
+    exact = F.conv2d(x.double(), weight.double(), padding=1)
+    silu = F.silu(exact + bias.double()[:, None, None])
+    normed = F.rms_norm(exact.movedim(1, -1), (out,), bias.double(), 1e-5).movedim(-1, 1)
+    added = normed + bias.double()[:, None, None] + residual.double()
+    needed = least(x.dtype, 9 * channels)
+    for module in (convolution, convolution_triton):
+        found = module.conv_silu(x, weight, bias)
+        assert found.is_contiguous(memory_format=torch.channels_last)
+        assert decibels(found, silu) > needed
+        assert torch.equal(found, module.conv_silu(x, weight, bias))
+        if module is convolution_triton and out not in convolution.NORMED:
+            continue
+        found = module.conv_norm_add(x, weight, bias, bias, 1e-5, residual)
+        assert found.is_contiguous(memory_format=torch.channels_last)
+        # Without the kernel the convolution is rounded before the norm too.
+        assert decibels(found, added) > needed - 3
+
+
+def test_the_state_of_a_nan_is_nan(draw, triton):
+    kv = draw(1, 70, 2 * 2 * 16)
+    kv[0, 66, 3] = math.nan  # of a key of the first head
+    found = kv_state(kv, 16)
+    assert found[0, 0, :, 3].isnan().all() and not found[0, 1].isnan().any()
 
 
 @pytest.mark.parametrize(
@@ -134,22 +182,21 @@ def test_kv_state(draw, triton, batch, tokens, heads, head):
     [(1, 1, 1, 0, 1), (3, 5, 40, 0, 5), (2, 131, 64, 0, 131), (2, 140, 16, 5, 130),
      (1, 9, 128, 8, 1)],
 )  # fmt: skip
-def test_conv_to_rgb(draw, triton, height, width, channels, left, wide):
-    window = draw(1, height + 2, width, channels)
+@pytest.mark.parametrize("halo", [True, False])
+def test_conv_to_rgb(draw, triton, height, width, channels, left, wide, halo):
+    window = draw(1, height + 2 * halo, width, channels)
     weight, bias = draw(3, channels, 3, 3, size=0.3 * channels**-0.5), draw(3, size=0.1)
     inputs = window.double().movedim(-1, 1), weight.double(), bias.double()
-    exact = F.conv2d(*inputs, padding=(0, 1))[0, ..., left : left + wide].permute(1, 2, 0)
+    exact = F.conv2d(*inputs, padding=(1 - halo, 1))[0, ..., left : left + wide].permute(1, 2, 0)
     exact = (exact * 0.5 + 0.5).clamp(0, 1)
-    pixels, low, high = conv_to_rgb(window, weight, bias, left, wide)
+    pixels, low, high = conv_to_rgb(window, weight, bias, left, wide, halo)
     assert pixels.shape == (height, wide, 3) and pixels.dtype == torch.uint8
     # Rounded to the nearest level, up to the error of float32 sums.
     assert (pixels - 255 * exact).abs().max() < 0.501
     assert low.item() == pytest.approx(exact.min().item(), abs=2e-6)
     assert high.item() == pytest.approx(exact.max().item(), abs=2e-6)
-    for one, same in zip(
-        (pixels, low, high), conv_to_rgb(window, weight, bias, left, wide), strict=True
-    ):
-        assert torch.equal(one, same)
+    again = conv_to_rgb(window, weight, bias, left, wide, halo)
+    assert all(map(torch.equal, (pixels, low, high), again))
 
 
 @pytest.mark.parametrize(("column", "inside"), [(4, True), (9, False)])
@@ -178,17 +225,24 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize(("kind", "strip_bytes"), [("released", 9_000), ("lite", 1 << 30)])
-def test_a_decode_in_triton_matches_torch(triton, kind, strip_bytes):
+@pytest.mark.parametrize(
+    ("kind", "strip_bytes", "grid", "size"),
+    [
+        ("released", 9_000, (2, 1), (60, 27)),
+        ("released", 1 << 30, (1, 1), (32, 27)),
+        ("lite", 1 << 30, (2, 1), (60, 27)),
+    ],
+)
+def test_a_decode_in_triton_matches_torch(triton, kind, strip_bytes, grid, size):
     decoder = random_dc_ae(KINDS[kind]).decoder.to(DEVICE)
     fold_upsamples(decoder)
-    latent = random_latents(2, 1).to(DEVICE)
+    latent = random_latents(*grid).to(DEVICE)
     found = {}
     for in_triton in (True, False):
         triton(in_triton)
         with torch.inference_mode():
             image = decode_pipeline(decoder, latent, strip_bytes).materialise()
-        decoded = decode(decoder, latent, size=(60, 27), strip_bytes=strip_bytes)
+        decoded = decode(decoder, latent, size=size, strip_bytes=strip_bytes)
         found[in_triton] = image, decoded
     assert decibels(found[True][0], found[False][0].double()) > 90
     one, other = found[True][1], found[False][1]

@@ -50,11 +50,11 @@ def check(dtype) -> Callable[..., None]:
 
         found, again = (as_tuple(fused(*copies())) for _ in range(2))
         true = as_tuple(definition(*copies(torch.float64)))
-        # No sum has more terms than the longest row of an input.
-        longest = max(x.shape[-1] for x in inputs if isinstance(x, Tensor))
+        matrices = [x for x in inputs if isinstance(x, Tensor) and x.ndim == 2]
+        terms = matrices[0].shape[1] if matrices else 1
         for one, same, exact in zip(found, again, true, strict=True):
             assert torch.equal(one, same)
-            assert decibels(one, exact) > least(dtype, longest)
+            assert decibels(one, exact) > least(dtype, terms)
 
     return check
 
@@ -167,7 +167,7 @@ def test_the_fused_dit_in_triton_matches_the_transformer(kind, monkeypatch):
     start = modulation_triton.launch
     for module in MODULES:
         monkeypatch.setattr(module, "launch", launch)
-    monkeypatch.setattr(dispatch, "uses_triton", lambda operation, x: True)
+    monkeypatch.setattr(dispatch, "uses_triton", lambda operation, x, dtype=None: True)
     with torch.device(DEVICE):
         assert velocity_error(random_dit(num_layers=1, **DIT_KINDS[kind]), 5, 3) < 3e-6
     assert len(names) == (7 if kind == "qk-norm" else 6)  # one more sums k after its norm
@@ -231,26 +231,30 @@ def test_kernels_compile_for_a_gpu_that_is_not_here():
     assert compiled_cases("-m", "sana_cli.kernels.aot") == kept
 
 
-def test_spills_and_missing_tensor_cores_are_faults():
+def test_what_a_kernel_must_not_do_is_a_fault():
     done = python(
         "-c",
         """
 import sys, torch
-from sana_cli.kernels import aot, projection_triton
-from sana_cli.kernels.cases import like
+from sana_cli.kernels import aot, projection_triton, rows8_triton
+from sana_cli.kernels.cases import like, like_rows8, like_weight8
 from sana_cli.kernels.launch import trace_launches
 from sana_cli.kernels.projection_triton import Blocks, linear_silu
 
 def cost(dtype, *blocks):
-    projection_triton.CONSUMER = (Blocks(*blocks),)
     x, weight, bias = (like(*shape, dtype=dtype) for shape in ((1, 64, 64), (64, 64), (64,)))
+    if blocks:
+        projection_triton.CONSUMER = (Blocks(*blocks),)
+    else:  # the tiles of later GPUs, whose operands Ada would put together byte by byte
+        rows8_triton.AMPERE = rows8_triton.LATER
+        x, weight = like_rows8(x), like_weight8(weight)
     aot.all_cases = lambda _, target: trace_launches("", target, linear_silu, x, weight, bias)
     return aot.measure("", (8, 9), 0)
 
 costs = [
     cost(torch.bfloat16, 128, 256, 64, 4, 3),
     cost(torch.bfloat16, 128, 128, 128, 8, 4),
-    cost(torch.float32, 64, 64, 32, 4, 3),
+    cost(torch.bfloat16),
 ]
 aot.measure_all = lambda package, archs, jobs: costs
 sys.argv = ["aot", "--json"]
@@ -261,8 +265,33 @@ sys.exit(aot.main())
     lines = done.stderr.splitlines()
     for line, words in zip(
         lines,
-        ("spills", "bytes of shared memory, and a program has 101376", "without tensor cores"),
+        ("spills", "bytes of shared memory, and a program has 101376", "PRMT for each product"),
         strict=True,
     ):
-        assert line.startswith("error: linear_silu_kernel")
+        assert line.startswith("error: linear_silu")
         assert words in line
+
+
+def dot(kind: str, precision: str) -> str:
+    """A product of matrices in Triton's intermediate code."""
+    types = f"tensor<64x32x{kind}> * tensor<32x64x{kind}> -> tensor<64x64xf32>"
+    return f"%c = tt.dot %a, %b, %d, inputPrecision = {precision} : {types}"
+
+
+@pytest.mark.parametrize(
+    ("dots", "instruction", "missing"),
+    [
+        ([dot("bf16", "tf32")], "HMMA.16816.F32.BF16 R4, R8", None),
+        ([dot("bf16", "tf32")], "FFMA R4, R8", "floats"),
+        ([dot("f32", "tf32")], "FFMA R4, R8", "floats"),
+        ([dot("f32", "ieee")], "FFMA R4, R8", None),  # exact products have none
+        ([dot("i8", "tf32")], "IMMA.16832.S8.S8 R4, R8", None),
+        ([dot("i8", "tf32")], "UTCIMMA gdesc[UR4]", None),
+        ([dot("i8", "tf32")], "IMAD R4, R8", "int8"),
+        ([dot("i8", "tf32"), dot("f16", "tf32")], "IMMA.16832.S8.S8 R4, R8", "floats"),
+    ],
+)
+def test_every_precision_needs_tensor_cores_of_its_own(dots, instruction, missing):
+    from sana_cli.kernels.aot import _missing
+
+    assert _missing("\n".join(dots), f"        /*0010*/ {instruction} ;") == missing

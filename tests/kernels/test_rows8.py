@@ -188,10 +188,11 @@ def test_what_is_not_a_number_is_not_one_after_rounding(triton, draw):
     assert rows.scales.isnan().flatten().tolist() == [False, True, False]
 
 
+TILES = ["AMPERE large", "LATER large", "AMPERE small", *exhaustive("LATER small")]
 BOTH_TILES = [(1, 1, 100, 72), (2, 70, 64, 130)] + exhaustive((1, 3, 1152, 64), (1, 2, 5600, 16))
 
 
-@pytest.mark.parametrize("tile", ["SMALL", "AMPERE", "LATER"])
+@pytest.mark.parametrize("tile", TILES)
 @pytest.mark.parametrize(("batch", "tokens", "width", "wide_"), BOTH_TILES)
 def test_linear_silu8(triton, draw, dtype, monkeypatch, batch, tokens, width, wide_, tile):
     from sana_cli.kernels import projection_triton
@@ -202,7 +203,7 @@ def test_linear_silu8(triton, draw, dtype, monkeypatch, batch, tokens, width, wi
     check_consumer(projection_triton.linear_silu, linear_silu, dtype, x, weight, draw(wide_))
 
 
-@pytest.mark.parametrize("tile", ["SMALL", "AMPERE", "LATER"])
+@pytest.mark.parametrize("tile", TILES)
 @pytest.mark.parametrize(("batch", "tokens", "width", "wide_"), BOTH_TILES)
 @pytest.mark.parametrize(("with_bias", "with_gate"), [(1, 1), (0, 0)])
 def test_gated_residual_linear8(
@@ -222,12 +223,14 @@ def test_gated_residual_linear8(
 
 
 def use(tile: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the launcher take the tiles of one generation, or the small one."""
+    """Let the launcher take tiles of one generation of GPUs, large or small."""
     from sana_cli.kernels import rows8_triton
 
-    monkeypatch.setattr(rows8_triton, "ENOUGH", math.inf if tile == "SMALL" else 0)
-    if tile != "SMALL":
-        monkeypatch.setattr(rows8_triton, "AMPERE", getattr(rows8_triton, tile))
+    generation, size = tile.split()
+    shapes = getattr(rows8_triton, generation)
+    for name in ("AMPERE", "LATER"):
+        monkeypatch.setattr(rows8_triton, name, shapes)
+    monkeypatch.setattr(rows8_triton, "ENOUGH", math.inf if size == "small" else 0)
 
 
 @pytest.mark.parametrize("normed", [False, True])

@@ -18,12 +18,12 @@ HOOKS = """
 import schemathesis
 
 @schemathesis.hook
-def map_body(context, body):
+def before_call(context, case, kwargs):
+    body = case.body
     if isinstance(body, dict) and isinstance(body.get("prompt"), str):
         body["dry_run"] = True  # resolved to the end; a thousand steps say nothing more
         if isinstance(body.get("lora"), list) and body["lora"]:
             body["lora"][0] = "blueprint:0.5"  # a name that is offered, beside those that are not
-    return body
 """
 
 

@@ -63,7 +63,7 @@ def draw(dtype) -> Callable[..., Tensor]:
 @pytest.fixture(autouse=True)
 def in_triton(monkeypatch):
     """Whatever the device; and what a kernel leaves out shows."""
-    monkeypatch.setattr(dispatch, "uses_triton", lambda operation, x: True)
+    monkeypatch.setattr(dispatch, "uses_triton", lambda operation, x, dtype=None: True)
     poison_allocations(monkeypatch)
 
 
@@ -267,7 +267,7 @@ def test_under_autocast_it_learns_no_worse(plain):
 
 
 def test_without_triton_it_learns_the_same_too(plain, monkeypatch):
-    monkeypatch.setattr(dispatch, "uses_triton", lambda operation, x: False)
+    monkeypatch.setattr(dispatch, "uses_triton", lambda operation, x, dtype=None: False)
     exact, found = learnt(deepcopy(plain)), learnt(fuse(plain))
     for name, value in found.items():
         assert decibels(value, exact[name].double()) > 90, name

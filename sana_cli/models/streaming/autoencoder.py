@@ -87,12 +87,10 @@ def peak_bytes(
     grid: Size,
     *,
     strip_bytes: int = STRIP_BYTES,
-    image_on_device: bool = False,
 ) -> int:
     """Predict the most bytes that `decode` or `encode` holds on the device, weights included.
 
-    grid: (h, w) of the latents. `image_on_device` counts the uint8 image too, which is always in
-    the memory of the CPU.
+    grid: (h, w) of the latents.
     """
     with torch.device("meta"):
         network: Encoder | Decoder = getattr(DCAE(config).requires_grad_(False), half)
@@ -101,8 +99,7 @@ def peak_bytes(
     network.to(dtype)
     weights = sum(parameter.nbytes for parameter in network.parameters())
     activations = int(activation_bytes(network, grid, strip_bytes=strip_bytes) * SLACK)
-    image = 3 * grid[0] * grid[1] * config.compression**2
-    return weights + activations - (0 if image_on_device else image)
+    return weights + activations
 
 
 def activation_bytes(

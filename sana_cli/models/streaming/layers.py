@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sana_cli.kernels.convolution import conv_norm_add, conv_silu, convolve
 from sana_cli.kernels.depthwise_glu import depthwise_glu
 from sana_cli.kernels.linear import linear
 from sana_cli.kernels.multiscale import aggregate
@@ -25,6 +26,7 @@ from sana_cli.models.streaming.ops import (
     EvenRows,
     LineBuffer,
     Residual,
+    Size,
     StripOp,
     repeat,
     tokens,
@@ -37,11 +39,11 @@ def op_of(module: nn.Module, height: int) -> StripOp:
     if isinstance(module, nn.Conv2d):
         return ConvOp(module, height)
     if isinstance(module, ResBlock):
-        body = Chain(ConvOp(module.conv1, height), ConvOp(module.conv2, height, silu=True))
-        return Residual(body, norm=module.norm)
+        return ResBlockOp(module, height)
     if isinstance(module, GLUMBConv):
         return Residual(GLUMBConvOp(module, height), norm=module.norm)
     if isinstance(module, SubpixelUpsample):
+        # Through the line buffer even if whole: padding by the convolution changes a CPU's bits.
         return Chain(LineBuffer(1, height, sides=1), module.rows)
     if isinstance(module, Upsample):
         if module.interpolate:
@@ -72,16 +74,51 @@ class ConvOp:
     """A convolution, padded with zeros at the borders of the whole map; with `silu`, of SiLU(x)."""
 
     def __init__(self, conv: nn.Conv2d, height: int, silu: bool = False) -> None:
-        self.conv = conv
-        reach, stride = cast(tuple[int, int], conv.padding)[0], conv.stride[0]
-        self.padding = (0, reach)
-        self.line_buffer = LineBuffer(reach, height, stride, silu=silu)
+        self.conv, self.silu = conv, silu
+        self.reach, self.stride = cast(Size, conv.padding)[0], cast(Size, conv.stride)
+        self.line_buffer = LineBuffer(self.reach, height, self.stride[0], silu=silu)
 
     def __call__(self, x: Tensor) -> Tensor | None:
-        window, conv = self.line_buffer(x), self.conv
-        if window is None:
+        conv, above = self.conv, 0
+        if self.line_buffer.is_whole(x):
+            above, window = self.reach, F.silu(x, inplace=True) if self.silu else x
+        elif (strip := self.line_buffer(x)) is not None:
+            window = strip
+        else:
             return None
-        return F.conv2d(window, conv.weight, conv.bias, conv.stride, self.padding, 1, conv.groups)
+        return convolve(window, conv.weight, conv.bias, (above, self.reach), self.stride)
+
+
+class ResBlockOp:
+    """A ResBlock, in two kernels if the map comes in one strip."""
+
+    def __init__(self, module: ResBlock, height: int) -> None:
+        self.module, self.height = module, height
+        body = Chain(ConvOp(module.conv1, height), ConvOp(module.conv2, height, silu=True))
+        self.in_strips = Residual(body, norm=module.norm)
+
+    def __call__(self, x: Tensor) -> Tensor | None:
+        if x.shape[2] < self.height:
+            return self.in_strips(x)
+        conv1, conv2, norm = self.module.conv1, self.module.conv2, self.module.norm
+        hidden = conv_silu(x, conv1.weight, cast(Tensor, conv1.bias))
+        return conv_norm_add(hidden, conv2.weight, norm.weight, norm.bias, norm.eps, x)
+
+
+class ConvInput:
+    """What a kernel reads that stands for the convolution of a ConvOp.
+
+    `halo` tells whether the last result has a halo of rows. It has none if it is the whole map,
+    unless the map is to be `cropped`, which needs it.
+    """
+
+    def __init__(self, op: ConvOp, cropped: bool) -> None:
+        self.conv, self.line_buffer, self.cropped = op.conv, op.line_buffer, cropped
+        self.halo = True
+
+    def __call__(self, x: Tensor) -> Tensor | None:
+        self.halo = self.cropped or not self.line_buffer.is_whole(x)
+        return self.line_buffer(x) if self.halo else x
 
 
 class GLUMBConvOp:
@@ -98,12 +135,14 @@ class GLUMBConvOp:
     def __call__(self, x: Tensor) -> Tensor | None:
         weight, bias = self.inverted.weight.flatten(1), cast(Tensor, self.inverted.bias)
         hidden = linear_silu(tokens(x).flatten(1, 2), weight, bias).unflatten(1, x.shape[2:])
-        window = self.line_buffer(hidden.movedim(-1, 1))
+        whole = self.line_buffer.is_whole(x)
+        window = hidden.movedim(-1, 1) if whole else self.line_buffer(hidden.movedim(-1, 1))
         del hidden
         if window is None:
             return None
         depth, point = self.depth, self.point.weight.flatten(1)
-        gated = depthwise_glu(tokens(window), depth.weight, cast(Tensor, depth.bias), halo=True)
+        bias = cast(Tensor, depth.bias)
+        gated = depthwise_glu(tokens(window), depth.weight, bias, halo=not whole)
         return linear(gated, point).movedim(-1, 1)
 
 
@@ -129,12 +168,13 @@ class AttentionProjection:
 
     def __call__(self, x: Tensor) -> Tensor | None:
         projected = linear(tokens(x), self.project).movedim(-1, 1)
-        window = self.line_buffer(projected)
+        whole = self.line_buffer.is_whole(x)
+        window = projected if whole else self.line_buffer(projected)
         del projected
         if window is None:
             return None
         padded, channels = tokens(window), window.shape[1]
-        inside = padded[:, self.reach : padded.shape[1] - self.reach]
+        inside = padded if whole else padded[:, self.reach : padded.shape[1] - self.reach]
         if not self.scales:
             return inside.movedim(-1, 1)
         features = inside.new_empty(*inside.shape[:3], channels * (1 + len(self.scales)))

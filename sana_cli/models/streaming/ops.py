@@ -71,7 +71,8 @@ class LineBuffer:
     """Strips -> the rows that a kernel of 2·reach + 1 rows needs for its next output rows.
 
     The map of `height` rows is padded with zeros: `reach` rows above and below, and `sides`
-    columns left and right. With `silu` the rows pass through SiLU on their way in.
+    columns left and right. With `silu` the rows pass through SiLU on their way in. A map that
+    comes in one strip needs no line buffer, as kernels pad by themselves: see `is_whole`.
     """
 
     def __init__(
@@ -80,6 +81,10 @@ class LineBuffer:
         self.reach, self.missing, self.stride, self.sides = reach, height, stride, sides
         self.silu = silu
         self.kept: Tensor | None = None
+
+    def is_whole(self, x: Tensor) -> bool:
+        """Whether a strip is the whole map."""
+        return self.kept is None and x.shape[2] == self.missing
 
     def __call__(self, x: Tensor) -> Tensor | None:
         self.missing -= x.shape[2]
@@ -101,7 +106,8 @@ class LineBuffer:
             inside[..., : self.sides] = inside[..., self.sides + width :] = 0
         window[:, :, rows - below :] = 0
         done = max(0, (rows - 2 * self.reach - 1) // self.stride + 1)
-        self.kept = window[:, :, done * self.stride :].clone()
+        if self.missing:
+            self.kept = window[:, :, done * self.stride :].clone()
         return window if done else None
 
 

@@ -12,7 +12,13 @@ from sana_cli.kernels.linear import linear
 from sana_cli.kernels.linear_attention import attend_tokens
 from sana_cli.kernels.rgb import conv_to_rgb, to_rgb8
 from sana_cli.models.dc_ae import Downsample, EfficientViTBlock, MultiscaleLinearAttention, Upsample
-from sana_cli.models.streaming.layers import AttentionProjection, ConvOp, op_of, widest
+from sana_cli.models.streaming.layers import (
+    AttentionProjection,
+    ConvInput,
+    ConvOp,
+    op_of,
+    widest,
+)
 from sana_cli.models.streaming.ops import Bilinear, Chain, Residual, Size, StripOp, empty, tokens
 from sana_cli.models.streaming.subpixel import SubpixelUpsample
 
@@ -64,6 +70,9 @@ class StripPipeline:
             target, start = (self.map if self.owned else None), 0
             for strip in self._strips():
                 shape = (1, strip.shape[1], self.height, self.width)
+                if strip.shape == shape and strip is not self.map:  # the whole map at once
+                    target = strip
+                    break
                 if target is None or target.shape != shape:
                     target = empty(strip, shape)
                 # Safe in place: no op finishes a row before it has read or copied it.
@@ -80,29 +89,33 @@ class StripPipeline:
         if resized and resized != (self.height, self.width):
             self.add(Bilinear((self.height, self.width), resized), 3)
             self.height, self.width = resized
-        last, rows = self.ops[-1]
-        conv = None
-        if not resized and isinstance(last, ConvOp):  # fused with the rounding to 8 bits
-            conv, self.ops[-1] = last.conv, (last.line_buffer, rows)
         height, width = size or (self.height, self.width)
         left, top = (self.width - width) // 2, -((self.height - height) // 2)
-        device = "meta" if self.map.is_meta else "cpu"
-        pixels = torch.empty((height, width, 3), dtype=torch.uint8, device=device)
-        low = torch.ones((), device=self.map.device)
-        high = torch.zeros((), device=self.map.device)
+        last, rows = self.ops[-1]
+        fused = None
+        if not resized and isinstance(last, ConvOp):  # with the rounding to 8 bits
+            fused = ConvInput(last, cropped=height < self.height)
+            self.ops[-1] = fused, rows
+        pixels = torch.empty((height, width, 3), dtype=torch.uint8, device=self.map.device)
+        lows, highs = [], []
         for strip in self._strips():
-            rows = strip.shape[2] - (2 if conv else 0)
+            halo = fused is not None and fused.halo
+            rows = strip.shape[2] - 2 * halo
             first, stop = max(top, 0), min(top + rows, height)
             if first < stop:
-                if conv:
-                    window = tokens(strip)[:, first - top : stop - top + 2]
-                    made = conv_to_rgb(window, conv.weight, cast(Tensor, conv.bias), left, width)
+                window = strip[:, :, first - top : stop - top + 2 * halo]
+                if fused:
+                    weight, bias = fused.conv.weight, cast(Tensor, fused.conv.bias)
+                    made = conv_to_rgb(tokens(window), weight, bias, left, width, halo)
                 else:
-                    made = to_rgb8(strip[..., first - top : stop - top, left : left + width])
+                    made = to_rgb8(window[..., left : left + width])
                 pixels[first:stop] = made[0]
-                low, high = torch.minimum(low, made[1]), torch.maximum(high, made[2])
+                lows.append(made[1])
+                highs.append(made[2])
             top += rows
-        return Decoded(pixels, low, high)
+        if not pixels.is_meta:
+            pixels = pixels.cpu()  # once, as each copy waits for the device
+        return Decoded(pixels, torch.stack(lows).amin(), torch.stack(highs).amax())
 
     def _attend(self, attention: MultiscaleLinearAttention) -> None:
         """Sum keys and values over the whole map, then add an op that attends to the sums."""

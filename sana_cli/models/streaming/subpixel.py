@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sana_cli.kernels.convolution import convolve
 from sana_cli.models.dc_ae import Decoder, Upsample
 from sana_cli.models.streaming.ops import empty
 
@@ -39,7 +40,7 @@ class SubpixelUpsample(nn.Module):
         height, width = x.shape[2:]
         y = empty(x, (1, out, 2 * height, 2 * width))
         for i, weight in enumerate((self.upper, self.lower)):
-            z = F.conv2d(window[:, :, i : i + height + 1], weight, self.bias)
+            z = convolve(window[:, :, i : i + height + 1], weight, self.bias)
             for j in (0, 1):
                 pixels = z[:, j * out : (j + 1) * out, :, j : j + width]
                 target = y[:, :, i::2, j::2]

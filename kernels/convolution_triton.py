@@ -1,0 +1,139 @@
+"""`convolution.py` as a matrix product whose left operand is never built (implicit GEMM).
+
+A row of the product is a pixel, a column an output channel, and the sum runs over the nine taps and
+their channels. Every step reads STEP channels of one tap: the same rows of the map, shifted.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sana_cli.kernels import convolution
+from sana_cli.kernels.cases import Case, like
+from sana_cli.kernels.convolution import NORMED, STEP
+from sana_cli.kernels.launch import launch, precision, trace_launches
+from sana_cli.kernels.projection_triton import GROUP, Blocks, tile_origin
+from sana_cli.kernels.selfcheck import Check, Draw, least
+
+TILE, TILE32 = Blocks(128, 128, STEP, 8, 3), Blocks(32, 128, 32, 8, 2)
+# All channels of a pixel, for the norm.
+WIDE, WIDE32 = Blocks(64, 256, STEP, 8, 3), Blocks(16, 256, 32, 8, 2)
+
+
+def conv_silu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return _launch(x, weight, bias, None, None, None, 0.0, (TILE, TILE32))
+
+
+def conv_norm_add(
+    x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, eps: float, residual: Tensor
+) -> Tensor:
+    residual = residual.contiguous(memory_format=torch.channels_last)
+    blocks = (TILE, TILE32) if len(weight) == TILE.n else (WIDE, WIDE32)
+    return _launch(x, weight, None, scale, shift, residual, eps, blocks)
+
+
+def _launch(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    tiles: tuple[Blocks, Blocks],
+) -> Tensor:
+    """Launch with one of `tiles`: in 16 bits and in float32."""
+    blocks = tiles[x.dtype == torch.float32]
+    batch, channels, height, width = x.shape
+    n, m = len(weight), batch * height * width
+    out = torch.empty(
+        (batch, n, height, width),
+        dtype=x.dtype,
+        device=x.device,
+        memory_format=torch.channels_last,
+    )
+    launch(
+        conv_kernel,
+        (triton.cdiv(m, blocks.m) * triton.cdiv(n, blocks.n),),
+        x.contiguous(memory_format=torch.channels_last),
+        weight.contiguous(memory_format=torch.channels_last),
+        *(bias, scale, shift, residual, out, m, n, height, width, channels, eps),
+        BLOCK_M=blocks.m,
+        BLOCK_N=blocks.n,
+        BLOCK_K=blocks.k,
+        GROUP=GROUP,
+        PRECISION=precision(),
+        num_warps=blocks.warps,
+        num_stages=blocks.stages,
+    )
+    return out
+
+
+@triton.jit
+def conv_kernel(
+    x, weight, bias, scale, shift, residual, out, m, n, height, width, channels, eps,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """With `residual`, of which a tile has all channels, normalise and add; else apply SiLU."""
+    row, column = tile_origin(m, n, BLOCK_M, BLOCK_N, GROUP)
+    rows, columns, steps = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    # Indices beyond the end are clamped: see `projection_triton.matmul_tile`.
+    near = tl.minimum(rows, m - 1 - row)
+    pixel = row + near
+    line, place = pixel // width % height, pixel % width
+    total_k = 9 * channels
+    x_at = x + row.to(tl.int64) * channels + near[:, None] * channels + steps[None]
+    weight_at = weight + column.to(tl.int64) * total_k + steps[:, None]
+    weight_at += tl.minimum(columns, n - 1 - column)[None] * total_k
+    y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, total_k, BLOCK_K):
+        tap = start // channels
+        down, right = tap // 3 - 1, tap % 3 - 1
+        seen = (line + down >= 0) & (line + down < height)
+        seen &= (place + right >= 0) & (place + right < width)
+        away = (down * width + right - tap) * channels + start
+        a = tl.load(x_at + away, mask=seen[:, None], other=0.0)
+        y = tl.dot(a, tl.load(weight_at), y, input_precision=PRECISION)
+        weight_at += BLOCK_K
+    right = columns < n - column
+    inside = (rows < m - row)[:, None] & right[None]
+    at = row.to(tl.int64) * n + column + rows[:, None] * n + columns[None]
+    if residual is not None:
+        factor = tl.rsqrt(tl.sum(y * y, 1) / n + eps)
+        y *= factor[:, None] * tl.load(scale + columns).to(tl.float32)[None]
+        y += tl.load(shift + columns).to(tl.float32)[None]
+        y += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+    else:
+        y += tl.load(bias + column + columns, mask=right, other=0.0).to(tl.float32)[None]
+        y = y / (1 + tl.exp(-y))
+    tl.store(out + at, y.to(out.dtype.element_ty), mask=inside)
+
+
+def cases(target: tuple[int, int]) -> Iterator[Case]:
+    for c, side in ((128, 1024), (256, 512), (512, 256)):  # DC-AE's residual blocks, at 1024²
+        x = like(1, c, side, side).contiguous(memory_format=torch.channels_last)
+        weight, vector = like(c, c, 3, 3), like(c)
+        yield from trace_launches(f"silu {c}", target, conv_silu, x, weight, vector)
+        if c in NORMED:
+            inputs = x, weight, vector, vector, 1e-5, x
+            yield from trace_launches(f"norm {c}", target, conv_norm_add, *inputs)
+
+
+def checks(draw: Draw) -> Iterator[Check]:
+    for channels, out, height, width in ((64, 128, 5, 7), (64, 40, 3, 50), (64, 256, 2, 33)):
+        x, residual = (
+            draw(2, c, height, width).contiguous(memory_format=torch.channels_last)
+            for c in (channels, out)
+        )
+        weight, bias = draw(out, channels, 3, 3, size=(9 * channels) ** -0.5), draw(out)
+        needed, inputs = least(x.dtype, 9 * channels), (x, weight, bias)
+        yield Check("conv_silu", conv_silu, convolution.conv_silu, inputs, needed)
+        if out in NORMED:
+            more = x, weight, bias, draw(out), 1e-5, residual
+            yield Check("conv_norm_add", conv_norm_add, convolution.conv_norm_add, more, needed)
