@@ -35,9 +35,10 @@ class Case:
 
     @property
     def shape(self) -> tuple[Any, ...]:
-        """What is left of a case without the shapes and dtypes of its tensors."""
+        """What is left of a case without the shapes and float dtypes of its tensors."""
         blocks = {name: value for name, value in self.constants.items() if name.isupper()}
-        return self.kernel.__name__, self.num_warps, self.num_stages, tuple(sorted(blocks.items()))
+        kind = self.kernel.__name__, "*i8" in self.signature.values()
+        return *kind, self.num_warps, self.num_stages, tuple(sorted(blocks.items()))
 
     def is_compiled_as(self, other: "Case") -> bool:
         return replace(self, name="") == replace(other, name="")
