@@ -51,6 +51,9 @@ Watch: TypeAlias = "Callable[[Event], None] | Literal[False] | None"
 
 AT_LOAD = {n: one for n, one in declared(Settings, RunOptions).items() if one.option.at_load}
 PER_CALL = {n: one for n, one in declared(Settings).items() if not one.option.at_load}
+# What `Pipeline(…)(…)` takes: the names of diffusers as well.
+CALLED = PER_CALL | dict.fromkeys((*diffusers_compat.CALL, "width", "height", "generator"))
+CALLED |= dict.fromkeys(("output_type", "callback_on_step_end"))
 
 
 class SanaImage(Image.Image):
@@ -246,7 +249,7 @@ class Pipeline:
         """
         settings = diffusers_compat.translate(arguments, diffusers_compat.CALL)
         count = settings.pop("count", None)
-        _refuse_unknown(settings, "Pipeline(…)(…)", PER_CALL, {"Pipeline": AT_LOAD})
+        _refuse_unknown(settings, "Pipeline(…)(…)", CALLED, {"Pipeline": AT_LOAD})
         if output_type not in diffusers_compat.OUTPUTS:
             known = ", ".join(diffusers_compat.OUTPUTS)
             raise UsageError(f"output_type {output_type!r} is not one of {known}")

@@ -36,6 +36,7 @@ ELSEWHERE = {
     "timesteps": "num_inference_steps; the model decides the noise levels",
     "callback": "callback_on_step_end",
     "callback_on_step_end_tensor_inputs": "callback_on_step_end, which gets the latents",
+    "seed": "generator in a call of the pipeline, which takes a seed",
     "return_dict": "the result's images",
     "scheduler": "solver",
     "variant": "dtype",

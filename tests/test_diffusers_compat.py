@@ -112,6 +112,7 @@ def test_what_would_draw_something_else_is_refused(demo, arguments, says):
     [
         (lambda demo: demo(PROMPT, num_inference_step=3), "did you mean num_inference_steps"),
         (lambda demo: demo(PROMPT, stpes=3), "did you mean steps"),
+        (lambda demo: demo(PROMPT, seed=3), "use generator"),
         (lambda demo: demo(PROMPT, steps=3, num_inference_steps=3), "one argument"),
         (lambda demo: demo(PROMPT, width=256), "width and height are given together"),
         (lambda demo: demo(PROMPT, dtype="float32"), "an argument of Pipeline"),

@@ -15,6 +15,7 @@ from sana_cli.batch import worker
 from sana_cli.batch.jobs import RowReader
 from sana_cli.batch.rows import parse
 from sana_cli.batch.run import Batch, RunPolicy, Summary
+from sana_cli.batch.this_process import ThisProcess
 from sana_cli.images.names import parse_batch_output
 from sana_cli.pipeline.draw import Event, ImageDone, Progress
 from sana_cli.session import Session
@@ -143,7 +144,9 @@ def batch(folder, session: Session, text: bytes) -> tuple[Batch, list]:
     defaults = {name: one.default for name, one in declared(Settings, Seeds).items()}
     reader = RowReader(defaults | {"model": "demo"} | SMALL, names, None, None, False)
     rows = list(parse(io.BytesIO(text), "txt", reader.used))
-    return Batch(session, reader, place, None, "x.txt", FileOptions(), RunPolicy()), rows
+    files, policy = FileOptions(), RunPolicy()
+    drawn_by = ThisProcess, session.device
+    return Batch(session, reader, place, None, "x.txt", files, policy, *drawn_by), rows
 
 
 def test_a_pipe_loads_each_network_once_however_many_rounds_its_rows_come_in(tmp_path):

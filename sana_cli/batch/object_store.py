@@ -119,6 +119,7 @@ class ObjectStore:
         return False  # not known
 
     def remove_manifests(self, start: str) -> None:
+        self._states = None
         for path in [path for path in self._listed() if path.startswith(start)]:
             with self._calling(path):
                 self.files.rm_file(self._full(path))

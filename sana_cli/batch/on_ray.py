@@ -10,6 +10,7 @@ ends. So an image whose actor, node or driver is lost after writing it is not dr
 restarts a lost actor and repeats its job, up to MAX_ATTEMPTS.
 """
 
+import io
 import json
 import logging
 import os
@@ -21,7 +22,7 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
@@ -31,7 +32,7 @@ from sana_cli.batch.lines import Line
 from sana_cli.batch.manifest import Ledger, Manifest
 from sana_cli.batch.recorder import Recorder
 from sana_cli.batch.shards import Shard
-from sana_cli.batch.worker import Encoded, Worker, need_the_same
+from sana_cli.batch.worker import Encoded, Worker, need_the_same, plain_error
 from sana_cli.errors import DiskFull, MissingModel, NotEnoughMemory, SanaError, UsageError
 from sana_cli.pipeline.events import Progress
 from sana_cli.recipe import Recipe
@@ -39,6 +40,7 @@ from sana_cli.resolve import Inputs
 from sana_cli.session import Session
 from sana_cli.settings import FileOptions
 from sana_cli.system.signals import CODES
+from sana_cli.units import counted
 
 if TYPE_CHECKING:
     from sana_cli.weights.catalogue import Component, Model
@@ -111,13 +113,14 @@ class OnRay:
         self.stdout = sys.stdout
         sys.stdout = cast(TextIO, _OwnStdout(sys.stdout))
         _connect(self.ray, options.address)
-        resources = self.ray.cluster_resources()
-        gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
+        nodes = [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
+        gpus = sum(int(node.get("GPU", 0)) for node in nodes)
         on_gpus = options.device == "cuda" or (options.device == "auto" and gpus > 0)
-        self.workers = options.workers or (max(1, gpus) if on_gpus else 1)
-        # Of a CPU cluster, an actor for each asked for, which divide its cores.
-        share = max(1, cpus // self.workers)
-        self.needs = {"num_gpus": 1} if on_gpus else {"num_cpus": share}
+        self.workers = options.workers or (max(1, gpus) if on_gpus else len(nodes))
+        # On CPUs the actors of a node, as many on each, divide its cores and its memory.
+        together = -(-self.workers // len(nodes))
+        cores = max(1, min(int(node.get("CPU", 0)) for node in nodes) // together)
+        self.needs = {"num_gpus": 1} if on_gpus else {"num_cpus": cores}
         self.is_idle = True
         self.run_name = secrets.token_hex(4)
         self.setup = _Setup(
@@ -129,7 +132,8 @@ class OnRay:
             memory=work.session.memory,
             cache=work.session.cache,
             offline=work.session.offline,
-            threads=None if on_gpus else share,
+            threads=None if on_gpus else cores,
+            together=1 if on_gpus else together,
             options=work.options,
         )
         # On the node of the driver, so that it is lost only with it.
@@ -138,9 +142,9 @@ class OnRay:
         )
         here = self.ray.remote(num_cpus=0, scheduling_strategy=node)
         self.coordinator = here(_Coordinator).remote()
-        each = "a GPU" if on_gpus else f"{share} of {cpus} CPU cores"
-        nodes = sum(node["Alive"] for node in self.ray.nodes())
-        reporter.info(f"Ray: {self.workers} actors with {each} each, on {nodes} nodes")
+        each = "a GPU" if on_gpus else counted(cores, "CPU core")
+        actors, places = counted(self.workers, "actor"), counted(len(nodes), "node")
+        reporter.info(f"Ray: {actors} on {places}, each with {each}")
 
     def run(self, jobs: list[Job]) -> Iterator[RunEvent]:
         recorder = Recorder(self.work.manifest, self.work.options.force)
@@ -181,7 +185,9 @@ class OnRay:
                 _Actor,
                 fn_constructor_args=(self.setup, self.coordinator, need_the_same(jobs)),
                 batch_size=1,
-                compute=data.ActorPoolStrategy(min_size=1, max_size=self.workers),
+                compute=data.ActorPoolStrategy(
+                    min_size=1, max_size=self.workers, initial_size=self.workers
+                ),
                 **self.needs,
             )
             for row in drawn.iter_rows():
@@ -214,7 +220,8 @@ class OnRay:
     def close(self) -> None:
         """Disconnect, which ends the actors. Their manifests are removed if none was drawing, as
         this process has all of their lines then."""
-        self.ray.shutdown()
+        with redirect_stdout(io.StringIO()):  # where Ray repeats what its threads have printed
+            self.ray.shutdown()
         sys.stdout = self.stdout
         if not self.is_idle:
             return
@@ -252,11 +259,12 @@ def _unreachable(address: str | None, error: Exception) -> SanaError:
 
 def _connect(ray: Any, address: str | None) -> None:
     for name in ("ray", "ray.data"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     handlers = {number: signal.getsignal(number) for number in CODES}
     try:
         with _without_stderr():
-            ray.init(address=address, log_to_driver=False, configure_logging=False)
+            # Left to itself, Ray would first look for a cluster that may have crashed long ago.
+            ray.init(address=address or "local", log_to_driver=False, configure_logging=False)
     except Exception as error:
         raise _unreachable(address, error) from None
     finally:
@@ -327,6 +335,7 @@ class _Setup:
     cache: bool
     offline: bool
     threads: int | None
+    together: int  # actors that share the memory of a node
     options: FileOptions
 
 
@@ -368,14 +377,19 @@ class _Actor:
         import ray
         import torch
 
+        from sana_cli.pipeline.plan import free_memory
+
         self.ray, self.setup, self.coordinator, self.alike = ray, setup, coordinator, alike
         with suppress(OSError):  # a node without it can still draw from text alone
             os.chdir(setup.cwd)
         if setup.threads is not None:
             torch.set_num_threads(setup.threads)
+        memory = setup.memory
+        if memory is None and setup.together > 1:
+            memory = free_memory(setup.device) // setup.together
         self.session = Session(
             device=setup.device,
-            memory=setup.memory,
+            memory=memory,
             cache=setup.cache,
             offline=setup.offline,
             reporter=_Reporter(coordinator),
@@ -407,8 +421,8 @@ class _Actor:
             return written or self._draw(job, files)
         except (DiskFull, MissingModel, NotEnoughMemory) as error:
             return _failure(error, "fatal")
-        except SanaError as error:
-            return _failure(error)
+        except Exception as error:  # raised, it would end the run of all actors
+            return _failure(plain_error(error))
 
     def _prepare(self, job: Job) -> "tuple[ModelFiles, Job]":
         """Find or fetch the files of a job, and complete its recipe for this device."""
@@ -421,7 +435,9 @@ class _Actor:
             if image is not None and self.inputs.add(image.path, image.role) != image:
                 raise SanaError(f"{image.path} is another image on this node")
         resolution = self.session.with_loras(resolution, self.inputs, files)
-        recipe = resolution.recipe(files, self.session.device, job.recipe.seed)
+        recipe = resolution.recipe(
+            *(files, self.session.device, job.recipe.seed, self.setup.memory)
+        )
         precision = {
             part: getattr(recipe, part) for part in ("text_dtype", "dit_dtype", "vae_dtype")
         }

@@ -117,7 +117,7 @@ class Worker:
                         break
                     under_way = under_way or event.stage in ("denoise", "decode")
         except Exception as error:
-            return list(left.values()), _plain(error)
+            return list(left.values()), plain_error(error)
         return list(left.values()), None
 
     def _encode(self, job: Job, image: ImageDone) -> Encoded | Failed:
@@ -126,7 +126,7 @@ class Worker:
             metadata = self.session.metadata(job.recipe) if kept else None
             data = encode(image.pixels, job.format, self.options.quality, metadata)
         except Exception as error:
-            return Failed(job, _plain(error))
+            return Failed(job, plain_error(error))
         return Encoded(job, data, self.session.peak_bytes())
 
 
@@ -134,7 +134,7 @@ def _pixels(job: Job) -> int:
     return job.recipe.native_width * job.recipe.native_height
 
 
-def _plain(error: Exception) -> SanaError:
+def plain_error(error: Exception) -> SanaError:
     """Return the error without its traceback, which would keep the failed tensors alive."""
     if isinstance(error, SanaError):
         return error.with_traceback(None)

@@ -27,7 +27,8 @@ def url() -> str:
 
 def objects(url: str) -> dict[str, bytes]:
     """All objects but the manifests, by name."""
-    files, root = fsspec.core.url_to_fs(url)
+    options = {"skip_instance_cache": True, "use_listings_cache": False}
+    files, root = fsspec.core.url_to_fs(url, **options)
     names = {path: path.removeprefix(f"{root}/") for path in files.find(root)}
     return {n: files.cat_file(p) for p, n in names.items() if not n.startswith("manifest")}
 

@@ -34,8 +34,9 @@ def test_words_are_what_is_between_spaces_and_marks(text, expected):
         (["b c d e f g h i j k"], '"b", "c", "d", "e", "f", "g", "h", "j" and 1 more, and'),
     ],
 )
-def test_words_that_demo_does_not_know_are_warned_of(sana, call, unknown):
-    run = sana("generate", *call, "-m", "demo", "--res", "256", "--steps", "1", "-s1", "-o", "a/")
+def test_words_that_demo_does_not_know_are_warned_of(sana, tmp_path, call, unknown):
+    drawn = ("-m", "demo", "--res", "256", "--steps", "1", "-s1", "-o", f"{tmp_path}/")
+    run = sana("generate", *call, *drawn)
     assert run.code == 0, run.err
     (found,) = [line for line in run.err.splitlines() if WARNING in line] or [None]
     assert found == (unknown and f"{WARNING}{unknown} ignores such words")
