@@ -345,7 +345,7 @@ def test_two_processes_at_once_do_no_harm(cache, tmp_path, words, weights):
 def test_a_cache_that_cannot_be_written_is_a_warning(sana, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("SANA_CACHE_DIR", str(tmp_path / "file"))
-    run = sana(*CALL, "a fox", "-o", f"{tmp_path}/")
+    run = sana(*CALL, "a red star", "-o", f"{tmp_path}/")
     assert run.code == 0
     assert run.err.count("warning:") == 1 and "cannot be written" in run.err
     assert (tmp_path / "file").read_text() == "in the way"
