@@ -21,8 +21,8 @@ HEAVY = ("torch", "transformers", "diffusers", "numpy", "PIL", "huggingface_hub"
 # two files each, X and X_triton, which name each other.
 ORDER = """
     __main__ app
-    commands: serve bench batch generate doctor models info config _bench_tables _options
-              _completion _preview _session _help _defaults
+    commands: serve bench batch generate doctor models info config _bench_tables
+              _batch_view _options _completion _preview _session _help _defaults
     server:   app access images_api page security service fields metrics gallery jobs loras errors
     api diffusers_compat
     ui
