@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from examples import exhaustive
 from sana_cli.commands.generate import is_unquoted
 from terminal import at_terminal
 
@@ -96,7 +97,7 @@ def test_several_prompts_are_counted_and_forgotten_quotes_warned_of(sana, tiny_m
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems open files by other programs")
-@pytest.mark.parametrize(("count", "opened"), [(1, "a-fox-1.png"), (2, "")])
+@pytest.mark.parametrize(("count", "opened"), [(1, "a-fox-1.png"), *exhaustive((2, ""))])
 def test_open_shows_the_image_or_the_folder_of_several(
     process, tiny_model, tmp_path, monkeypatch, count, opened
 ):

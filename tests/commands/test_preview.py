@@ -60,7 +60,8 @@ def test_bars_go_and_results_stay(quick, environment, tmp_path, width):
     assert "━".encode() in seen
     names = [f"{slug}-{seed}.png" for slug in ("a-fox", "an-owl") for seed in (7, 8)]
     assert screen(seen)[-4:] == names
-    assert screen(seen)[0].startswith("model demo")
+    assert screen(seen)[0] == "2 prompts, 4 images"
+    assert screen(seen)[1].startswith("model demo")
     assert max(map(len, screen(seen))) <= width
 
 

@@ -108,7 +108,7 @@ def _float32():
 
 
 def test_seeds_differ_and_repeat(sana, tmp_path):
-    words = ("-m", "demo", "-r", "256", "-s", "1,2", "--json")
+    words = ("-m", "demo", "-r", "256", "--steps", "6", "-s", "1,2", "--json")
     call = ("generate", "a heart", "a balloon over the sea", *words)
     first, again = (
         json.loads(sana(*call, "-o", f"{tmp_path}/{n}/").out)["images"] for n in ("a", "b")
@@ -118,7 +118,7 @@ def test_seeds_differ_and_repeat(sana, tmp_path):
         assert Path(one["path"]).read_bytes() == Path(other["path"]).read_bytes()
     ones, twos = pixels(first[2]["path"]), pixels(first[3]["path"])
     assert np.abs(ones.astype(int) - twos).mean() > 5
-    words = ("-m", "demo", "-r", "256", "-s", "2", "-o", f"{tmp_path}/c/")
+    words = ("-m", "demo", "-r", "256", "--steps", "6", "-s", "2", "-o", f"{tmp_path}/c/")
     alone = sana("generate", "a balloon over the sea", *words)
     assert Path(alone.out.strip()).read_bytes() == Path(first[3]["path"]).read_bytes()
 

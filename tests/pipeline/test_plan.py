@@ -211,6 +211,7 @@ def test_a_limit_is_kept_and_the_picture_is_the_same(folders):
     assert np.abs(picture.astype(int) - roomy).max() <= 1
 
 
+@pytest.mark.exhaustive
 def test_a_limit_below_every_plan_is_refused_with_what_fits(process):
     """In a process of its own: what the interpreter holds counts against the limit."""
     words = ("--dtype", "bfloat16", "--dry-run", "--memory", "3GB")

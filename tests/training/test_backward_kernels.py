@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from examples import exhaustive
 from kernel_checks import (
     DEVICE,
     DTYPES,
@@ -243,7 +244,7 @@ def learnt(model: DiT, **autocast: Any) -> dict[str, Tensor]:
     return {"velocity": velocity.detach(), **kept}
 
 
-@pytest.fixture(params=["0.6B", "qk-norm"])
+@pytest.fixture(params=["0.6B", *exhaustive("qk-norm")])
 def plain(request) -> DiT:
     return random_dit(**SMALL, **DIT_KINDS[request.param]).requires_grad_(True).to(DEVICE)
 
