@@ -51,6 +51,8 @@ def block_shapes8(x: Rows8) -> tuple[Blocks8, Blocks8]:
     """Return the block shapes for products of rows."""
     k, groups = x.values.shape[-1], x.scales.shape[-1]
     wide, narrow, small = AMPERE if capability(x.values.device)[0] == 8 else LATER
+    if x.dtype == torch.float32:  # its results leave no registers for more columns
+        narrow = narrow._replace(n=64)
     return (wide if groups == 1 and k % wide.k == 0 else narrow), small
 
 
