@@ -43,7 +43,7 @@ class QKVBlocks(NamedTuple):
 CONSUMER = (QKVBlocks(128, 32, 8, 3), QKVBlocks(64, 64, 4, 3))
 LARGE = (QKVBlocks(128, 64, 8, 3), QKVBlocks(64, 64, 4, 3))
 BY_CAPABILITY = {(8, 0): LARGE, (9, 0): LARGE, (10, 0): LARGE}
-FLOAT32 = QKVBlocks(32, 32, 4, 2)
+FLOAT32 = QKVBlocks(32, 32, 8, 2)
 
 
 def qkv_shapes(x: Tensor, dtype: torch.dtype) -> tuple[QKVBlocks, ...]:
@@ -156,7 +156,7 @@ def attend_tokens8(q: Tensor, state: Tensor) -> Rows8:
 def _attend(q: Tensor, state: Tensor, out: Tensor, scales: Tensor | None) -> None:
     q, state = q.contiguous(), state.contiguous()
     batch, n, features = q.shape
-    m = 32 if q.dtype == torch.float32 else 64
+    m = 16 if q.dtype == torch.float32 else 64
     launch(
         attend_tokens_kernel,
         (triton.cdiv(features, CHANNELS), triton.cdiv(n, m), batch),
