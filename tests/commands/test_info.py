@@ -13,6 +13,7 @@ import torch
 from PIL import Image, PngImagePlugin
 from safetensors.torch import save_file
 
+from examples import exhaustive
 from recipes import RECIPE
 from sana_cli.images import files as images
 from sana_cli.images.metadata import Metadata
@@ -89,7 +90,10 @@ def test_a_folder_without_images_is_an_error(sana, here):
 @pytest.mark.parametrize(
     ("words", "shell"),
     [
-        (("a red circle on a blue background", "-s", "7", "-o", "1.png"), "sh"),
+        *exhaustive(
+            (("a red circle on a blue background", "-s", "7", "-o", "1.png"), "sh"),
+            (("-s 7", "--res", "320x200", "--fit", "exact", "--instruction", "-o", "1.png"), "sh"),
+        ),
         (
             (
                 *('it\'s "a" $HOME `b`\n!star,\n\n\ttab 🦊 \\', "--negative", "-x 'y' #"),
@@ -97,11 +101,10 @@ def test_a_folder_without_images_is_an_error(sana, here):
             ),
             "sh",
         ),
-        (("-s 7", "--res", "320x200", "--fit", "exact", "--instruction", "-o", "1.png"), "sh"),
         (("-", "--res", "200x200", "-o", "1.avif", "--dtype", "bfloat16"), "sh"),
         (("a \x1b[31mred\x07 'circle'\\n \x9b", "-o", "1.png"), "bash"),
     ],
-    ids=["plain", "quotes", "dash", "stdin", "control"],
+    ids=["plain", "dash", "quotes", "stdin", "control"],
 )
 def test_the_line_draws_the_same_pixels(sana, process, in_shell, words, shell):
     prompt, *options = words

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from examples import exhaustive
+from sana_cli.weights.catalogue import known_models
 
 HERE = Path(__file__).parent
 CXX = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
@@ -66,7 +67,10 @@ def imagined(tmp_path_factory) -> Callable[..., dict]:
 def test_a_picture_is_drawn_by_the_kernels_from_networks_on_the_card(imagined, model, res, words):
     told = imagined("draws.py", model, res, *words)
     assert told["kernels"].keys() >= TRANSFORMER | DECODER
-    assert told["checked"] == (["bfloat16"] if model == "demo" else ["float16", "bfloat16"])
+    # The decoder is in bfloat16, and the transformer in what it was trained in.
+    half = known_models()[model].dtype == "float16"
+    kinds = ["float16", "bfloat16"] if half else ["bfloat16"]
+    assert told["checked"] == kinds + ["bfloat16 int8"] * ('quant="w8a8"' in words)
     assert told["networks"] == ["cuda"]
     assert told["extremes"] == ["cuda", "cuda"]  # looked at once, at the end
     width, height = map(int, res.split("x"))

@@ -6,12 +6,19 @@ import pytest
 import torch
 from torch import Tensor
 
+from examples import exhaustive
 from kernel_checks import DEVICE, DTYPES, poison_allocations
 
 torch.backends.cudnn.allow_tf32 = False  # float32 is what others are compared with
 
 
-@pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+# On a GPU, where they take no time, run them all: `pytest tests/kernels -m ""`.
+FIRST, *OTHERS = reversed(DTYPES)
+
+
+@pytest.fixture(
+    params=[FIRST, *exhaustive(*OTHERS)], ids=lambda dtype: str(dtype).removeprefix("torch.")
+)
 def dtype(request) -> torch.dtype:
     return request.param
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import SanaControlNetModel, SanaTransformer2DModel
 
+from examples import exhaustive
 from networks import relative_error
 from reference import LIKE_0_6B, LIKE_1_6B
 from sana_cli.models.controlnet import ControlNet, ControlNetConfig
@@ -239,7 +240,7 @@ def test_the_control_image_is_embedded_once_an_image():
     assert added == BRANCH_BLOCKS * (of_block + output) + noisy_latents
 
 
-@pytest.mark.parametrize("row_chunk", [None, 8, 1])
+@pytest.mark.parametrize("row_chunk", [8, *exhaustive(None, 1)])
 @pytest.mark.parametrize("wiring", ["diffusers", "nvlabs"])
 def test_the_predicted_peak_includes_the_branch(wiring, row_chunk):
     dit, controlnet = ours(*theirs(), wiring=wiring)

@@ -7,6 +7,7 @@ import torch
 from diffusers import SanaPAGPipeline, SanaTransformer2DModel
 from diffusers.pipelines.pag.pag_utils import PAGMixin
 
+from examples import exhaustive
 from networks import relative_error
 from reference import LIKE_0_6B, LIKE_1_6B
 from sana_cli.models.dit import DiT, DiTConfig
@@ -162,7 +163,7 @@ def test_the_third_stream_costs_nothing_before_its_layer():
         assert added == (BLOCKS - layer) * whole - attention + identity + last
 
 
-@pytest.mark.parametrize("row_chunk", [None, 8, 1])
+@pytest.mark.parametrize("row_chunk", [8, *exhaustive(None, 1)])
 @pytest.mark.parametrize("lengths", [(1, 300), (300,)], ids=["guided", "unguided"])
 def test_the_predicted_peak_includes_the_third_stream(lengths, row_chunk):
     dit, _ = networks([1], True)

@@ -24,7 +24,7 @@ def pixels(path: str) -> np.ndarray:
     ("prompt", "shape", "colour", "ground"),
     [
         ("a red circle on a blue background", "circle", "red", "blue"),
-        ("a large white star in the centre on purple", "star", "white", "purple"),
+        *exhaustive(("a large white star in the centre on purple", "star", "white", "purple")),
     ],
 )
 def test_it_draws_the_shape_it_is_told(sana, tmp_path, prompt, shape, colour, ground):
@@ -45,9 +45,11 @@ def test_it_draws_the_shape_it_is_told(sana, tmp_path, prompt, shape, colour, gr
             "a red balloon over snowy mountains at sunset",
             {"kind 1": "balloon", "colour 1": "red", "land": "snowy mountains", "sky": "sunset"},
         ),
-        (
-            "a blue house in front of hills at noon",
-            {"kind 1": "house", "colour 1": "blue", "land": "hills", "sky": "noon"},
+        *exhaustive(
+            (
+                "a blue house in front of hills at noon",
+                {"kind 1": "house", "colour 1": "blue", "land": "hills", "sky": "noon"},
+            ),
         ),
     ],
 )

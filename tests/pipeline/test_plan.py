@@ -102,7 +102,9 @@ def measured(one: Recipe, files: ModelFiles, plan: Plan) -> dict[str, int]:
 
 @pytest.mark.parametrize("guidance", [4.5, *exhaustive(1.0)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("kind", "width", "height"), [("1.6B", 512, 1024), ("4K", 1024, 1024)])
+@pytest.mark.parametrize(
+    ("kind", "width", "height"), [("1.6B", 512, 1024), *exhaustive(("4K", 1024, 1024))]
+)
 def test_the_prediction_is_what_is_then_measured(folders, kind, width, height, dtype, guidance):
     files = open_model(folder_parts(folders(kind)))
     one = recipe(files, width, height, guidance=guidance, dit_dtype=dtype, vae_dtype=dtype)
@@ -114,11 +116,10 @@ def test_the_prediction_is_what_is_then_measured(folders, kind, width, height, d
 @pytest.mark.parametrize(
     "lean",
     [
-        {"batched_cfg": False},
         {"batched_cfg": False, "row_chunk": 8},
-        {"batched_cfg": False, "row_chunk": 1},
+        *exhaustive({"batched_cfg": False}, {"batched_cfg": False, "row_chunk": 1}),
     ],
-    ids=["halves-apart", "8-rows", "1-row"],
+    ids=["8-rows", "halves-apart", "1-row"],
 )
 def test_the_prediction_of_a_lean_plan_too(folders, lean):
     files = open_model(folder_parts(folders("1.6B")))
@@ -283,9 +284,9 @@ def needed(one, files, stage) -> int:
 @pytest.mark.parametrize(
     ("stage", "share", "said"),
     [
-        ("denoise", 0.8, "the halves of guidance one after the other"),
         ("denoise", 0.3, "rows of the latent at a time"),
         ("decode", 0.5, " strips"),
+        *exhaustive(("denoise", 0.8, "the halves of guidance one after the other")),
     ],
 )
 def test_running_out_is_survived_and_said(folders, stage, share, said):

@@ -7,6 +7,8 @@ import shutil
 import pytest
 from PIL import Image
 
+from examples import exhaustive
+
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH")
@@ -131,7 +133,7 @@ def test_cancel_stops_the_job(served, opened):
     served.until(lambda: not served.jobs())
 
 
-@pytest.mark.parametrize("by", ["mouse", "keyboard"])
+@pytest.mark.parametrize("by", ["mouse", *exhaustive("keyboard")])
 def test_a_mask_is_painted_on_an_image(served, opened, tmp_path, by):
     Image.new("RGB", (256, 256), (30, 60, 200)).save(tmp_path / "in.png")
     page = opened(served.url)
@@ -199,8 +201,8 @@ def test_an_error_of_the_server_is_shown(served, opened):
     assert "negative has no effect at guidance 1" in done(page)
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [390, 1024, 1600])
+@pytest.mark.parametrize("scheme", ["light", *exhaustive("dark")])
+@pytest.mark.parametrize("width", [390, *exhaustive(1024, 1600)])
 def test_nothing_is_wider_than_the_screen(served, opened, width, scheme):
     served.draw(prompt="word" * 80)
     page = opened(served.url, width=width, color_scheme=scheme)

@@ -17,10 +17,15 @@ FAST = ("-m", "demo", "-r", "256", "--steps", "2")
     "words",
     [
         ("-s7", "-n2"),
-        ("-s7", "--negative", "green", "-g", "3", "--solver", "flow-euler"),
-        ("-s1", "--format", "webp", "--quality", "60"),
         ("-s1", "-r", "200x180", "--metadata", "none"),
-        ("-s1", "--image", "in.bmp", "--strength", "0.5"),
+        *(
+            pytest.param(words, marks=pytest.mark.exhaustive)
+            for words in (
+                ("-s7", "--negative", "green", "-g", "3", "--solver", "flow-euler"),
+                ("-s1", "--format", "webp", "--quality", "60"),
+                ("-s1", "--image", "in.bmp", "--strength", "0.5"),
+            )
+        ),
         ("-s1", "--image", "in.png", "--mask", "alpha"),
     ],
     ids=lambda words: " ".join(words),
