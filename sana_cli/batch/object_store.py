@@ -4,13 +4,14 @@ An object appears whole or not at all. A new image is put only if no object has 
 store can do that (S3 and those like it, Google's); elsewhere fsspec looks first.
 
 Nothing can be appended to an object, so every run writes manifests of its own, named like
-`manifest-3f9a-0.jsonl`: an object is put again with every line until it has SEGMENT of them, and
+`manifest-TIME-3f9a-0000.jsonl`: an object is put again with every line until it has SEGMENT of them, and
 the next is begun. Those of all runs are read as one. There are no locks.
 """
 
 import hashlib
 import re
 import secrets
+import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -142,13 +143,14 @@ class _ObjectLog:
     unlocked: str | None = "an object store has no locks"
 
     def __init__(self, store: ObjectStore, stem: str) -> None:
-        self.store, self.name = store, f"{stem}-{secrets.token_hex(4)}"
+        # Listed by name, which has the time: lines of a later run count for more.
+        self.store, self.name = store, f"{stem}-{time.time_ns():020}-{secrets.token_hex(4)}"
         self.segment, self.lines = 0, b""
 
     def append(self, text: bytes) -> None:
         if self.lines.count(b"\n") >= SEGMENT:
             self.segment, self.lines = self.segment + 1, b""
-        self.store.put(f"{self.name}-{self.segment}.jsonl", self.lines + text)
+        self.store.put(f"{self.name}-{self.segment:04}.jsonl", self.lines + text)
         self.lines += text
 
     def close(self) -> None:
