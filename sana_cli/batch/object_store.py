@@ -4,8 +4,8 @@ An object appears whole or not at all. A new image is put only if no object has 
 store can do that (S3 and those like it, Google's); elsewhere fsspec looks first.
 
 Nothing can be appended to an object, so every run writes manifests of its own, named like
-`manifest-TIME-3f9a-0000.jsonl`: an object is put again with every line until it has SEGMENT of them, and
-the next is begun. Those of all runs are read as one. There are no locks.
+`manifest-TIME-3f9a-0000.jsonl`: an object is put again with every line until it has SEGMENT of
+them, and the next is begun. Those of all runs are read as one. There are no locks.
 """
 
 import hashlib
