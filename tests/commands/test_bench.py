@@ -50,6 +50,15 @@ def kept(command, tmp_path_factory):
     return json.loads(out), path
 
 
+@pytest.fixture
+def one_thread():
+    """As the processes of `command` have."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 # --- what is measured --------------------------------------------------------------------------
 
 

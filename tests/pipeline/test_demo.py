@@ -80,7 +80,7 @@ def test_it_follows_most_prompts_it_was_not_trained_on(world, side, every, least
     how = files.flow_shift, 20, 4.5
     drawn = draw_images([recipe(q.prompt, i, *how, side=side) for i, q in asked], files, "cpu")
     right = [all(q.judge(p).values()) for (_, q), p in zip(asked, drawn, strict=True)]
-    assert len(right) in (5, 20)
+    assert len(right) == {60: 5, 15: 20, 25: 20}[every]
     assert sum(right) >= least
 
 
