@@ -335,18 +335,18 @@ def main(device_name: str, dtype_name: str, workers: str, *operations: str) -> N
     checks = list(all_checks(device, dtype))
     sys.stdout.write(f"{BEGUN}\n")
     sys.stdout.flush()
-    # The interpreter is one for all threads.
-    with ThreadPoolExecutor(1 if interpreted() else int(workers)) as pool:
+    # The interpreter is one for all threads. Alone, every operation is reported before the next one
+    # begins, so that a crash is blamed on the operation that caused it: `map` is lazy.
+    alone = interpreted() or workers == "1"
+    with ThreadPoolExecutor(int(workers)) as pool:
+        run = map if alone else pool.map
+        examined = functools.partial(_outcome, device=device, dtype=dtype)
         pending = {
-            operation: [
-                pool.submit(_outcome, check, device, dtype)
-                for check in checks
-                if check.operation == operation
-            ]
+            operation: run(examined, [check for check in checks if check.operation == operation])
             for operation in operations
         }
-        for operation, futures in pending.items():
-            outcomes = [future.result() for future in futures]
+        for operation, results in pending.items():
+            outcomes = list(results)
             worst = min(outcomes, key=lambda one: (one.fault is None, one.decibels or 0.0))
             document = {"operation": operation} | worst._asdict()
             sys.stdout.write(json.dumps(document) + "\n")
