@@ -65,7 +65,7 @@ def routes(service: Service) -> APIRouter:
 
     @router.post("/images/edits", openapi_extra=edit_body())
     async def edit(request: Request) -> Any:
-        """Draw from an image, all of it or where a mask says, or along a control image."""
+        """Draw from an image, all of it or where a mask says, or guided by a control image."""
         values, uploads = await read_edit(request)
         body = fields.parse(values)
         if not uploads.keys() & BEGINNINGS:
