@@ -109,7 +109,7 @@ def open_component(component: "Component", reporter: "Reporter", offline: bool) 
             raise MissingModel(
                 f"the {component.kind} {component.name} is not on this machine"
                 f" ({component.source.repo})",
-                "fetch it once, with a network: leave out --offline",
+                "draw with it once, with a network: without --offline and --dry-run",
             )
         reporter.info(
             f"fetching the {component.kind} {component.name} from {component.source.repo}"
