@@ -40,6 +40,7 @@ ORDER = """
     models:   streaming.autoencoder streaming.strip_pipeline streaming.layers fused_dit w8a8
               fused_controlnet fused_layers controlnet streaming.subpixel int8 cross_attention
               architectures streaming.ops cuda_graph dit gemma dc_ae
+              configs
     kernels
     system:   devices memory inventory signals folders disk
     shapes recipe settings instruction decoding units reporter errors

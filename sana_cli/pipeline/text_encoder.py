@@ -13,7 +13,8 @@ from torch import Tensor
 
 from sana_cli.errors import BrokenModel
 from sana_cli.instruction import normalise_prompt
-from sana_cli.models.gemma import Gemma, GemmaConfig, MappedEmbedding
+from sana_cli.models.configs import GemmaConfig
+from sana_cli.models.gemma import Gemma, MappedEmbedding
 from sana_cli.pipeline.text_cache import Prefix, TextCache, tokenizer_file
 from sana_cli.system.devices import wide_dtype
 from sana_cli.weights.checkpoint import load_weights, move, on_meta, read_config

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from sana_cli.errors import BrokenModel, UsageError
 from sana_cli.models.architectures import TRANSFORMERS
-from sana_cli.models.dit import DiT, DiTConfig
+from sana_cli.models.configs import DiTConfig
+from sana_cli.models.dit import DiT
 from sana_cli.weights.catalogue import PACKAGE, known_models
 from sana_cli.weights.checkpoint import (
     FLOATS,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sana_cli.errors import BrokenModel, UsageError
 from sana_cli.models.architectures import DC_AE_F32C32, TRANSFORMERS
-from sana_cli.models.dit import DiTConfig
+from sana_cli.models.configs import DiTConfig
 from sana_cli.system.devices import drop_pages
 from sana_cli.weights.checkpoint import FLOATS, NAMES_SHOWN, open_safetensors
 from sana_cli.weights.layout import refuse_pickle

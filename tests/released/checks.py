@@ -94,7 +94,7 @@ def check_configs(files: ModelFiles, expected: Architecture) -> None:
     expect(
         files.text.theta == expected.text.theta,
         f"text_encoder/config.json has rope theta {files.text.theta}, not {expected.text.theta}",
-        "correct `GemmaConfig` in `sana_cli/models/gemma.py`",
+        "correct `GemmaConfig` in `sana_cli/models/configs.py`",
     )
     expect(
         files.flow_shift == expected.flow_shift,
