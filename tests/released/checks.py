@@ -37,7 +37,8 @@ from sana_cli.models.gemma import Gemma
 from sana_cli.pipeline.text_encoder import TextEncoder
 from sana_cli.recipe import Recipe
 from sana_cli.weights.catalogue import Source
-from sana_cli.weights.checkpoint import on_meta, open_safetensors, read_tensors
+from sana_cli.weights.checkpoint import on_meta, read_tensors
+from sana_cli.weights.headers import open_safetensors
 from sana_cli.weights.hub_cache import damaged_files
 from sana_cli.weights.layout import Part, Parts
 from sana_cli.weights.lora import MergedTensors, fit, read_lora
