@@ -32,7 +32,7 @@ def open_or_fetch(
     parts = find_parts(model)
     if parts is None and not dry_run:
         parts = fetch_parts(model, reporter, offline)
-    from sana_cli.weights.model_files import open_model, released_model  # imports torch
+    from sana_cli.weights.model_files import open_model, released_model
 
     files = open_model(parts) if parts else released_model(model)
     for key in files.unknown_keys:
