@@ -351,7 +351,7 @@ class Batch:
         return most is not None and failed >= most
 
     def _warn_of_unknown_words(self, model: Model, texts: list[str], files: "ModelFiles") -> None:
-        """Name the words of some rows' texts that a model was not trained on, each in one warning."""
+        """Warn of the words of some texts that a model was not trained on, of each once."""
         if not texts or files is None:  # of a server's model, the server's machine has the files
             return
         fresh = [word for word in unknown_words(texts, files.parts) if word not in self.unknown]
