@@ -54,11 +54,11 @@ def ours(work: Path, side: int, steps: int) -> dict:
     from sana_cli.models.streaming.autoencoder import decode
     from sana_cli.models.streaming.subpixel import fold_upsamples
     from sana_cli.pipeline.solver import SOLVERS, advance
-    from sana_cli.system.devices import release_unused_memory, return_freed_blocks
+    from sana_cli.system.devices import release_unused_memory, reuse_freed_blocks
     from sana_cli.weights.checkpoint import load_weights, on_meta
     from sana_cli.weights.layout import find_part
 
-    return_freed_blocks()
+    reuse_freed_blocks()
     sample, empty, text = inputs(side)
     solver = SOLVERS["flow-dpm"]
     schedule = solver.schedule(steps, 3.0)

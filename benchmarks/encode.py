@@ -62,9 +62,9 @@ def encoder(name: str) -> torch.nn.Module:
 @torch.inference_mode()
 def measure(name: str, side: int, way: str, out: Path) -> dict:
     from sana_cli.models.streaming.autoencoder import encode
-    from sana_cli.system.devices import return_freed_blocks
+    from sana_cli.system.devices import reuse_freed_blocks
 
-    return_freed_blocks()
+    reuse_freed_blocks()
     network, pixels = encoder(name), picture(side)
     encode(network, pixels[:128, :128])
     before = resident("VmRSS")

@@ -38,10 +38,10 @@ def measure(name: str, side: int) -> dict:
     from sana_cli.models.dc_ae import DCAE, Decoder
     from sana_cli.models.streaming.autoencoder import decode
     from sana_cli.models.streaming.subpixel import fold_upsamples
-    from sana_cli.system.devices import return_freed_blocks
+    from sana_cli.system.devices import reuse_freed_blocks
     from sana_cli.weights.checkpoint import load_weights
 
-    return_freed_blocks()
+    reuse_freed_blocks()
     config = DCAEConfig(**DECODERS[name])
     with torch.device("meta"):
         shapes = {key: tensor.shape for key, tensor in DCAE(config).state_dict().items()}

@@ -43,7 +43,7 @@ from sana_cli.pipeline.events import Event, Failure, ImageDone, Latents, Notice,
 from sana_cli.pipeline.guidance import GuidedVelocity
 from sana_cli.pipeline.networks import NetworkKey, Networks, identity_of
 from sana_cli.pipeline.oom_retry import OOMRetry
-from sana_cli.pipeline.plan import Plan, is_guided
+from sana_cli.pipeline.plan import Plan, decode_strip_bytes, is_guided
 from sana_cli.pipeline.solver import SOLVERS, Repaint, advance, first_step
 from sana_cli.pipeline.text_cache import TextCache
 from sana_cli.recipe import Recipe, adapters_of
@@ -51,7 +51,7 @@ from sana_cli.system.devices import (
     cap_memory,
     is_out_of_memory,
     peak_bytes,
-    return_freed_blocks,
+    reuse_freed_blocks,
 )
 from sana_cli.weights.checkpoint import load_weights, on_meta
 from sana_cli.weights.layout import Tensors
@@ -128,7 +128,7 @@ class Drawing:
         self.steps = sum(r.steps - first_step(r.steps, r.strength) for r in recipes)
 
     def events(self) -> Iterator[Event]:
-        return_freed_blocks()
+        reuse_freed_blocks()
         if self.plan.budget:
             cap_memory(self.plan.device, self.plan.budget, self.networks.held_bytes)
         yield from self.start_selfcheck()
@@ -513,7 +513,8 @@ class Drawing:
         if recipe.fit == "trained":
             height, width = (side * vae.compression for side in latent.shape[-2:])
             resized = covering((height, width), size)
-        return decode(decoder, latent, resized=resized, size=size, strip_bytes=plan.strip_bytes)
+        strip_bytes = decode_strip_bytes(plan, recipe, self.files)
+        return decode(decoder, latent, resized=resized, size=size, strip_bytes=strip_bytes)
 
     def autoencoder(self, half: str) -> tuple[nn.Module, int]:
         """Build the "encoder" or the "decoder"; its bytes. The other half stays on disk."""

@@ -27,6 +27,7 @@ LONGEST_TEXT = 507  # with the instruction
 # The widest map of 1024x1024 in 16 bits. A map that is one strip takes the fewest launches, and no
 # rows have to be copied between strips.
 GPU_STRIP_BYTES = 16 * STRIP_BYTES
+CPU_STRIP_BYTES = STRIP_BYTES // 4  # of a small image; with less, convolutions become slower
 MIN_STRIP = STRIP_BYTES >> 10
 TALLEST_CHUNK = 32  # rows of the latent grid
 KEPT_FREE = 0.1  # of a device's memory, reserved for its libraries
@@ -261,23 +262,35 @@ def _denoise_peak(plan: Plan, recipe: Recipe, files: ModelFiles) -> int:
 
 
 def _decode_peak(plan: Plan, recipe: Recipe, files: ModelFiles) -> int:
-    return _autoencoder_peak("decoder", plan, recipe, files)
+    return _autoencoder_peak("decoder", decode_strip_bytes(plan, recipe, files), recipe, files)
 
 
 def _image_peak(plan: Plan, recipe: Recipe, files: ModelFiles) -> int:
-    return _autoencoder_peak("encoder", plan, recipe, files)
+    return _autoencoder_peak("encoder", plan.strip_bytes, recipe, files)
 
 
 def _autoencoder_peak(
-    half: Literal["encoder", "decoder"], plan: Plan, recipe: Recipe, files: ModelFiles
+    half: Literal["encoder", "decoder"], strip_bytes: int, recipe: Recipe, files: ModelFiles
 ) -> int:
     return autoencoder.peak_bytes(
         files.vae,
         half,
         _dtype(recipe.vae_dtype),
         _grid(recipe, files),
-        strip_bytes=plan.strip_bytes,
+        strip_bytes=strip_bytes,
     )
+
+
+def decode_strip_bytes(plan: Plan, recipe: Recipe, files: ModelFiles) -> int:
+    """Return the plan's `strip_bytes`, on a CPU at most a quarter of the decoder's last map.
+
+    A small map in one strip would be held several times over, which saves a CPU no time.
+    """
+    if plan.device != "cpu":
+        return plan.strip_bytes
+    width, size = files.vae.decoder_block_out_channels[0], _dtype(recipe.vae_dtype).itemsize
+    last = recipe.native_height * recipe.native_width * width * size
+    return min(plan.strip_bytes, max(CPU_STRIP_BYTES, last // 4))
 
 
 def _grid(recipe: Recipe, files: ModelFiles) -> tuple[int, int]:
