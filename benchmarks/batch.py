@@ -1,6 +1,7 @@
 """Pictures a minute of the bundled model: `sana batch` beside a shell loop and a diffusers loop.
 
-    python benchmarks/batch.py --save benchmarks/batch.json
+    OMP_NUM_THREADS=1 python benchmarks/batch.py --save benchmarks/batch.json
+    OMP_NUM_THREADS=1 python benchmarks/batch.py --side 512 --save runs/batch-512.json
 
 The three take turns, each drawing the same prompts; every round is one process for `sana batch`
 and for diffusers (whose start is not counted: it is a loop in a process that is already up), and a
@@ -37,10 +38,11 @@ PROMPTS = [f"a {colour} {shape} on a white background" for colour in COLOURS for
 DIFFUSERS = f"""
 import sys, time, torch
 from diffusers import SanaPipeline
+side = int(sys.argv[1])
 pipe = SanaPipeline.from_pretrained({str(ROOT / "sana_cli" / "demo")!r}, torch_dtype=torch.float32)
 pipe.set_progress_bar_config(disable=True)
 def draw(i, prompt):
-    pipe(prompt, height=256, width=256, use_resolution_binning=False,
+    pipe(prompt, height=side, width=side, use_resolution_binning=False,
          complex_human_instruction=None,
          generator=torch.Generator("cpu").manual_seed(i)).images[0].save(f"{{i}}.png")
 draw(0, "a warm-up")
@@ -51,7 +53,7 @@ print(time.perf_counter() - began)
 """
 
 
-def batch(prompts: list[str], folder: str) -> float:
+def batch(prompts: list[str], folder: str, side: int) -> float:
     Path(folder, "prompts.txt").write_text("\n".join(prompts))
     words = [
         "batch",
@@ -59,7 +61,7 @@ def batch(prompts: list[str], folder: str) -> float:
         "-m",
         "demo",
         "--res",
-        "256",
+        str(side),
         "--device",
         "cpu",
         "--no-cache",
@@ -72,17 +74,19 @@ def batch(prompts: list[str], folder: str) -> float:
     return time.perf_counter() - began
 
 
-def loop(prompts: list[str], folder: str) -> float:
+def loop(prompts: list[str], folder: str, side: int) -> float:
     began = time.perf_counter()
     for prompt in prompts:
-        words = ["generate", prompt, "-m", "demo", "--res", "256", "--device", "cpu", "--no-cache"]
-        subprocess.run([SANA, *words, "-q"], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+        words = ["generate", prompt, "-m", "demo", "--res", str(side), "--device", "cpu"]
+        subprocess.run(
+            [SANA, *words, "--no-cache", "-q"], cwd=folder, check=True, stdout=subprocess.DEVNULL
+        )
     return time.perf_counter() - began
 
 
-def diffusers(prompts: list[str], folder: str) -> float:
+def diffusers(prompts: list[str], folder: str, side: int) -> float:
     done = subprocess.run(
-        [sys.executable, "-c", DIFFUSERS],
+        [sys.executable, "-c", DIFFUSERS, str(side)],
         **{"cwd": folder, "check": True, "capture_output": True, "text": True},
         input="\n".join(prompts),
     )
@@ -91,6 +95,7 @@ def diffusers(prompts: list[str], folder: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--side", type=int, default=256)
     parser.add_argument("--pictures", type=int, default=100, help="of one batch")
     parser.add_argument("--sample", type=int, default=20, help="of one round of the two loops")
     parser.add_argument("--rounds", type=int, default=3)
@@ -102,10 +107,12 @@ def main() -> None:
         for way, draw in ways.items():
             prompts = PROMPTS[: options.pictures if way == "batch" else options.sample]
             with tempfile.TemporaryDirectory() as folder:
-                rates[way].append(60 * len(prompts) / draw(prompts, folder))
+                rates[way].append(60 * len(prompts) / draw(prompts, folder, options.side))
     report = {
         "machine": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
+        "threads": os.environ.get("OMP_NUM_THREADS"),
+        "side": options.side,
         "pictures": options.pictures,
         "sample": options.sample,
         "pictures_a_minute": {way: statistics.median(values) for way, values in rates.items()},

@@ -57,6 +57,18 @@ def cpu() -> list[str]:
     return rows
 
 
+def cpu_engines() -> list[str]:
+    document = measured("cpu-engines.json")
+    names = list(document["rows"][0]["seconds"])
+    rows = [f"| | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
+    for row in document["rows"]:
+        ours = row["seconds"]["sana"]
+        cells = [f"{ours:.2f} s"]
+        cells += [f"{row['seconds'][name] / ours:.2f} times as long" for name in names[1:]]
+        rows.append(f"| {row['what']}, {row['side']}² | {' | '.join(cells)} |")
+    return rows
+
+
 def startup() -> list[str]:
     facts = measured("startup.json")
     usage, picture = facts["help"], facts["picture"]
@@ -310,6 +322,7 @@ def diffusers_cases() -> list[str]:
 TABLES: dict[str, Callable[[], list[str]]] = {
     "models": models,
     "cpu": cpu,
+    "cpu-engines": cpu_engines,
     "startup": startup,
     "batch": batch,
     "decode": decode,
