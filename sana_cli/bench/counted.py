@@ -80,7 +80,7 @@ def count_step(recipe: Recipe, files: ModelFiles, capability: Capability) -> Cou
 
 
 def count_decode(recipe: Recipe, files: ModelFiles, capability: Capability) -> Count:
-    """Count a decode of SAMPLE x SAMPLE cells; of `cells_of` a recipe it is that many times more."""
+    """Count a decode of SAMPLE x SAMPLE cells. What a larger one takes is proportional to them."""
     dtype = getattr(torch, recipe.vae_dtype)
     with torch.device("meta"):
         decoder = DCAE(files.vae).decoder.requires_grad_(False)

@@ -200,6 +200,12 @@ class Forecaster:
         self.rates.put(found, *key)
         return found
 
+    def keep_rates(self, rates: dict[str, Any]) -> None:
+        """Keep the rates of `bench.phases`, unless this machine was faster before."""
+        for what, rate in {COPY: rates["bytes_per_second"], **rates["flops_per_second"]}.items():
+            if rate > (self.rate(what, measure=False) or 0.0):
+                self.rates.put(rate, *timings.machine_key(self.device), what)
+
     def count(self, recipe: Recipe, files: ModelFiles, anew: bool) -> dict[str, Count] | None:
         """Return the counts of the stages; None if some are not kept and not to be found `anew`."""
         capability = capability_of(self.device)

@@ -33,13 +33,15 @@ class Timings:
         return {"encode", "step", "decode"} <= self.stages.keys()
 
 
-@functools.cache
+_cpu = functools.cache(inventory.cpu)
+
+
 def machine_key(device: str) -> tuple[Any, ...]:
     """Return what decides how long the same work takes: versions, device and threads."""
     import torch
 
     if device == "cpu":
-        return __version__, torch.__version__, inventory.cpu()["name"], torch.get_num_threads()
+        return __version__, torch.__version__, _cpu()["name"], torch.get_num_threads()
     return __version__, torch.__version__, full_name(device)
 
 
