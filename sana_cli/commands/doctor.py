@@ -216,7 +216,7 @@ def _add_times(rows: list[Facts], console: "UiConsole") -> None:
     for row in rows:
         row["expected_time"] = None
     session = Session(offline=True, reporter=console)
-    forecaster = Forecaster.of(session)
+    forecaster = Forecaster(session.device, None, session.cache_folder(), console.detail)
     for row in rows:
         if row["fits"] in ("yes", "tight"):
             resolution = session.resolve(Settings("a fox", model=row["name"]), Inputs())
