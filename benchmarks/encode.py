@@ -40,7 +40,8 @@ def picture(side: int) -> torch.Tensor:
 
 def encoder(name: str) -> torch.nn.Module:
     from sana_cli.bench.random_weights import RandomTensors
-    from sana_cli.models.dc_ae import DCAE, DCAEConfig, Encoder
+    from sana_cli.models.configs import DCAEConfig
+    from sana_cli.models.dc_ae import DCAE, Encoder
     from sana_cli.weights.checkpoint import load_weights
     from sana_cli.weights.layout import folder_parts
     from sana_cli.weights.model_files import open_model

@@ -21,7 +21,8 @@ from networks import (
     random_latents,
     relative_error,
 )
-from sana_cli.models.dc_ae import DCAE, DCAEConfig, Decoder
+from sana_cli.models.configs import DCAEConfig
+from sana_cli.models.dc_ae import DCAE, Decoder
 from sana_cli.models.streaming.autoencoder import decode, decode_pipeline, encode
 from sana_cli.models.streaming.subpixel import fold_upsamples
 

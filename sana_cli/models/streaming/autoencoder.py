@@ -6,7 +6,8 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
-from sana_cli.models.dc_ae import DCAE, DCAEConfig, Decoder, Encoder, group_mean
+from sana_cli.models.configs import DCAEConfig
+from sana_cli.models.dc_ae import DCAE, Decoder, Encoder, group_mean
 from sana_cli.models.streaming.ops import Size, normalise, repeat
 from sana_cli.models.streaming.strip_pipeline import Decoded, StripPipeline
 from sana_cli.models.streaming.subpixel import fold_upsamples
