@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from sana_cli.errors import SanaError, UsageError
-from sana_cli.images.files import Loaded, check_upload, load, rgb
-from sana_cli.images.masks import Margins, parse_outpaint, to_mask
 from sana_cli.instruction import INSTRUCTION
 from sana_cli.recipe import Adapter, Recipe
 from sana_cli.settings import Settings
@@ -29,6 +27,8 @@ from sana_cli.weights.lora_choice import LoraChoice, parse_lora
 if TYPE_CHECKING:
     import numpy as np
 
+    from sana_cli.images.files import Loaded
+    from sana_cli.images.masks import Margins
     from sana_cli.weights.model_files import ModelFiles
 
 # Of an input image. "alpha" is its own transparency as a mask.
@@ -87,6 +87,8 @@ class Inputs(Mapping[str, "np.ndarray"]):
 
         UsageError, which names the option `name`, if it is not an image, or too large.
         """
+        from sana_cli.images.files import check_upload
+
         check_upload(data, f"--{name}")
         self._uploads[name] = data
 
@@ -114,6 +116,9 @@ class Inputs(Mapping[str, "np.ndarray"]):
         return image
 
     def _read(self, path: str, role: Role) -> "tuple[Loaded, np.ndarray, str]":
+        from sana_cli.images.files import load, rgb
+        from sana_cli.images.masks import to_mask
+
         data = self._uploads.get(path)
         if role in ("init", "control"):
             loaded = load(path, data, "--image" if role == "init" else "--control")
@@ -152,7 +157,7 @@ class Resolution:
     aspect: float | None
     image: InputImage | None = None
     mask: InputImage | None = None
-    margins: Margins | None = None
+    margins: "Margins | None" = None
     control: InputImage | None = None
     vae: Component | None = None
     controlnet: Component | None = None
@@ -317,6 +322,8 @@ def _with_control(resolution: Resolution, path: str, images: Inputs) -> Resoluti
 def _with_image(resolution: Resolution, path: str, images: Inputs) -> Resolution:
     """Add the input image, its mask and margins; they decide the size where nothing else does."""
     asked, request = resolution.settings, resolution.request
+    from sana_cli.images.masks import parse_outpaint
+
     image = images.add(path)
     margins = parse_outpaint(asked.outpaint) if asked.outpaint is not None else None
     mask = None

@@ -85,7 +85,7 @@ def count_decode(recipe: Recipe, files: ModelFiles, capability: Capability) -> C
     with torch.device("meta"):
         decoder = DCAE(files.vae).decoder.requires_grad_(False)
         fold_upsamples(decoder)
-        decoder.to(dtype, memory_format=torch.channels_last)
+        decoder.to(dtype)
         latent = torch.empty((1, files.vae.latent_channels, SAMPLE, SAMPLE), dtype=dtype)
     strips = STRIP_BYTES if capability is None else GPU_STRIP_BYTES
     found = launches(lambda: decode(decoder, latent, strip_bytes=strips), capability)

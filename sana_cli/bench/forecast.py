@@ -155,7 +155,9 @@ class Forecaster:
         first = recipes[0]
         long = len(recipes) * steps_of(first) * least_flops(first, files) > LONG
         stages = self.stages(first, files, measure or long)
-        return stages and Expected(_total(recipes, stages), None, len(recipes), False)
+        if stages is None:
+            return None
+        return Expected(_total(recipes, stages), None, len(recipes), False)
 
     def stages(self, recipe: Recipe, files: ModelFiles, measure: bool) -> dict[str, float] | None:
         """Predict the seconds of a text ("encode"), of a "step" and of a "decode".

@@ -23,7 +23,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -199,8 +199,8 @@ def launches(run: Callable[[], object], capability: tuple[int, int] | None = (8,
     counted. An operation of torch counts as one launch, although libraries may
     take several. Softmax attention, which does not run on `meta`, is missing.
     """
-    traced = nullcontext([]) if capability is None else meta_launches(capability)
-    with torch.no_grad(), traced as cases, _Operations() as operated:
+    with torch.no_grad(), ExitStack() as stack, _Operations() as operated:
+        cases = [] if capability is None else stack.enter_context(meta_launches(capability))
         run()
     calls, moved = operated.calls, operated.bytes
     for case in cases:

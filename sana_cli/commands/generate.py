@@ -391,8 +391,12 @@ def _draw(
     seconds |= {"other": max(0.0, total - sum(seconds.values())), "total": total}
     if json_output:
         rounded = {stage: round(value, 4) for stage, value in seconds.items()}
-        document = {"images": rows, "seconds": rounded, "peak_bytes": peaks}
-        document["expected_time"] = expected and expected.as_dict()
+        document = {
+            "images": rows,
+            "seconds": rounded,
+            "peak_bytes": peaks,
+            "expected_time": expected and expected.as_dict(),
+        }
         sys.stdout.write(json.dumps(document) + "\n")
     console.detail(", ".join(f"{stage} {value:.2f} s" for stage, value in seconds.items()))
     if failures:  # the others are drawn and saved

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sana_cli.bench import forecast
-from sana_cli.bench.counted import Count, count_decode, count_step
+from sana_cli.bench.counted import count_decode, count_step
 from sana_cli.bench.forecast import EFFICIENCY, Forecaster
 from sana_cli.bench.roofline import decoding, denoising
 from sana_cli.pipeline import timings
@@ -25,21 +25,6 @@ def image(model: str = "sana-0.6b-512", **settings) -> tuple[Recipe, ModelFiles]
     found = find_parts(resolution.model)
     files = open_model(found) if found else released_model(resolution.model)
     return resolution.recipe(files, "cpu", 1), files
-
-
-@pytest.fixture
-def machine(monkeypatch) -> list[str]:
-    """A machine of round rates, networks of round counts, and what was measured and counted."""
-    asked: list[str] = []
-
-    def given(name, value):
-        monkeypatch.setattr(forecast, name, lambda *what: asked.append(name) or value)
-
-    given("bandwidth", 1e10)
-    given("matrix_rate", 1e11)
-    given("count_step", Count(2e11, 1e9, 100))
-    given("count_decode", Count(1e12, 2e9, 50))
-    return asked
 
 
 def forecaster(cache, told=None) -> Forecaster:
