@@ -57,9 +57,9 @@ class Efficiency(NamedTuple):
 
 
 EFFICIENCY = {
-    # Fitted to CPU seconds on one thread of an x86-64 machine with AVX-512 in float32, 245 GFLOP/s
-    # and 38 GB/s. Predicted to measured: 20 steps of `demo` at 256² 1.1, at 512² 1.1; decodes 0.6
-    # and 0.7; a step of the 0.6B at 512² 1.0, its decode 1.1, its text 1.0.
+    # Fitted on one thread of an x86-64 machine with AVX-512, 250 GFLOP/s in float32 and 38 GB/s.
+    # Predicted to measured seconds there, when idle: 20 steps of `demo` at 256² 0.8, at 512² 1.3,
+    # decodes 1.1 and 0.9; of the 0.6B at 512² a text 1.0, steps 1.1, a decode 1.1.
     "cpu": Efficiency(0.85, 0.5, 2.0, 40e-6),
     # Not measured yet. Products take as long as cuBLAS's usually do. They hide most bytes: of the
     # 5.4 GB of a step of the 0.6B at 1024², 2.1 are not read or written by a product. A launch from
