@@ -83,7 +83,6 @@ def test_words_that_the_model_does_not_know_are_named_once(sana, here):
     assert 'demo was not trained on "dragon", "wombat"' in line
 
 
-
 def test_rows_at_fault_are_all_told_before_anything_is_drawn(sana, here):
     Path("jobs.csv").write_text("prompt,steps,model\na fox,0,\nan owl,x,\nan elk,2,dmeo\na,1,\n")
     run = sana("batch", "jobs.csv", "-m", "demo")

@@ -213,10 +213,10 @@ def test_a_limit_is_kept_and_the_picture_is_the_same(folders):
 
 
 @pytest.mark.exhaustive
-def test_a_limit_below_every_plan_is_refused_with_what_fits(process):
+def test_a_limit_below_every_plan_is_refused_with_what_fits(new_interpreter):
     """In a process of its own: what the interpreter holds counts against the limit."""
     words = ("--dtype", "bfloat16", "--dry-run", "--memory", "3GB")
-    run = process("generate", "a fox", "-r", "4096", *words)
+    run = new_interpreter("generate", "a fox", "-r", "4096", *words)
     assert (run.returncode, run.stdout) == (4, b"")
     error, hint = run.stderr.decode().splitlines()[-2:]
     assert error.startswith("error: to encode 4096x4096 takes 4.")
