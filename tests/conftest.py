@@ -40,6 +40,7 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 settings.register_profile("exhaustive", settings.get_profile("default"), max_examples=100)
+settings.register_profile("fuzz", settings.get_profile("default"), max_examples=7000)
 
 
 def is_exhaustive(config: pytest.Config) -> bool:
@@ -52,7 +53,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # Without a GPU Triton interprets its kernels: it decides so as it is first imported.
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"
-    settings.load_profile("exhaustive" if is_exhaustive(config) else "default")
+    chosen = config.getoption("--hypothesis-profile")
+    settings.load_profile(chosen or ("exhaustive" if is_exhaustive(config) else "default"))
 
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist, whose default is one worker for a core
@@ -80,13 +82,14 @@ def cache(tmp_path_factory, monkeypatch) -> Path:
 
 @pytest.fixture
 def no_hang():
-    """Fail a test that hangs: it takes well under a second otherwise.
+    """Fail a test that hangs: it takes well under a second otherwise. Gives a function by which a
+    test with many parts begins to count anew.
 
     pytest's failure is a BaseException: nothing in the command can take it for its own.
     """
     longest = 30  # seconds
     if not hasattr(signal, "SIGALRM"):  # Windows
-        yield
+        yield lambda: None
         return
 
     def stop(signum, frame):
@@ -94,7 +97,7 @@ def no_hang():
 
     before = signal.signal(signal.SIGALRM, stop)
     signal.alarm(longest)
-    yield
+    yield lambda: signal.alarm(longest)
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)
 

@@ -22,6 +22,7 @@ from sana_cli.settings import FileOptions
 from sana_cli.system.signals import StopRequest
 from sana_cli.units import counted
 from sana_cli.weights.catalogue import Component, Model
+from sana_cli.weights.vocabulary import unknown_words, unknown_words_warning
 
 if TYPE_CHECKING:
     from sana_cli.batch.engine import Engine, OpenEngine, RunEvent, Work
@@ -119,6 +120,7 @@ class Batch:
         self.files: dict[tuple[Model, Component | None, Component | None], ModelFiles] = {}
         self.manifest: Manifest | None = None  # set at the first round without a fault
         self.warned: set[str] = set()
+        self.unknown: set[str] = set()  # words that the user was warned of
         self.todo = self.drawn = self.there = self.failed_before = self.failed = 0
         self.bad_rows = 0
         self.started = time.perf_counter()
@@ -194,6 +196,7 @@ class Batch:
         yield from self._report_faults(faults, len(rows))
         if self.manifest is None and jobs:
             check_quality(self.options.quality, {job.format for job in jobs})
+        texts: dict[Model, list[str]] = {}
         for spec in specs:
             resolution = spec.resolution
             key = resolution.model, resolution.vae, resolution.controlnet
@@ -201,6 +204,10 @@ class Batch:
                 chosen = self.files[key], device, self.session.memory
                 for text in resolution.all_warnings(*chosen):
                     self._warn_once(text)
+                settings = resolution.settings
+                texts.setdefault(resolution.model, []).extend((settings.prompt, settings.negative))
+        for (model, *_), files in self.files.items():
+            self._warn_of_unknown_words(model, texts.pop(model, []), files)
         return [job for job in jobs if self.shard is None or self.shard.holds(job.id)]
 
     def _rehearse(self, specs: list[JobSpec], rows: int) -> "Iterator[BatchEvent]":
@@ -342,6 +349,15 @@ class Batch:
     def _failed_enough(self) -> bool:
         failed, most = self.failed + self.bad_rows, self.policy.max_failures
         return most is not None and failed >= most
+
+    def _warn_of_unknown_words(self, model: Model, texts: list[str], files: "ModelFiles") -> None:
+        """Warn of the words of some texts that a model was not trained on, of each once."""
+        if not texts or files is None:  # of a server's model, the server's machine has the files
+            return
+        fresh = [word for word in unknown_words(texts, files.parts) if word not in self.unknown]
+        if fresh:
+            self.unknown.update(fresh)
+            self.session.reporter.warn(unknown_words_warning(model.name, fresh))
 
     def _warn_once(self, text: str) -> None:
         if text not in self.warned:
