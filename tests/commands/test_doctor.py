@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sana_cli.commands.doctor import _has_token
 from sana_cli.system.inventory import image_protocol
 from sana_cli.weights.catalogue import known_models
 from sana_cli.weights.layout import CONFIGS
@@ -108,6 +109,16 @@ def test_switches_are_shown_and_secrets_are_not(examine, tmp_path):
     assert "secret" not in json.dumps(facts)
 
 
+@pytest.mark.parametrize(("text", "is_there"), [("hf_secret\n", True), (" \n", False)])
+def test_a_stored_token_is_told_without_asking_the_hub(monkeypatch, tmp_path, text, is_there):
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    file = tmp_path / "token"
+    assert not _has_token(file)
+    file.write_text(text)
+    assert _has_token(file) == is_there
+
+
 def test_a_model_that_was_fetched_is_found_and_recommended(examine, tmp_path):
     """Its files are as small as they come: what is looked at are names and the hub's sizes."""
     model = known_models()["sana-0.6b-512"]
@@ -178,7 +189,7 @@ def test_it_imports_torch_and_nothing_else_that_is_heavy(examine, tmp_path):
     code = """
 import atexit, sys
 def show():
-    heavy = "torch transformers diffusers bitsandbytes triton tokenizers PIL scipy torch._dynamo"
+    heavy = "torch transformers diffusers bitsandbytes triton tokenizers PIL scipy httpx2"
     print("imported:", *(name for name in heavy.split() if name in sys.modules), file=sys.stderr)
 atexit.register(show)
 """

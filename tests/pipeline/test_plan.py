@@ -17,6 +17,7 @@ from sana_cli.errors import NotEnoughMemory
 from sana_cli.pipeline.draw import Drawing, draw
 from sana_cli.pipeline.events import Event, Failure, ImageDone, Notice, Progress
 from sana_cli.pipeline.networks import Networks
+from sana_cli.pipeline.peaks import PeakCache
 from sana_cli.pipeline.plan import (
     CONTEXT_BYTES,
     Plan,
@@ -127,8 +128,8 @@ def test_the_prediction_of_a_lean_plan_too(folders, lean):
     plan = Plan("cpu", strip_bytes=1 << 18, **lean)
     plain = make_plan([one], files, "cpu", predict=True).peaks
     found = measured(one, files, plan)
-    assert _denoise_peak(plan, one, files) == pytest.approx(found["denoise"], rel=0.1)
-    assert _decode_peak(plan, one, files) == pytest.approx(found["decode"], rel=0.1)
+    assert _denoise_peak(PeakCache(), plan, one, files) == pytest.approx(found["denoise"], rel=0.1)
+    assert _decode_peak(PeakCache(), plan, one, files) == pytest.approx(found["decode"], rel=0.1)
     assert found["denoise"] < plain["denoise"]
     assert found["decode"] < plain["decode"]
 
