@@ -12,7 +12,15 @@ from sana_cli.errors import SanaError, UsageError
 from sana_cli.instruction import INSTRUCTION
 from sana_cli.recipe import Adapter, Recipe
 from sana_cli.settings import Settings
-from sana_cli.shapes import Canvas, SizeRequest, choose_canvas, parse_aspect, parse_resolution
+from sana_cli.shapes import (
+    Canvas,
+    Margins,
+    SizeRequest,
+    choose_canvas,
+    parse_aspect,
+    parse_outpaint,
+    parse_resolution,
+)
 from sana_cli.weights.catalogue import (
     Component,
     Model,
@@ -28,7 +36,6 @@ if TYPE_CHECKING:
     import numpy as np
 
     from sana_cli.images.files import Loaded
-    from sana_cli.images.masks import Margins
     from sana_cli.weights.model_files import ModelFiles
 
 # Of an input image. "alpha" is its own transparency as a mask.
@@ -157,7 +164,7 @@ class Resolution:
     aspect: float | None
     image: InputImage | None = None
     mask: InputImage | None = None
-    margins: "Margins | None" = None
+    margins: Margins | None = None
     control: InputImage | None = None
     vae: Component | None = None
     controlnet: Component | None = None
@@ -322,8 +329,6 @@ def _with_control(resolution: Resolution, path: str, images: Inputs) -> Resoluti
 def _with_image(resolution: Resolution, path: str, images: Inputs) -> Resolution:
     """Add the input image, its mask and margins; they decide the size where nothing else does."""
     asked, request = resolution.settings, resolution.request
-    from sana_cli.images.masks import parse_outpaint
-
     image = images.add(path)
     margins = parse_outpaint(asked.outpaint) if asked.outpaint is not None else None
     mask = None

@@ -6,14 +6,7 @@ operand counts as read once and every result as written once.
 
 from dataclasses import dataclass, replace
 
-import torch
-
-from sana_cli.bench.roofline import launches
-from sana_cli.models.dc_ae import DCAE
-from sana_cli.models.dit import DiT
-from sana_cli.models.fused_dit import FusedDiT, TimeModulation
-from sana_cli.models.streaming.autoencoder import STRIP_BYTES, decode
-from sana_cli.models.streaming.subpixel import fold_upsamples
+from sana_cli.models.streaming import STRIP_BYTES
 from sana_cli.pipeline.plan import GPU_STRIP_BYTES, is_guided
 from sana_cli.recipe import Recipe
 from sana_cli.weights.model_files import ModelFiles
@@ -45,12 +38,18 @@ def count_text(recipe: Recipe, files: ModelFiles) -> Count:
     """Count the prompt with its instruction, of which nothing is in the cache."""
     tokens = PROMPT_TOKENS + len(recipe.instruction) / CHARACTERS
     weights = files.text.linear_weights
-    size = 1 if recipe.text_dtype == "int8" else getattr(torch, recipe.text_dtype).itemsize
+    size = {"float32": 4, "int8": 1}.get(recipe.text_dtype, 2)
     return Count(2 * weights * tokens, weights * size, 0)
 
 
 def count_step(recipe: Recipe, files: ModelFiles, capability: Capability) -> Count:
     """Count a step of one image: from one block and from two, as blocks are all alike."""
+    import torch
+
+    from sana_cli.bench.roofline import launches
+    from sana_cli.models.dit import DiT
+    from sana_cli.models.fused_dit import FusedDiT, TimeModulation
+
     dtype = getattr(torch, recipe.dit_dtype)
     height, width = (
         side // files.vae.compression for side in (recipe.native_height, recipe.native_width)
@@ -81,6 +80,13 @@ def count_step(recipe: Recipe, files: ModelFiles, capability: Capability) -> Cou
 
 def count_decode(recipe: Recipe, files: ModelFiles, capability: Capability) -> Count:
     """Count a decode of SAMPLE x SAMPLE cells. What a larger one takes is proportional to them."""
+    import torch
+
+    from sana_cli.bench.roofline import launches
+    from sana_cli.models.dc_ae import DCAE
+    from sana_cli.models.streaming.autoencoder import decode
+    from sana_cli.models.streaming.subpixel import fold_upsamples
+
     dtype = getattr(torch, recipe.vae_dtype)
     with torch.device("meta"):
         decoder = DCAE(files.vae).decoder.requires_grad_(False)

@@ -17,8 +17,6 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from sana_cli import __version__
 from sana_cli.bench.counted import (
     SAMPLE,
@@ -29,10 +27,7 @@ from sana_cli.bench.counted import (
     count_step,
     count_text,
 )
-from sana_cli.bench.roofline import bandwidth, matrix_rate
-from sana_cli.kernels.dispatch import fallback_reason
 from sana_cli.pipeline import timings
-from sana_cli.pipeline.solver import first_step
 from sana_cli.recipe import Recipe
 from sana_cli.session import Session
 from sana_cli.system.json_cache import JsonCache
@@ -164,7 +159,7 @@ class Forecaster:
 
         None if they are not predicted, or if something is not kept and not to be measured.
         """
-        efficiency = EFFICIENCY.get(torch.device(self.device).type)
+        efficiency = EFFICIENCY.get(self.device.split(":")[0])
         uncounted = recipe.quant, recipe.control, recipe.image, recipe.pag
         if efficiency is None or any(one is not None for one in uncounted):
             return None
@@ -193,6 +188,10 @@ class Forecaster:
             return found
         if not measure:
             return None
+        import torch
+
+        from sana_cli.bench.roofline import bandwidth, matrix_rate
+
         if what == COPY:
             self.tell("measuring how fast this machine copies")
             found = bandwidth(self.device)
@@ -247,6 +246,10 @@ def seconds(
 
 def steps_of(recipe: Recipe) -> int:
     """Return the number of steps that run, which is less than that of the schedule for an image."""
+    if recipe.strength is None:
+        return recipe.steps
+    from sana_cli.pipeline.solver import first_step  # imports torch
+
     return recipe.steps - first_step(recipe.steps, recipe.strength)
 
 
@@ -257,6 +260,12 @@ def least_flops(recipe: Recipe, files: ModelFiles) -> float:
 
 def capability_of(device: str) -> Capability:
     """Return the compute capability of a GPU on which the kernels run; else None."""
+    if not device.startswith("cuda"):
+        return None
+    import torch
+
+    from sana_cli.kernels.dispatch import fallback_reason
+
     if fallback_reason(torch.device(device)) is not None:
         return None
     return torch.cuda.get_device_capability(device)

@@ -40,7 +40,7 @@ import torch
 
 from sana_cli import __version__
 from sana_cli.bench.roofline import Work, bandwidth, decoding, denoising, matrix_rate
-from sana_cli.images.files import encode, write
+from sana_cli.images.files import encode
 from sana_cli.kernels.dispatch import fallback_reason
 from sana_cli.pipeline.events import Event, Failure, ImageDone, Notice, Progress
 from sana_cli.pipeline.plan import Plan
@@ -48,6 +48,7 @@ from sana_cli.recipe import Recipe
 from sana_cli.session import DrawRequest, Session
 from sana_cli.system import inventory
 from sana_cli.system.devices import release_unused_memory
+from sana_cli.system.disk import save
 from sana_cli.weights.model_files import ModelFiles
 
 SCHEMA = 1
@@ -167,7 +168,7 @@ def measure(
                 began = perf_counter()
                 metadata = session.metadata(request.recipes[index])
                 data = encode(pixels, "png", None, metadata)
-                write(folder / f"{index}.png", data, force=True)
+                save(folder / f"{index}.png", data, force=True)
                 took("save", perf_counter() - began)
                 run.images.append(pixels)
             case Failure(_, error):

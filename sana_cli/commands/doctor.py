@@ -153,8 +153,7 @@ def _checks(tell: Callable[[str], None]) -> list[Facts]:
 
 
 def _hub() -> Facts:
-    from huggingface_hub import get_token
-    from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.constants import HF_HUB_CACHE, HF_TOKEN_PATH
 
     from sana_cli.system import inventory
     from sana_cli.weights.fetch import no_network
@@ -169,10 +168,16 @@ def _hub() -> Facts:
         "symlinks": inventory.makes_symlinks(cache),
         "offline": no_network(),
         "endpoint": _without_login(os.environ.get("HF_ENDPOINT")),
-        "token": get_token() is not None,
+        "token": _has_token(Path(HF_TOKEN_PATH)),
         "variables": {name: os.environ[name] for name in HUB_VARIABLES if name in os.environ},
         "lock": str(lock_path()),
     }
+
+
+def _has_token(file: Path) -> bool:
+    """Whether a token is given or stored. The hub's own client may renew it over the network."""
+    given = (os.environ.get(name, "").strip() for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"))
+    return any(given) or (file.is_file() and bool(file.read_text(encoding="utf-8").strip()))
 
 
 def _without_login(address: str | None) -> str | None:

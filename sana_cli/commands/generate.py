@@ -452,17 +452,16 @@ def _save(
     written: set[Path],
 ) -> Path | None:
     """Write an image to its file, or to stdout; its path."""
-    from sana_cli.images.files import encode, write
+    from sana_cli.system.disk import save
     from sana_cli.ui import write_stdout
 
-    metadata = session.metadata(recipe) if files.metadata == "full" else None
-    data = encode(image.pixels, target.format, files.quality, metadata)
+    data = session.encode(image, recipe, target.format, files)
     if target.to_stdout:
         write_stdout(data)
         return None
     path = target.path(recipe, image.index + 1)
     # --force replaces what was there before, never another image of this run.
-    path = write(path, data, files.force and path not in written)
+    path = save(path, data, files.force and path not in written)
     written.add(path)
     return path
 

@@ -19,15 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from sana_cli.errors import BadImage, NotEnoughMemory, UsageError
-from sana_cli.images.masks import (
-    cells,
-    fit,
-    on_canvas,
-    on_result,
-    outpainted,
-    parse_outpaint,
-    paste,
-)
+from sana_cli.images.masks import cells, fit, on_canvas, on_result, outpainted, paste
 from sana_cli.instruction import normalise_prompt
 from sana_cli.kernels import selfcheck
 from sana_cli.kernels.dispatch import fallback_reason
@@ -47,6 +39,7 @@ from sana_cli.pipeline.plan import Plan, is_guided
 from sana_cli.pipeline.solver import SOLVERS, Repaint, advance, first_step
 from sana_cli.pipeline.text_cache import TextCache
 from sana_cli.recipe import Recipe, adapters_of
+from sana_cli.shapes import parse_outpaint
 from sana_cli.system.devices import (
     cap_memory,
     is_out_of_memory,

@@ -3,11 +3,10 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from sana_cli.errors import SanaError
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
 
@@ -33,7 +32,7 @@ class Preview:
     index: int
     step: int
     steps: int
-    pixels: np.ndarray
+    pixels: "np.ndarray"
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ class ImageDone:
     """uint8 RGB (height, width, 3) of the recipe at `index`."""
 
     index: int
-    pixels: np.ndarray
+    pixels: "np.ndarray"
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """How long the stages of an image took on this machine, kept from one run to the next."""
 
-import functools
 import math
+import os
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +11,7 @@ from sana_cli import __version__
 from sana_cli.pipeline.events import Event, Failure, Progress
 from sana_cli.recipe import Recipe
 from sana_cli.system import inventory
-from sana_cli.system.devices import full_name
+from sana_cli.system.devices import full_name, torch_version
 from sana_cli.system.json_cache import JsonCache
 
 FILE = "timings.json"  # in the cache folder
@@ -33,16 +33,13 @@ class Timings:
         return {"encode", "step", "decode"} <= self.stages.keys()
 
 
-_cpu = functools.cache(inventory.cpu)
-
-
 def machine_key(device: str) -> tuple[Any, ...]:
     """Return what decides how long the same work takes: versions, device and threads."""
-    import torch
-
-    if device == "cpu":
-        return __version__, torch.__version__, _cpu()["name"], torch.get_num_threads()
-    return __version__, torch.__version__, full_name(device)
+    versions = __version__, torch_version().__version__
+    if device != "cpu":
+        return *versions, full_name(device)
+    cores, threads = inventory.cores(), os.environ.get("OMP_NUM_THREADS")
+    return *versions, inventory.cpu_name(), cores, threads
 
 
 def kind_of(recipe: Recipe) -> tuple[Any, ...]:

@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -27,9 +26,8 @@ PHASES = ["load", "encode", "denoise", "decode", "save", "total"]
 
 
 @pytest.fixture(scope="module")
-def command():
+def command(program):
     """Run `sana` in a process of its own; gives what it wrote to stdout and to stderr."""
-    program = str(Path(sys.executable).with_name("sana"))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "80"}
 
     def run(*words: str) -> tuple[str, str]:
