@@ -297,28 +297,34 @@ class Session:
 
         The plan is made now if there is none. `previews` are asked for of each image.
 
-        The turn of this thread ends with the last event, or when the generator is closed.
-        SanaError if this thread is drawing already, as a callback that draws would be.
+        The turn of this thread ends with the last event, or when the generator is closed. How long
+        a run took is kept with its end. SanaError if this thread is drawing already, as a callback
+        that draws would be.
         """
         from sana_cli.pipeline.draw import draw
+        from sana_cli.pipeline.timings import Stopwatch
 
         with self.exclusive():
             if self._is_drawing:
                 raise SanaError("this session is already drawing in this thread")
             self._is_drawing = True
+            watch, folder = Stopwatch(), self.cache_folder()
             try:
-                yield from draw(
+                for event in draw(
                     request.recipes,
                     request.files,
                     plan or self.plan(request),
                     networks=self.networks,
                     images=request.inputs,
                     loras=request.inputs.loras,
-                    cache=self.cache_folder(),
+                    cache=folder,
                     previews=previews,
                     latents=request.latents,
                     decoded=request.decoded,
-                )
+                ):
+                    watch.see(event)
+                    yield event
+                watch.keep(request.recipes, self.device, self.memory, folder)
             finally:
                 self._is_drawing = False
 

@@ -81,6 +81,24 @@ def cache(tmp_path_factory, monkeypatch) -> Path:
 
 
 @pytest.fixture
+def machine(monkeypatch) -> list[str]:
+    """A machine of round rates and networks of round counts; lists what was measured or counted."""
+    from sana_cli.bench import forecast, roofline
+    from sana_cli.bench.counted import Count
+
+    asked: list[str] = []
+
+    def given(module, name, value):
+        monkeypatch.setattr(module, name, lambda *what: asked.append(name) or value)
+
+    given(roofline, "bandwidth", 1e10)
+    given(roofline, "matrix_rate", 1e11)
+    given(forecast, "count_step", Count(2e11, 1e9, 100))
+    given(forecast, "count_decode", Count(1e12, 2e9, 50))
+    return asked
+
+
+@pytest.fixture
 def no_hang():
     """Fail a test that hangs: it takes well under a second otherwise. Gives a function by which a
     test with many parts begins to count anew.

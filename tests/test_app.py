@@ -29,12 +29,12 @@ ORDER = """
     ui
     batch:    run on_ray processes this_process recorder worker engine placement jobs rows templates
               manifest disk_store object_store store lines shards events
-    bench:    run baseline competitor phases roofline random_weights
+    bench:    run baseline competitor phases forecast counted roofline random_weights
     sheet
     remote session
     replay resolve
     pipeline: draw guidance oom_retry plan peaks text_encoder weight_cache text_cache networks
-              solver events
+              solver timings events
     images:   contact_sheet names masks files metadata other_tools a1111 claims formats
     weights:  fetch lora download model_files single_file hub_cache checkpoint original_names
               lora_choice catalogue vocabulary config_files headers layout tensor_cache
@@ -43,7 +43,7 @@ ORDER = """
               architectures streaming.ops cuda_graph dit gemma dc_ae
               configs
     kernels
-    system:   devices memory inventory signals folders disk
+    system:   devices memory inventory signals folders json_cache disk
     shapes recipe settings instruction decoding units reporter errors
 """
 

@@ -263,7 +263,7 @@ class Drawing:
         found = 0
         for i, (instruction, text) in enumerate(wanted):
             began = time.perf_counter()
-            prompt = normalise_prompt(text), instruction
+            prompt, ran = (normalise_prompt(text), instruction), ""
             states = cache.states(*prompt) if cache else None
             if states is not None:
                 found += 1
@@ -274,10 +274,11 @@ class Drawing:
                     yield Progress("load", 1, 1, seconds, network="text_encoder")
                     began = time.perf_counter()
                 states = yield from retry.attempt(partial(self.states_of, prompt, cache))
+                ran = "text_encoder"
                 if cache:
                     cache.keep_states(states, *prompt)
             self.text_states[instruction, text] = states
-            yield self.done("encode", i + 1, len(wanted), began)
+            yield self.done("encode", i + 1, len(wanted), began, ran)
         if cache:
             yield Notice(f"text cache: {found} of {len(wanted)} texts found")
             for fault in cache.faults():
@@ -526,16 +527,18 @@ class Drawing:
             return lambda: None
         return torch.cuda.current_stream(self.plan.device).record_event().synchronize
 
-    def done(self, stage: str, done: int, total: int, began: float) -> Progress:
+    def done(self, stage: str, done: int, total: int, began: float, network: str = "") -> Progress:
         """Report work as done, after waiting for the device to have done it."""
         device = self.plan.device
         if device.startswith("cuda"):
             torch.cuda.synchronize(device)
-        return self.progress(stage, done, total, began)
+        return self.progress(stage, done, total, began, network)
 
-    def progress(self, stage: str, done: int, total: int, began: float) -> Progress:
+    def progress(
+        self, stage: str, done: int, total: int, began: float, network: str = ""
+    ) -> Progress:
         peak = peak_bytes(self.plan.device) if done == total else 0
-        return Progress(stage, done, total, time.perf_counter() - began, peak)
+        return Progress(stage, done, total, time.perf_counter() - began, peak, network)
 
 
 def start_of(recipe: Recipe) -> Recipe:

@@ -19,7 +19,7 @@ class Progress:
     total: int
     seconds: float
     peak_bytes: int = 0  # when the stage's last unit is done: the most memory held so far
-    network: str = ""  # of "load": what was loaded
+    network: str = ""  # what was loaded; of "encode", what ran, "" for a text that was in the cache
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from batches import ANY_SIZE, DEMO, PROMPTS, SANA, events
 from terminal import at_terminal
 
 SCHEMAS = {
-    "plan": "jobs done failed todo folder shard device models",
+    "plan": "jobs done failed todo folder shard device expected_time models",
     "image": "id row path seed width height model sha256 bytes seconds peak_bytes recipe",
     "error": "id row column message hint exit_code",
     "sheet": "path images",

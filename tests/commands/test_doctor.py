@@ -16,8 +16,17 @@ from sana_cli.weights.catalogue import known_models
 from sana_cli.weights.layout import CONFIGS
 
 
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """One for all tests here, as the first call measures this machine."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SANA_CACHE_DIR", str(folder))
+        yield folder
+
+
 @pytest.fixture(scope="module")
-def examine(program):
+def examine(cache, program):
     """Run `sana doctor --json` with environment variables, in a new interpreter after `code`."""
 
     def run(*words: str, code: str = "", **variables: str) -> tuple[dict, str]:
@@ -70,11 +79,12 @@ def test_it_tells_where_weights_lie_without_making_the_folder(facts):
     assert (hub["offline"], hub["endpoint"], hub["token"]) == (False, None, False)
 
 
-def test_it_tells_what_is_kept_of_texts(examine, tmp_path):
-    (tmp_path / "text").mkdir()
-    (tmp_path / "text" / "a.safetensors").write_bytes(bytes(1234))
-    facts, _ = examine(HF_HOME=str(tmp_path / "hf"), SANA_CACHE_DIR=str(tmp_path))
-    assert facts["text_cache"] == {"folder": str(tmp_path), "used_bytes": 1234}
+def test_it_tells_what_is_kept_of_texts(examine, tmp_path, cache):
+    (cache / "text").mkdir()
+    (cache / "text" / "a.safetensors").write_bytes(bytes(1234))
+    size = sum(path.stat().st_size for path in cache.rglob("*") if path.is_file())
+    facts, _ = examine(HF_HOME=str(tmp_path / "hf"))
+    assert facts["text_cache"] == {"folder": str(cache), "used_bytes": size}
 
 
 def test_it_lists_every_model_and_finds_the_bundled_one(facts):
@@ -93,6 +103,13 @@ def test_the_command_it_recommends_can_be_run(facts, program, tmp_path):
     environment = os.environ | {"PATH": path}
     done = subprocess.run(["sh", "-ec", line], capture_output=True, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+def test_it_predicts_how_long_an_image_of_each_model_that_fits_takes(facts):
+    for row in facts["models"]:
+        found = row["expected_time"]
+        assert (found is None) == (row["fits"] == "no")
+        assert found is None or (found["seconds"] > 0 and not found["measured"])
 
 
 def test_switches_are_shown_and_secrets_are_not(examine, tmp_path):

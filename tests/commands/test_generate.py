@@ -49,7 +49,7 @@ def test_json_is_one_document_with_everything_a_script_needs(sana, tiny_model, t
     call = ("generate", "a fox", "an owl", "-m", str(tiny_model), "-s", "3,5", "--json", *FAST)
     run = sana(*call, "-o", f"{tmp_path}/")
     document = json.loads(run.out)
-    assert list(document) == ["images", "seconds", "peak_bytes"]
+    assert list(document) == ["images", "seconds", "peak_bytes", "expected_time"]
     assert [(i["seed"], Path(i["path"]).name) for i in document["images"]] == [
         (3, "a-fox-3.png"),
         (5, "a-fox-5.png"),
