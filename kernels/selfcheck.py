@@ -37,7 +37,7 @@ from sana_cli.system.folders import cache_folder
 OPERATIONS = (
     *("modulate", "project_qkv", "attend_tokens", "gated_residual_linear_", "linear_silu"),
     *("depthwise_glu", "rms_norm", "kv_state", "aggregate", "conv_to_rgb"),
-    *("conv_silu", "conv_norm_add"),
+    *("conv_silu", "conv_norm_add", "attend_text"),
 )
 # Those of 8-bit rows, which are checked apart: few images need them.
 OPERATIONS8 = (
