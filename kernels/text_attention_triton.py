@@ -7,7 +7,6 @@ tokens. Keys are read in blocks and the softmax is kept up to date (arXiv 2205.1
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
-import itertools
 import math
 from collections.abc import Iterator
 from functools import partial
@@ -18,8 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from sana_cli.kernels import text_attention
-from sana_cli.kernels.cases import SIDES, WIDTHS, Case, like
-from sana_cli.kernels.launch import launch, precision, trace_launches
+from sana_cli.kernels.cases import TOKENS, WIDTHS, Case, like
+from sana_cli.kernels.launch import capability, launch, precision, trace_launches
 from sana_cli.kernels.projection_triton import (
     GROUP,
     RESIDUAL_WIDEST,
@@ -32,7 +31,6 @@ from sana_cli.kernels.projection_triton import (
 from sana_cli.kernels.selfcheck import Check, Draw
 
 MOST_BLOCKS = 64  # of columns of the projection: 4096 channels in the narrowest tiles
-KEYS = 32  # that a program reads at once
 HEADS = {"0.6B": 16, "1.6B": 20}  # of the models whose queries have a norm
 
 
@@ -47,10 +45,11 @@ def attend_text(
     mask: Tensor | None,
     blocks: Blocks | None = None,
 ) -> Tensor:
-    """`blocks` are those of the size of the queries unless given."""
+    """`blocks` are chosen for the size of the queries unless given."""
+    if blocks is None:
+        blocks = choose_blocks("attend_text", x, weight, RESIDUAL_WIDEST)
     x, width = x.contiguous(), len(weight)
     m, heads, length = x.numel() // x.shape[-1], *keys.shape[:2]
-    blocks = blocks or choose_blocks(x, m, width, RESIDUAL_WIDEST)
     across = triton.cdiv(width, blocks.n)
     assert across <= MOST_BLOCKS
     q = x.new_empty(*x.shape[:-1], width)
@@ -70,22 +69,21 @@ def attend_text(
     )
     # The heads of a token lie side by side, as they leave the projections of the text.
     keys, values = (t.transpose(0, 1).contiguous() for t in (keys, values))
-    out, rows = torch.empty_like(q), 16 if x.dtype == torch.float32 else 64
-    head = width // heads
+    out, head = torch.empty_like(q), width // heads
+    block = 16 if x.dtype == torch.float32 else 32  # tokens of a program, and keys at once
     launch(
         attend_text_kernel,
-        (triton.cdiv(m, rows), heads),
+        (triton.cdiv(m, block), heads),
         *(q, squares, norm.contiguous(), keys, values),
         *(None if mask is None else mask.contiguous(), out),
         *(m, width, across, length, eps, head**-0.5),
         HEAD=head,
         CHANNELS=triton.next_power_of_2(head),
-        BLOCK_M=rows,
-        KEYS=KEYS,
+        BLOCK_M=block,
+        KEYS=block,
         BLOCKS=MOST_BLOCKS,
         PRECISION=precision(),
         num_warps=4,
-        num_stages=2,
     )
     return out
 
@@ -164,15 +162,16 @@ def attend_text_kernel(
 
 
 def cases(target: tuple[int, int]) -> Iterator[Case]:
-    for (model, heads), batch in itertools.product(HEADS.items(), (1, 2)):
+    for model, heads in HEADS.items():
         d = WIDTHS[model]
-        for side, length in itertools.product(SIDES[model], (30, 304)):
-            x, weight, vector = like(batch, (side // 32) ** 2, d), like(d, d), like(d)
-            text = like(length, heads, d // heads).transpose(0, 1)
-            for mask in (None, like(1, length)):
-                inputs = x, weight, vector, vector, 1e-5, text, text, mask
-                label = f"{model} {batch}x{side}² {length}"
-                yield from trace_launches(label, target, attend_text, *inputs)
+        x, weight, vector = like(1, TOKENS, d), like(d, d), like(d)
+        for blocks in block_shapes(x.dtype, target, RESIDUAL_WIDEST):
+            for length in (30, 304):
+                text = like(length, heads, d // heads).transpose(0, 1)
+                for mask in (None, like(1, length)):
+                    inputs = x, weight, vector, vector, 1e-5, text, text, mask, blocks
+                    label = f"{model} {blocks.m}x{blocks.n} {length}"
+                    yield from trace_launches(label, target, attend_text, *inputs)
 
 
 def checks(draw: Draw) -> Iterator[Check]:
@@ -183,7 +182,7 @@ def checks(draw: Draw) -> Iterator[Check]:
         keys, values = (draw(length, heads, head).transpose(0, 1) for _ in range(2))
         mask = draw(1, length)
         mask[:, length // 2 :] = -math.inf
-        for blocks in block_shapes(x, RESIDUAL_WIDEST):
+        for blocks in block_shapes(x.dtype, capability(x.device), RESIDUAL_WIDEST):
             fused = partial(attend_text, blocks=blocks)
             for bias in (None, mask):
                 inputs = x, weight, draw(d), draw(d), 1e-5, keys, values, bias

@@ -91,10 +91,11 @@ class TextAttention(nn.Module):
             weights = scores.softmax(-1).flatten(-2)
             gated_residual_linear_(x, weights, text.results, self.to_out.bias, None)
             return
-        rest = text.keys, text.values, text.bias if text.bias.numel() else None
+        bias = text.bias if text.bias.numel() else None
         to_q = self.to_q.weight, cast(Tensor, self.to_q.bias)
         if self.qk_norm:
-            y = attend_text(x, *to_q, self.norm_q.weight, self.norm_q.eps, *rest)
+            norm = self.norm_q
+            y = attend_text(x, *to_q, norm.weight, norm.eps, text.keys, text.values, bias)
         else:
-            y = attend_keys(linear(x, *to_q), *rest)
+            y = attend_keys(linear(x, *to_q), text.keys, text.values, bias)
         gated_residual_linear_(x, y, self.to_out.weight, self.to_out.bias, None)

@@ -37,6 +37,11 @@ def test_every_check_is_exact_within_bounds_and_without_races(dtype):
     assert total["unchecked"] == 0
 
 
+def test_a_product_has_the_same_bits_in_every_block_shape():
+    *products, _ = executed("shapes")
+    assert [product["equal"] for product in products] == [True] * 3
+
+
 def test_an_access_out_of_bounds_and_a_race_are_found():
     *launches, _ = executed("faulty")
     assert [launch["fault"] for launch in launches] == [None, "oob_write", "race"]
