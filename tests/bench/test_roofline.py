@@ -50,7 +50,7 @@ def decoding(side: int) -> Launches:
     ("name", "lengths", "most", "gigabytes", "teraflops"),
     [
         ("sana-0.6b", (1, 30), 372, 5.36, 1.83),
-        ("sana-sprint-0.6b", (30,), 371, 3.76, 1.04),
+        ("sana-sprint-0.6b", (30,), 371, 3.76, 1.04),  # softmax attention included
         *exhaustive(
             ("sana-0.6b", (1, 60), 344, 5.47, 1.92),
             ("sana-1.6b", (1, 30), 268, 8.53, 4.83),
