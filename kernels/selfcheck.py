@@ -54,7 +54,8 @@ BEGUN = "the GPU answers"  # printed before the first check
 # has about 6·p + 6 dB: 150 in float32 (p = 24), 72 in float16 (11), 54 in bfloat16 (8). Like torch,
 # kernels round k up to three times and v once before their product, which costs 6 dB. A state in
 # tf32 has 80 dB. One wrong element in 10,000 leaves 40 dB.
-LEAST = {torch.float32: 125.0, torch.float16: 62.0, torch.bfloat16: 44.0}
+LEAST = {torch.bfloat16: 44.0, torch.float16: 62.0, torch.float32: 125.0}
+DTYPES = tuple(LEAST)  # that kernels are for
 # The same of float32 sums of 16-bit products on tensor cores, which truncate where others round.
 TENSOR_CORES = 90.0
 # The same of 8-bit rows that a kernel rounds. Next to a tie it may round the other way, and a step

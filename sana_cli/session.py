@@ -82,9 +82,11 @@ class Session:
     def device(self) -> str:
         """The device that is used. UsageError if it is not here."""
         if self._device is None:
+            from sana_cli.kernels.dispatch import chosen_path
             from sana_cli.system.devices import choose_device
 
             self._device = choose_device(self._asked_device)
+            self.reporter.detail("kernels: {} path, as {}".format(*chosen_path(self._device)))
         return self._device
 
     def move(self, device: str) -> None:
@@ -102,11 +104,9 @@ class Session:
     def networks(self) -> "Networks":
         """The networks that are loaded."""
         if self._networks is None:
-            from sana_cli.kernels.dispatch import chosen_path
             from sana_cli.pipeline.networks import Networks
 
             self._networks = Networks(self.keep_loaded)
-            self.reporter.detail("kernels: {} path, as {}".format(*chosen_path(self.device)))
         return self._networks
 
     def cache_folder(self) -> Path | None:
@@ -236,7 +236,7 @@ class Session:
         from sana_cli.pipeline.plan import make_plan
         from sana_cli.system.devices import resident_bytes
 
-        held = self.networks.held_bytes
+        held = self._networks.held_bytes if self._networks is not None else 0
         if self.memory is not None and not held:
             import sana_cli.pipeline.draw  # noqa: F401 - its libraries count against the limit
 

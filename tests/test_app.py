@@ -1,6 +1,7 @@
 """The command as a whole: start-up, help, streams, and the shape of the package."""
 
 import ast
+import json
 import os
 import re
 import subprocess
@@ -118,6 +119,25 @@ run(1, "info", "plain.png", allowed=("huggingface_hub", "PIL"))
         [sys.executable, "-P", "-c", code], capture_output=True, text=True, cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_a_plan_whose_peaks_are_kept_imports_no_torch(sana):
+    words = ("generate", "a star", "-m", "demo", "-r", "256", "--device", "cpu", "--dry-run")
+    first = sana(*words)
+    code = f"""
+import sys
+sys.argv = ["sana", *{words!r}]
+from sana_cli.app import main
+try:
+    main()
+except SystemExit as stop:
+    assert not stop.code, stop.code
+assert "torch" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    peaks = [json.loads(text)["peak_bytes"] for text in (first.out, done.stdout)]
+    assert peaks[0] == peaks[1]
 
 
 def test_a_wrong_call_is_refused_before_torch_is_imported():

@@ -12,9 +12,8 @@ from benchmarks.gpu.report import Report
 def selfcheck(options: argparse.Namespace, report: Report) -> None:
     """Later sections, and later images, use the outcomes that this keeps."""
     from sana_cli.kernels import selfcheck as checks
-    from sana_cli.kernels.dispatch import DTYPES
 
-    dtypes = list(DTYPES)
+    dtypes = list(checks.DTYPES)
     if options.device == "cpu":  # in Triton's interpreter, where all of them would take minutes
         os.environ["TRITON_INTERPRET"] = "1"
         dtypes = [torch.float32]

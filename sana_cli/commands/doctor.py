@@ -121,10 +121,10 @@ def _checks(tell: Callable[[str], None]) -> list[Facts]:
     import torch
 
     from sana_cli.kernels import selfcheck
-    from sana_cli.kernels.dispatch import DTYPES, fallback_reason
+    from sana_cli.kernels.dispatch import fallback_reason
     from sana_cli.system.devices import choose_device
 
-    device, dtypes = torch.device(choose_device("auto")), list(DTYPES)
+    device, dtypes = torch.device(choose_device("auto")), list(selfcheck.DTYPES)
     if selfcheck.interpreted():
         device, arch = torch.device("cpu"), "interpreter"
         dtypes.remove(torch.bfloat16)  # which it treats as integers
