@@ -47,8 +47,9 @@ def save_transformer(folder: Path) -> None:
 
 
 def ours(work: Path, side: int, steps: int) -> dict:
-    from sana_cli.models.dc_ae import DCAEConfig, Decoder
-    from sana_cli.models.dit import DiT, DiTConfig
+    from sana_cli.models.configs import DCAEConfig, DiTConfig
+    from sana_cli.models.dc_ae import Decoder
+    from sana_cli.models.dit import DiT
     from sana_cli.models.fused_dit import FusedDiT
     from sana_cli.models.streaming.autoencoder import decode
     from sana_cli.models.streaming.subpixel import fold_upsamples

@@ -57,7 +57,8 @@ def save_weights(folder: Path) -> None:
 
 
 def ours(weights: Path, device: str, dtype: torch.dtype, strip_bytes: int):
-    from sana_cli.models.dc_ae import DCAEConfig, Decoder
+    from sana_cli.models.configs import DCAEConfig
+    from sana_cli.models.dc_ae import Decoder
     from sana_cli.models.streaming.autoencoder import decode
     from sana_cli.models.streaming.subpixel import fold_upsamples
     from sana_cli.system.devices import return_freed_blocks

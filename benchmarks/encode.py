@@ -24,6 +24,7 @@ from decode import RELEASED, resident
 ROOT = Path(__file__).resolve().parents[1]
 SIDES = {"bundled": 4096, "released": 1024}  # what also fits whole
 ROWS = [(name, side, way) for name, side in SIDES.items() for way in ("strips", "whole")]
+ROWS.append(("released", 4096, "strips"))  # whole, it would take 43 GB
 
 
 def picture(side: int) -> torch.Tensor:
@@ -40,7 +41,8 @@ def picture(side: int) -> torch.Tensor:
 
 def encoder(name: str) -> torch.nn.Module:
     from sana_cli.bench.random_weights import RandomTensors
-    from sana_cli.models.dc_ae import DCAE, DCAEConfig, Encoder
+    from sana_cli.models.configs import DCAEConfig
+    from sana_cli.models.dc_ae import DCAE, Encoder
     from sana_cli.weights.checkpoint import load_weights
     from sana_cli.weights.layout import folder_parts
     from sana_cli.weights.model_files import open_model

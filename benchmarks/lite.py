@@ -34,7 +34,8 @@ DECODERS = {"full": RELEASED, "lite": LITE}
 @torch.inference_mode()
 def measure(name: str, side: int) -> dict:
     from sana_cli.bench.random_weights import RandomTensors
-    from sana_cli.models.dc_ae import DCAE, DCAEConfig, Decoder
+    from sana_cli.models.configs import DCAEConfig
+    from sana_cli.models.dc_ae import DCAE, Decoder
     from sana_cli.models.streaming.autoencoder import decode
     from sana_cli.models.streaming.subpixel import fold_upsamples
     from sana_cli.system.devices import return_freed_blocks

@@ -80,7 +80,8 @@ def on_demo(count: int) -> dict:
 
 def write_full_size(folder: Path) -> None:
     """Random Gemma-2-2B in bfloat16, a shard a layer, so that no more is ever in memory."""
-    from sana_cli.models.gemma import GemmaConfig, Layer
+    from sana_cli.models.configs import GemmaConfig
+    from sana_cli.models.gemma import Layer
 
     torch.manual_seed(0)
     config = GemmaConfig()

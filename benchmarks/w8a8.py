@@ -32,7 +32,8 @@ from sana_cli.kernels.rows8 import (
 )
 from sana_cli.models import fused_layers
 from sana_cli.models.architectures import NARROW, WIDE
-from sana_cli.models.dit import Block, DiT, DiTConfig
+from sana_cli.models.configs import DiTConfig
+from sana_cli.models.dit import Block, DiT
 from sana_cli.models.fused_dit import FusedDiT
 from sana_cli.pipeline.draw import Drawing, ImageDone, draw
 from sana_cli.pipeline.networks import Networks

@@ -4,8 +4,9 @@ import torch
 from hypothesis import Phase, settings
 
 from reference import LIKE_0_6B, LIKE_1_6B
-from sana_cli.models.dc_ae import DCAE, DCAEConfig
-from sana_cli.models.dit import DiT, DiTConfig
+from sana_cli.models.configs import DCAEConfig, DiTConfig
+from sana_cli.models.dc_ae import DCAE
+from sana_cli.models.dit import DiT
 from sana_cli.models.fused_dit import FusedDiT
 
 DIT_KINDS = {

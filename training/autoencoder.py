@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sana_cli.models.dc_ae import DCAE, ChannelRMSNorm, DCAEConfig
+from sana_cli.models.configs import DCAEConfig
+from sana_cli.models.dc_ae import DCAE, ChannelRMSNorm
 from training.loop import Losses, Machine, Stage, train
 from training.settings import Settings
 from training.world import draw, training_sample

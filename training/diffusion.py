@@ -18,8 +18,9 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import Gemma2Model
 
+from sana_cli.models.configs import DiTConfig
 from sana_cli.models.dc_ae import DCAE
-from sana_cli.models.dit import DiT, DiTConfig
+from sana_cli.models.dit import DiT
 from training.arithmetic import autocast
 from training.autoencoder import to_image
 from training.fused import fuse

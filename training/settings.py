@@ -5,8 +5,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from sana_cli.models.dc_ae import DCAEConfig
-from sana_cli.models.dit import DiTConfig
+from sana_cli.models.configs import DCAEConfig, DiTConfig
 
 _KINDS = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
 

@@ -3,12 +3,14 @@
 Nothing is printed here: `commands/batch.py` shows the events, or writes them as JSON Lines.
 """
 
+import operator
 import time
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from sana_cli.batch.jobs import Job, JobBuilder, JobSpec, RowReader
 from sana_cli.batch.manifest import Ledger, Manifest
@@ -22,9 +24,12 @@ from sana_cli.settings import FileOptions
 from sana_cli.system.signals import StopRequest
 from sana_cli.units import counted
 from sana_cli.weights.catalogue import Component, Model
+from sana_cli.weights.vocabulary import unknown_words, unknown_words_warning
 
 if TYPE_CHECKING:
     from sana_cli.batch.engine import Engine, OpenEngine, RunEvent, Work
+    from sana_cli.bench.forecast import Expected
+    from sana_cli.recipe import Recipe
     from sana_cli.weights.model_files import ModelFiles
 
     BatchEvent: TypeAlias = "Planned | RowError | JobError | Waiting | Summary | RunEvent"
@@ -54,6 +59,7 @@ class Planned:
     todo: int
     done: int
     failed: int
+    expected: "Expected | None" = None  # time of the jobs to draw, where it can be told
 
 
 @dataclass(frozen=True)
@@ -119,6 +125,7 @@ class Batch:
         self.files: dict[tuple[Model, Component | None, Component | None], ModelFiles] = {}
         self.manifest: Manifest | None = None  # set at the first round without a fault
         self.warned: set[str] = set()
+        self.unknown: set[str] = set()  # words that the user was warned of
         self.todo = self.drawn = self.there = self.failed_before = self.failed = 0
         self.bad_rows = 0
         self.started = time.perf_counter()
@@ -131,8 +138,10 @@ class Batch:
         self._refuse_empty()
         ledger = Ledger(self.folder)
         states = [ledger.status(job.id) for job in jobs]
-        todo = sum(map(self.policy.is_todo, states))
-        yield Planned(jobs, todo, states.count("done"), states.count("failed"))
+        pairs = zip(jobs, states, strict=True)
+        todo = [job for job, state in pairs if self.policy.is_todo(state)]
+        counts = len(todo), states.count("done"), states.count("failed")
+        yield Planned(jobs, *counts, self._expected_time(todo))
 
     def run(
         self, rounds: Iterable[list[RowOrFault]], stop: StopRequest
@@ -194,6 +203,7 @@ class Batch:
         yield from self._report_faults(faults, len(rows))
         if self.manifest is None and jobs:
             check_quality(self.options.quality, {job.format for job in jobs})
+        texts: dict[Model, list[str]] = {}
         for spec in specs:
             resolution = spec.resolution
             key = resolution.model, resolution.vae, resolution.controlnet
@@ -201,6 +211,10 @@ class Batch:
                 chosen = self.files[key], device, self.session.memory
                 for text in resolution.all_warnings(*chosen):
                     self._warn_once(text)
+                settings = resolution.settings
+                texts.setdefault(resolution.model, []).extend((settings.prompt, settings.negative))
+        for (model, *_), files in self.files.items():
+            self._warn_of_unknown_words(model, texts.pop(model, []), files)
         return [job for job in jobs if self.shard is None or self.shard.holds(job.id)]
 
     def _rehearse(self, specs: list[JobSpec], rows: int) -> "Iterator[BatchEvent]":
@@ -296,8 +310,23 @@ class Batch:
         if not self.policy.restart and not self.policy.retry_failed:
             self.failed_before += failed
         self.todo += len(todo)
-        yield Planned(jobs, len(todo), there, failed)
+        yield Planned(jobs, len(todo), there, failed, self._expected_time(todo))
         return todo
+
+    def _expected_time(self, jobs: list[Job]) -> "Expected | None":
+        """Return about how long jobs take in this process; elsewhere nothing is known of it."""
+        from sana_cli.batch.this_process import ThisProcess
+        from sana_cli.bench.forecast import Forecaster
+
+        alike: dict[Any, list[Recipe]] = {}
+        for job in jobs:
+            alike.setdefault(job.components, []).append(job.recipe)
+        if self.open_engine is not ThisProcess or None in map(self.files.get, alike):
+            return None  # a server has its own files
+        forecaster = Forecaster.of(self.session)
+        found = [forecaster.expected(recipes, self.files[key]) for key, recipes in alike.items()]
+        known = [expected for expected in found if expected is not None]
+        return reduce(operator.add, known) if known and len(known) == len(found) else None
 
     def _draw(self, jobs: list[Job], stop: StopRequest, stack: ExitStack) -> "Iterator[BatchEvent]":
         if not jobs:
@@ -342,6 +371,15 @@ class Batch:
     def _failed_enough(self) -> bool:
         failed, most = self.failed + self.bad_rows, self.policy.max_failures
         return most is not None and failed >= most
+
+    def _warn_of_unknown_words(self, model: Model, texts: list[str], files: "ModelFiles") -> None:
+        """Warn of the words of some texts that a model was not trained on, of each once."""
+        if not texts or files is None:  # of a server's model, the server's machine has the files
+            return
+        fresh = [word for word in unknown_words(texts, files.parts) if word not in self.unknown]
+        if fresh:
+            self.unknown.update(fresh)
+            self.session.reporter.warn(unknown_words_warning(model.name, fresh))
 
     def _warn_once(self, text: str) -> None:
         if text not in self.warned:

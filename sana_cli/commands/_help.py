@@ -1,11 +1,15 @@
-"""The layout of --help, for 80 columns: everyday options, and all of them with --help-all."""
+"""The layout of --help, for 80 columns: everyday options, and all of them with --help-all.
+
+As in most command lines, the last of two values of an option counts; two input images are refused.
+"""
 
 from typing import Any
 
 import typer
 from typer.core import TyperArgument, TyperCommand, TyperGroup
 
-from sana_cli.settings import DRAWING, FILES, RUNNING
+from sana_cli.errors import UsageError
+from sana_cli.settings import DRAWING, FILES, RUNNING, Settings, declared
 
 MORE = (DRAWING, FILES, RUNNING)  # panels that only --help-all shows
 ALL = "sana.help_all"  # in a context's `meta`: whether they are shown
@@ -15,6 +19,15 @@ NAMES = 24  # columns of the names of options, with the space around them
 
 class Command(TyperCommand):
     """A command with our layout of --help."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """UsageError for a second input image of a kind, which some would expect to be added."""
+        _, _, given = self.make_parser(ctx).parse_args(args=list(args))
+        names = [parameter.name for parameter in given]
+        for name, one in declared(Settings).items():
+            if one.option.upload and names.count(name) > 1:
+                raise UsageError(f"--{name} is given twice", f"an image has one --{name}")
+        return super().parse_args(ctx, args)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         _print_help(self, ctx)

@@ -6,9 +6,7 @@ one: memory plans, and benchmarks on random weights.
 
 from dataclasses import dataclass, replace
 
-from sana_cli.models.dc_ae import DCAEConfig
-from sana_cli.models.dit import DiTConfig
-from sana_cli.models.gemma import GemmaConfig
+from sana_cli.models.configs import DCAEConfig, DiTConfig, GemmaConfig
 
 NARROW = DiTConfig(
     num_attention_heads=36,

@@ -15,61 +15,18 @@ results one block later:
   block j is added to the output of block j.
 """
 
-from dataclasses import dataclass
-
 from torch import Tensor, nn
 
+from sana_cli.models.configs import ControlNetConfig
 from sana_cli.models.dit import (
     Block,
     CaptionProjection,
     DiT,
-    DiTConfig,
     PatchEmbed,
     RMSNorm,
     TimestepModulation,
     attention_bias,
 )
-
-WIRINGS = ("diffusers", "nvlabs")
-
-
-@dataclass(frozen=True)
-class ControlNetConfig(DiTConfig):
-    """The published `controlnet/config.json`: that of a transformer with fewer blocks.
-
-    `wiring` is an extension; published files lack it.
-    """
-
-    num_layers: int = 7
-    wiring: str = "diffusers"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.wiring not in WIRINGS:
-            raise ValueError(f"wiring is {self.wiring!r}, not one of {', '.join(WIRINGS)}")
-        if self.qk_norm is not None or self.guidance_embeds:
-            raise ValueError("a Sana ControlNet has neither qk_norm nor guidance_embeds")
-        if self.wiring == "nvlabs" and self.interpolation_scale is not None:
-            raise ValueError("the nvlabs wiring has no positions; interpolation_scale must be null")
-
-    @property
-    def first_block(self) -> int:
-        """The block of the transformer after which the result of the branch's block 0 is added."""
-        return 1 if self.wiring == "diffusers" else 0
-
-    def check_matches(self, dit: DiTConfig) -> None:
-        """Raise ValueError if the ControlNet was made for another transformer."""
-        for name in ("width", "in_channels", "caption_channels"):
-            own, other = getattr(self, name), getattr(dit, name)
-            if own != other:
-                raise ValueError(f"the ControlNet has {name} {own}, the transformer {other}")
-        if self.num_layers >= dit.num_layers:
-            raise ValueError(
-                f"the ControlNet has {self.num_layers} blocks, the transformer only"
-                f" {dit.num_layers}"
-            )
-        if dit.guidance_embeds:
-            raise ValueError("there is no ControlNet for Sana-Sprint")
 
 
 class ControlNet(nn.Module):

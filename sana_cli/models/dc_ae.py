@@ -5,68 +5,13 @@ Images are RGB in [-1, 1]; latents are the output of the encoder, *before* `scal
 Attribute names are the published tensor names, so a checkpoint loads without a name map.
 """
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sana_cli.kernels.linear_attention import relu_linear_attention
 from sana_cli.kernels.rms_norm import ACTIVATIONS
-
-Stages = tuple[int, ...]
-MAX_BLOCKS = 100
-
-
-@dataclass(frozen=True)
-class DCAEConfig:
-    """The fields of the published `vae/config.json`; older files rely on diffusers' defaults."""
-
-    in_channels: int = 3
-    latent_channels: int = 32
-    attention_head_dim: int = 32
-    encoder_block_types: str | tuple[str, ...] = "ResBlock"
-    decoder_block_types: str | tuple[str, ...] = "ResBlock"
-    encoder_block_out_channels: Stages = (128, 256, 512, 512, 1024, 1024)
-    decoder_block_out_channels: Stages = (128, 256, 512, 512, 1024, 1024)
-    encoder_layers_per_block: Stages = (2, 2, 2, 3, 3, 3)
-    decoder_layers_per_block: Stages = (3, 3, 3, 3, 3, 3)
-    encoder_qkv_multiscales: tuple[Stages, ...] = ((), (), (), (5,), (5,), (5,))
-    decoder_qkv_multiscales: tuple[Stages, ...] = ((), (), (), (5,), (5,), (5,))
-    upsample_block_type: str = "pixel_shuffle"
-    downsample_block_type: str = "pixel_unshuffle"
-    decoder_norm_types: str | tuple[str, ...] = "rms_norm"
-    decoder_act_fns: str | tuple[str, ...] = "silu"
-    encoder_out_shortcut: bool = True
-    decoder_in_shortcut: bool = True
-    decoder_conv_act_fn: str = "relu"
-    scaling_factor: float = 1.0
-
-    def __post_init__(self) -> None:
-        for side in ("encoder", "decoder"):
-            stages = len(getattr(self, f"{side}_block_out_channels"))
-            for name in ("block_types", "layers_per_block", "qkv_multiscales"):
-                value = getattr(self, f"{side}_{name}")
-                if not isinstance(value, str) and len(value) != stages:
-                    raise ValueError(f"{side}_{name} has {len(value)} entries for {stages} stages")
-            unknown = set(per_stage(getattr(self, f"{side}_block_types"), stages)) - set(BLOCKS)
-            if unknown:
-                raise ValueError(f"{side}_block_types has {sorted(unknown)}, not {sorted(BLOCKS)}")
-            if max(getattr(self, f"{side}_layers_per_block")) > MAX_BLOCKS:
-                raise ValueError(f"{side}_layers_per_block has more than {MAX_BLOCKS} in a stage")
-        if not self.scaling_factor > 0:
-            raise ValueError(f"scaling_factor is {self.scaling_factor}")
-        if set(per_stage(self.decoder_norm_types, 1)) != {"rms_norm"}:
-            raise ValueError(f"decoder_norm_types is {self.decoder_norm_types!r}, not 'rms_norm'")
-        if set(per_stage(self.decoder_act_fns, 1)) != {"silu"}:
-            raise ValueError(f"decoder_act_fns is {self.decoder_act_fns!r}, not 'silu'")
-        if self.decoder_conv_act_fn not in ACTIVATIONS:
-            raise ValueError(f"decoder_conv_act_fn is {self.decoder_conv_act_fn!r}")
-
-    @property
-    def compression(self) -> int:
-        """Pixels per latent cell, on each side."""
-        return 2 ** (len(self.decoder_block_out_channels) - 1)
+from sana_cli.models.configs import DCAEConfig, Stages, per_stage
 
 
 class DCAE(nn.Module):
@@ -300,11 +245,6 @@ class ChannelRMSNorm(nn.Module):
 def group_mean(x: Tensor, groups: int) -> Tensor:
     """(B, C, H, W) -> (B, groups, H, W): the mean of each run of C/groups channels."""
     return x.unflatten(1, (groups, -1)).mean(dim=2)
-
-
-def per_stage(value: str | tuple[str, ...], stages: int) -> tuple[str, ...]:
-    """Repeat a setting that the config gives once for all stages."""
-    return (value,) * stages if isinstance(value, str) else value
 
 
 BLOCKS: dict[str, type[nn.Module]] = {

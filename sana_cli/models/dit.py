@@ -5,72 +5,13 @@ Attribute names are the published tensor names, so a checkpoint loads without a 
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sana_cli.kernels.linear_attention import attend, attention_state
-
-
-@dataclass(frozen=True)
-class DiTConfig:
-    """The fields of the published `transformer/config.json`; older files rely on the defaults."""
-
-    in_channels: int = 32
-    out_channels: int = 32
-    num_attention_heads: int = 70
-    attention_head_dim: int = 32
-    num_layers: int = 20
-    num_cross_attention_heads: int = 20
-    cross_attention_head_dim: int = 112
-    cross_attention_dim: int = 2240
-    caption_channels: int = 2304
-    mlp_ratio: float = 2.5
-    dropout: float = 0.0
-    attention_bias: bool = False
-    sample_size: int = 32
-    patch_size: int = 1
-    norm_elementwise_affine: bool = False
-    norm_eps: float = 1e-6
-    interpolation_scale: float | None = None
-    guidance_embeds: bool = False
-    guidance_embeds_scale: float = 0.1
-    qk_norm: str | None = None
-    timestep_scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        for name, only in (
-            ("patch_size", 1),
-            ("norm_elementwise_affine", False),
-            ("attention_bias", False),
-            ("cross_attention_dim", self.width),
-        ):
-            if getattr(self, name) != only:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)!r}; every Sana model has {only!r}"
-                )
-        for name, least, most in (
-            ("num_layers", 1, 1000),
-            ("sample_size", 1, 1024),
-            ("num_attention_heads", 1, 1024),
-            ("attention_head_dim", 1, 1024),
-        ):
-            if not least <= getattr(self, name) <= most:
-                raise ValueError(f"{name} is {getattr(self, name)}, not {least} to {most}")
-        if self.interpolation_scale == 0:
-            raise ValueError("interpolation_scale is 0")
-        if self.num_cross_attention_heads * self.cross_attention_head_dim != self.width:
-            raise ValueError(
-                "num_cross_attention_heads x cross_attention_head_dim is not the width"
-            )
-        if self.qk_norm not in (None, "rms_norm_across_heads"):
-            raise ValueError(f"qk_norm is {self.qk_norm!r}, not null or 'rms_norm_across_heads'")
-
-    @property
-    def width(self) -> int:
-        return self.num_attention_heads * self.attention_head_dim
+from sana_cli.models.configs import DiTConfig
 
 
 class DiT(nn.Module):

@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from sana_cli.kernels.linear import linear
 from sana_cli.kernels.modulation import modulate
 from sana_cli.models import w8a8
-from sana_cli.models.controlnet import ControlNet, ControlNetConfig
+from sana_cli.models.configs import ControlNetConfig, DiTConfig
+from sana_cli.models.controlnet import ControlNet
 from sana_cli.models.cross_attention import TextContext
 from sana_cli.models.cuda_graph import GraphedCall
-from sana_cli.models.dit import Block, DiT, DiTConfig
+from sana_cli.models.dit import Block, DiT
 from sana_cli.models.fused_controlnet import ControlBranch, ControlContext, FusedControlNet
 from sana_cli.models.fused_layers import FusedBlock, FusedPatchEmbed, frozen
 from sana_cli.system.memory import PeakMemory

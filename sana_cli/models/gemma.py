@@ -8,79 +8,14 @@ The decoder is causal, so the keys and values of a token do not depend on the to
 `past` takes those of the tokens before, and only the new tokens are run.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sana_cli.models.configs import GemmaConfig
 from sana_cli.system.memory import PeakMemory
-
-
-@dataclass(frozen=True)
-class GemmaConfig:
-    """The fields of the published `text_encoder/config.json` that matter, with its defaults."""
-
-    vocab_size: int = 256_000
-    hidden_size: int = 2304
-    intermediate_size: int = 9216
-    num_hidden_layers: int = 26
-    num_attention_heads: int = 8
-    num_key_value_heads: int = 4
-    head_dim: int = 256
-    hidden_activation: str = "gelu_pytorch_tanh"
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 10_000.0
-    rope_parameters: dict | None = None  # holds rope_theta in newer files
-    query_pre_attn_scalar: float = 256
-    attn_logit_softcapping: float | None = 50.0
-    sliding_window: int = 4096
-    attention_bias: bool = False
-    bos_token_id: int = 2
-
-    def __post_init__(self) -> None:
-        for name, most in (
-            ("num_hidden_layers", 1000),
-            ("num_attention_heads", 1024),
-            ("num_key_value_heads", self.num_attention_heads),
-            ("hidden_size", 2**16),
-            ("head_dim", 2**12),
-            ("rms_norm_eps", 1),
-            ("query_pre_attn_scalar", 2**20),
-            ("theta", 2**40),
-        ):
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or not 0 < value <= most:
-                raise ValueError(f"{name} is {value!r}, not above 0 and at most {most}")
-        for name, only in (("hidden_activation", "gelu_pytorch_tanh"), ("attention_bias", False)):
-            if getattr(self, name) != only:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; Gemma-2 has {only!r}")
-        kind = (self.rope_parameters or {}).get("rope_type", "default")
-        if kind != "default":
-            raise ValueError(f"rope_type is {kind!r}; Gemma-2 has 'default'")
-        if self.num_attention_heads % self.num_key_value_heads or self.head_dim % 2:
-            raise ValueError("the attention heads do not divide evenly")
-        if self.attn_logit_softcapping == 0:
-            raise ValueError("attn_logit_softcapping is 0")
-        if self.sliding_window < LONGEST_TEXT:
-            raise ValueError(f"sliding_window is {self.sliding_window}, below {LONGEST_TEXT}")
-        if self.bos_token_id >= self.vocab_size:
-            raise ValueError(f"bos_token_id is {self.bos_token_id} of {self.vocab_size} tokens")
-
-    @property
-    def theta(self) -> float:
-        return (self.rope_parameters or {}).get("rope_theta", self.rope_theta)
-
-    @property
-    def linear_weights(self) -> int:
-        """Number of weights in the linear maps of all layers: 2.02e9 for Gemma-2-2B."""
-        heads = 2 * self.num_attention_heads + 2 * self.num_key_value_heads
-        rows = heads * self.head_dim + 3 * self.intermediate_size
-        return self.num_hidden_layers * self.hidden_size * rows
-
-
-# Every other layer of Gemma-2 attends to a sliding window; texts here are always shorter.
-LONGEST_TEXT = 2048
 
 KeysValues = tuple[Tensor, Tensor]  # of one layer, each (B, kv heads, L, d); keys after RoPE
 

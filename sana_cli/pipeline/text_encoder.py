@@ -13,10 +13,12 @@ from torch import Tensor
 
 from sana_cli.errors import BrokenModel
 from sana_cli.instruction import normalise_prompt
-from sana_cli.models.gemma import Gemma, GemmaConfig, MappedEmbedding
+from sana_cli.models.configs import GemmaConfig
+from sana_cli.models.gemma import Gemma, MappedEmbedding
 from sana_cli.pipeline.text_cache import Prefix, TextCache, tokenizer_file
 from sana_cli.system.devices import wide_dtype
-from sana_cli.weights.checkpoint import load_weights, move, on_meta, read_config
+from sana_cli.weights.checkpoint import load_weights, move, on_meta
+from sana_cli.weights.config_files import read_config
 from sana_cli.weights.layout import Parts
 
 MAX_TOKENS = 300  # of text states that the transformer was trained to see

@@ -35,6 +35,7 @@ from sana_cli.weights.catalogue import Model
 
 SILENCE = 10.0  # seconds, after which a stream says that it is still there
 RESOLVED_AT_ONCE = 2  # requests, each with its images decoded
+BEGINNINGS = ("image", "control")  # the uploads of which an edit has at least one
 
 ImageRequest: Any = fields.request_model()
 
@@ -64,11 +65,12 @@ def routes(service: Service) -> APIRouter:
 
     @router.post("/images/edits", openapi_extra=edit_body())
     async def edit(request: Request) -> Any:
-        """Draw from an image, all of it or where a mask says."""
+        """Draw from an image, all of it or where a mask says, or guided by a control image."""
         values, uploads = await read_edit(request)
         body = fields.parse(values)
-        if "image" not in uploads:
-            raise ApiError(400, "image is missing", param="image", code="missing")
+        if not uploads.keys() & BEGINNINGS:
+            message = f"image is missing: send {' or '.join(BEGINNINGS)}"
+            raise ApiError(400, message, param="image", code="missing")
         return await answer(request, fields.read_or_refuse(body), uploads, "image_edit")
 
     @router.get("/images")
@@ -219,10 +221,9 @@ class Drawing:
         return where | {"id": drawn.id, "seed": recipe.seed, "recipe": recipe.as_dict()}
 
     def _encode(self, done: ImageDone) -> Drawn:
-        recipe, files = self.request.recipes[done.index], self.asked.files
-        record = self.service.session.metadata(recipe) if files.metadata == "full" else None
-        data = encode(done.pixels, self.asked.format, files.quality, record)
-        return Drawn(recipe, self.asked.format, data)
+        recipe, format = self.request.recipes[done.index], self.asked.format
+        data = self.service.session.encode(done, recipe, format, self.asked.files)
+        return Drawn(recipe, format, data)
 
     async def completed(self, done: ImageDone) -> dict[str, Any]:
         facts = self._facts(f"{self.kind}.completed", done.index)
@@ -385,10 +386,11 @@ def edit_body() -> dict[str, Any]:
     schema = fields.request_model().model_json_schema()
     image = {"type": "string", "format": "binary"}
     properties = schema["properties"] | dict.fromkeys(fields.uploads(), image)
-    form = schema | {"properties": properties, "required": ["prompt", "image"]}
+    required = {"required": ["prompt"], "anyOf": [{"required": [name]} for name in BEGINNINGS]}
+    form = schema | {"properties": properties} | required
     text = {"type": "string", "contentEncoding": "base64"}
     properties = schema["properties"] | dict.fromkeys(fields.uploads(), text)
-    document = schema | {"properties": properties, "required": ["prompt", "image"]}
+    document = schema | {"properties": properties} | required
     content = {
         "multipart/form-data": {"schema": form},
         "application/json": {"schema": document},

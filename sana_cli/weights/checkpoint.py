@@ -1,117 +1,22 @@
-"""From a config and safetensors files to a network ready to run.
+"""From safetensors files to a network ready to run.
 
 Attribute names in the networks are the published tensor names, so loading is strict equality.
 """
 
-import contextlib
-import re
-import types
-import typing
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from sana_cli.errors import BrokenModel
 from sana_cli.system.devices import drop_pages
-from sana_cli.weights.layout import Part, Tensors, read_json
+from sana_cli.weights.headers import NAMES_SHOWN, open_safetensors
+from sana_cli.weights.layout import Tensors
 
-Config = TypeVar("Config")
 WEIGHT_DTYPES = {torch.float32, torch.float16, torch.bfloat16, torch.float64}
-FLOATS = ("F64", "F32", "F16", "BF16")  # the same, as safetensors calls them
-NAMES_SHOWN = 8
-# Whose weights they are, by how the names of the tensors end that lie beside them.
-QUANTISED_NAMES = {
-    "bitsandbytes in 8 bits": r"\.(SCB|weight_format)",
-    "bitsandbytes in 4 bits": r"\.(absmax|quant_map|nested_absmax|quant_state\..*)",
-    "GPTQ or AWQ": r"\.(qzeros|g_idx)",
-    "SVDQuant": r"\.(wscales|wcscales|smooth_factor)",
-    "Quanto": r"\.weight\._(data|scale|shift)",
-    "FP8 with scales": r"\.(scale_weight|weight_scale|input_scale)|(.*\.)?scaled_fp8",
-    "MLX": r"\.weight\.scales|\.(scales|biases)",
-}
-QUANTISED_DTYPES = {
-    **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0"), "FP8"),
-    **dict.fromkeys(("I8", "U8", "I4", "U4", "F4"), "whole numbers of 8 bits or fewer"),
-}
-LARGEST_NUMBER = 2**20  # no number of a config is negative, infinite or near this
-
-
-def read_config(cls: type[Config], path: Path) -> tuple[Config, list[str]]:
-    """Read a published config into a dataclass; return it and the keys that it lacks.
-
-    Keys that the file lacks take the defaults: old files lack the later ones.
-    """
-    values = read_json(path)
-    kinds = typing.get_type_hints(cls)
-    known: dict[str, Any] = {}
-    for key in kinds.keys() & values.keys():
-        if not _fits(values[key], kinds[key]):
-            raise BrokenModel(f"{path}: {key} is {values[key]!r}, which is not {kinds[key]}")
-        known[key] = _frozen(values[key])
-    try:
-        config = cls(**known)
-    except (ValueError, TypeError, ZeroDivisionError) as error:
-        raise BrokenModel(f"{path}: {error}") from None
-    unknown = [key for key in values if key not in kinds and not key.startswith("_")]
-    return config, unknown
-
-
-def _fits(value: Any, kind: Any) -> bool:
-    """Whether a JSON value has the annotated type; lists stand for tuples, whole for real."""
-    origin, inner = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (types.UnionType, typing.Union):
-        return any(_fits(value, option) for option in inner)
-    if origin is tuple:
-        return isinstance(value, list) and all(_fits(item, inner[0]) for item in value)
-    if kind is types.NoneType:
-        return value is None
-    if kind is bool:
-        return isinstance(value, bool)
-    if isinstance(value, bool):
-        return False
-    if kind is float:
-        return isinstance(value, int | float) and 0 <= value < LARGEST_NUMBER
-    if kind is dict:
-        return isinstance(value, dict)
-    return isinstance(value, kind) and (kind is not int or 0 <= value < LARGEST_NUMBER)
-
-
-def _frozen(value: Any) -> Any:
-    return tuple(_frozen(item) for item in value) if isinstance(value, list) else value
-
-
-def refuse_quantised(part: Part) -> None:
-    """Raise BrokenModel for weights that another program quantised. Only headers are read.
-
-    A file that cannot be opened is left to `load_weights`, which says what is wrong with it.
-    """
-    said = read_json(part.config).get("quantization_config") if part.config.is_file() else None
-    kind = str(said.get("quant_method", "an unnamed method")) if isinstance(said, dict) else None
-    for path in part.files if kind is None else ():
-        with contextlib.suppress(SafetensorError, OSError, ValueError):
-            kind = kind or _quantised_by(path)
-    if kind is not None:
-        raise BrokenModel(
-            f"{part.folder} holds quantised weights ({kind}), which are not supported",
-            "use the same model in bfloat16, float16 or float32",
-        )
-
-
-def _quantised_by(path: Path) -> str | None:
-    with safe_open(path, framework="pt") as file:
-        names = list(file.keys())
-        for kind, ending in QUANTISED_NAMES.items():
-            pattern = re.compile(f"(?:{ending})$")
-            if any(pattern.search(name) for name in names):
-                return kind
-        dtypes = (file.get_slice(name).get_dtype() for name in names)
-        return next(filter(None, map(QUANTISED_DTYPES.get, dtypes)), None)
 
 
 def load_weights(
@@ -192,18 +97,6 @@ def read_tensors(source: Path | Tensors, only: str) -> Iterator[tuple[str, Tenso
                 tensor = file.get_tensor(name)
                 yield name.removeprefix(only), tensor
                 drop_pages(tensor)
-
-
-@contextmanager
-def open_safetensors(path: Path) -> Iterator[Any]:
-    """Open a safetensors file. BrokenModel for any other file, or one that is cut off."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except (SafetensorError, OSError, ValueError) as error:
-        raise BrokenModel(
-            f"{path} is not a whole safetensors file: {error}", "download it again"
-        ) from None
 
 
 def on_meta(build: Callable[[Any], Any], config: Any, path: Path) -> Any:

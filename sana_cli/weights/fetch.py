@@ -32,7 +32,7 @@ def open_or_fetch(
     parts = find_parts(model)
     if parts is None and not dry_run:
         parts = fetch_parts(model, reporter, offline)
-    from sana_cli.weights.model_files import open_model, released_model  # imports torch
+    from sana_cli.weights.model_files import open_model, released_model
 
     files = open_model(parts) if parts else released_model(model)
     for key in files.unknown_keys:
@@ -109,7 +109,7 @@ def open_component(component: "Component", reporter: "Reporter", offline: bool) 
             raise MissingModel(
                 f"the {component.kind} {component.name} is not on this machine"
                 f" ({component.source.repo})",
-                "fetch it once, with a network: leave out --offline",
+                "draw with it once, with a network: without --offline and --dry-run",
             )
         reporter.info(
             f"fetching the {component.kind} {component.name} from {component.source.repo}"

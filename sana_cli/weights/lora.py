@@ -25,17 +25,12 @@ from torch import Tensor
 
 from sana_cli.errors import BrokenModel, UsageError
 from sana_cli.models.architectures import TRANSFORMERS
-from sana_cli.models.dit import DiT, DiTConfig
+from sana_cli.models.configs import DiTConfig
+from sana_cli.models.dit import DiT
 from sana_cli.weights.catalogue import PACKAGE, known_models
-from sana_cli.weights.checkpoint import (
-    FLOATS,
-    NAMES_SHOWN,
-    WEIGHT_DTYPES,
-    on_meta,
-    open_safetensors,
-    read_config,
-    read_tensors,
-)
+from sana_cli.weights.checkpoint import WEIGHT_DTYPES, on_meta, read_tensors
+from sana_cli.weights.config_files import read_config
+from sana_cli.weights.headers import FLOATS, NAMES_SHOWN, open_safetensors
 from sana_cli.weights.layout import ADAPTER_CONFIG, Tensors, read_json, refuse_pickle
 from sana_cli.weights.original_names import published_modules
 

@@ -5,12 +5,10 @@ from pathlib import Path
 
 from sana_cli.errors import BrokenModel, MissingModel
 from sana_cli.models.architectures import architecture
-from sana_cli.models.controlnet import ControlNetConfig
-from sana_cli.models.dc_ae import DCAEConfig
-from sana_cli.models.dit import DiTConfig
-from sana_cli.models.gemma import GemmaConfig
+from sana_cli.models.configs import ControlNetConfig, DCAEConfig, DiTConfig, GemmaConfig
 from sana_cli.weights.catalogue import Model
-from sana_cli.weights.checkpoint import read_config, refuse_quantised
+from sana_cli.weights.config_files import read_config
+from sana_cli.weights.headers import refuse_quantised
 from sana_cli.weights.layout import INDEX, Part, Parts, read_json
 from sana_cli.weights.single_file import SingleFile, architecture_of, native_side
 

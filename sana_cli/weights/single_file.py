@@ -10,16 +10,18 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from sana_cli.errors import BrokenModel, UsageError
 from sana_cli.models.architectures import DC_AE_F32C32, TRANSFORMERS
-from sana_cli.models.dit import DiTConfig
+from sana_cli.models.configs import DiTConfig
 from sana_cli.system.devices import drop_pages
-from sana_cli.weights.checkpoint import FLOATS, NAMES_SHOWN, open_safetensors
+from sana_cli.weights.headers import FLOATS, NAMES_SHOWN, open_safetensors
 from sana_cli.weights.layout import refuse_pickle
 from sana_cli.weights.original_names import published_tensors
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PREFIX = "model.diffusion_model."
 POSITIONS = "pos_embed"  # (1, cells, D) of the native grid, in every original checkpoint
@@ -46,7 +48,7 @@ class SingleFile:
     def __str__(self) -> str:
         return str(self.path)
 
-    def tensors(self, only: str) -> Iterator[tuple[str, Tensor]]:
+    def tensors(self, only: str) -> "Iterator[tuple[str, Tensor]]":
         """Yield the published tensors whose names begin with `only`, memory-mapped."""
         with open_safetensors(self.path) as file:
             for key, names in self.parts.items():
@@ -68,7 +70,7 @@ def read_single_file(path: Path) -> SingleFile:
     if not path.is_file():
         raise UsageError(f"{path} does not exist", "check the path")
     refuse_pickle(path)
-    with open_safetensors(path) as file:
+    with open_safetensors(path, "np") as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
         shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
         dtypes = {name: part.get_dtype() for name, part in slices.items()}

@@ -75,6 +75,14 @@ def test_a_check_counts_the_jobs_and_does_nothing(sana, here):
     assert [event["event"] for event in events(run.out)] == ["plan"]
 
 
+def test_words_that_the_model_does_not_know_are_named_once(sana, here):
+    (here / "jobs.txt").write_text("a red dragon\na dragon and a wombat\n")
+    run = sana("batch", "jobs.txt", *DEMO, "--check")
+    assert run.code == 0
+    (line,) = (line for line in run.err.splitlines() if "not trained on" in line)
+    assert 'demo was not trained on "dragon", "wombat"' in line
+
+
 def test_rows_at_fault_are_all_told_before_anything_is_drawn(sana, here):
     Path("jobs.csv").write_text("prompt,steps,model\na fox,0,\nan owl,x,\nan elk,2,dmeo\na,1,\n")
     run = sana("batch", "jobs.csv", "-m", "demo")

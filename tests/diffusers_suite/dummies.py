@@ -24,10 +24,12 @@ from diffusers import (
 from transformers import AutoTokenizer, Gemma2Config, Gemma2Model
 
 from reference import SPRINT, TOKENIZER
-from sana_cli.models.controlnet import ControlNet, ControlNetConfig
-from sana_cli.models.dc_ae import DCAE, DCAEConfig
-from sana_cli.models.dit import DiT, DiTConfig
-from sana_cli.weights.checkpoint import load_weights, on_meta, read_config
+from sana_cli.models.configs import ControlNetConfig, DCAEConfig, DiTConfig
+from sana_cli.models.controlnet import ControlNet
+from sana_cli.models.dc_ae import DCAE
+from sana_cli.models.dit import DiT
+from sana_cli.weights.checkpoint import load_weights, on_meta
+from sana_cli.weights.config_files import read_config
 from sana_cli.weights.layout import find_component
 
 TRANSFORMER = {

@@ -9,7 +9,8 @@ import torch
 from card import Cards, card
 from sana_cli.models import cuda_graph, fused_dit
 from sana_cli.models.architectures import NARROW
-from sana_cli.models.controlnet import ControlNet, ControlNetConfig
+from sana_cli.models.configs import ControlNetConfig
+from sana_cli.models.controlnet import ControlNet
 from sana_cli.models.dit import DiT
 
 CONTROLNET = ControlNetConfig(

@@ -10,8 +10,9 @@ from diffusers import SanaControlNetModel, SanaTransformer2DModel
 from examples import exhaustive
 from networks import relative_error
 from reference import LIKE_0_6B, LIKE_1_6B
-from sana_cli.models.controlnet import ControlNet, ControlNetConfig
-from sana_cli.models.dit import DiT, DiTConfig
+from sana_cli.models.configs import ControlNetConfig, DiTConfig
+from sana_cli.models.controlnet import ControlNet
+from sana_cli.models.dit import DiT
 from sana_cli.models.fused_dit import FusedDiT, peak_bytes
 from sana_cli.system.memory import PeakMemory
 from test_fused_dit import flops

@@ -7,8 +7,9 @@ from diffusers import AutoencoderDC, SanaTransformer2DModel
 from networks import DC_AE, DC_AE_LITE, SMALL, relative_error
 from reference import LIKE_0_6B, LIKE_1_6B, SPRINT, random_pipeline, text_encoder
 from sana_cli.kernels.linear_attention import relu_linear_attention
-from sana_cli.models.dc_ae import DCAE, DCAEConfig
-from sana_cli.models.dit import DiT, DiTConfig, TimestepEmbedder, position_table
+from sana_cli.models.configs import DCAEConfig, DiTConfig
+from sana_cli.models.dc_ae import DCAE
+from sana_cli.models.dit import DiT, TimestepEmbedder, position_table
 
 
 def twins(config: dict) -> tuple[DiT, SanaTransformer2DModel]:

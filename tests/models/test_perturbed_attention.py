@@ -10,7 +10,8 @@ from diffusers.pipelines.pag.pag_utils import PAGMixin
 from examples import exhaustive
 from networks import relative_error
 from reference import LIKE_0_6B, LIKE_1_6B
-from sana_cli.models.dit import DiT, DiTConfig
+from sana_cli.models.configs import DiTConfig
+from sana_cli.models.dit import DiT
 from sana_cli.models.fused_dit import FusedDiT, peak_bytes
 from sana_cli.system.memory import PeakMemory
 from test_controlnet import CHANNELS, fuse, inputs, ours, randomise, run, theirs

@@ -158,6 +158,8 @@ def test_outpainting_keeps_the_image_and_paints_around_it(sana, tmp_path, scene)
         (("--image", "scene.png", "--mask", "alpha"), "has no transparent part"),
         (("--image", "scene.png", "--outpaint", "x"), "--outpaint 'x' does not say"),
         (("--image", "scene.png", "--image-fit", "tile"), "tile"),
+        (("--image", "scene.png", "--image", "small.png"), "--image is given twice"),
+        (("--control", "scene.png", "--control", "small.png"), "--control is given twice"),
     ],
 )
 def test_combinations_that_cannot_work_are_refused_before_weights_load(

@@ -37,7 +37,8 @@ from sana_cli.models.gemma import Gemma
 from sana_cli.pipeline.text_encoder import TextEncoder
 from sana_cli.recipe import Recipe
 from sana_cli.weights.catalogue import Source
-from sana_cli.weights.checkpoint import on_meta, open_safetensors, read_tensors
+from sana_cli.weights.checkpoint import on_meta, read_tensors
+from sana_cli.weights.headers import open_safetensors
 from sana_cli.weights.hub_cache import damaged_files
 from sana_cli.weights.layout import Part, Parts
 from sana_cli.weights.lora import MergedTensors, fit, read_lora
@@ -94,7 +95,7 @@ def check_configs(files: ModelFiles, expected: Architecture) -> None:
     expect(
         files.text.theta == expected.text.theta,
         f"text_encoder/config.json has rope theta {files.text.theta}, not {expected.text.theta}",
-        "correct `GemmaConfig` in `sana_cli/models/gemma.py`",
+        "correct `GemmaConfig` in `sana_cli/models/configs.py`",
     )
     expect(
         files.flow_shift == expected.flow_shift,

@@ -36,7 +36,7 @@ from reference import LIKE_0_6B, LITE, TEXT_WIDTH, random_pipeline
 from reference import SPRINT as SPRINT_CONFIG
 from sana_cli.models.architectures import Architecture
 from sana_cli.weights.catalogue import Model, known_components, known_models
-from sana_cli.weights.checkpoint import read_config
+from sana_cli.weights.config_files import read_config
 from sana_cli.weights.hub_cache import find_parts
 from sana_cli.weights.layout import LORA, find_part
 from sana_cli.weights.lora import read_lora

@@ -26,12 +26,11 @@ from checks import (
 )
 from gemma_tokenizer import RECORDED
 from sana_cli.models.architectures import architecture
-from sana_cli.models.controlnet import ControlNetConfig
-from sana_cli.models.dc_ae import DCAEConfig
+from sana_cli.models.configs import ControlNetConfig, DCAEConfig
 from sana_cli.system.devices import choose_device
 from sana_cli.system.inventory import memory
 from sana_cli.weights.catalogue import Model, known_components, known_models
-from sana_cli.weights.checkpoint import read_config
+from sana_cli.weights.config_files import read_config
 from sana_cli.weights.hub_cache import find_parts
 from sana_cli.weights.lora_choice import lora_source
 from sana_cli.weights.model_files import ModelFiles

@@ -15,7 +15,8 @@ from networks import (
     random_image,
     random_latents,
 )
-from sana_cli.models.dc_ae import DCAEConfig, Decoder, Encoder
+from sana_cli.models.configs import DCAEConfig
+from sana_cli.models.dc_ae import Decoder, Encoder
 from sana_cli.models.streaming.autoencoder import activation_bytes, decode, encode
 from sana_cli.models.streaming.subpixel import fold_upsamples
 from sana_cli.pipeline.plan import GPU_STRIP_BYTES

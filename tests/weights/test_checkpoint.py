@@ -10,9 +10,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sana_cli.errors import BrokenModel
-from sana_cli.models.dit import DiT, DiTConfig
+from sana_cli.models.configs import DiTConfig
+from sana_cli.models.dit import DiT
 from sana_cli.system.devices import resident_bytes
-from sana_cli.weights.checkpoint import load_weights, move, on_meta, read_config
+from sana_cli.weights.checkpoint import load_weights, move, on_meta
+from sana_cli.weights.config_files import read_config
 from sana_cli.weights.layout import find_part, folder_parts
 from sana_cli.weights.model_files import open_model
 

@@ -18,8 +18,10 @@ from safetensors.torch import load_file, save_file
 from reference import LIKE_0_6B, LIKE_1_6B
 from sana_cli.errors import BrokenModel, SanaError, UsageError
 from sana_cli.models.architectures import TRANSFORMERS
-from sana_cli.models.dit import DiT, DiTConfig
-from sana_cli.weights.checkpoint import load_weights, on_meta, read_config
+from sana_cli.models.configs import DiTConfig
+from sana_cli.models.dit import DiT
+from sana_cli.weights.checkpoint import load_weights, on_meta
+from sana_cli.weights.config_files import read_config
 from sana_cli.weights.lora import (
     MergedTensors,
     describe,

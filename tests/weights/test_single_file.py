@@ -16,7 +16,8 @@ from reference import LIKE_0_6B, LIKE_1_6B, SPRINT
 from sana_cli.bench.random_weights import write_configs
 from sana_cli.errors import BrokenModel, SanaError
 from sana_cli.models.architectures import TRANSFORMERS, architecture
-from sana_cli.models.dit import DiT, DiTConfig
+from sana_cli.models.configs import DiTConfig
+from sana_cli.models.dit import DiT
 from sana_cli.weights.catalogue import known_models, model_of
 from sana_cli.weights.checkpoint import load_weights, on_meta
 from sana_cli.weights.layout import CONFIGS, Part
