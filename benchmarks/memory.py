@@ -10,6 +10,7 @@ from pathlib import Path
 
 import tomlkit
 
+from sana_cli.pipeline.peaks import PeakCache
 from sana_cli.pipeline.plan import (
     LONGEST_PROMPT,
     _decode_peak,
@@ -40,13 +41,18 @@ def peaks(model: Model) -> tuple[int, int]:
     fast = _default_plan("cuda")
     *_, lean_denoise, _ = fast.fallback_plans("denoise")  # the last is the CPU
     *_, lean_decode, _ = fast.fallback_plans("decode")
-    text = _text_peak(recipe, files)
+    cache = PeakCache()
+    text = _text_peak(cache, recipe, files)
     return (
-        max(text, _denoise_peak(fast, recipe, files), _decode_peak(fast, recipe, files)),
         max(
             text,
-            _denoise_peak(lean_denoise, recipe, files),
-            _decode_peak(lean_decode, recipe, files),
+            _denoise_peak(cache, fast, recipe, files),
+            _decode_peak(cache, fast, recipe, files),
+        ),
+        max(
+            text,
+            _denoise_peak(cache, lean_denoise, recipe, files),
+            _decode_peak(cache, lean_decode, recipe, files),
         ),
     )
 

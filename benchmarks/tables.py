@@ -261,6 +261,33 @@ def registers() -> list[str]:
     return rows
 
 
+CARDS = {  # FLOP/s in bfloat16 with float32 sums, bytes/s
+    "RTX 4060 Laptop, 29 TFLOP/s and 256 GB/s as listed": (29.1e12, 256e9),
+    "RTX 4090 Laptop, 76 TFLOP/s and 576 GB/s as listed": (75.9e12, 576e9),
+    "H200, 790 TFLOP/s and 4.3 TB/s as others measured": (790e12, 4.3e12),
+}
+STEPS = 20
+
+
+def predicted() -> list[str]:
+    """Seconds of an image at 1024² on GPUs that none of this has run on."""
+    from sana_cli.bench.counted import Count
+    from sana_cli.bench.forecast import EFFICIENCY, seconds
+
+    rows = ["| predicted at 1024² | a step | a decode | 20 steps and a decode | measured |"]
+    rows.append("|---|---|---|---|---|")
+    for card, rates in CARDS.items():
+        for model, work in measured("work.json").items():
+            step, decode = (
+                seconds(Count(**work[stage]), *rates, EFFICIENCY["cuda"])
+                for stage in ("step", "decode")
+            )
+            cells = [f"{1000 * step:.3g} ms", f"{1000 * decode:.3g} ms"]
+            cells += [f"{STEPS * step + decode:.2g} s", "not measured yet"]
+            rows.append(f"| {model} on an {card} | {' | '.join(cells)} |")
+    return rows
+
+
 def w8a8() -> list[str]:
     """Likeness to float32 and obedience of the bundled model, in bfloat16 and in 8 bits."""
     facts = measured("w8a8.json")
@@ -334,6 +361,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "settings": settings,
     "one-command": one_command,
     "registers": registers,
+    "predicted": predicted,
     "w8a8": w8a8,
     "w8a8-layers": w8a8_layers,
     "diffusers-suites": diffusers_suites,

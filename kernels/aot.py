@@ -7,14 +7,15 @@ float32 one case of each block shape is.
 
 The exit code is 1, with one line per fault, if a kernel spills registers, needs more shared memory
 than the GPU has, multiplies matrices without the tensor-core instructions of their precision, or
-rearranges the bytes of int8 operands in its inner loop. The machine code is read with the NVIDIA
-tools that come with Triton.
+has more instructions beside these in its inner loop than such a loop needs. The machine code is
+read with the NVIDIA tools that come with Triton.
 """
 
 import argparse
 import functools
 import importlib
 import json
+import math
 import multiprocessing
 import os
 import pkgutil
@@ -55,10 +56,16 @@ FLOAT = re.compile(r"\b(?:HG?MMA|UTC[HQ]MMA)\b")
 # Products of matrices in Triton's intermediate code: the options and the type of the left one.
 DOT = re.compile(r"tt\.dot ([^\n]*?) : tensor<[\dx]*x(\w+)>")
 LABEL = re.compile(r"^(\.L_x_\d+):", re.MULTILINE)
+INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)")
 LOADS = re.compile(r"\bLDG(?:STS)?\.E((?:\.\w+)*)")
 WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}  # bytes; else 4
-# Of int8 products: more mean that operands are put together byte by byte.
-MOST_PERMUTES = 0.5
+# In an inner loop: what brings the operands of a product, and what scales sums of int32.
+EXPECTED = {"LDSM", "LDS", "LDGSTS", "I2F", "I2FP", "FFMA"}
+# Most other instructions for each mma.sync, in loops of products alone that have enough of these to
+# take long. Those of floats have up to 2.5, those of int8 2.1; operands put together byte by byte
+# cost 4. (wgmma and tcgen05 run beside other instructions.)
+MANY = 32
+MOST_OTHERS = {"HMMA": 3.0, "IMMA": 2.5}
 
 
 @dataclass(frozen=True)
@@ -73,7 +80,9 @@ class Cost:
     count: int  # of tensor-core instructions
     matrices: bool  # whether the kernel multiplies matrices
     missing: str | None  # of the tensor-core instructions that its precisions need: "int8", "float"
-    permutes: float  # PRMT instructions for each tensor-core instruction of the inner loop
+    products: int  # tensor-core instructions of the inner loop
+    others: float  # its instructions that are neither these nor EXPECTED, for each of these
+    softmax: bool  # whether it computes exponentials between the products
     loads: dict[str, int]  # instructions that load from memory, by the bytes that a thread loads
 
     @property
@@ -84,17 +93,19 @@ class Cost:
         shared = (SHARED[target] + RESERVED) // (self.shared + RESERVED)
         return min(REGISTERS // each, shared, THREADS[target] // threads)
 
-    @property
-    def fault(self) -> str | None:
+    def fault(self, spills: int = 0) -> str | None:
+        """Say what the kernel must not do; it may spill `spills` bytes."""
         limit = SHARED[divmod(self.arch, 10)]
-        if self.stack:
+        if self.stack > spills:
             return f"spills {self.stack} bytes of registers per thread"
         if self.shared > limit:
             return f"needs {self.shared} bytes of shared memory, and a program has {limit}"
         if self.missing:
             return f"multiplies matrices of {self.missing} without tensor cores"
-        if self.permutes > MOST_PERMUTES and self.tensor_cores and INTEGER.match(self.tensor_cores):
-            return f"has {self.permutes:.1f} PRMT for each product of int8 in its inner loop"
+        kind = (self.tensor_cores or "").split(".")[0]
+        most = math.inf if self.softmax else MOST_OTHERS.get(kind, math.inf)
+        if self.products >= MANY and self.others > most:
+            return f"has {self.others:.1f} other instructions for each {kind} of its inner loop"
         return None
 
 
@@ -164,6 +175,9 @@ def measure(package: str, target: tuple[int, int], index: int) -> Cost:
         code = _run("nvdisasm", "-c", str(path))
     resources = {name: int(number) for name, number in re.findall(r"\b([A-Z]+):(\d+)", usage)}
     found = TENSOR_CORES.findall(code)
+    loop = _inner_loop(code)
+    products = sum(count for name, count in loop.items() if TENSOR_CORES.match(name))
+    others = loop.total() - products - sum(loop[name] for name in EXPECTED)
     return Cost(
         case.name,
         arch,
@@ -175,7 +189,9 @@ def measure(package: str, target: tuple[int, int], index: int) -> Cost:
         len(found),
         "tt.dot" in made.asm["ttir"],
         _missing(made.asm["ttir"], code),
-        _permutes(code),
+        products,
+        round(others / products, 2) if products else 0.0,
+        "MUFU" in loop,
         _loads(code),
     )
 
@@ -192,16 +208,26 @@ def _missing(ttir: str, code: str) -> str | None:
     return "floats" if {*floats} - {"i8"} and not FLOAT.search(code) else None
 
 
-def _permutes(code: str) -> float:
-    """Return the PRMT for each tensor-core instruction of the loop that has most of these."""
-    most = permutes = 0
+def _inner_loop(code: str) -> Counter[str]:
+    """Count by name the instructions of the innermost loop that has the most tensor-core ones.
+
+    A loop ends with the last jump back to its label. It may contain loops that wait for memory.
+    """
+    found: list[tuple[int, int, int]] = []
     for label in LABEL.finditer(code):
-        body, jumps, _ = code[label.end() :].partition(f"`({label[1]})")
-        if jumps and not LABEL.search(body):  # an innermost loop
-            count = len(TENSOR_CORES.findall(body))
-            if count > most:
-                most, permutes = count, len(re.findall(r"\bPRMT\b", body))
-    return permutes / most if most else 0.0
+        end = code.rfind(f"`({label[1]})")
+        products = len(TENSOR_CORES.findall(code[label.end() : max(end, 0)]))
+        if products:
+            found.append((label.end(), end, products))
+    inner = [
+        one
+        for one in found
+        if not any(other != one and one[0] <= other[0] and other[1] <= one[1] for other in found)
+    ]
+    if not inner:
+        return Counter()
+    begin, end, _ = max(inner, key=lambda one: one[2])
+    return Counter(INSTRUCTION.findall(code[begin:end]))
 
 
 def _loads(code: str) -> dict[str, int]:
@@ -229,7 +255,8 @@ def measure_all(package: str, archs: list[int], jobs: int) -> list[Cost]:
         return list(pool.map(measure, *zip(*work, strict=True)))
 
 
-def show(costs: list[Cost]) -> None:
+def show(costs: list[Cost], spills: int) -> None:
+    import triton
     from rich.console import Console
     from rich.table import Table
 
@@ -238,15 +265,21 @@ def show(costs: list[Cost]) -> None:
         table.add_column(name, justify="right")
     table.add_column("bytes x loads")
     table.add_column("tensor cores")
+    table.add_column("in a step", justify="right")
+    table.add_column("others", justify="right")
     for cost in costs:
         cores = f"{cost.count} {cost.tensor_cores}" if cost.count else ""
         numbers = (cost.warps, cost.registers, cost.stack, cost.shared, cost.programs)
         loads = ", ".join(f"{width}x{count}" for width, count in cost.loads.items())
-        style = "red" if cost.fault else ""
-        table.add_row(cost.case, f"sm_{cost.arch}", *map(str, numbers), loads, cores, style=style)
-    console = Console(width=None if sys.stdout.isatty() else 140)
+        loop = (str(cost.products), f"{cost.others:.1f}") if cost.products else ("", "")
+        style = "red" if cost.fault(spills) else ""
+        table.add_row(
+            cost.case, f"sm_{cost.arch}", *map(str, numbers), loads, cores, *loop, style=style
+        )
+    console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(table)
     console.print("sm_75 and older: torch's own kernels, as Triton has no tensor-core code there")
+    console.print(f"compiled by Triton {triton.__version__}")
 
 
 def main(package: str = "sana_cli.kernels") -> int:
@@ -255,17 +288,24 @@ def main(package: str = "sana_cli.kernels") -> int:
     parser.add_argument("--arch", type=int, nargs="+", choices=known, default=known)
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     parser.add_argument("--json", action="store_true")
+    # The ptxas of older versions gives up a few registers where one more program then fits.
+    parser.add_argument(
+        "--spills", type=int, default=0, help="bytes of registers per thread that may spill"
+    )
     options = parser.parse_args()
     os.environ.pop("TRITON_INTERPRET", None)  # the interpreter compiles nothing
     costs = measure_all(package, options.arch, options.jobs)
     if options.json:
-        rows = [asdict(c) | {"programs": c.programs, "fault": c.fault} for c in costs]
+        rows = [
+            asdict(c) | {"programs": c.programs, "fault": c.fault(options.spills)} for c in costs
+        ]
         sys.stdout.write(json.dumps(rows, indent=2) + "\n")
     else:
-        show(costs)
-    faulty = [cost for cost in costs if cost.fault]
-    for cost in faulty:
-        sys.stderr.write(f"error: {cost.case} on sm_{cost.arch} {cost.fault}\n")
+        show(costs, options.spills)
+    faults = [(cost, cost.fault(options.spills)) for cost in costs]
+    faulty = [(cost, fault) for cost, fault in faults if fault]
+    for cost, fault in faulty:
+        sys.stderr.write(f"error: {cost.case} on sm_{cost.arch} {fault}\n")
     return 1 if faulty else 0
 
 

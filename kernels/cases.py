@@ -9,8 +9,7 @@ from torch import Tensor
 from sana_cli.kernels.rows8 import Rows8, Weight8, quantise, quantise_weight
 
 WIDTHS = {"demo": 224, "0.6B": 1152, "1.6B": 2240}  # of the transformers
-# Of images, in pixels: block shapes depend on the number of tokens.
-SIDES = {"demo": (256, 512), "0.6B": (512, 1024, 4096), "1.6B": (512, 1024, 4096)}
+TOKENS = 1024  # of an image of 1024²; nothing that is compiled depends on the number
 
 
 @dataclass(frozen=True)

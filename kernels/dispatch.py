@@ -7,16 +7,17 @@ import shutil
 import sys
 import sysconfig
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 MIN_CAPABILITY = (8, 0)  # Ampere: Triton generates no tensor-core code for older GPUs
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 meta_is_gpu = False  # set by `launch.meta_launches`
 
 
-def uses_triton(operation: str, x: Tensor, dtype: torch.dtype | None = None) -> bool:
+def uses_triton(operation: str, x: "Tensor", dtype: "torch.dtype | None" = None) -> bool:
     """Whether an operation on `x`, one of `selfcheck.OPERATIONS`, runs in Triton.
 
     `dtype` is that of the activations, if `x` are their values in 8 bits. Autograd needs the torch
@@ -27,17 +28,19 @@ def uses_triton(operation: str, x: Tensor, dtype: torch.dtype | None = None) -> 
     if x.is_meta:
         return meta_is_gpu
     dtype = dtype or x.dtype
-    supported = x.is_cuda and dtype in DTYPES and not x.requires_grad
+    supported = x.is_cuda and dtype in selfcheck.DTYPES and not x.requires_grad
     if not supported or fallback_reason(x.device) is not None:
         return False
     return selfcheck.passes(operation, x.device, dtype)
 
 
 @functools.cache
-def fallback_reason(device: torch.device) -> str | None:
+def fallback_reason(device: "torch.device") -> str | None:
     """Return why kernels on a device run as plain torch, or None if they run in Triton."""
     if device.type != "cuda":
-        return f"there is no Triton for {device.type}"
+        return _no_triton_for(device.type)
+    import torch
+
     if torch.version.hip:
         return "the kernels are untested on AMD GPUs"
     if torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
@@ -47,6 +50,10 @@ def fallback_reason(device: torch.device) -> str | None:
     if sys.platform == "linux":  # elsewhere Triton brings its own compiler
         return _missing_build_tool()
     return None
+
+
+def _no_triton_for(kind: str) -> str:
+    return f"there is no Triton for {kind}"
 
 
 def _missing_build_tool() -> str | None:
@@ -62,7 +69,12 @@ def _missing_build_tool() -> str | None:
 
 
 def chosen_path(device: str) -> tuple[str, str]:
-    """Return ("triton" or "torch", the reason), for display."""
+    """Return ("triton" or "torch", the reason), for display; torch is imported for a GPU only."""
+    kind = device.partition(":")[0]
+    if kind != "cuda":
+        return "torch", _no_triton_for(kind)
+    import torch
+
     reason = fallback_reason(torch.device(device))
     if reason is not None:
         return "torch", reason

@@ -53,6 +53,18 @@ def capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else MIN_CAPABILITY
 
 
+def multiprocessors(device: torch.device) -> int:
+    """How many there are to choose block shapes for; without a GPU those of an RTX 4090 Laptop."""
+    if _traced is not None or device.type != "cuda":
+        return 76
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def is_traced() -> bool:
+    """Whether launches are recorded instead of made."""
+    return _traced is not None
+
+
 def precision() -> str:
     """Precision of float32 matrix products, as set in torch; other dtypes ignore it."""
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"

@@ -8,7 +8,6 @@ own location and a second kernel adds them up in a fixed order, so equal inputs 
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
-import itertools
 from collections.abc import Iterator
 from functools import partial
 from typing import NamedTuple
@@ -19,13 +18,14 @@ import triton.language as tl
 from torch import Tensor
 
 from sana_cli.kernels import linear_attention
-from sana_cli.kernels.cases import SIDES, WIDTHS, Case, like, like_rows8, like_weight8
+from sana_cli.kernels.cases import TOKENS, WIDTHS, Case, like, like_rows8, like_weight8
 from sana_cli.kernels.launch import capability, launch, precision, trace_launches
 from sana_cli.kernels.linear_attention import EPS
-from sana_cli.kernels.projection_triton import ENOUGH, GROUP, tile_origin
+from sana_cli.kernels.projection_triton import GROUP, tile_origin
 from sana_cli.kernels.rows8 import Rows8, Weight8, quantise, quantise_weight
 from sana_cli.kernels.rows8_triton import new_rows8, round_rows
 from sana_cli.kernels.selfcheck import QUANTISED, Check, Draw
+from sana_cli.kernels.tiles import Product, choose
 
 CHANNELS = 64  # also those that share a scale in 8 bits
 
@@ -37,32 +37,37 @@ class QKVBlocks(NamedTuple):
     k: int
     warps: int
     stages: int
+    resident: int = 1  # see `tiles.Shape`
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        return self.m, 3 * CHANNELS
 
 
-# The first that gives enough programs to occupy a large GPU is used, else the last.
+# `tiles.choose` takes one of them for a size.
 CONSUMER = (QKVBlocks(128, 32, 8, 3), QKVBlocks(64, 64, 4, 3))
 LARGE = (QKVBlocks(128, 64, 8, 3), QKVBlocks(64, 64, 4, 3))
 BY_CAPABILITY = {(8, 0): LARGE, (9, 0): LARGE, (10, 0): LARGE}
 FLOAT32 = QKVBlocks(32, 32, 8, 2)
 
 
-def qkv_shapes(x: Tensor, dtype: torch.dtype) -> tuple[QKVBlocks, ...]:
-    """Return the block shapes for tokens x of any dtype and results in `dtype`."""
-    if dtype == torch.float32:
+def qkv_shapes(x: Tensor | Rows8, target: tuple[int, int]) -> tuple[QKVBlocks, ...]:
+    """Return the block shapes for tokens x on a GPU of capability `target`."""
+    if x.dtype == torch.float32:
         return (FLOAT32,)
-    if x.dtype == torch.int8:
+    if isinstance(x, Rows8):
         return LARGE
-    return BY_CAPABILITY.get(capability(x.device), CONSUMER)
+    return BY_CAPABILITY.get(target, CONSUMER)
 
 
-def choose_qkv_blocks(x: Tensor, blocks: int, dtype: torch.dtype) -> QKVBlocks:
-    """Choose block shapes for tokens x (B, N, D), results in `dtype`, and a number of channel
-    blocks."""
-    shapes = qkv_shapes(x, dtype)
-    for shape in shapes:
-        if len(x) * triton.cdiv(x.shape[1], shape.m) * blocks >= ENOUGH:
-            return shape
-    return shapes[-1]
+def choose_qkv_blocks(x: Tensor | Rows8, features: int) -> QKVBlocks:
+    """Choose the block shape for three projections of x (B, N, D) to a number of channels."""
+    eight = isinstance(x, Rows8)
+    values = x.values if isinstance(x, Rows8) else x
+    batch, n, width = values.shape
+    product = Product(batch, n, 3 * features, width, values.itemsize)
+    shapes, name = qkv_shapes(x, capability(values.device)), "project_qkv" + "8" * eight
+    return choose(name, product, shapes, values)
 
 
 def project_qkv(
@@ -73,7 +78,10 @@ def project_qkv(
     eps: float,
     shape: QKVBlocks | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`shape` is that of the size of x unless given."""
+    """`shape` is chosen for the size of x unless given."""
+    features = len(weight.values if isinstance(weight, Weight8) else weight) // 3
+    if shape is None:
+        shape = choose_qkv_blocks(x, features)
     dtype, x_scales, weight_scales = x.dtype, None, None
     if isinstance(x, Rows8):
         x_scales = x.scales.contiguous()
@@ -82,10 +90,9 @@ def project_qkv(
         weight, weight_scales = weight
     x, weight = x.contiguous(), weight.contiguous()
     batch, n, width = x.shape
-    features = len(weight) // 3
     d = features // heads
     blocks = triton.cdiv(features, CHANNELS)
-    m, step, warps, stages = shape or choose_qkv_blocks(x, blocks, dtype)
+    m, step, warps, stages, _ = shape
     tiles = triton.cdiv(n, m)
     q = x.new_empty(batch, n, features, dtype=dtype)
     sums = x.new_empty(batch, tiles, heads, d + 1, d, dtype=torch.float32)
@@ -349,21 +356,20 @@ def attend_tokens_kernel(
 
 
 def cases(target: tuple[int, int]) -> Iterator[Case]:
+    """Yield every block shape, as any may be chosen for a size."""
     for model, d in WIDTHS.items():
-        for side, batch in itertools.product(SIDES[model], (1, 2)):
-            heads, label = d // 32, f"{model} {batch}x{side}²"
-            x, weight, norm = like(batch, (side // 32) ** 2, d), like(3 * d, d), like(d)
-            state = like(batch, heads, 33, 32, dtype=torch.float32)
-            yield from trace_launches(label, target, project_qkv, x, weight, heads, None, 0.0)
-            of = f"normed {label}"
-            yield from trace_launches(of, target, project_qkv, x, weight, heads, norm, 1e-5)
-            yield from trace_launches(label, target, attend_tokens, x, state)
-            yield from trace_launches(f"int8 {label}", target, attend_tokens8, x, state)
-            x8, weight8 = like_rows8(x), like_weight8(weight)
-            of = f"int8 {label}"
-            yield from trace_launches(of, target, project_qkv, x8, weight8, heads, None, 0.0)
-            of = f"int8 normed {label}"
-            yield from trace_launches(of, target, project_qkv, x8, weight8, heads, norm, 1e-5)
+        heads, x, weight, norm = d // 32, like(1, TOKENS, d), like(3 * d, d), like(d)
+        for kind, tokens, matrix in (
+            ("", x, weight),
+            ("int8 ", like_rows8(x), like_weight8(weight)),
+        ):
+            for shape in qkv_shapes(tokens, target):
+                for of, norm_k in ((f"{kind}{model}", None), (f"{kind}normed {model}", norm)):
+                    inputs = tokens, matrix, heads, norm_k, 1e-5, shape
+                    yield from trace_launches(f"{of} {shape.m}", target, project_qkv, *inputs)
+        state = like(1, heads, 33, 32, dtype=torch.float32)
+        yield from trace_launches(model, target, attend_tokens, x, state)
+        yield from trace_launches(f"int8 {model}", target, attend_tokens8, x, state)
 
 
 def checks(draw: Draw) -> Iterator[Check]:
@@ -373,8 +379,8 @@ def checks(draw: Draw) -> Iterator[Check]:
         weight = draw(3 * 32 * heads, width, size=width**-0.5)
         rows, weight8 = quantise(x, grouped=False), quantise_weight(weight)
         for name, tokens_, matrix, shapes in (
-            ("project_qkv", x, weight, qkv_shapes(x, x.dtype)),
-            ("project_qkv8", rows, weight8, qkv_shapes(rows.values, x.dtype)),
+            ("project_qkv", x, weight, qkv_shapes(x, capability(x.device))),
+            ("project_qkv8", rows, weight8, qkv_shapes(rows, capability(x.device))),
         ):
             for shape in shapes:
                 fused, definition = partial(project_qkv, shape=shape), linear_attention.project_qkv

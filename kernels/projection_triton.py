@@ -6,10 +6,9 @@ so that those that run at the same time share rows and columns, which they then 
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
-import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -17,11 +16,12 @@ import triton.language as tl
 from torch import Tensor
 
 from sana_cli.kernels import projection
-from sana_cli.kernels.cases import SIDES, WIDTHS, Case, like, like_rows8, like_weight8
+from sana_cli.kernels.cases import TOKENS, WIDTHS, Case, like, like_rows8, like_weight8
 from sana_cli.kernels.launch import capability, launch, precision, trace_launches
 from sana_cli.kernels.rows8 import Rows8, Weight8, quantise, quantise_weight
-from sana_cli.kernels.rows8_triton import Blocks8, block_shapes8, choose_blocks8, matmul_tile8
+from sana_cli.kernels.rows8_triton import Blocks8, block_shapes8, matmul_tile8
 from sana_cli.kernels.selfcheck import Check, Draw
+from sana_cli.kernels.tiles import Product, choose
 
 
 class Blocks(NamedTuple):
@@ -32,14 +32,17 @@ class Blocks(NamedTuple):
     k: int
     warps: int
     stages: int
+    resident: int = 1  # see `tiles.Shape`
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        return self.m, self.n
 
 
-# The first that gives enough tiles to occupy a large GPU is used, else the last. The shapes are not
-# tuned by measurement. They are chosen to fit: no register spills, and the operands of as many
-# steps as there are stages (before Hopper one fewer) in shared memory, which has 99 KB on consumer
-# GPUs, 163 KB on A100, and 227 KB on Hopper and data-centre Blackwell.
-ENOUGH = 120
-SMALL = (Blocks(128, 64, 64, 4, 3), Blocks(64, 64, 64, 4, 4))
+# `tiles.choose` takes one of them for a size. They fit: no register spills, and the operands of as
+# many steps as there are stages (before Hopper one fewer) in shared memory, which has 99 KB on
+# consumer GPUs, 163 KB on A100, and 227 KB on Hopper and data-centre Blackwell.
+SMALL = (Blocks(128, 64, 64, 4, 3, 2), Blocks(64, 64, 64, 4, 4, 2))
 CONSUMER = (Blocks(128, 128, 64, 8, 4), *SMALL)
 LARGE = (Blocks(128, 256, 64, 8, 3), Blocks(128, 128, 64, 8, 4), *SMALL)
 BY_CAPABILITY = {(8, 0): LARGE, (9, 0): LARGE, (10, 0): LARGE}
@@ -50,21 +53,33 @@ HALF_MAX: tl.constexpr = tl.constexpr(65504.0)
 GROUP = 8  # rows of tiles that are traversed together
 
 
-def block_shapes(x: Tensor, widest: int) -> list[Blocks]:
-    """Return the block shapes for a result like x with tiles of at most `widest` columns."""
-    if x.dtype == torch.float32:
+def block_shapes(dtype: torch.dtype, target: tuple[int, int], widest: int) -> list[Blocks]:
+    """Return the block shapes on a GPU of capability `target`, of at most `widest` columns."""
+    if dtype == torch.float32:
         return [FLOAT32]
-    shapes = BY_CAPABILITY.get(capability(x.device), CONSUMER)
+    shapes = BY_CAPABILITY.get(target, CONSUMER)
     return [blocks for blocks in shapes if blocks.n <= widest]
 
 
-def choose_blocks(x: Tensor, m: int, n: int, widest: int) -> Blocks:
-    """Choose block shapes for an m x n result like x, with tiles of at most `widest` columns."""
-    *larger, last = block_shapes(x, widest)
-    for blocks in larger:
-        if triton.cdiv(m, blocks.m) * triton.cdiv(n, blocks.n) >= ENOUGH:
-            return blocks
-    return last
+def choose_blocks(
+    kernel: str,
+    x: Tensor | Rows8,
+    weight: Tensor | Weight8,
+    widest: int,
+    run: Callable[[Any], object] | None = None,
+) -> Any:
+    """Choose the block shape for x·weightᵀ, with tiles of at most `widest` columns; see
+    `tiles.choose`."""
+    shapes: Sequence[Blocks | Blocks8]
+    if isinstance(x, Rows8):
+        kernel, values = f"{kernel}8", x.values
+        shapes = block_shapes8(x, capability(values.device))
+    else:
+        values = x
+        shapes = block_shapes(x.dtype, capability(x.device), widest)
+    n, k = (weight.values if isinstance(weight, Weight8) else weight).shape
+    product = Product(1, values.numel() // k, n, k, values.itemsize)
+    return choose(kernel, product, shapes, values, run)
 
 
 def linear_silu(
@@ -73,7 +88,10 @@ def linear_silu(
     bias: Tensor,
     blocks: Blocks | Blocks8 | None = None,
 ) -> Tensor:
-    """`blocks` are those of the size of the result unless given."""
+    """`blocks` are chosen for the size unless given."""
+    if blocks is None:
+        run = partial(linear_silu, x, weight, bias)
+        blocks = choose_blocks("linear_silu", x, weight, SILU_WIDEST, run)
     bias = bias.contiguous()
     if isinstance(x, Rows8):
         assert isinstance(weight, Weight8)
@@ -82,7 +100,7 @@ def linear_silu(
         return out
     assert isinstance(weight, Tensor)
     out = x.new_empty(*x.shape[:-1], len(weight))
-    _launch(linear_silu_kernel, x.contiguous(), weight, (bias, out), SILU_WIDEST, blocks)
+    _launch(linear_silu_kernel, x.contiguous(), weight, (bias, out), blocks)
     return out
 
 
@@ -94,9 +112,15 @@ def gated_residual_linear_(
     gate: Tensor | None,
     blocks: Blocks | Blocks8 | None = None,
 ) -> Tensor:
-    """`blocks` are those of the size of the result unless given."""
+    """`blocks` are chosen for the size unless given."""
     if not x.is_contiguous():
         return x.copy_(gated_residual_linear_(x.contiguous(), y, weight, bias, gate, blocks))
+    if blocks is None:
+
+        def run(blocks: Blocks | Blocks8) -> None:
+            gated_residual_linear_(torch.empty_like(x), y, weight, bias, gate, blocks)
+
+        blocks = choose_blocks("gated_residual_linear_", y, weight, RESIDUAL_WIDEST, run)
     bias, gate = (None if part is None else part.contiguous() for part in (bias, gate))
     rest = bias, gate, x
     if isinstance(y, Rows8):
@@ -104,7 +128,7 @@ def gated_residual_linear_(
         _launch8(gated_residual_linear8_kernel, y, weight, rest, blocks)
         return x
     assert isinstance(weight, Tensor)
-    _launch(gated_residual_linear_kernel, y.contiguous(), weight, rest, RESIDUAL_WIDEST, blocks)
+    _launch(gated_residual_linear_kernel, y.contiguous(), weight, rest, blocks)
     return x
 
 
@@ -113,12 +137,10 @@ def _launch(
     x: Tensor,
     weight: Tensor,
     rest: tuple,
-    widest: int,
-    blocks: Blocks | Blocks8 | None,
+    blocks: Blocks | Blocks8,
 ) -> None:
     n, k = weight.shape
     m = x.numel() // k
-    blocks = blocks or choose_blocks(x, m, n, widest)
     launch(
         kernel,
         (triton.cdiv(m, blocks.m) * triton.cdiv(n, blocks.n),),
@@ -139,11 +161,10 @@ def _launch8(
     x: Rows8,
     weight: Weight8,
     rest: tuple,
-    blocks: Blocks | Blocks8 | None,
+    blocks: Blocks | Blocks8,
 ) -> None:
     n, k = weight.values.shape
     m = x.values.numel() // k
-    blocks = blocks or choose_blocks8(x, m, n)
     assert isinstance(blocks, Blocks8)
     launch(
         kernel,
@@ -294,42 +315,45 @@ def matmul_tile(
 
 
 def cases(target: tuple[int, int]) -> Iterator[Case]:
+    """Yield every block shape, as any may be chosen for a size."""
     for model, d in WIDTHS.items():
-        for side, batch in itertools.product(SIDES[model], (1, 2)):
-            label = f"{model} {batch}x{side}²"
-            x = like(batch, (side // 32) ** 2, d)
-            e = 5 * d // 2  # hidden width of the feed-forward; with the gate it has twice that
-            wide = like(*x.shape[:2], e)
-            yield from trace_launches(label, target, linear_silu, x, like(2 * e, d), like(2 * e))
-            up = like_rows8(x), like_weight8(like(2 * e, d)), like(2 * e)
-            yield from trace_launches(f"int8 {label}", target, linear_silu, *up)
-            for name, y, bias, gate in (
-                ("self", x, like(d), like(d)),
-                ("cross", x, like(d), None),
-                ("down", wide, None, like(d)),
-            ):
-                weight = like(d, y.shape[-1])
-                of = f"{name} {label}"
-                yield from trace_launches(
-                    of, target, gated_residual_linear_, x, y, weight, bias, gate
-                )
-                if name != "cross":
-                    of = f"int8 {of}"
-                    eight = like_rows8(y, grouped=True), like_weight8(weight)
-                    yield from trace_launches(
-                        of, target, gated_residual_linear_, x, *eight, bias, gate
-                    )
+        x, wide = like(1, TOKENS, d), like(1, TOKENS, 5 * d // 2)
+        up = x, like(5 * d, d), like(5 * d)
+        for blocks in block_shapes(x.dtype, target, SILU_WIDEST):
+            label = f"{model} {blocks.m}x{blocks.n}"
+            yield from trace_launches(label, target, linear_silu, *up, blocks)
+        up8 = like_rows8(x), like_weight8(up[1]), up[2]
+        for blocks8 in block_shapes8(up8[0], target):
+            label = f"int8 {model} {blocks8.m}x{blocks8.tile[1]}"
+            yield from trace_launches(label, target, linear_silu, *up8, blocks8)
+        for name, y, bias, gate in (
+            ("self", x, like(d), like(d)),
+            ("cross", x, like(d), None),
+            ("down", wide, None, like(d)),
+        ):
+            weight = like(d, y.shape[-1])
+            for blocks in block_shapes(x.dtype, target, RESIDUAL_WIDEST):
+                inputs = x, y, weight, bias, gate, blocks
+                label = f"{name} {model} {blocks.m}x{blocks.n}"
+                yield from trace_launches(label, target, gated_residual_linear_, *inputs)
+            if name == "cross":
+                continue
+            y8, weight8 = like_rows8(y, grouped=True), like_weight8(weight)
+            for blocks8 in block_shapes8(y8, target):
+                inputs8 = x, y8, weight8, bias, gate, blocks8
+                label = f"int8 {name} {model} {blocks8.m}x{blocks8.tile[1]}"
+                yield from trace_launches(label, target, gated_residual_linear_, *inputs8)
 
 
 def checks(draw: Draw) -> Iterator[Check]:
     # No tile and no step of the sum is full, then every step is; and sizes are multiples of 16.
     for tokens, width, wide in ((35, 97, 131), (40, 192, 144)):
         x, weight, bias = draw(2, tokens, width), draw(wide, width, size=width**-0.5), draw(wide)
-        for blocks in block_shapes(x, SILU_WIDEST):
+        for blocks in block_shapes(x.dtype, capability(x.device), SILU_WIDEST):
             fused = partial(linear_silu, blocks=blocks)
             yield Check("linear_silu", fused, projection.linear_silu, (x, weight, bias))
         y, x, gate = x, draw(2, tokens, wide), draw(wide)
-        for blocks in block_shapes(x, RESIDUAL_WIDEST):
+        for blocks in block_shapes(x.dtype, capability(x.device), RESIDUAL_WIDEST):
             fused = partial(gated_residual_linear_, blocks=blocks)
             definition = projection.gated_residual_linear_
             for b, g in ((bias, gate), (bias, None), (None, gate), (None, None)):
@@ -344,11 +368,11 @@ def checks8(draw: Draw) -> Iterator[Check]:
         y, weight = draw(2, tokens, width), quantise_weight(draw(wide, width, size=width**-0.5))
         x, bias, gate = draw(2, tokens, wide), draw(wide), draw(wide)
         rows = quantise(y, grouped=False)
-        for blocks in block_shapes8(rows):
+        for blocks in block_shapes8(rows, capability(x.device)):
             fused = partial(linear_silu, blocks=blocks)
             yield Check("linear_silu8", fused, projection.linear_silu, (rows, weight, bias))
         rows, definition = quantise(y, grouped=True), projection.gated_residual_linear_
-        for blocks in block_shapes8(rows):
+        for blocks in block_shapes8(rows, capability(x.device)):
             fused = partial(gated_residual_linear_, blocks=blocks)
             for b, g in ((bias, gate), (None, gate)):
                 inputs = x, rows, weight, b, g

@@ -34,16 +34,3 @@ def rms_norm(
     if activation:
         ACTIVATIONS[activation](x, inplace=True)
     return x if residual is None else x.add_(residual)
-
-
-def qk_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / rms(x) · weight, of queries or keys (B, N, D) over all heads; x may be overwritten.
-
-    The mean square is computed in float32.
-    """
-    if dispatch.uses_triton("rms_norm", x):
-        from sana_cli.kernels import rms_norm_triton
-
-        return rms_norm_triton.rms_norm(x, weight, None, eps, None, None)
-    scale = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)
-    return (x * scale).to(weight.dtype) * weight

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sana_cli.kernels import rms_norm as module
-from sana_cli.kernels.cases import WIDTHS, Case, like
+from sana_cli.kernels.cases import Case, like
 from sana_cli.kernels.launch import launch, trace_launches
 from sana_cli.kernels.selfcheck import Check, Draw
 
@@ -19,7 +19,7 @@ VALUES = 4096  # per program
 def rms_norm(
     x: Tensor,
     weight: Tensor,
-    bias: Tensor | None,
+    bias: Tensor,
     eps: float,
     residual: Tensor | None,
     activation: str | None,
@@ -32,7 +32,7 @@ def rms_norm(
     launch(
         rms_norm_kernel,
         (triton.cdiv(rows, rows_per_program),),
-        *(x, weight.contiguous(), None if bias is None else bias.contiguous()),
+        *(x, weight.contiguous(), bias.contiguous()),
         None if residual is None else residual.contiguous(),
         *(rows, channels, eps),
         ACTIVATION=activation,
@@ -56,8 +56,7 @@ def rms_norm_kernel(
     y = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     scale = tl.rsqrt(tl.sum(y * y, 1) / channels + eps)
     y = y * scale[:, None] * tl.load(weight + column, mask=real, other=0.0).to(tl.float32)[None]
-    if bias is not None:
-        y += tl.load(bias + column, mask=real, other=0.0).to(tl.float32)[None]
+    y += tl.load(bias + column, mask=real, other=0.0).to(tl.float32)[None]
     if ACTIVATION == "relu":
         y = tl.where(y < 0, 0.0, y)  # NaN stays
     if ACTIVATION == "silu":
@@ -73,10 +72,6 @@ def cases(target: tuple[int, int]) -> Iterator[Case]:
         yield from trace_launches(str(channels), target, rms_norm, x, weight, weight, 1e-5, x, None)
     x, weight = like(1, 16, 4096, 128), like(128)
     yield from trace_launches("head", target, rms_norm, x, weight, weight, 1e-5, None, "relu")
-    for model in ("0.6B", "1.6B"):  # of Sana-Sprint and SANA-1.5
-        x, weight = like(1, 1024, WIDTHS[model]), like(WIDTHS[model])
-        of = f"queries {model}"
-        yield from trace_launches(of, target, rms_norm, x, weight, None, 1e-5, None, None)
 
 
 def checks(draw: Draw) -> Iterator[Check]:
@@ -88,10 +83,3 @@ def checks(draw: Draw) -> Iterator[Check]:
     # Channels first, as a convolution may return it.
     x = draw(1, 64, 3, 5).movedim(1, -1)
     yield Check("rms_norm", rms_norm, module.rms_norm, (x, draw(64), draw(64), 1e-5, None, None))
-    for width in (1152, 2240):
-        queries = draw(2, 5, width, size=3.0), draw(width), 1e-5
-        yield Check("rms_norm", _without_bias, module.qk_norm, queries)
-
-
-def _without_bias(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return rms_norm(x, weight, None, eps, None, None)

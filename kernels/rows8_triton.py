@@ -20,7 +20,6 @@ import triton.language as tl
 from torch import Tensor
 
 from sana_cli.kernels.cases import Case
-from sana_cli.kernels.launch import capability
 from sana_cli.kernels.rows8 import GROUP, LARGEST, TINY, Rows8
 from sana_cli.kernels.selfcheck import Check, Draw
 
@@ -39,28 +38,29 @@ class Blocks8(NamedTuple):
     warps: int
     stages: int
     parts: int = 1
+    resident: int = 1  # see `tiles.Shape`
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        return self.m, self.n * self.parts
 
 
-ENOUGH = 120  # tiles that occupy a large GPU
 # With steps of 128 channels, where there may be; with steps of one GROUP; for few tiles.
-AMPERE = Blocks8(128, 64, 128, 8, 3, 2), Blocks8(128, 64, 64, 8, 3, 2), Blocks8(64, 32, 64, 4, 4, 2)
-LATER = Blocks8(128, 128, 128, 8, 3), Blocks8(128, 128, 64, 8, 3), Blocks8(64, 64, 64, 4, 4)
+AMPERE = (
+    Blocks8(128, 64, 128, 8, 3, 2),
+    Blocks8(128, 64, 64, 8, 3, 2),
+    Blocks8(64, 32, 64, 4, 4, 2, 4),
+)
+LATER = Blocks8(128, 128, 128, 8, 3), Blocks8(128, 128, 64, 8, 3), Blocks8(64, 64, 64, 4, 4, 1, 4)
 
 
-def block_shapes8(x: Rows8) -> tuple[Blocks8, Blocks8]:
-    """Return the block shapes for products of rows."""
+def block_shapes8(x: Rows8, target: tuple[int, int]) -> tuple[Blocks8, Blocks8]:
+    """Return the block shapes for products of rows on a GPU of capability `target`."""
     k, groups = x.values.shape[-1], x.scales.shape[-1]
-    wide, narrow, small = AMPERE if capability(x.values.device)[0] == 8 else LATER
+    wide, narrow, small = AMPERE if target[0] == 8 else LATER
     if x.dtype == torch.float32:  # its results leave no registers for more columns
         narrow = narrow._replace(n=64)
     return (wide if groups == 1 and k % wide.k == 0 else narrow), small
-
-
-def choose_blocks8(x: Rows8, m: int, n: int) -> Blocks8:
-    """Choose block shapes for an m x n product of rows."""
-    large, small = block_shapes8(x)
-    width = large.n * large.parts
-    return large if triton.cdiv(m, large.m) * triton.cdiv(n, width) >= ENOUGH else small
 
 
 def new_rows8(like: Tensor, shape: tuple[int, ...], width: int, grouped: bool) -> Rows8:

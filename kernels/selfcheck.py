@@ -37,7 +37,7 @@ from sana_cli.system.folders import cache_folder
 OPERATIONS = (
     *("modulate", "project_qkv", "attend_tokens", "gated_residual_linear_", "linear_silu"),
     *("depthwise_glu", "rms_norm", "kv_state", "aggregate", "conv_to_rgb"),
-    *("conv_silu", "conv_norm_add"),
+    *("conv_silu", "conv_norm_add", "attend_text"),
 )
 # Those of 8-bit rows, which are checked apart: few images need them.
 OPERATIONS8 = (
@@ -54,7 +54,8 @@ BEGUN = "the GPU answers"  # printed before the first check
 # has about 6·p + 6 dB: 150 in float32 (p = 24), 72 in float16 (11), 54 in bfloat16 (8). Like torch,
 # kernels round k up to three times and v once before their product, which costs 6 dB. A state in
 # tf32 has 80 dB. One wrong element in 10,000 leaves 40 dB.
-LEAST = {torch.float32: 125.0, torch.float16: 62.0, torch.bfloat16: 44.0}
+LEAST = {torch.bfloat16: 44.0, torch.float16: 62.0, torch.float32: 125.0}
+DTYPES = tuple(LEAST)  # that kernels are for
 # The same of float32 sums of 16-bit products on tensor cores, which truncate where others round.
 TENSOR_CORES = 90.0
 # The same of 8-bit rows that a kernel rounds. Next to a tie it may round the other way, and a step
@@ -259,12 +260,17 @@ def _told_by_process(
 _unkept: list[str] = []  # why outcomes could not be kept
 
 
-def _kept_at(device: torch.device, dtype: torch.dtype, eight: bool) -> Path:
-    """Return the file for all that may change an outcome."""
+def could_not_keep(what: str, path: Path, error: OSError) -> None:
+    """Let `remarks` say it."""
+    _unkept.append(f"{what} cannot be kept in {path.parent}: {error}")
+
+
+def kept_at(device: torch.device, *which: str | bool) -> Path:
+    """Return the file of `which` findings, for all that may change them on a device."""
     sources = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
         sources.update(path.read_bytes())
-    facts = [name_of(dtype), eight, torch.__version__, torch.version.cuda, sources.hexdigest()]
+    facts = [*which, torch.__version__, torch.version.cuda, sources.hexdigest()]
     facts.append(inventory.triton())
     if device.type == "cuda":
         facts += [torch.cuda.get_device_name(device), inventory.nvidia_driver()]
@@ -275,7 +281,7 @@ def _kept_at(device: torch.device, dtype: torch.dtype, eight: bool) -> Path:
 def _read(device: torch.device, dtype: torch.dtype, eight: bool) -> dict[str, Outcome] | None:
     operations = OPERATIONS8 if eight else OPERATIONS
     try:
-        kept = json.loads(_kept_at(device, dtype, eight).read_bytes())
+        kept = json.loads(kept_at(device, name_of(dtype), eight).read_bytes())
         return {operation: Outcome(*kept[operation]) for operation in operations}
     except (OSError, ValueError, TypeError, KeyError):  # absent or broken
         return None
@@ -284,11 +290,11 @@ def _read(device: torch.device, dtype: torch.dtype, eight: bool) -> dict[str, Ou
 def _write(
     device: torch.device, dtype: torch.dtype, eight: bool, found: dict[str, Outcome]
 ) -> None:
-    path = _kept_at(device, dtype, eight)
+    path = kept_at(device, name_of(dtype), eight)
     try:
         disk.replace(path, json.dumps(found).encode())
     except OSError as error:
-        _unkept.append(f"the check of the kernels cannot be kept in {path.parent}: {error}")
+        could_not_keep("the check of the kernels", path, error)
 
 
 # --- in the process that checks ----------------------------------------------------------------

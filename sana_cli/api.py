@@ -28,8 +28,9 @@ from PIL import Image
 
 from sana_cli import diffusers_compat
 from sana_cli.errors import SanaError, UsageError
-from sana_cli.images.files import SUFFIXES, saving
+from sana_cli.images.files import saving
 from sana_cli.images.metadata import Metadata
+from sana_cli.images.names import SUFFIXES
 from sana_cli.recipe import Recipe, parse_seeds
 from sana_cli.reporter import LogReporter, TransferReporter
 from sana_cli.session import Session

@@ -17,7 +17,6 @@ from sana_cli.commands import batch, bench, config, doctor, generate, info, mode
 from sana_cli.commands._defaults import Defaults, origins
 from sana_cli.commands._help import Command, Group
 from sana_cli.errors import DiskFull, NotEnoughMemory, SanaError, UsageError
-from sana_cli.system.devices import is_out_of_memory
 from sana_cli.system.signals import exit_at_once
 
 GENERATE = 'to draw: sana generate "a red fox"; sana --help lists the commands'
@@ -180,6 +179,8 @@ def _help_of(context: typer.Context | None) -> str:
 def _unexpected(error: Exception, verbose: bool) -> SanaError:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return DiskFull("no space left to write the result", "free some, or write elsewhere")
+    from sana_cli.system.devices import is_out_of_memory
+
     if isinstance(error, MemoryError) or ("torch" in sys.modules and is_out_of_memory(error)):
         return NotEnoughMemory("not enough memory", "ask for fewer pixels, or use --device cpu")
     hint = "this is a bug, please report the lines above" if verbose else "--verbose shows more"

@@ -1,7 +1,8 @@
 """A session whose networks are those of a `sana serve`: recipes and events come over HTTP.
 
-Settings are checked here and resolved there. Pixels travel as PNG, so files are written here, with
-the names and bytes that they would have if all of it had happened on the server's machine.
+Settings are checked here and resolved there. Images travel as PNG files with their recipes inside;
+files are written here, with the names and bytes that they would have if all of it had happened on
+the server's machine.
 """
 
 import base64
@@ -12,6 +13,7 @@ import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,19 +25,19 @@ from sana_cli.errors import (
     SanaError,
     UsageError,
 )
-from sana_cli.images.files import UPLOADS, encode, read
-from sana_cli.images.metadata import Metadata
 from sana_cli.pipeline.events import Event, Failure, ImageDone, Notice, Preview, Progress
 from sana_cli.recipe import Recipe, adapters_of
 from sana_cli.reporter import Reporter
 from sana_cli.resolve import Inputs, Resolution, Role, Sampler
 from sana_cli.session import DrawRequest, Session
-from sana_cli.settings import Settings, declared
+from sana_cli.settings import FileOptions, Settings, declared
 from sana_cli.weights.catalogue import Model
 
 if TYPE_CHECKING:
     import httpx2
     import numpy as np
+
+    from sana_cli.images.metadata import Metadata
 
 CONNECT_SECONDS = 10
 ROLES: dict[str, Role] = {"image": "init", "mask": "mask", "control": "control"}
@@ -63,12 +65,27 @@ class RemoteResolution(Resolution):
         return replace(self.drawn, prompt=self.settings.prompt, seed=seed)
 
 
+class ImageReceived(ImageDone):
+    """An image as the PNG file that a server sent, with its recipe; decoded if pixels are used."""
+
+    png: bytes
+
+    def __init__(self, index: int, png: bytes) -> None:
+        vars(self).update(index=index, png=png)  # past the guard of a frozen dataclass
+
+    @cached_property
+    def pixels(self) -> "np.ndarray":
+        return pixels_of(self.png)
+
+
 class RemoteSession(Session):
     """A `Session` that draws elsewhere."""
 
     def __init__(self, url: str, token: str | None, reporter: Reporter) -> None:
         """UsageError if `url` is not the address of a server. Nothing is connected yet."""
         super().__init__(reporter=reporter)
+        import ssl
+
         import httpx2
 
         self.url = url.rstrip("/").removesuffix("/v1")
@@ -80,6 +97,9 @@ class RemoteSession(Session):
                 headers={"Authorization": f"Bearer {token}"} if token else {},
                 timeout=httpx2.Timeout(SILENT_SECONDS, connect=CONNECT_SECONDS),
                 trust_env=not is_local(self.url),  # a proxy does not lead to this machine
+                # Without TLS no certificates are needed, and loading them takes as long as all the
+                # rest of the start.
+                verify=self.url.startswith("https://") or ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT),
             )
         except (httpx2.InvalidURL, ValueError, UnicodeError) as error:
             raise UsageError(f"--server {url} is not a URL: {error}") from None
@@ -92,8 +112,15 @@ class RemoteSession(Session):
         """The server's, once it has said so."""
         return self._made[0] or f"the server at {self.url}"
 
-    def metadata(self, recipe: Recipe) -> Metadata:
+    def metadata(self, recipe: Recipe) -> "Metadata":
+        from sana_cli.images.metadata import Metadata
+
         return Metadata(recipe, *self._made)
+
+    def encode(self, image: ImageDone, recipe: Recipe, format: str, files: FileOptions) -> bytes:
+        if isinstance(image, ImageReceived) and format == "png" and files.metadata == "full":
+            return image.png  # the very file
+        return super().encode(image, recipe, format, files)
 
     def peak_bytes(self) -> int:
         return 0  # of this process it means nothing
@@ -208,9 +235,9 @@ class RemoteSession(Session):
                 case "notice":
                     return Notice(**data)
                 case "partial_image":
-                    return Preview(index, data["step"], data["steps"], pixels_of(data))
+                    return Preview(index, data["step"], data["steps"], pixels_of(png_of(data)))
                 case "completed":
-                    return ImageDone(index, pixels_of(data))
+                    return ImageReceived(index, png_of(data))
         except (KeyError, TypeError, ValueError, OSError):
             raise self._stranger() from None
         return None
@@ -325,6 +352,8 @@ def upload(path: str) -> bytes:
     """The file of an image, in a format that a server takes."""
     from PIL import Image
 
+    from sana_cli.images.files import UPLOADS, encode, read
+
     file = Path(os.path.expanduser(path))
     try:
         with Image.open(file, formats=UPLOADS):
@@ -333,13 +362,24 @@ def upload(path: str) -> bytes:
         return encode(read(path), "png", None, None)
 
 
-def pixels_of(data: Any) -> "np.ndarray":
-    """uint8 RGB (height, width, 3) of an event's PNG."""
+def png_of(data: Any) -> bytes:
+    """The PNG of an event. ValueError for what is none."""
+    png = base64.b64decode(data["b64_json"])
+    if not png.startswith(b"\x89PNG\r\n\x1a\n"):
+        raise ValueError("not a PNG")
+    return png
+
+
+def pixels_of(png: bytes) -> "np.ndarray":
+    """uint8 RGB (height, width, 3) of a PNG. SanaError if it is damaged."""
     import numpy as np
     from PIL import Image
 
-    with Image.open(io.BytesIO(base64.b64decode(data["b64_json"])), formats=("PNG",)) as image:
-        return np.asarray(image)
+    try:
+        with Image.open(io.BytesIO(png), formats=("PNG",)) as image:
+            return np.asarray(image)
+    except (OSError, ValueError, SyntaxError) as error:
+        raise SanaError(f"the server sent an image that cannot be read: {error}") from None
 
 
 def _words(value: Any) -> str | list[str]:

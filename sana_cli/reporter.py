@@ -4,7 +4,6 @@ Nothing below `commands/` prints. A library call reports through `LogReporter`; 
 through `ui.Console`.
 """
 
-import logging
 import sys
 import warnings
 from contextlib import AbstractContextManager, nullcontext
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import Protocol
 
 PACKAGE = str(Path(__file__).parent)
-logger = logging.getLogger("sana_cli")
 
 
 class TransferReporter(Protocol):
@@ -41,11 +39,16 @@ class Reporter(Protocol):
 class LogReporter:
     """Report to programs: by Python warnings, and by the logger "sana_cli" for the rest."""
 
+    def __init__(self) -> None:
+        import logging
+
+        self.logger = logging.getLogger("sana_cli")
+
     def info(self, text: str) -> None:
-        logger.info(text)
+        self.logger.info(text)
 
     def detail(self, text: str) -> None:
-        logger.debug(text)
+        self.logger.debug(text)
 
     def warn(self, text: str) -> None:
         level, frame = 2, sys._getframe(1)
@@ -60,10 +63,10 @@ class LogReporter:
         return nullcontext(self)
 
     def begin(self, sizes: dict[str, int], done: dict[str, int]) -> None:
-        logger.info("fetching %d files, %d bytes", len(sizes), sum(sizes.values()))
+        self.logger.info("fetching %d files, %d bytes", len(sizes), sum(sizes.values()))
 
     def advance(self, file: str, done: int) -> None:
-        logger.debug("%s: %d bytes", file, done)
+        self.logger.debug("%s: %d bytes", file, done)
 
     def note(self, text: str) -> None:
         self.warn(text)

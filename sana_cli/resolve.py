@@ -9,12 +9,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from sana_cli.errors import SanaError, UsageError
-from sana_cli.images.files import Loaded, check_upload, load, rgb
-from sana_cli.images.masks import Margins, parse_outpaint, to_mask
 from sana_cli.instruction import INSTRUCTION
 from sana_cli.recipe import Adapter, Recipe
 from sana_cli.settings import Settings
-from sana_cli.shapes import Canvas, SizeRequest, choose_canvas, parse_aspect, parse_resolution
+from sana_cli.shapes import (
+    Canvas,
+    Margins,
+    SizeRequest,
+    choose_canvas,
+    parse_aspect,
+    parse_outpaint,
+    parse_resolution,
+)
 from sana_cli.weights.catalogue import (
     Component,
     Model,
@@ -29,6 +35,7 @@ from sana_cli.weights.lora_choice import LoraChoice, parse_lora
 if TYPE_CHECKING:
     import numpy as np
 
+    from sana_cli.images.files import Loaded
     from sana_cli.weights.model_files import ModelFiles
 
 # Of an input image. "alpha" is its own transparency as a mask.
@@ -87,6 +94,8 @@ class Inputs(Mapping[str, "np.ndarray"]):
 
         UsageError, which names the option `name`, if it is not an image, or too large.
         """
+        from sana_cli.images.files import check_upload
+
         check_upload(data, f"--{name}")
         self._uploads[name] = data
 
@@ -114,6 +123,9 @@ class Inputs(Mapping[str, "np.ndarray"]):
         return image
 
     def _read(self, path: str, role: Role) -> "tuple[Loaded, np.ndarray, str]":
+        from sana_cli.images.files import load, rgb
+        from sana_cli.images.masks import to_mask
+
         data = self._uploads.get(path)
         if role in ("init", "control"):
             loaded = load(path, data, "--image" if role == "init" else "--control")

@@ -16,7 +16,7 @@ from sana_cli.errors import SanaError
 from sana_cli.recipe import Adapter, adapters_of
 from sana_cli.reporter import LogReporter, Reporter
 from sana_cli.resolve import Inputs, Resolution, resolve
-from sana_cli.settings import Settings
+from sana_cli.settings import FileOptions, Settings
 from sana_cli.weights.catalogue import Model
 from sana_cli.weights.fetch import fetch_lora, open_component, open_or_fetch
 from sana_cli.weights.hub_cache import find_parts
@@ -24,7 +24,7 @@ from sana_cli.weights.vocabulary import unknown_words, unknown_words_warning
 
 if TYPE_CHECKING:
     from sana_cli.images.metadata import Metadata
-    from sana_cli.pipeline.events import Event
+    from sana_cli.pipeline.events import Event, ImageDone
     from sana_cli.pipeline.networks import Networks
     from sana_cli.pipeline.plan import Plan
     from sana_cli.recipe import Recipe
@@ -116,11 +116,19 @@ class Session:
 
     def metadata(self, recipe: "Recipe") -> "Metadata":
         """The metadata of a file of this recipe, drawn here."""
-        import torch
-
         from sana_cli.images.metadata import Metadata
+        from sana_cli.system.devices import torch_version
 
-        return Metadata(recipe, self.device, torch.__version__)
+        return Metadata(recipe, self.device, torch_version().__version__)
+
+    def encode(
+        self, image: "ImageDone", recipe: "Recipe", format: str, files: FileOptions
+    ) -> bytes:
+        """Encode an image of a recipe drawn here; `format` is what `files` amount to."""
+        from sana_cli.images.files import encode
+
+        record = self.metadata(recipe) if files.metadata == "full" else None
+        return encode(image.pixels, format, files.quality, record)
 
     def peak_bytes(self) -> int:
         """The most memory held so far."""
@@ -224,12 +232,16 @@ class Session:
         With `predict` the peaks are predicted even where there is plainly room. NotEnoughMemory
         if no plan fits.
         """
+        from sana_cli.pipeline.peaks import PeakCache
         from sana_cli.pipeline.plan import make_plan
         from sana_cli.system.devices import resident_bytes
 
-        held = self.networks.held_bytes
-        if not held:
+        held = self._networks.held_bytes if self._networks is not None else 0
+        if self.memory is not None and not held:
+            import sana_cli.pipeline.draw  # noqa: F401 - its libraries count against the limit
+
             self._overhead = resident_bytes()
+        cache = PeakCache(self.cache_folder())
         plan = make_plan(
             request.recipes,
             request.files,
@@ -238,7 +250,10 @@ class Session:
             predict=predict,
             held=held,
             overhead=self._overhead,
+            cache=cache,
         )
+        if cache.fault is not None:
+            self.reporter.warn(f"the cache in {cache.folder} cannot be written: {cache.fault}")
         for text in (*request.warnings, *self._about_quantisation(request)):
             self.reporter.warn(text)
         if plan.describe() != self._described:  # of a batch, once and not for every round
@@ -249,10 +264,10 @@ class Session:
 
     def _about_quantisation(self, request: DrawRequest) -> Iterator[str]:
         """Warn where 8-bit products are no faster than others."""
-        from sana_cli.kernels.rows8 import chosen_products
-
         quant = request.recipes[0].quant
         if quant is not None:
+            from sana_cli.kernels.rows8 import chosen_products
+
             fast, reason = chosen_products(self.device, request.files.dit.width)
             if not fast:
                 yield f"--quant {quant} is no faster on this machine: {reason}"
@@ -282,28 +297,34 @@ class Session:
 
         The plan is made now if there is none. `previews` are asked for of each image.
 
-        The turn of this thread ends with the last event, or when the generator is closed.
-        SanaError if this thread is drawing already, as a callback that draws would be.
+        The turn of this thread ends with the last event, or when the generator is closed. How long
+        a run took is kept with its end. SanaError if this thread is drawing already, as a callback
+        that draws would be.
         """
         from sana_cli.pipeline.draw import draw
+        from sana_cli.pipeline.timings import Stopwatch
 
         with self.exclusive():
             if self._is_drawing:
                 raise SanaError("this session is already drawing in this thread")
             self._is_drawing = True
+            watch, folder = Stopwatch(), self.cache_folder()
             try:
-                yield from draw(
+                for event in draw(
                     request.recipes,
                     request.files,
                     plan or self.plan(request),
                     networks=self.networks,
                     images=request.inputs,
                     loras=request.inputs.loras,
-                    cache=self.cache_folder(),
+                    cache=folder,
                     previews=previews,
                     latents=request.latents,
                     decoded=request.decoded,
-                )
+                ):
+                    watch.see(event)
+                    yield event
+                watch.keep(request.recipes, self.device, self.memory, folder)
             finally:
                 self._is_drawing = False
 

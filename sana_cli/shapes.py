@@ -34,6 +34,15 @@ class Canvas(NamedTuple):
     native_height: int
 
 
+class Margins(NamedTuple):
+    """Pixels that outpainting adds on each side."""
+
+    left: int
+    top: int
+    right: int
+    bottom: int
+
+
 def parse_resolution(text: str) -> SizeRequest:
     """Parse `1024`, `4k` or `1280x720`; UsageError for anything else."""
     word = text.strip().lower()
@@ -56,6 +65,19 @@ def parse_aspect(text: str) -> float:
     if not height or not 1 / LARGEST_ASPECT <= width / height <= LARGEST_ASPECT:
         raise UsageError(f"--ar {text!r} is not an aspect ratio", "write width:height, as in 16:9")
     return width / height
+
+
+def parse_outpaint(text: str) -> Margins:
+    """Parse `256,0,256,0` (left, top, right, bottom), or one number for every side. UsageError."""
+    words = text.replace(" ", "").split(",")
+    if not all(word.isascii() and word.isdigit() and len(word) < 6 for word in words):
+        words = []
+    if len(words) not in (1, 4) or not any(map(int, words)):
+        raise UsageError(
+            f"--outpaint {text!r} does not say how far to grow the canvas",
+            "write pixels as LEFT,TOP,RIGHT,BOTTOM, as in 256,0,256,0, or one number for all sides",
+        )
+    return Margins(*(map(int, words * 4 if len(words) == 1 else words)))
 
 
 def nearest_class(request: SizeRequest, classes: Collection[int]) -> int:

@@ -16,11 +16,11 @@ from PIL import Image
 from sana_cli.errors import SanaError, UsageError
 from sana_cli.images import metadata
 from sana_cli.images.contact_sheet import draw_sheet
-from sana_cli.images.files import SUFFIXES, encode, write
-from sana_cli.images.names import check_writable, natural_order
+from sana_cli.images.files import encode
+from sana_cli.images.names import SUFFIXES, check_writable, natural_order
 from sana_cli.replay import command_of
 from sana_cli.reporter import Reporter
-from sana_cli.system.disk import PARTIAL
+from sana_cli.system.disk import PARTIAL, save
 
 PAGES = (".html", ".htm")
 
@@ -77,7 +77,7 @@ def write_sheet(sheet: Path, images: Sequence[Path], force: bool, reporter: Repo
         sizes = [(entry.width, entry.height) for entry in entries]
         pixels = draw_sheet(sizes, map(_thumbnail, entries))
         data = encode(pixels, SUFFIXES[sheet.suffix.lower()], None, None)
-    return write(sheet, data, force)
+    return save(sheet, data, force)
 
 
 def _read(images: Sequence[Path], reporter: Reporter) -> Iterator[_Entry]:

@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,6 +81,24 @@ def cache(tmp_path_factory, monkeypatch) -> Path:
 
 
 @pytest.fixture
+def machine(monkeypatch) -> list[str]:
+    """A machine of round rates and networks of round counts; lists what was measured or counted."""
+    from sana_cli.bench import forecast, roofline
+    from sana_cli.bench.counted import Count
+
+    asked: list[str] = []
+
+    def given(module, name, value):
+        monkeypatch.setattr(module, name, lambda *what: asked.append(name) or value)
+
+    given(roofline, "bandwidth", 1e10)
+    given(roofline, "matrix_rate", 1e11)
+    given(forecast, "count_step", Count(2e11, 1e9, 100))
+    given(forecast, "count_decode", Count(1e12, 2e9, 50))
+    return asked
+
+
+@pytest.fixture
 def no_hang():
     """Fail a test that hangs: it takes well under a second otherwise. Gives a function by which a
     test with many parts begins to count anew.
@@ -125,22 +143,34 @@ def sana(capfd, monkeypatch):
     return run
 
 
-@pytest.fixture
-def process():
-    """Run the installed command as a shell would."""
+INSTALLED = Path(sys.executable).with_name("sana")
 
+
+def run_by(command: Path) -> Callable[..., subprocess.CompletedProcess]:
     def run(*words: str, **options) -> subprocess.CompletedProcess:
-        command = str(Path(sys.executable).with_name("sana"))
         return subprocess.run([command, *words], capture_output=True, timeout=300, **options)
 
     return run
 
 
+@pytest.fixture
+def process(program):
+    """Run the command in a process of its own, as a shell would."""
+    return run_by(program)
+
+
+@pytest.fixture
+def new_interpreter():
+    """The same, never forked: it imports everything, and reads its environment, anew."""
+    return run_by(INSTALLED)
+
+
 @pytest.fixture(scope="session")
-def quick(tmp_path_factory) -> Iterator[Path]:
-    """A folder with a `sana` that starts at once, for tests of what it does then."""
+def program(tmp_path_factory) -> Iterator[Path]:
+    """The command; where there is fork, one that starts at once."""
     if not hasattr(os, "fork"):
-        pytest.skip("needs fork")
+        yield INSTALLED
+        return
     folder = tmp_path_factory.mktemp("quick")
     forks, socket = Path(__file__).with_name("forks.py"), folder / "socket"
     command = folder / "sana"
@@ -149,8 +179,16 @@ def quick(tmp_path_factory) -> Iterator[Path]:
     words = [sys.executable, str(forks), str(socket)]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stdin=subprocess.PIPE) as server:
         assert server.stdout.readline() == b"ready\n"
-        yield folder
+        yield command
         server.kill()
+
+
+@pytest.fixture(scope="session")
+def quick(program) -> Path:
+    """A folder with a `sana` that starts at once, for tests that start many."""
+    if program == INSTALLED:
+        pytest.skip("needs fork")
+    return program.parent
 
 
 @pytest.fixture(scope="session")

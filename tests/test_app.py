@@ -1,6 +1,7 @@
 """The command as a whole: start-up, help, streams, and the shape of the package."""
 
 import ast
+import json
 import os
 import re
 import subprocess
@@ -9,6 +10,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from typer.main import get_command
 
 from sana_cli.app import ELSEWHERE, app
@@ -28,12 +30,12 @@ ORDER = """
     ui
     batch:    run on_ray processes this_process recorder worker engine placement jobs rows templates
               manifest disk_store object_store store lines shards events
-    bench:    run baseline competitor phases roofline random_weights
+    bench:    run baseline competitor phases forecast counted roofline random_weights
     sheet
     remote session
     replay resolve
-    pipeline: draw guidance oom_retry plan text_encoder weight_cache text_cache networks solver
-              events
+    pipeline: draw guidance oom_retry plan peaks text_encoder weight_cache text_cache networks
+              solver timings events
     images:   contact_sheet names masks files metadata other_tools a1111 claims formats
     weights:  fetch lora download model_files single_file hub_cache checkpoint original_names
               lora_choice catalogue vocabulary config_files headers layout tensor_cache
@@ -42,7 +44,7 @@ ORDER = """
               architectures streaming.ops cuda_graph dit gemma dc_ae
               configs
     kernels
-    system:   devices memory inventory signals folders disk
+    system:   devices memory inventory signals folders json_cache disk
     shapes recipe settings instruction decoding units reporter errors
 """
 
@@ -84,6 +86,58 @@ assert not found, found
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "sana" in done.stdout
+
+
+def test_commands_that_only_read_import_nothing_heavy(tmp_path):
+    """Where torch could find a GPU, what fits depends on it: then it is asked."""
+    (tmp_path / "jobs.csv").write_text("prompt,seed\na red star,1\na ring,2\n")
+    Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
+    code = f"""
+import sys
+from sana_cli.app import main
+from sana_cli.system.devices import _may_have_gpu
+
+def run(code, *words, allowed=()):
+    sys.argv = ["sana", *words]
+    try:
+        main()
+    except SystemExit as stop:
+        assert (stop.code or 0) == code, (words, stop.code)
+    found = [name for name in {HEAVY!r} if name in sys.modules and name not in allowed]
+    assert not found, (words, found)
+
+run(0, "config", "path")
+run(0, "batch", "jobs.csv", "--check", "-m", "demo", "--device", "cpu")
+run(2, "batch", "jobs.csv", "--check", "-m", "demo", "--steps", "0")
+run(2, "batch", "status", ".")
+if not _may_have_gpu():
+    run(0, "batch", "jobs.csv", "--check", "-m", "demo")
+    run(0, "models", "list", "--json", allowed=("huggingface_hub",))  # its constants
+run(1, "info", "plain.png", allowed=("huggingface_hub", "PIL"))
+"""
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_plan_whose_peaks_are_kept_imports_no_torch(sana):
+    words = ("generate", "a star", "-m", "demo", "-r", "256", "--device", "cpu", "--dry-run")
+    first = sana(*words)
+    code = f"""
+import sys
+sys.argv = ["sana", *{words!r}]
+from sana_cli.app import main
+try:
+    main()
+except SystemExit as stop:
+    assert not stop.code, stop.code
+assert "torch" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    peaks = [json.loads(text)["peak_bytes"] for text in (first.out, done.stdout)]
+    assert peaks[0] == peaks[1]
 
 
 def test_a_wrong_call_is_refused_before_torch_is_imported():

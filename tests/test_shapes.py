@@ -14,9 +14,11 @@ from sana_cli.errors import UsageError
 from sana_cli.shapes import (
     TRAINED_SHAPES,
     Canvas,
+    Margins,
     SizeRequest,
     choose_canvas,
     parse_aspect,
+    parse_outpaint,
     parse_resolution,
 )
 
@@ -139,3 +141,16 @@ def test_a_model_of_squares_draws_nothing_else(request_, aspect):
 def test_what_a_model_cannot_draw_is_refused(request_, aspect):
     with pytest.raises(UsageError):
         choose_canvas(request_, aspect, "trained", 1024)
+
+
+@pytest.mark.parametrize(
+    ("text", "margins"), [("256,0,128,64", Margins(256, 0, 128, 64)), ("32", Margins(*[32] * 4))]
+)
+def test_outpaint_is_left_top_right_bottom_or_one_for_all(text, margins):
+    assert parse_outpaint(text) == margins
+
+
+@pytest.mark.parametrize("text", ["", "1,2", "a,b,c,d", "-1,0,0,0", "0,0,0,0", "1.5", "1,2,3,4,5"])
+def test_other_margins_are_refused(text):
+    with pytest.raises(UsageError, match="--outpaint"):
+        parse_outpaint(text)

@@ -50,7 +50,7 @@ def profiled(
     from torch.profiler import profile as Profiler
 
     from sana_cli.pipeline.draw import ImageDone, Progress, draw
-    from sana_cli.pipeline.plan import Plan
+    from sana_cli.pipeline.plan import make_plan
 
     cuda = device.startswith("cuda")
     activities = [ProfilerActivity.CUDA] if cuda else [ProfilerActivity.CPU]
@@ -59,7 +59,8 @@ def profiled(
     began = 0.0
     with launches() as floors:
         recipes = [recipe, replace(recipe, seed=2)]
-        for event in draw(recipes, files, Plan(device, keep_loaded=True)):
+        # Transformer and decoder must fit in memory together, or the second image loads them anew.
+        for event in draw(recipes, files, make_plan(recipes, files, device)):
             last = isinstance(event, Progress) and event.done == event.total
             if running is not None and last and isinstance(event, Progress):
                 seconds = time.perf_counter() - began

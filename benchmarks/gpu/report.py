@@ -7,6 +7,8 @@ from typing import Any
 
 Row = dict[str, Any]
 
+SPEED = ("bench", "w8a8", "caps", "competitor")  # whose rows are results of `sana bench`
+
 
 class Report:
     """A JSON-lines file of measured rows."""
@@ -49,6 +51,23 @@ def table(report: Report) -> None:
         console.print(f"{facts['device_name']}, driver {facts['driver']}, {versions}")
         console.print(f"kernels: {facts['kernels']}\n")
     show(
+        "selfcheck: dB of a kernel's results to float64",
+        ["kernel", "dtype", "dB", ""],
+        [
+            [row["operation"], row["dtype"], number(row.get("decibels")), row["fault"] or "ok"]
+            for row in report.rows("selfcheck")
+        ],
+    )
+    show(
+        "likeness to diffusers: images of the bundled model",
+        ["dtype", "dB", ""],
+        [
+            [row["dtype"], "equal" if row.get("psnr", 0) is None else number(row.get("psnr")),
+             "ok" if row["ok"] else "; ".join(row.get("failed", ["WORSE"]))]
+            for row in report.rows("likeness")
+        ],
+    )  # fmt: skip
+    show(
         "kernels",
         ["tests", "result", "s"],
         [
@@ -77,7 +96,12 @@ def table(report: Report) -> None:
         ],
     )  # fmt: skip
     speed, comparisons = [], []
-    for row in [*report.rows("bench"), *report.rows("competitor")]:
+    for row in report.rows("w8a8"):
+        if "psnr" in row:
+            likeness = ", ".join(f"{way} {value:.1f}" for way, value in row["psnr"].items())
+            verdict = "ok" if row["ok"] else "WORSE"
+            console.print(f"dB of the bundled model's images to float32: {likeness}: {verdict}\n")
+    for row in [row for name in SPEED for row in report.rows(name) if "psnr" not in row]:
         if "result" not in row:
             speed.append([" ".join(row["words"]), "; ".join(row["failed"])])
             continue
@@ -87,7 +111,19 @@ def table(report: Report) -> None:
                 comparisons.append(_comparison(size, number))
     show(
         "sana bench: seconds, share of the floor, peak memory (predicted) in GB",
-        ["model", "size", "n", "encode", "step ms", "denoise", "decode", "total", "peak", "cap"],
+        [
+            "model",
+            "size",
+            "n",
+            "encode",
+            "step ms",
+            "denoise",
+            "decode",
+            "total",
+            "to predicted",
+            "peak",
+            "cap",
+        ],
         speed,
     )
     show(
@@ -119,7 +155,8 @@ def _speed(size: Row, row: Row, number: Callable[..., str]) -> list[str]:
     phases, predicted = size["phases"], size["predicted_peak_bytes"]
     median = {name: phase["seconds"]["median"] for name, phase in phases.items()}
     cells = [
-        f"{number(median[name], '', 3)} ({phases[name]['share']:.0%})"
+        number(median[name], "", 3)
+        + (f" ({phases[name]['share']:.0%})" if "share" in phases[name] else "")
         for name in ("denoise", "decode")
     ]
     peaks = " ".join(
@@ -128,10 +165,21 @@ def _speed(size: Row, row: Row, number: Callable[..., str]) -> list[str]:
         if phases[name]["peak_bytes"] is not None
     )
     return [
-        *(size["model"], f"{size['width']}x{size['height']}", str(row["result"]["count"])),
+        size["model"] + (" w8a8" if "quant" in size["recipe"] else ""),
+        *(f"{size['width']}x{size['height']}", str(row["result"]["count"])),
         *(number(median["encode"], "", 3), number(1e3 * size["step_seconds"], "", 2), *cells),
-        *(number(median["total"], "", 3), peaks, number(row["cap"] and row["cap"] / 1e9)),
+        *(number(median["total"], "", 3), _to_predicted(phases)),
+        *(peaks, number(row["cap"] and row["cap"] / 1e9)),
     ]
+
+
+def _to_predicted(phases: Row) -> str:
+    """How many times as long as predicted denoising and decoding took."""
+    stages = [phases[name] for name in ("denoise", "decode")]
+    if any(stage["predicted_seconds"] is None for stage in stages):
+        return "-"
+    took = sum(stage["seconds"]["median"] for stage in stages)
+    return f"{took / sum(stage['predicted_seconds'] for stage in stages):.2f}"
 
 
 def _comparison(size: Row, number: Callable[..., str]) -> list[str]:

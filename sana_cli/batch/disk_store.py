@@ -11,8 +11,7 @@ from sana_cli.batch.lines import Line, parse
 from sana_cli.batch.shards import Shard
 from sana_cli.batch.store import Taken
 from sana_cli.errors import DiskFull, SanaError
-from sana_cli.images.files import write
-from sana_cli.system.disk import FULL, PARTIAL, Lock, sync
+from sana_cli.system.disk import FULL, PARTIAL, Lock, save, sync
 
 
 class DiskStore:
@@ -43,7 +42,7 @@ class DiskStore:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
     def write(self, path: str, data: bytes, replaces: bool, mark: str) -> str:
-        written = write(self.folder / path, data, replaces, f"-{mark}")
+        written = save(self.folder / path, data, replaces, f"-{mark}")
         return written.relative_to(self.folder).as_posix()
 
     def sweep(self, mark: str, folders: Iterable[Path]) -> None:

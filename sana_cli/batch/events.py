@@ -1,6 +1,7 @@
 """The JSON Lines that `sana batch --json` writes to stdout, each an object with an `event`.
 
 plan       jobs, done (in an earlier run), failed (in an earlier run), todo, folder, shard, device,
+           expected_time (of what is to do, see `Expected` in `bench.forecast`; null if unknown),
            models; for a pipe, one per round of rows
 image      id, row, path, seed, width, height, model, sha256, bytes, seconds (since the previous
            image), peak_bytes (so far), recipe

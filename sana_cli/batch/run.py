@@ -3,12 +3,14 @@
 Nothing is printed here: `commands/batch.py` shows the events, or writes them as JSON Lines.
 """
 
+import operator
 import time
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from sana_cli.batch.jobs import Job, JobBuilder, JobSpec, RowReader
 from sana_cli.batch.manifest import Ledger, Manifest
@@ -26,6 +28,8 @@ from sana_cli.weights.vocabulary import unknown_words, unknown_words_warning
 
 if TYPE_CHECKING:
     from sana_cli.batch.engine import Engine, OpenEngine, RunEvent, Work
+    from sana_cli.bench.forecast import Expected
+    from sana_cli.recipe import Recipe
     from sana_cli.weights.model_files import ModelFiles
 
     BatchEvent: TypeAlias = "Planned | RowError | JobError | Waiting | Summary | RunEvent"
@@ -55,6 +59,7 @@ class Planned:
     todo: int
     done: int
     failed: int
+    expected: "Expected | None" = None  # time of the jobs to draw, where it can be told
 
 
 @dataclass(frozen=True)
@@ -133,8 +138,10 @@ class Batch:
         self._refuse_empty()
         ledger = Ledger(self.folder)
         states = [ledger.status(job.id) for job in jobs]
-        todo = sum(map(self.policy.is_todo, states))
-        yield Planned(jobs, todo, states.count("done"), states.count("failed"))
+        pairs = zip(jobs, states, strict=True)
+        todo = [job for job, state in pairs if self.policy.is_todo(state)]
+        counts = len(todo), states.count("done"), states.count("failed")
+        yield Planned(jobs, *counts, self._expected_time(todo))
 
     def run(
         self, rounds: Iterable[list[RowOrFault]], stop: StopRequest
@@ -303,8 +310,23 @@ class Batch:
         if not self.policy.restart and not self.policy.retry_failed:
             self.failed_before += failed
         self.todo += len(todo)
-        yield Planned(jobs, len(todo), there, failed)
+        yield Planned(jobs, len(todo), there, failed, self._expected_time(todo))
         return todo
+
+    def _expected_time(self, jobs: list[Job]) -> "Expected | None":
+        """Return about how long jobs take in this process; elsewhere nothing is known of it."""
+        from sana_cli.batch.this_process import ThisProcess
+        from sana_cli.bench.forecast import Forecaster
+
+        alike: dict[Any, list[Recipe]] = {}
+        for job in jobs:
+            alike.setdefault(job.components, []).append(job.recipe)
+        if self.open_engine is not ThisProcess or None in map(self.files.get, alike):
+            return None  # a server has its own files
+        forecaster = Forecaster.of(self.session)
+        found = [forecaster.expected(recipes, self.files[key]) for key, recipes in alike.items()]
+        known = [expected for expected in found if expected is not None]
+        return reduce(operator.add, known) if known and len(known) == len(found) else None
 
     def _draw(self, jobs: list[Job], stop: StopRequest, stack: ExitStack) -> "Iterator[BatchEvent]":
         if not jobs:

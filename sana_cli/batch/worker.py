@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, TypeAlias
 from sana_cli.batch.engine import Failed
 from sana_cli.batch.jobs import Job
 from sana_cli.errors import BrokenModel, NotEnoughMemory, SanaError
-from sana_cli.images.files import encode
 from sana_cli.pipeline.events import Failure, ImageDone, Notice, Progress
 from sana_cli.resolve import Inputs
 from sana_cli.session import DrawRequest, Session
@@ -122,9 +121,7 @@ class Worker:
 
     def _encode(self, job: Job, image: ImageDone) -> Encoded | Failed:
         try:
-            kept = self.options.metadata == "full"
-            metadata = self.session.metadata(job.recipe) if kept else None
-            data = encode(image.pixels, job.format, self.options.quality, metadata)
+            data = self.session.encode(image, job.recipe, job.format, self.options)
         except Exception as error:
             return Failed(job, plain_error(error))
         return Encoded(job, data, self.session.peak_bytes())

@@ -21,6 +21,8 @@ sizes       for every size asked for:
                    resident in the process, with its libraries; null where the system tells neither
     floor_seconds, flops, bytes, share    of denoise and decode: see `roofline`; share is floor /
                    median. Not of denoise with --quant, as no rate of 8-bit products is measured
+    predicted_seconds    of encode, denoise and decode, see `forecast`; null where nothing is
+                   predicted
   step_seconds         of denoise, for one step of one image
   images_per_minute    with the weights loaded: 60 · count / total
   remarks              what the pipeline said on the way
@@ -38,7 +40,7 @@ import torch
 
 from sana_cli import __version__
 from sana_cli.bench.roofline import Work, bandwidth, decoding, denoising, matrix_rate
-from sana_cli.images.files import encode, write
+from sana_cli.images.files import encode
 from sana_cli.kernels.dispatch import fallback_reason
 from sana_cli.pipeline.events import Event, Failure, ImageDone, Notice, Progress
 from sana_cli.pipeline.plan import Plan
@@ -46,6 +48,7 @@ from sana_cli.recipe import Recipe
 from sana_cli.session import DrawRequest, Session
 from sana_cli.system import inventory
 from sana_cli.system.devices import release_unused_memory
+from sana_cli.system.disk import save
 from sana_cli.weights.model_files import ModelFiles
 
 SCHEMA = 1
@@ -165,7 +168,7 @@ def measure(
                 began = perf_counter()
                 metadata = session.metadata(request.recipes[index])
                 data = encode(pixels, "png", None, metadata)
-                write(folder / f"{index}.png", data, force=True)
+                save(folder / f"{index}.png", data, force=True)
                 took("save", perf_counter() - began)
                 run.images.append(pixels)
             case Failure(_, error):
@@ -175,8 +178,17 @@ def measure(
     return run
 
 
-def summary(runs: list[BenchRun], recipes: list[Recipe], files: ModelFiles, rates: Facts) -> Facts:
-    """Summarise the runs: phases, seconds per step, images per minute."""
+def summary(
+    runs: list[BenchRun],
+    recipes: list[Recipe],
+    files: ModelFiles,
+    rates: Facts,
+    predicted: dict[str, float] | None,
+) -> Facts:
+    """Summarise the runs: phases, seconds per step, images per minute.
+
+    `predicted` are the seconds of a text, a step and a decode.
+    """
     recipe, count = recipes[0], len(recipes)
     phases: Facts = {}
     for phase in PHASES:
@@ -188,6 +200,12 @@ def summary(runs: list[BenchRun], recipes: list[Recipe], files: ModelFiles, rate
         works.append(("denoise", denoising(recipe, files), recipe.dit_dtype))
     for phase, work, dtype in works:
         phases[phase] |= _floor(work, count, rates, dtype, phases[phase]["seconds"]["median"])
+    for phase, stage, units in (
+        ("encode", "encode", 1),
+        ("denoise", "step", count * recipe.steps),
+        ("decode", "decode", count),
+    ):
+        phases[phase]["predicted_seconds"] = predicted and units * predicted[stage]
     total = spread([run.total for run in runs])
     known = [row["peak_bytes"] for row in phases.values() if row["peak_bytes"] is not None]
     phases["total"] = {"seconds": total, "peak_bytes": max(known, default=None)}

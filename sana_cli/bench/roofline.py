@@ -23,6 +23,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -190,14 +191,16 @@ class Launches:
         return self.calls.total()
 
 
-def launches(run: Callable[[], object], capability: tuple[int, int] = (8, 9)) -> Launches:
+def launches(run: Callable[[], object], capability: tuple[int, int] | None = (8, 9)) -> Launches:
     """Count what `run` would launch on a GPU of a compute capability; its tensors are on `meta`.
 
-    `run` is called twice: as the GPU would run it, and by the torch definitions of the kernels,
-    whose products are counted. An operation of torch counts as one launch, although libraries may
+    Without a capability they are those of any device on which all runs as torch. `run` is called
+    twice: as the GPU would run it, and by the torch definitions of the kernels, whose products are
+    counted. An operation of torch counts as one launch, although libraries may
     take several. Softmax attention, which does not run on `meta`, is missing.
     """
-    with torch.no_grad(), meta_launches(capability) as cases, _Operations() as operated:
+    with torch.no_grad(), ExitStack() as stack, _Operations() as operated:
+        cases = [] if capability is None else stack.enter_context(meta_launches(capability))
         run()
     calls, moved = operated.calls, operated.bytes
     for case in cases:

@@ -130,6 +130,8 @@ def measure_all(
 ) -> dict[str, Any]:
     """Measure subjects; the document of `sana_cli.bench.phases`. `times` are runs and warm-ups."""
     from sana_cli.bench import phases
+    from sana_cli.bench.forecast import Forecaster
+    from sana_cli.system.folders import cache_folder
     from sana_cli.system.inventory import power, saving_power
 
     (runs, warmup), device, reporter = times, session.device, session.reporter
@@ -151,6 +153,8 @@ def measure_all(
         for subject in subjects
     ]
     rates, apart = phases.best(seen)
+    forecaster = Forecaster(device, session.memory, cache_folder(), reporter.info)
+    forecaster.keep_rates(rates)
     if apart > UNSTEADY:
         warnings.append(
             f"this machine did the same work up to {apart:.1f} times slower at one time than at"
@@ -162,6 +166,7 @@ def measure_all(
     for subject, own, other in zip(subjects, measured, compared, strict=True):
         recipes, files = subject.request.recipes, subject.request.files
         recipe = recipes[0]
+        predicted = forecaster.stages(recipe, files, measure=True)
         document["sizes"].append(
             {
                 "model": recipe.model,
@@ -172,7 +177,7 @@ def measure_all(
                 "recipe": recipe.as_dict(),
                 "plan": subject.plan.choices(),
                 "predicted_peak_bytes": _predicted(subject),
-                **phases.summary(own, recipes, files, rates),
+                **phases.summary(own, recipes, files, rates, predicted),
                 "against": other,
             }
         )
@@ -193,9 +198,11 @@ def _predicted(subject: Subject) -> dict[str, int]:
 def _runs(
     session: "Session", subject: Subject, times: tuple[int, int], folder: Path, watch: Watch
 ) -> "list[BenchRun]":
-    """Run a subject; return the runs after the warm-up."""
+    """Run a subject; return the runs after the warm-up. Later forecasts use the last of them."""
     from sana_cli.bench.phases import measure
     from sana_cli.pipeline.events import Notice, Progress
+    from sana_cli.pipeline.timings import Stopwatch
+    from sana_cli.system.folders import cache_folder
 
     (runs, warmup), reporter = times, session.reporter
     recipe, done = subject.request.recipes[0], []
@@ -203,16 +210,21 @@ def _runs(
     reporter.info(f"{recipe.model} at {recipe.width}x{recipe.height}{weights}")
 
     def follow(event: "Event") -> None:
+        stopwatch.see(event)
         if isinstance(event, Progress) and event.stage == "denoise":
             watch("denoise", event.done, event.total)
         if isinstance(event, Notice):
             (reporter.warn if event.warning else reporter.detail)(event.text)
 
     for i in range(warmup + runs):
+        stopwatch = Stopwatch()
         run = measure(session, subject.request, subject.plan, folder, follow)
         run.images.clear()
         done.append(run)
         watch("runs", i + 1, warmup + runs)
+    if subject.random:
+        stopwatch.load.clear()  # their weights are made, not loaded
+    stopwatch.keep(subject.request.recipes, session.device, session.memory, cache_folder())
     return done[warmup:]
 
 

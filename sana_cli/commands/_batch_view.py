@@ -99,6 +99,8 @@ class BatchView:
                 + (f"; {plan.failed} failed before" if plan.failed else "")
                 + (f"; shard {batch.shard}" if batch.shard else "")
             )
+        if plan.expected is not None:
+            self.console.info(str(plan.expected))
         if self.writer:
             self.writer.emit(
                 "plan",
@@ -109,6 +111,7 @@ class BatchView:
                 folder=str(batch.folder),
                 shard=str(batch.shard) if batch.shard else None,
                 device=batch.place,
+                expected_time=plan.expected and plan.expected.as_dict(),
                 models=list(dict.fromkeys(job.recipe.model for job in plan.jobs)),
             )
 

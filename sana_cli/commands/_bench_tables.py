@@ -48,7 +48,7 @@ def _show_size(
     )
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("phase", no_wrap=True)
-    for title in ("time", "spread", "peak memory", "floor", "reached"):
+    for title in ("time", "spread", "peak memory", "predicted", "floor", "reached"):
         table.add_column(title, justify="right", no_wrap=True)
     if ratios is not None:
         table.add_column("to before", justify="right", no_wrap=True)
@@ -60,6 +60,7 @@ def _show_size(
             "–" if drawn else _time(seconds["median"]),
             "–" if drawn or document["runs"] == 1 else _spread(seconds),
             gigabytes(phase["peak_bytes"]) if phase["peak_bytes"] is not None else "–",
+            _time(phase["predicted_seconds"]) if phase.get("predicted_seconds") else "",
             _time(phase["floor_seconds"]) if "share" in phase else "",
             f"{phase['share']:.0%}" if "share" in phase else "",
         ]
@@ -69,7 +70,7 @@ def _show_size(
         if name == "denoise":
             steps = recipe["steps"] * count
             floor = _time(phase["floor_seconds"] / steps) if "share" in phase else ""
-            table.add_row("  a step", _time(size["step_seconds"]), "", "", floor, "")
+            table.add_row("  a step", _time(size["step_seconds"]), "", "", "", floor, "")
     console.print(table)
     console.print(f"{size['images_per_minute']:.1f} images a minute, once loaded\n")
 

@@ -259,7 +259,7 @@ def apply_defaults(context: typer.Context, reporter: "Reporter") -> set[str]:
 
 
 def _contradicted(context: typer.Context) -> set[str]:
-    from sana_cli.images.files import SUFFIXES
+    from sana_cli.images.names import SUFFIXES
 
     values = context.params
     names: set[str] = set()

@@ -230,7 +230,6 @@ def run(
     from sana_cli.batch.shards import parse_shard
     from sana_cli.images.names import parse_batch_output
     from sana_cli.settings import check_text
-    from sana_cli.sheet import check_sheet
     from sana_cli.system.signals import exit_on_second_signal
     from sana_cli.ui import Console
 
@@ -243,7 +242,11 @@ def run(
     folder, names = parse_batch_output(output, asked["format"], _usual_folder(file))
     if sheet is not None and check:
         raise UsageError("--sheet has no effect with --check, which draws nothing")
-    target = check_sheet(sheet) if sheet is not None else None
+    target = None
+    if sheet is not None:
+        from sana_cli.sheet import check_sheet
+
+        target = check_sheet(sheet)
     if isinstance(folder, str):
         if sheet is not None:
             raise UsageError("--sheet needs the images on a disk, not in an object store")

@@ -191,11 +191,11 @@ def bench(
 
 
 def _keep(document: dict[str, Any], path: Path, force: bool, console: "Console") -> None:
-    from sana_cli.images.files import write
+    from sana_cli.system.disk import save
 
     data = (json.dumps(document, indent=1) + "\n").encode()
     try:
-        written = write(path, data, force)
+        written = save(path, data, force)
     except SanaError as error:
         raise type(error)(error.message, "give another file to --save") from None
     console.info(f"kept in {written}")

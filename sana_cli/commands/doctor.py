@@ -17,6 +17,8 @@ from sana_cli.commands._options import Color, Json, Quiet, Verbose
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from sana_cli.ui import Console as UiConsole
+
 HUB_VARIABLES = (
     "HF_HOME",
     "HF_HUB_CACHE",
@@ -52,10 +54,10 @@ def doctor(
 
     Nothing is fetched, and nothing is sent anywhere.
     """
-    from sana_cli.ui import Console
+    from sana_cli.ui import Console as UiConsole
 
-    console = Console(quiet, verbose, color)
-    facts = examine(color, console.detail)
+    console = UiConsole(quiet, verbose, color)
+    facts = examine(color, console)
     if check:
         facts["checks"] = _checks(console.info)
     if json_output:
@@ -64,7 +66,7 @@ def doctor(
     _show(facts, color)
 
 
-def examine(color: bool, tell: Callable[[str], None]) -> Facts:
+def examine(color: bool, console: "UiConsole") -> Facts:
     """Everything that can be found out without a network. What fails is None, and told."""
     from sana_cli import __version__
     from sana_cli.system import inventory
@@ -73,7 +75,7 @@ def examine(color: bool, tell: Callable[[str], None]) -> Facts:
         try:
             return question(*about)
         except Exception as error:  # a broken driver, library or file may raise anything
-            tell(f"{name}: {type(error).__name__}: {error}")
+            console.detail(f"{name}: {type(error).__name__}: {error}")
             return None
 
     facts: Facts = {"sana": __version__, "system": ask("system", inventory.system)}
@@ -92,6 +94,7 @@ def examine(color: bool, tell: Callable[[str], None]) -> Facts:
     facts["hub"] = ask("hub", _hub)
     facts["text_cache"] = ask("text cache", _text_cache)
     facts["models"] = ask("models", _models)
+    ask("times", _add_times, facts["models"] or [], console)
     facts["terminal"] = ask("terminal", _terminal, color)
     facts["problems"] = problems + list(_problems(facts, no_cuda))
     facts["next"] = _next(facts)
@@ -118,10 +121,10 @@ def _checks(tell: Callable[[str], None]) -> list[Facts]:
     import torch
 
     from sana_cli.kernels import selfcheck
-    from sana_cli.kernels.dispatch import DTYPES, fallback_reason
+    from sana_cli.kernels.dispatch import fallback_reason
     from sana_cli.system.devices import choose_device
 
-    device, dtypes = torch.device(choose_device("auto")), list(DTYPES)
+    device, dtypes = torch.device(choose_device("auto")), list(selfcheck.DTYPES)
     if selfcheck.interpreted():
         device, arch = torch.device("cpu"), "interpreter"
         dtypes.remove(torch.bfloat16)  # which it treats as integers
@@ -150,8 +153,7 @@ def _checks(tell: Callable[[str], None]) -> list[Facts]:
 
 
 def _hub() -> Facts:
-    from huggingface_hub import get_token
-    from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.constants import HF_HUB_CACHE, HF_TOKEN_PATH
 
     from sana_cli.system import inventory
     from sana_cli.weights.fetch import no_network
@@ -166,10 +168,16 @@ def _hub() -> Facts:
         "symlinks": inventory.makes_symlinks(cache),
         "offline": no_network(),
         "endpoint": _without_login(os.environ.get("HF_ENDPOINT")),
-        "token": get_token() is not None,
+        "token": _has_token(Path(HF_TOKEN_PATH)),
         "variables": {name: os.environ[name] for name in HUB_VARIABLES if name in os.environ},
         "lock": str(lock_path()),
     }
+
+
+def _has_token(file: Path) -> bool:
+    """Whether a token is given or stored. The hub's own client may renew it over the network."""
+    given = (os.environ.get(name, "").strip() for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"))
+    return any(given) or (file.is_file() and bool(file.read_text(encoding="utf-8").strip()))
 
 
 def _without_login(address: str | None) -> str | None:
@@ -201,6 +209,26 @@ def _models() -> list[Facts]:
     from sana_cli.commands.models import described
 
     return described()
+
+
+def _add_times(rows: list[Facts], console: "UiConsole") -> None:
+    """Add to each model that fits about how long an image takes with its own settings."""
+    from sana_cli.bench.forecast import Forecaster
+    from sana_cli.resolve import Inputs
+    from sana_cli.session import Session
+    from sana_cli.settings import Settings
+
+    for row in rows:
+        row["expected_time"] = None
+    session = Session(offline=True, reporter=console)
+    forecaster = Forecaster(session.device, None, session.cache_folder(), console.detail)
+    for row in rows:
+        if row["fits"] in ("yes", "tight"):
+            resolution = session.resolve(Settings("a fox", model=row["name"]), Inputs())
+            files = session.open(resolution.model, dry_run=True)
+            recipe = resolution.recipe(files, session.device, 1)
+            expected = forecaster.expected([recipe], files, measure=True)
+            row["expected_time"] = expected and expected.as_dict()
 
 
 def _terminal(color: bool) -> Facts:
@@ -356,12 +384,27 @@ def _lines(facts: Facts) -> Iterator[tuple[str, str]]:
             if sides[side] != "no"
         ]
         yield "fits", ", ".join(fitting) or "no released model"
+        yield from _time_lines(facts["models"])
     terminal = facts["terminal"]
     if terminal:
         kind = COLORS.get(terminal["color"], "no colour")
         kind += f", {terminal['width']} columns" if terminal["width"] else ""
         pictures = f"{terminal['pictures'] or 'none'}: {terminal['pictures_reason']}"
         yield "terminal", f"{kind}, pictures {pictures}"
+
+
+def _time_lines(rows: list[Facts]) -> Iterator[tuple[str, str]]:
+    """For the bundled model, and the first of each size."""
+    from sana_cli.bench.forecast import Expected
+
+    first = {row["side"]: row for row in reversed(rows) if row["bytes"]}
+    named = [row for row in rows if not row["bytes"]]
+    named += [first[side] for side in sorted(first)]
+    title = "time"
+    for row in named:
+        if row["expected_time"]:
+            yield title, f"{row['name']}: {Expected(**row['expected_time'])}"
+            title = ""
 
 
 def _hub_lines(hub: Facts | None) -> Iterator[tuple[str, str]]:

@@ -24,6 +24,7 @@ from sana_cli.settings import FileOptions, RunOptions, Seeds, Settings, declared
 from sana_cli.units import counted
 
 if TYPE_CHECKING:
+    from sana_cli.bench.forecast import Expected
     from sana_cli.commands._preview import TerminalPreview
     from sana_cli.images.names import Output
     from sana_cli.pipeline.events import Event, Failure, ImageDone
@@ -182,11 +183,15 @@ def generate(
     _announce(request, session.device, len(settings), console)
     _compare(request.recipes[0], found, console)
     plan = session.plan(request, predict=dry_run)
+    expected = None if server else _expected_time(session, request, console)
     if dry_run:
-        _print_plan(request, target, plan, console)
+        _print_plan(request, target, plan, expected, console)
         return
     terminal = _previewer(console, json_output) if preview else None
-    rows = _draw(session, request, plan, target, files, terminal, json_output, console, started)
+    rows = _draw(
+        *(session, request, plan, expected, target, files),
+        *(terminal, json_output, console, started),
+    )
     if open_result and rows:
         _open([Path(row["path"]) for row in rows], console)
 
@@ -290,7 +295,25 @@ def _announce(request: "DrawRequest", device: str, prompts: int, console: "Conso
         console.info(f"from {image.path} ({size}){grown}, {how}, at strength {first.strength:g}")
 
 
-def _print_plan(request: "DrawRequest", target: "Output", plan: "Plan", console: "Console") -> None:
+def _expected_time(
+    session: "Session", request: "DrawRequest", console: "Console"
+) -> "Expected | None":
+    """Tell about how long the images will take, if that is known or can be predicted."""
+    from sana_cli.bench.forecast import Forecaster
+
+    expected = Forecaster.of(session).expected(request.recipes, request.files)
+    if expected is not None:
+        console.info(str(expected))
+    return expected
+
+
+def _print_plan(
+    request: "DrawRequest",
+    target: "Output",
+    plan: "Plan",
+    expected: "Expected | None",
+    console: "Console",
+) -> None:
     from sana_cli.units import gigabytes
     from sana_cli.weights.hub_cache import source_parts
 
@@ -307,6 +330,7 @@ def _print_plan(request: "DrawRequest", target: "Output", plan: "Plan", console:
         "plan": plan.choices(),
         "memory_bytes": plan.budget,
         "peak_bytes": plan.peaks,
+        "expected_time": expected and expected.as_dict(),
         "weights": [str(path) for path in weights],
         "weight_bytes": sum(path.stat().st_size for path in weights)
         or sum(source.bytes for source in model.sources),
@@ -321,6 +345,7 @@ def _draw(
     session: "Session",
     request: "DrawRequest",
     plan: "Plan",
+    expected: "Expected | None",
     target: "Output",
     files: FileOptions,
     preview: "TerminalPreview | None",
@@ -366,7 +391,12 @@ def _draw(
     seconds |= {"other": max(0.0, total - sum(seconds.values())), "total": total}
     if json_output:
         rounded = {stage: round(value, 4) for stage, value in seconds.items()}
-        document = {"images": rows, "seconds": rounded, "peak_bytes": peaks}
+        document = {
+            "images": rows,
+            "seconds": rounded,
+            "peak_bytes": peaks,
+            "expected_time": expected and expected.as_dict(),
+        }
         sys.stdout.write(json.dumps(document) + "\n")
     console.detail(", ".join(f"{stage} {value:.2f} s" for stage, value in seconds.items()))
     if failures:  # the others are drawn and saved
@@ -422,17 +452,16 @@ def _save(
     written: set[Path],
 ) -> Path | None:
     """Write an image to its file, or to stdout; its path."""
-    from sana_cli.images.files import encode, write
+    from sana_cli.system.disk import save
     from sana_cli.ui import write_stdout
 
-    metadata = session.metadata(recipe) if files.metadata == "full" else None
-    data = encode(image.pixels, target.format, files.quality, metadata)
+    data = session.encode(image, recipe, target.format, files)
     if target.to_stdout:
         write_stdout(data)
         return None
     path = target.path(recipe, image.index + 1)
     # --force replaces what was there before, never another image of this run.
-    path = write(path, data, files.force and path not in written)
+    path = save(path, data, files.force and path not in written)
     written.add(path)
     return path
 

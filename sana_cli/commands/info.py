@@ -130,7 +130,7 @@ def info(
 
 def _images_in(folder: str) -> list[str] | None:
     """The image files of a folder, the newest first; None if it is no folder."""
-    from sana_cli.images.files import SUFFIXES
+    from sana_cli.images.names import SUFFIXES
 
     if not os.path.isdir(folder):
         return None

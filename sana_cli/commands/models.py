@@ -253,9 +253,10 @@ def _fits_here() -> "Callable[[Model], str | None]":
     try:
         from sana_cli.pipeline.plan import fits, free_memory
         from sana_cli.system.devices import choose_device
+
+        device = choose_device("auto")
     except ImportError:
         return lambda model: None
-    device = choose_device("auto")
     free = free_memory(device)
     return lambda model: fits(model, device, free)
 

@@ -1,8 +1,6 @@
 """`sana serve`: the models stay loaded behind OpenAI's Images API and a page."""
 
 import os
-import secrets
-import socket
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -95,6 +93,8 @@ def serve(
 
     SANA_TOKEN=$(cat token) sana serve --host 0.0.0.0 --allow-host images.example.org[/dim]
     """
+    import socket
+
     from sana_cli.session import Session
     from sana_cli.ui import Console
     from sana_cli.units import parse_duration, parse_memory
@@ -139,6 +139,7 @@ def serve(
         report=lambda error: console.warn(unforeseen(error)),
     )
     service = Service(session, drawing, asked["model"], metrics, loras=LoraFolder(loras))
+
     hosts = [*(allow_host or []), host, socket.gethostname()]
     app = create_app(service, console, token=token, hosts=hosts, origins=allow_origin or [])
     shown = f"[{host}]" if ":" in host else host
@@ -179,6 +180,8 @@ def _token(file: Path | None, needed: bool) -> tuple[str | None, bool]:
     else:
         token, origin = os.environ.get(TOKEN_VARIABLE, "").strip(), TOKEN_VARIABLE
         if not token:
+            import secrets
+
             return (secrets.token_urlsafe(32), True) if needed else (None, False)
     if len(token) < SHORTEST_TOKEN or not token.isascii() or " " in token:
         raise UsageError(

@@ -1,23 +1,18 @@
-"""Image files to pixels, and pixels to files with the recipe inside, written atomically."""
+"""Image files to pixels, and pixels to the bytes of files with the recipe inside."""
 
 import io
 import os
 import stat
 import warnings
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from sana_cli.errors import DiskFull, SanaError, UsageError
+from sana_cli.errors import UsageError
 from sana_cli.images import formats
 from sana_cli.images.metadata import Metadata
-from sana_cli.system import disk
 
-FORMATS = {"png": ".png", "jpeg": ".jpg", "webp": ".webp", "avif": ".avif"}
-SUFFIXES = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp", ".avif": "avif"}
-LARGEST_SIDE = {"jpeg": 65500, "webp": 16383, "avif": 65535}  # pixels; PNG takes any
 MAX_PIXELS = 1 << 27  # of an input image: 400 MB as RGB; phones take up to 108 million
 ORIENTATION = 274  # of EXIF
 NEW_SUBFILE_TYPE = 254  # of a TIFF: its lowest bit marks a page that is a preview of another
@@ -194,22 +189,3 @@ def saving(format: str, quality: int | None, record: Metadata | None) -> dict[st
     if record is not None:
         options["exif"] = record.as_exif(format)
     return options
-
-
-def write(path: Path, data: bytes, force: bool, mark: str = "") -> Path:
-    """Write `data` to `path`, or to `path` with -2, -3 … if that exists and `force` is not set.
-
-    The write is atomic. Returns the path written. DiskFull or SanaError if it fails. `mark`
-    becomes part of the temporary file's name, so that files of a killed process can be found.
-    """
-    try:
-        if not force:
-            return disk.write_new(path, data, mark)
-        disk.replace(path, data, mark)
-        return path
-    except OSError as error:
-        if error.errno in disk.FULL:
-            raise DiskFull(
-                f"no space left to write {path}", "free some, or use -o elsewhere"
-            ) from None
-        raise SanaError(f"{path} cannot be written: {error.strerror or error}", "use -o") from None

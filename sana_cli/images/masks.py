@@ -3,39 +3,16 @@
 Everywhere a mask is uint8 (height, width): 255 where the image is repainted, 0 where it is kept.
 """
 
-from typing import NamedTuple
-
 import numpy as np
 from PIL import Image, ImageFilter, ImageOps
 
 from sana_cli.errors import UsageError
 from sana_cli.images.files import Loaded, load
+from sana_cli.shapes import Margins
 
 Size = tuple[int, int]  # (width, height) in pixels
 WHITE, TRANSPARENT = "white is repainted", "transparent is repainted"
 FEATHER = 8  # pixels over which a repainted cell blends into the image beside it
-
-
-class Margins(NamedTuple):
-    """Pixels that outpainting adds on each side."""
-
-    left: int
-    top: int
-    right: int
-    bottom: int
-
-
-def parse_outpaint(text: str) -> Margins:
-    """Parse `256,0,256,0` (left, top, right, bottom), or one number for every side. UsageError."""
-    words = text.replace(" ", "").split(",")
-    if not all(word.isascii() and word.isdigit() and len(word) < 6 for word in words):
-        words = []
-    if len(words) not in (1, 4) or not any(map(int, words)):
-        raise UsageError(
-            f"--outpaint {text!r} does not say how far to grow the canvas",
-            "write pixels as LEFT,TOP,RIGHT,BOTTOM, as in 256,0,256,0, or one number for all sides",
-        )
-    return Margins(*(map(int, words * 4 if len(words) == 1 else words)))
 
 
 def read_mask(path: str, alpha: bool = False, data: bytes | None = None) -> tuple[np.ndarray, str]:

@@ -16,9 +16,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any
-
-from PIL import Image, PngImagePlugin
+from typing import TYPE_CHECKING, Any
 
 from sana_cli import __version__
 from sana_cli.errors import SanaError, UsageError
@@ -27,6 +25,9 @@ from sana_cli.images.a1111 import parameters
 from sana_cli.images.claims import Claims, checked
 from sana_cli.images.other_tools import Texts
 from sana_cli.recipe import Recipe
+
+if TYPE_CHECKING:
+    from PIL import Image, PngImagePlugin
 
 IMAGE_DESCRIPTION = 0x010E
 EXIF_FOLDER = 0x8769
@@ -59,7 +60,9 @@ class Metadata:
         made = {"sana": __version__, "torch": self.torch, "device": self.device}
         return json.dumps({"recipe": self.recipe.as_dict(), "made": made})
 
-    def as_png_text(self) -> PngImagePlugin.PngInfo:
+    def as_png_text(self) -> "PngImagePlugin.PngInfo":
+        from PIL import PngImagePlugin
+
         info = PngImagePlugin.PngInfo()
         for key, text in (("parameters", parameters(self.recipe)), ("sana", self.as_json())):
             try:
@@ -70,9 +73,11 @@ class Metadata:
                 info.add_text(key, text)
         return info
 
-    def as_exif(self, format: str) -> Image.Exif:
+    def as_exif(self, format: str) -> "Image.Exif":
         """Return the EXIF of a format. A JPEG has one segment: if it cannot hold both texts, the
         one for other tools is left out. UsageError if ours alone does not fit."""
+        from PIL import Image
+
         exif = Image.Exif()
         exif[IMAGE_DESCRIPTION] = self.as_json()
         if format == "jpeg" and len(exif.tobytes()) > LONGEST_JPEG_EXIF:
@@ -153,6 +158,8 @@ def read(path: str) -> ImageMetadata:
 
 def _texts(path: str, shown: str) -> tuple[ImageMetadata, Texts]:
     """Return the format and size of a file, and every text in it by PNG keyword or EXIF tag."""
+    from PIL import Image
+
     try:
         place = os.path.expanduser(path)
         if not stat.S_ISREG(os.stat(place).st_mode):  # opening a pipe could wait for ever
@@ -189,7 +196,7 @@ def _texts(path: str, shown: str) -> tuple[ImageMetadata, Texts]:
     return found, texts
 
 
-def _add_exif(exif: Image.Exif, texts: Texts) -> None:
+def _add_exif(exif: "Image.Exif", texts: Texts) -> None:
     inner = exif.get_ifd(EXIF_FOLDER)
     for name, tag in TAGS.items():
         value = exif.get(tag, inner.get(tag))
@@ -203,6 +210,8 @@ def _add_exif(exif: Image.Exif, texts: Texts) -> None:
 @contextmanager
 def _of_any_size() -> Iterator[None]:
     """Lift Pillow's limit on pixels, which only matters when they are decoded."""
+    from PIL import Image
+
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
         with warnings.catch_warnings():

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from sana_cli.errors import UsageError
-from sana_cli.images.files import FORMATS, LARGEST_SIDE, SUFFIXES
 from sana_cli.recipe import Recipe
 from sana_cli.system.disk import FULL
 
+FORMATS = {"png": ".png", "jpeg": ".jpg", "webp": ".webp", "avif": ".avif"}
+SUFFIXES = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp", ".avif": "avif"}
+LARGEST_SIDE = {"jpeg": 65500, "webp": 16383, "avif": 65535}  # pixels; PNG takes any
 URL = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)  # and no drive of Windows
 DEFAULT_TEMPLATE = "{slug}-{seed}"
 FIELDS = ("slug", "seed", "index", "model", "width", "height", "steps", "guidance")

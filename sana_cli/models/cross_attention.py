@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from sana_cli.kernels.linear import linear
 from sana_cli.kernels.projection import gated_residual_linear_
-from sana_cli.kernels.rms_norm import qk_norm
+from sana_cli.kernels.text_attention import attend_keys, attend_text
 from sana_cli.models.dit import CrossAttention
 
 
@@ -91,17 +91,11 @@ class TextAttention(nn.Module):
             weights = scores.softmax(-1).flatten(-2)
             gated_residual_linear_(x, weights, text.results, self.to_out.bias, None)
             return
-        q = linear(x, self.to_q.weight, self.to_q.bias)
-        if self.qk_norm:
-            q = qk_norm(q, self.norm_q.weight, self.norm_q.eps)
-        q = q.unflatten(-1, (self.heads, -1)).transpose(1, 2)
         bias = text.bias if text.bias.numel() else None
-        if q.is_meta:  # on meta, torch would count a score matrix that no device materialises
-            y = torch.empty_like(q)
+        to_q = self.to_q.weight, cast(Tensor, self.to_q.bias)
+        if self.qk_norm:
+            norm = self.norm_q
+            y = attend_text(x, *to_q, norm.weight, norm.eps, text.keys, text.values, bias)
         else:
-            y = F.scaled_dot_product_attention(
-                q, text.keys[None], text.values[None], attn_mask=bias
-            )
-        gated_residual_linear_(
-            x, y.transpose(1, 2).flatten(2), self.to_out.weight, self.to_out.bias, None
-        )
+            y = attend_keys(linear(x, *to_q), text.keys, text.values, bias)
+        gated_residual_linear_(x, y, self.to_out.weight, self.to_out.bias, None)

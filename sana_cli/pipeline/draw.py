@@ -19,15 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from sana_cli.errors import BadImage, NotEnoughMemory, UsageError
-from sana_cli.images.masks import (
-    cells,
-    fit,
-    on_canvas,
-    on_result,
-    outpainted,
-    parse_outpaint,
-    paste,
-)
+from sana_cli.images.masks import cells, fit, on_canvas, on_result, outpainted, paste
 from sana_cli.instruction import normalise_prompt
 from sana_cli.kernels import selfcheck
 from sana_cli.kernels.dispatch import fallback_reason
@@ -47,6 +39,7 @@ from sana_cli.pipeline.plan import Plan, decode_strip_bytes, is_guided
 from sana_cli.pipeline.solver import SOLVERS, Repaint, advance, first_step
 from sana_cli.pipeline.text_cache import TextCache
 from sana_cli.recipe import Recipe, adapters_of
+from sana_cli.shapes import parse_outpaint
 from sana_cli.system.devices import (
     cap_memory,
     is_out_of_memory,
@@ -270,7 +263,7 @@ class Drawing:
         found = 0
         for i, (instruction, text) in enumerate(wanted):
             began = time.perf_counter()
-            prompt = normalise_prompt(text), instruction
+            prompt, ran = (normalise_prompt(text), instruction), ""
             states = cache.states(*prompt) if cache else None
             if states is not None:
                 found += 1
@@ -281,10 +274,11 @@ class Drawing:
                     yield Progress("load", 1, 1, seconds, network="text_encoder")
                     began = time.perf_counter()
                 states = yield from retry.attempt(partial(self.states_of, prompt, cache))
+                ran = "text_encoder"
                 if cache:
                     cache.keep_states(states, *prompt)
             self.text_states[instruction, text] = states
-            yield self.done("encode", i + 1, len(wanted), began)
+            yield self.done("encode", i + 1, len(wanted), began, ran)
         if cache:
             yield Notice(f"text cache: {found} of {len(wanted)} texts found")
             for fault in cache.faults():
@@ -534,16 +528,18 @@ class Drawing:
             return lambda: None
         return torch.cuda.current_stream(self.plan.device).record_event().synchronize
 
-    def done(self, stage: str, done: int, total: int, began: float) -> Progress:
+    def done(self, stage: str, done: int, total: int, began: float, network: str = "") -> Progress:
         """Report work as done, after waiting for the device to have done it."""
         device = self.plan.device
         if device.startswith("cuda"):
             torch.cuda.synchronize(device)
-        return self.progress(stage, done, total, began)
+        return self.progress(stage, done, total, began, network)
 
-    def progress(self, stage: str, done: int, total: int, began: float) -> Progress:
+    def progress(
+        self, stage: str, done: int, total: int, began: float, network: str = ""
+    ) -> Progress:
         peak = peak_bytes(self.plan.device) if done == total else 0
-        return Progress(stage, done, total, time.perf_counter() - began, peak)
+        return Progress(stage, done, total, time.perf_counter() - began, peak, network)
 
 
 def start_of(recipe: Recipe) -> Recipe:

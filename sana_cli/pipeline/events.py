@@ -3,11 +3,10 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from sana_cli.errors import SanaError
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
 
@@ -20,7 +19,7 @@ class Progress:
     total: int
     seconds: float
     peak_bytes: int = 0  # when the stage's last unit is done: the most memory held so far
-    network: str = ""  # of "load": what was loaded
+    network: str = ""  # what was loaded; of "encode", what ran, "" for a text that was in the cache
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class Preview:
     index: int
     step: int
     steps: int
-    pixels: np.ndarray
+    pixels: "np.ndarray"
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ class ImageDone:
     """uint8 RGB (height, width, 3) of the recipe at `index`."""
 
     index: int
-    pixels: np.ndarray
+    pixels: "np.ndarray"
 
 
 @dataclass(frozen=True)

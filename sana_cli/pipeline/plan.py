@@ -1,20 +1,17 @@
 """Memory plans: what runs at once and in what pieces. A plan does not affect the image.
 
-A stage's peak is its weights plus the peak of its forward pass, which is measured by running the
-pass on the meta device, where tensors have shapes but take no memory.
+The peaks of the stages come from `peaks.py`. Nothing here imports torch unless a GPU is asked.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
-import torch
-
 from sana_cli.errors import NotEnoughMemory
-from sana_cli.models import fused_dit, gemma
 from sana_cli.models.architectures import GEMMA_2_2B
-from sana_cli.models.streaming import autoencoder
-from sana_cli.models.streaming.autoencoder import STRIP_BYTES
+from sana_cli.models.streaming import STRIP_BYTES
+from sana_cli.pipeline.peaks import PeakCache
 from sana_cli.recipe import Recipe
 from sana_cli.system.devices import resident_bytes
 from sana_cli.system.inventory import memory
@@ -32,7 +29,8 @@ MIN_STRIP = STRIP_BYTES >> 10
 TALLEST_CHUNK = 32  # rows of the latent grid
 KEPT_FREE = 0.1  # of a device's memory, reserved for its libraries
 CONTEXT_BYTES = 500 << 20  # of a GPU, for CUDA's context and the code of its libraries
-ROOMY = 0.5  # of the memory: stages bounded below this are not measured, which would take a second
+ROOMY = 0.5  # of the memory: peaks of stages bounded below this are not asked for
+ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}  # bytes
 
 
 @dataclass(frozen=True)
@@ -112,14 +110,16 @@ def make_plan(
     predict: bool = False,
     held: int = 0,
     overhead: int | None = None,
+    cache: PeakCache | None = None,
 ) -> Plan:
     """Make the fastest plan whose peaks stay under `limit` bytes, or what is free on the device.
 
     With `predict` the peaks are predicted even if the upper bounds fit. `held` is the bytes of
     loaded networks, which count as free, as they may be released. `overhead` is what the process
-    held before any network, if that was measured. NotEnoughMemory, with the smallest change that
-    would fit, if no plan fits.
+    held before any network, if that was measured. `cache` holds peaks that are known already.
+    NotEnoughMemory, with the smallest change that would fit, if no plan fits.
     """
+    cache = cache or PeakCache()
     recipe = max(recipes, key=lambda r: r.native_width * r.native_height)
     # What is not tensors counts against the user's limit too: the context on a GPU, elsewhere the
     # interpreter and its libraries.
@@ -135,18 +135,19 @@ def make_plan(
     if limit is None and not predict and max(bounds.values()) < ROOMY * budget:
         together = bounds["denoise"] + bounds["decode"] < budget
         return replace(plan, bounds=bounds, keep_loaded=together)
-    peaks = {"encode": _text_peak(recipe, files)}
+    peaks = {"encode": _text_peak(cache, recipe, files)}
     if recipe.image is not None or recipe.control is not None:
-        plan, peaks["image"] = _fit(plan, "image", recipe, files, _image_peak)
-    denoising, peaks["denoise"] = _fit(plan, "denoise", recipe, files, _denoise_peak)
-    plan, peaks["decode"] = _fit(plan, "decode", recipe, files, _decode_peak)
+        plan, peaks["image"] = _fit(plan, "image", recipe, files, partial(_image_peak, cache))
+    denoise, decode = partial(_denoise_peak, cache), partial(_decode_peak, cache)
+    denoising, peaks["denoise"] = _fit(plan, "denoise", recipe, files, denoise)
+    plan, peaks["decode"] = _fit(plan, "decode", recipe, files, decode)
     worst = max(peaks, key=lambda stage: peaks[stage])
     if peaks[worst] > budget:
         least = peaks[worst] + used
         raise NotEnoughMemory(
             f"to {worst} {recipe.native_width}x{recipe.native_height} takes {gigabytes(least)},"
             f" more than the {gigabytes(budget + used)} there are",
-            _what_fits(recipe, files, _default_plan(device, budget), peaks)
+            _what_fits(cache, recipe, files, _default_plan(device, budget), peaks)
             or f"it fits in --memory {least / 1e9 + 0.05:.1f}GB",
         )
     # More than either takes beside the other's weights.
@@ -154,7 +155,7 @@ def make_plan(
     if denoising.batched_cfg and not together and plan.strip_bytes > STRIP_BYTES:
         # Smaller strips take less time than loading the networks in turns.
         smaller = replace(plan, strip_bytes=plan.strip_bytes // 4)
-        needed = _decode_peak(smaller, recipe, files)
+        needed = decode(smaller, recipe, files)
         together = peaks["denoise"] + needed < budget
         if together:
             plan, peaks["decode"] = smaller, needed
@@ -189,6 +190,8 @@ def free_memory(device: str) -> int:
     On a GPU they include what torch holds for reuse. A CUDA graph's memory is part of that.
     """
     if device.startswith("cuda"):
+        import torch
+
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
     facts = memory()
@@ -235,17 +238,17 @@ def _fit(
     return plan, needed
 
 
-def _text_peak(recipe: Recipe, files: ModelFiles) -> int:
-    return gemma.peak_bytes(files.text, recipe.text_dtype, LONGEST_TEXT)
+def _text_peak(cache: PeakCache, recipe: Recipe, files: ModelFiles) -> int:
+    return cache.text_encoder(files.text, recipe.text_dtype, LONGEST_TEXT)
 
 
-def _denoise_peak(plan: Plan, recipe: Recipe, files: ModelFiles) -> int:
+def _denoise_peak(cache: PeakCache, plan: Plan, recipe: Recipe, files: ModelFiles) -> int:
     # An empty text is one token.
     lengths = [1 if recipe.negative == "" else LONGEST_PROMPT] if is_guided(recipe, files) else []
-    dtype, controlnet = _dtype(recipe.dit_dtype), files.controlnet if recipe.control else None
-    peak = fused_dit.peak_bytes(
+    controlnet = files.controlnet if recipe.control else None
+    peak = cache.transformer(
         files.dit,
-        dtype,
+        recipe.dit_dtype,
         _grid(recipe, files),
         [*lengths, LONGEST_PROMPT],
         recipe.steps,
@@ -257,28 +260,28 @@ def _denoise_peak(plan: Plan, recipe: Recipe, files: ModelFiles) -> int:
         quantised=recipe.quant is not None,
     )
     if recipe.quant is not None and not plan.device.startswith("cuda"):  # whose memory holds both
-        peak = max(peak, fused_dit.quantising_bytes(files.dit, dtype, controlnet))
+        peak = max(peak, cache.quantising(files.dit, recipe.dit_dtype, controlnet))
     return peak
 
 
-def _decode_peak(plan: Plan, recipe: Recipe, files: ModelFiles) -> int:
-    return _autoencoder_peak("decoder", decode_strip_bytes(plan, recipe, files), recipe, files)
+def _decode_peak(cache: PeakCache, plan: Plan, recipe: Recipe, files: ModelFiles) -> int:
+    strip_bytes = decode_strip_bytes(plan, recipe, files)
+    return _autoencoder_peak(cache, "decoder", strip_bytes, recipe, files)
 
 
-def _image_peak(plan: Plan, recipe: Recipe, files: ModelFiles) -> int:
-    return _autoencoder_peak("encoder", plan.strip_bytes, recipe, files)
+def _image_peak(cache: PeakCache, plan: Plan, recipe: Recipe, files: ModelFiles) -> int:
+    return _autoencoder_peak(cache, "encoder", plan.strip_bytes, recipe, files)
 
 
 def _autoencoder_peak(
-    half: Literal["encoder", "decoder"], strip_bytes: int, recipe: Recipe, files: ModelFiles
+    cache: PeakCache,
+    half: Literal["encoder", "decoder"],
+    strip_bytes: int,
+    recipe: Recipe,
+    files: ModelFiles,
 ) -> int:
-    return autoencoder.peak_bytes(
-        files.vae,
-        half,
-        _dtype(recipe.vae_dtype),
-        _grid(recipe, files),
-        strip_bytes=strip_bytes,
-    )
+    grid = _grid(recipe, files)
+    return cache.autoencoder(files.vae, half, recipe.vae_dtype, grid, strip_bytes)
 
 
 def decode_strip_bytes(plan: Plan, recipe: Recipe, files: ModelFiles) -> int:
@@ -288,7 +291,7 @@ def decode_strip_bytes(plan: Plan, recipe: Recipe, files: ModelFiles) -> int:
     """
     if plan.device != "cpu":
         return plan.strip_bytes
-    width, size = files.vae.decoder_block_out_channels[0], _dtype(recipe.vae_dtype).itemsize
+    width, size = files.vae.decoder_block_out_channels[0], ITEMSIZE[recipe.vae_dtype]
     last = recipe.native_height * recipe.native_width * width * size
     return min(plan.strip_bytes, max(CPU_STRIP_BYTES, last // 4))
 
@@ -307,26 +310,24 @@ def _upper_bounds(recipe: Recipe, files: ModelFiles, strip_bytes: int) -> dict[s
     They are computed from sizes alone, to be fast.
     """
     cells = recipe.native_height * recipe.native_width // files.vae.compression**2
-    each = 1 if recipe.text_dtype == "int8" else _dtype(recipe.text_dtype).itemsize
-    text = files.text.linear_weights * each + LONGEST_TEXT * files.text.intermediate_size * 8 * 4
-    width, size = files.dit.width, _dtype(recipe.dit_dtype).itemsize
+    text = files.text.linear_weights * ITEMSIZE[recipe.text_dtype]
+    text += LONGEST_TEXT * files.text.intermediate_size * 8 * 4
+    width, size = files.dit.width, ITEMSIZE[recipe.dit_dtype]
     layers = files.dit.num_layers + (files.controlnet.num_layers if files.controlnet else 0)
     each = size + (recipe.quant is not None)  # bytes a weight, also while it is quantised
     denoise = layers * 18 * width**2 * each + cells * width * 2 * 40 * size
-    widest, size = max(files.vae.decoder_block_out_channels), _dtype(recipe.vae_dtype).itemsize
+    widest, size = max(files.vae.decoder_block_out_channels), ITEMSIZE[recipe.vae_dtype]
     strips = max(40 * STRIP_BYTES, 8 * strip_bytes)
     decode = 160 * widest**2 * size + cells * 24 * widest * size + strips
     return {"encode": text, "image": decode, "denoise": denoise, "decode": decode}
 
 
-def _dtype(name: str) -> torch.dtype:
-    return getattr(torch, name)
-
-
 # --- when nothing fits -------------------------------------------------------------------------
 
 
-def _what_fits(recipe: Recipe, files: ModelFiles, plan: Plan, peaks: dict[str, int]) -> str | None:
+def _what_fits(
+    cache: PeakCache, recipe: Recipe, files: ModelFiles, plan: Plan, peaks: dict[str, int]
+) -> str | None:
     """Return the smallest change that fits, as options: a smaller text encoder, then image.
 
     `peaks` are those of the recipe. The text encoder is tried first, as its peak is computed fast.
@@ -340,17 +341,17 @@ def _what_fits(recipe: Recipe, files: ModelFiles, plan: Plan, peaks: dict[str, i
             files = released_model(defaults[side])
             recipe = replace(recipe, native_width=side, native_height=side, image=None)
             words.append(f"--res {side}")
-        if _text_peak(recipe, files) > plan.budget:
+        if _text_peak(cache, recipe, files) > plan.budget:
             eight = replace(recipe, text_dtype="int8")
-            if plan.device == "mps" or _text_peak(eight, files) > plan.budget:
+            if plan.device == "mps" or _text_peak(cache, eight, files) > plan.budget:
                 continue
             words.append("--text-precision int8")
         if side is None:
             drawn = max(peak for stage, peak in peaks.items() if stage != "encode")
         else:
-            _, drawn = _fit(plan, "denoise", recipe, files, _denoise_peak)
+            _, drawn = _fit(plan, "denoise", recipe, files, partial(_denoise_peak, cache))
             if drawn <= plan.budget:
-                _, drawn = _fit(plan, "decode", recipe, files, _decode_peak)
+                _, drawn = _fit(plan, "decode", recipe, files, partial(_decode_peak, cache))
         if drawn <= plan.budget:
             return f"{' '.join(words)}, which fits"
     return None

@@ -221,10 +221,9 @@ class Drawing:
         return where | {"id": drawn.id, "seed": recipe.seed, "recipe": recipe.as_dict()}
 
     def _encode(self, done: ImageDone) -> Drawn:
-        recipe, files = self.request.recipes[done.index], self.asked.files
-        record = self.service.session.metadata(recipe) if files.metadata == "full" else None
-        data = encode(done.pixels, self.asked.format, files.quality, record)
-        return Drawn(recipe, self.asked.format, data)
+        recipe, format = self.request.recipes[done.index], self.asked.format
+        data = self.service.session.encode(done, recipe, format, self.asked.files)
+        return Drawn(recipe, format, data)
 
     async def completed(self, done: ImageDone) -> dict[str, Any]:
         facts = self._facts(f"{self.kind}.completed", done.index)

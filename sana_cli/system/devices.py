@@ -1,10 +1,12 @@
 """Choice of device and precision, and the memory of this machine."""
 
 import ctypes
+import functools
 import importlib.util
 import os
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from sana_cli.errors import UsageError
@@ -27,7 +29,12 @@ LARGE_ENCODER = 250_000_000  # weights; below, importing bitsandbytes costs more
 
 
 def choose_device(name: str) -> str:
-    """Resolve `auto` to "cuda", "mps" or "cpu"; UsageError for a device that is not available."""
+    """Resolve `auto` to "cuda", "mps" or "cpu"; UsageError for a device that is not available.
+
+    torch, whose import takes a second, is not asked where the answer can only be the CPU.
+    """
+    if name == "cpu" or (name == "auto" and not _may_have_gpu()):
+        return "cpu"
     import torch
 
     if name == "auto":
@@ -56,6 +63,40 @@ def choose_device(name: str) -> str:
     return name
 
 
+@functools.cache
+def torch_version() -> ModuleType:
+    """Return the module `torch.version`: the version and build of torch, without importing torch.
+
+    ImportError if torch is not installed.
+    """
+    spec = importlib.util.find_spec("torch")
+    if "torch" not in sys.modules and spec is not None and spec.origin is not None:
+        file = Path(spec.origin).with_name("version.py")
+        if file.is_file():
+            own = importlib.util.spec_from_file_location("torch.version", file)
+            assert own is not None and own.loader is not None
+            module = importlib.util.module_from_spec(own)
+            own.loader.exec_module(module)
+            return module
+    import torch
+
+    return torch.version
+
+
+def _may_have_gpu() -> bool:
+    """Return whether torch may find a GPU; False only where it certainly finds none."""
+    if "torch" in sys.modules or sys.platform == "darwin":
+        return True
+    version = torch_version()
+    if version.cuda is None:
+        return version.hip is not None
+    try:  # what CUDA's runtime loads first
+        ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
 def choose_dtypes(dtype: str, device: str, trained: str | None) -> tuple[str, str, str]:
     """Return the names of the (text, transformer, decoder) precisions.
 
@@ -71,10 +112,11 @@ def choose_dtypes(dtype: str, device: str, trained: str | None) -> tuple[str, st
 
 def wide_dtype(device: str) -> str:
     """Return the fastest precision on a device that has the range of float32."""
+    if not device.startswith("cuda"):
+        return "float32"
     import torch
 
-    ampere = device.startswith("cuda") and torch.cuda.get_device_capability(device) >= (8, 0)
-    return "bfloat16" if ampere else "float32"
+    return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float32"
 
 
 def choose_text_precision(

@@ -7,10 +7,11 @@ that can mean "not supported"; an error for lost data or a full disk always ends
 
 import errno
 import os
-import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from sana_cli.errors import DiskFull, SanaError
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 LOST = FULL | {errno.EIO}
@@ -57,13 +58,32 @@ def replace(path: Path, data: bytes, mark: str = "", keep_mode: bool = False) ->
         os.replace(partial, path)
 
 
+def save(path: Path, data: bytes, force: bool, mark: str = "") -> Path:
+    """Write `data` to `path`, or to `path` with -2, -3 … if that exists and `force` is not set.
+
+    The write is atomic. Returns the path written. DiskFull or SanaError if it fails. `mark`
+    becomes part of the temporary file's name, so that files of a killed process can be found.
+    """
+    try:
+        if not force:
+            return write_new(path, data, mark)
+        replace(path, data, mark)
+        return path
+    except OSError as error:
+        if error.errno in FULL:
+            raise DiskFull(
+                f"no space left to write {path}", "free some, or use -o elsewhere"
+            ) from None
+        raise SanaError(f"{path} cannot be written: {error.strerror or error}", "use -o") from None
+
+
 @contextmanager
 def _partial(folder: Path, data: bytes, mark: str) -> Iterator[Path]:
     """Yield a temporary file with `data`, synced to disk; remove it unless it was renamed."""
     folder.mkdir(parents=True, exist_ok=True)
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
     flags |= getattr(os, "O_BINARY", 0) | getattr(os, "O_NOFOLLOW", 0)
-    partial = folder / f"{PARTIAL}{mark}-{secrets.token_hex(8)}.partial"
+    partial = folder / f"{PARTIAL}{mark}-{os.urandom(8).hex()}.partial"
     # Created with the mode that the umask leaves: some disks cannot change it afterwards.
     descriptor = os.open(partial, flags, 0o666)
     try:

@@ -53,17 +53,22 @@ def cpu() -> dict[str, Any]:
 
     # Missing in the oldest supported torch.
     seen: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     found = [title for name, title in NAMED_INSTRUCTIONS.items() if seen.get(name)]
     return {
-        "name": _cpu_name() or seen.get("cpu_name") or platform.processor() or None,
-        "cores": cores,
+        "name": cpu_name() or seen.get("cpu_name") or platform.processor() or None,
+        "cores": cores(),
         "instructions": found if seen else None,
         "kernels": torch.backends.cpu.get_cpu_capability(),
     }
 
 
-def _cpu_name() -> str | None:
+def cores() -> int | None:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def cpu_name() -> str | None:
+    """Return the name of the CPU; None where the system has no list of processors."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:

@@ -1,6 +1,7 @@
 """The headers of safetensors files: names, shapes and dtypes, and who quantised the weights."""
 
 import contextlib
+import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from sana_cli.errors import BrokenModel
 from sana_cli.weights.layout import Part, read_json
 
 NAMES_SHOWN = 8
+LARGEST_HEADER = 100_000_000  # bytes that safetensors accepts
 FLOATS = ("F64", "F32", "F16", "BF16")  # the dtypes of weights, as safetensors calls them
 # Whose weights they are, by how the names of the tensors end that lie beside them.
 QUANTISED_NAMES = {
@@ -54,8 +56,8 @@ def refuse_quantised(part: Part) -> None:
     said = read_json(part.config).get("quantization_config") if part.config.is_file() else None
     kind = str(said.get("quant_method", "an unnamed method")) if isinstance(said, dict) else None
     for path in part.files if kind is None else ():
-        with contextlib.suppress(SafetensorError, OSError, ValueError):
-            kind = kind or _quantised_by(path)
+        with contextlib.suppress(OSError, ValueError, RecursionError):
+            kind = kind or _quantised_by(_dtypes(path))
     if kind is not None:
         raise BrokenModel(
             f"{part.folder} holds quantised weights ({kind}), which are not supported",
@@ -63,12 +65,29 @@ def refuse_quantised(part: Part) -> None:
         )
 
 
-def _quantised_by(path: Path) -> str | None:
-    with safe_open(path, framework="np") as file:
-        names = list(file.keys())
-        for kind, ending in QUANTISED_NAMES.items():
-            pattern = re.compile(f"(?:{ending})$")
-            if any(pattern.search(name) for name in names):
-                return kind
-        dtypes = (file.get_slice(name).get_dtype() for name in names)
-        return next(filter(None, map(QUANTISED_DTYPES.get, dtypes)), None)
+def _dtypes(path: Path) -> dict[str, str]:
+    """Read the dtype of every tensor by name. OSError, ValueError or RecursionError without a
+    header.
+
+    safetensors itself opens a file for torch or for NumPy only, and imports it.
+    """
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        if size > LARGEST_HEADER:
+            raise ValueError(f"a header of {size} bytes")
+        header = json.loads(file.read(size))
+    if not isinstance(header, dict):
+        raise ValueError("the header is not an object")
+    return {
+        name: str(facts.get("dtype"))
+        for name, facts in header.items()
+        if isinstance(facts, dict) and name != "__metadata__"
+    }
+
+
+def _quantised_by(dtypes: dict[str, str]) -> str | None:
+    for kind, ending in QUANTISED_NAMES.items():
+        pattern = re.compile(f"(?:{ending})$")
+        if any(pattern.search(name) for name in dtypes):
+            return kind
+    return next(filter(None, map(QUANTISED_DTYPES.get, dtypes.values())), None)

@@ -75,13 +75,13 @@ def test_a_file_name_that_is_not_text_is_printed_as_its_bytes(printed, model, he
 
 
 @pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="names there are Unicode")
-def test_names_fit_the_code_page_of_the_file_system(process, here):
+def test_names_fit_the_code_page_of_the_file_system(new_interpreter, here):
     (here / "jobs.jsonl").write_text(
         json.dumps({"prompt": "red λύκος", "of": "ä"}) + '\n{"prompt": "x", "of": "\\ud83e"}\n'
     )
     ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     words = ("-m", "demo", "-r", "256", "--steps", "1", "-s", "7", "-o", "out/{slug}/{of}-{slug}")
-    run = process("batch", "jobs.jsonl", *words, env=os.environ | ascii_only)
+    run = new_interpreter("batch", "jobs.jsonl", *words, env=os.environ | ascii_only)
     assert run.returncode == 0, run.stderr
     paths = run.stdout.decode("ascii").splitlines()
     assert paths == ["out/red------/--red------.png", "out/x/--x.png"]

@@ -70,7 +70,9 @@ def test_settings_are_kept_on_a_disk_that_lacks_everything(sana, without, here, 
     assert [path.name for path in here.iterdir()] == ["config.toml"]
 
 
-def test_a_real_process_without_links_locks_and_modes_keeps_its_pictures(process, tmp_path, here):
+def test_a_real_process_without_links_locks_and_modes_keeps_its_pictures(
+    new_interpreter, tmp_path, here
+):
     (tmp_path / "sitecustomize.py").write_text(
         "import errno, fcntl, os\n"
         "def raising(*args, **kwargs): raise OSError(errno.EOPNOTSUPP, 'not supported')\n"
@@ -78,7 +80,7 @@ def test_a_real_process_without_links_locks_and_modes_keeps_its_pictures(process
     )
     (here / "jobs.txt").write_text("a red circle\n")
     words = ("batch", "jobs.txt", "-m", "demo", "-r", "256", "--steps", "1", "-s", "7")
-    run = process(*words, env=os.environ | {"PYTHONPATH": str(tmp_path)}, text=True)
+    run = new_interpreter(*words, env=os.environ | {"PYTHONPATH": str(tmp_path)}, text=True)
     assert (run.returncode, run.stdout) == (0, "jobs-images/a-red-circle-7.png\n"), run.stderr
     assert run.stderr.count("cannot be locked (not supported)") == 1
     assert "Warning" not in run.stderr

@@ -9,9 +9,7 @@ import time
 import pytest
 
 from examples import exhaustive
-from faults import (
-    SANA,
-)
+from faults import SANA
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
 
@@ -27,10 +25,10 @@ ONE_OF_THEM = pytest.mark.parametrize(
 
 
 @contextlib.contextmanager
-def started(*words: str):
+def started(program, *words: str):
     """A real process; killed if the test fails while it runs."""
     pipe = subprocess.PIPE
-    process = subprocess.Popen([SANA, "generate", *words], stdin=pipe, stdout=pipe, stderr=pipe)
+    process = subprocess.Popen([program, "generate", *words], stdin=pipe, stdout=pipe, stderr=pipe)
     try:
         yield process
     finally:
@@ -51,7 +49,7 @@ def stopped(process: subprocess.Popen, number: int, says: bytes = b"") -> tuple[
 @SIGNALS
 @pytest.mark.parametrize("wait", [None, 0, 0.2, 0.8], ids=["stdin", "0 s", "0.2 s", "0.8 s"])
 def test_stopped_while_it_starts_it_goes_quietly(here, model, number, code, wait):
-    with started("-", "-m", str(model), "--steps", "1000", "-n", "50") as process:
+    with started(SANA, "-", "-m", str(model), "--steps", "1000", "-n", "50") as process:
         # More than a pipe holds: once it is all written, the command is reading.
         process.stdin.write(b"\n" * 200_000 + b"a fox\n")
         process.stdin.flush()
@@ -65,8 +63,8 @@ def test_stopped_while_it_starts_it_goes_quietly(here, model, number, code, wait
 
 @SIGNALS
 @pytest.mark.parametrize("marker", [b"encode:", *exhaustive(b"model ", b"512x512")])
-def test_stopped_while_it_draws_it_leaves_nothing(here, model, number, code, marker):
-    with started("a fox", "-m", str(model), "--steps", "1000", "-n", "50") as process:
+def test_stopped_while_it_draws_it_leaves_nothing(program, here, model, number, code, marker):
+    with started(program, "a fox", "-m", str(model), "--steps", "1000", "-n", "50") as process:
         assert any(line.startswith(marker) for line in process.stderr)
         time.sleep(0.1)
         says = b"interrupted; saved 0 of 50 images" if marker == b"encode:" else b""
@@ -75,10 +73,12 @@ def test_stopped_while_it_draws_it_leaves_nothing(here, model, number, code, mar
 
 
 @ONE_OF_THEM
-def test_stopped_while_it_saves_it_leaves_whole_pictures(here, model, number, code):
+def test_stopped_while_it_saves_it_leaves_whole_pictures(program, here, model, number, code):
     from PIL import Image
 
-    with started("a fox", "-m", str(model), "--steps", "1", "-n", "20", "-s", "0") as process:
+    with started(
+        program, "a fox", "-m", str(model), "--steps", "1", "-n", "20", "-s", "0"
+    ) as process:
         first = process.stdout.readline()
         ended, more = stopped(process, number, b" of 20 images, the last in a-fox-")
     assert ended == code

@@ -13,7 +13,7 @@ from batches import ANY_SIZE, DEMO, PROMPTS, SANA, events
 from terminal import at_terminal
 
 SCHEMAS = {
-    "plan": "jobs done failed todo folder shard device models",
+    "plan": "jobs done failed todo folder shard device expected_time models",
     "image": "id row path seed width height model sha256 bytes seconds peak_bytes recipe",
     "error": "id row column message hint exit_code",
     "sheet": "path images",
@@ -66,9 +66,9 @@ def test_quiet_says_nothing_but_paths(sana):
     assert (run.err, len(run.out.splitlines())) == ("", 3)
 
 
-def test_a_bar_moves_on_a_terminal_and_stdout_holds_the_paths(here):
+def test_a_bar_moves_on_a_terminal_and_stdout_holds_the_paths(program, here):
     environment = {k: v for k, v in os.environ.items() if k != "NO_COLOR"} | {"TERM": "xterm"}
-    command = [SANA, "batch", "jobs.txt", *DEMO]
+    command = [program, "batch", "jobs.txt", *DEMO]
     code, shown, results = at_terminal(command, results=False, env=environment)
     assert code == 0
     assert [line.split(b"-")[0] for line in results.splitlines()] == [b"jobs"] * 3

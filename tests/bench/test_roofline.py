@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import benchmarks.work
+from benchmarks.tables import measured
 from examples import exhaustive
 
 pytest.importorskip("triton")
@@ -48,7 +50,7 @@ def decoding(side: int) -> Launches:
     ("name", "lengths", "most", "gigabytes", "teraflops"),
     [
         ("sana-0.6b", (1, 30), 372, 5.36, 1.83),
-        ("sana-sprint-0.6b", (30,), 371, 3.76, 1.04),
+        ("sana-sprint-0.6b", (30,), 371, 3.76, 1.04),  # softmax attention included
         *exhaustive(
             ("sana-0.6b", (1, 60), 344, 5.47, 1.92),
             ("sana-1.6b", (1, 30), 268, 8.53, 4.83),
@@ -74,6 +76,12 @@ def test_a_decode_stays_within_its_launches_bytes_and_flops(side, most, gigabyte
     assert counted.count <= most
     assert counted.bytes <= gigabytes * 1e9
     assert 0.98 * teraflops * 1e12 < counted.flops <= teraflops * 1e12
+
+
+@pytest.mark.parametrize("size", ["0.6B", *exhaustive("1.6B")])
+def test_predictions_for_gpus_stand_on_what_is_launched_today(size):
+    found = benchmarks.work.counted(benchmarks.work.MODELS[size])
+    assert found == measured("work.json")[size]
 
 
 def test_every_operand_is_read_once_and_every_result_written_once():

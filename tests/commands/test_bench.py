@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -27,9 +26,8 @@ PHASES = ["load", "encode", "denoise", "decode", "save", "total"]
 
 
 @pytest.fixture(scope="module")
-def command():
+def command(program):
     """Run `sana` in a process of its own; gives what it wrote to stdout and to stderr."""
-    program = str(Path(sys.executable).with_name("sana"))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "80"}
 
     def run(*words: str) -> tuple[str, str]:
@@ -78,6 +76,8 @@ def test_every_phase_has_its_seconds_and_its_memory(kept):
         assert size["images_per_minute"] == pytest.approx(60 / medians["total"])
         assert medians["total"] < 1.5 * sum(medians[name] for name in PHASES[1:5])
         assert {"encode", "denoise", "decode"} == set(size["predicted_peak_bytes"])
+        for name in size["predicted_peak_bytes"]:
+            assert size["phases"][name]["predicted_seconds"] > 0
         assert (size["random_weights"], size["against"]) == (False, None)
         assert size["recipe"]["steps"] == 2
 
@@ -119,7 +119,7 @@ def test_people_get_a_table_that_fits_eighty_columns_beside_an_earlier_run(
     assert lines[0] == "demo at 128x128"
     assert all(len(line) <= 80 for line in lines if not line.startswith("warning")), run.out
     header = next(line for line in lines if line.startswith("phase"))
-    assert header.split()[-6:] == ["peak", "memory", "floor", "reached", "to", "before"]
+    assert header.split()[-5:] == ["predicted", "floor", "reached", "to", "before"]
     rows = {line.split()[0]: line.split() for line in lines[3:11] if line.strip()}
     assert set(PHASES) < set(rows)
     assert "%" in rows["denoise"][-2], "the share of the floor"

@@ -351,7 +351,7 @@ def test_path_is_the_users_file(sana, monkeypatch, tmp_path):
         assert expected == tmp_path / "xdg" / "sana" / "config.toml"
 
 
-def test_config_imports_nothing_heavy(process, tmp_path):
+def test_config_imports_nothing_heavy():
     code = """
 import sys
 sys.argv = ["sana", "config", "show"]

@@ -10,29 +10,43 @@ from pathlib import Path
 import pytest
 import torch
 
+from sana_cli.commands.doctor import _has_token
 from sana_cli.system.inventory import image_protocol
 from sana_cli.weights.catalogue import known_models
 from sana_cli.weights.layout import CONFIGS
 
-SANA = str(Path(sys.executable).with_name("sana"))
 
-
-def examine(*words: str, code: str = "", **variables: str) -> tuple[dict, str]:
-    """`sana doctor --json` in a process of its own, after `code`, with environment variables."""
-    program = f"{code}\nimport sys\nsys.argv[0] = 'sana'\nfrom sana_cli.app import main\nmain()"
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", program, "doctor", "--json", *words],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env={k: v for k, v in os.environ.items() if not k.startswith("HF_")} | variables,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout), done.stderr
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """One for all tests here, as the first call measures this machine."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SANA_CACHE_DIR", str(folder))
+        yield folder
 
 
 @pytest.fixture(scope="module")
-def facts(tmp_path_factory) -> dict:
+def examine(cache, program):
+    """Run `sana doctor --json` with environment variables, in a new interpreter after `code`."""
+
+    def run(*words: str, code: str = "", **variables: str) -> tuple[dict, str]:
+        start = f"{code}\nimport sys\nsys.argv[0] = 'sana'\nfrom sana_cli.app import main\nmain()"
+        command = [sys.executable, "-P", "-c", start] if code else [program]
+        done = subprocess.run(
+            [*command, "doctor", "--json", *words],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            env={k: v for k, v in os.environ.items() if not k.startswith("HF_")} | variables,
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout), done.stderr
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def facts(examine, tmp_path_factory) -> dict:
     home = tmp_path_factory.mktemp("home")
     return examine(HF_HOME=str(home / "hf"), SANA_DATA_DIR=str(home / "data"))[0]
 
@@ -65,11 +79,12 @@ def test_it_tells_where_weights_lie_without_making_the_folder(facts):
     assert (hub["offline"], hub["endpoint"], hub["token"]) == (False, None, False)
 
 
-def test_it_tells_what_is_kept_of_texts(tmp_path):
-    (tmp_path / "text").mkdir()
-    (tmp_path / "text" / "a.safetensors").write_bytes(bytes(1234))
-    facts, _ = examine(HF_HOME=str(tmp_path / "hf"), SANA_CACHE_DIR=str(tmp_path))
-    assert facts["text_cache"] == {"folder": str(tmp_path), "used_bytes": 1234}
+def test_it_tells_what_is_kept_of_texts(examine, tmp_path, cache):
+    (cache / "text").mkdir()
+    (cache / "text" / "a.safetensors").write_bytes(bytes(1234))
+    size = sum(path.stat().st_size for path in cache.rglob("*") if path.is_file())
+    facts, _ = examine(HF_HOME=str(tmp_path / "hf"))
+    assert facts["text_cache"] == {"folder": str(cache), "used_bytes": size}
 
 
 def test_it_lists_every_model_and_finds_the_bundled_one(facts):
@@ -78,19 +93,26 @@ def test_it_lists_every_model_and_finds_the_bundled_one(facts):
     assert [name for name, cached in here.items() if cached] == ["demo"]
 
 
-def test_the_command_it_recommends_can_be_run(facts, process, tmp_path):
+def test_the_command_it_recommends_can_be_run(facts, program, tmp_path):
     command = facts["next"]["command"]
     assert facts["next"]["reason"]
     if not facts["devices"]:
         assert command == 'sana generate "a red circle on a blue background" --model demo'
-    path = f"{Path(SANA).parent}{os.pathsep}{os.environ['PATH']}"
+    path = f"{program.parent}{os.pathsep}{os.environ['PATH']}"
     line = f"{command} --dry-run" if " generate " in command else "true"
     environment = os.environ | {"PATH": path}
     done = subprocess.run(["sh", "-ec", line], capture_output=True, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 
 
-def test_switches_are_shown_and_secrets_are_not(tmp_path):
+def test_it_predicts_how_long_an_image_of_each_model_that_fits_takes(facts):
+    for row in facts["models"]:
+        found = row["expected_time"]
+        assert (found is None) == (row["fits"] == "no")
+        assert found is None or (found["seconds"] > 0 and not found["measured"])
+
+
+def test_switches_are_shown_and_secrets_are_not(examine, tmp_path):
     facts, _ = examine(
         HF_HOME=str(tmp_path),
         HF_HUB_OFFLINE="1",
@@ -104,7 +126,17 @@ def test_switches_are_shown_and_secrets_are_not(tmp_path):
     assert "secret" not in json.dumps(facts)
 
 
-def test_a_model_that_was_fetched_is_found_and_recommended(tmp_path):
+@pytest.mark.parametrize(("text", "is_there"), [("hf_secret\n", True), (" \n", False)])
+def test_a_stored_token_is_told_without_asking_the_hub(monkeypatch, tmp_path, text, is_there):
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    file = tmp_path / "token"
+    assert not _has_token(file)
+    file.write_text(text)
+    assert _has_token(file) == is_there
+
+
+def test_a_model_that_was_fetched_is_found_and_recommended(examine, tmp_path):
     """Its files are as small as they come: what is looked at are names and the hub's sizes."""
     model = known_models()["sana-0.6b-512"]
     for source in model.sources:
@@ -123,7 +155,7 @@ def test_a_model_that_was_fetched_is_found_and_recommended(tmp_path):
     assert facts["next"]["command"] == 'sana generate "a red fox in snow" --model sana-0.6b-512'
 
 
-def test_without_torch_it_says_so_and_how_to_get_it(tmp_path):
+def test_without_torch_it_says_so_and_how_to_get_it(examine, tmp_path):
     facts, _ = examine(code="import sys; sys.modules['torch'] = None", HF_HOME=str(tmp_path))
     assert (facts["torch"], facts["cpu"], facts["devices"]) == (None, None, None)
     assert "torch cannot be imported" in facts["problems"][0]
@@ -131,7 +163,7 @@ def test_without_torch_it_says_so_and_how_to_get_it(tmp_path):
     assert facts["hub"] and facts["models"]
 
 
-def test_a_broken_lock_and_a_broken_cache_do_not_stop_it(tmp_path):
+def test_a_broken_lock_and_a_broken_cache_do_not_stop_it(examine, tmp_path):
     (tmp_path / "weights.lock.json").write_text("{")
     (tmp_path / "hub").write_text("a file")
     variables = {"HF_HUB_CACHE": str(tmp_path / "hub"), "SANA_DATA_DIR": str(tmp_path)}
@@ -144,7 +176,7 @@ def test_a_broken_lock_and_a_broken_cache_do_not_stop_it(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="puts a shell script in the driver's place")
-def test_a_driver_that_torch_cannot_use_is_a_problem(tmp_path):
+def test_a_driver_that_torch_cannot_use_is_a_problem(examine, tmp_path):
     if torch.cuda.is_available():
         pytest.skip("this torch can use it")
     program = tmp_path / "nvidia-smi"
@@ -159,7 +191,7 @@ def test_a_driver_that_torch_cannot_use_is_a_problem(tmp_path):
         assert "install torch with CUDA first: https://" in facts["problems"][0]
 
 
-def test_it_opens_no_connection(tmp_path):
+def test_it_opens_no_connection(examine, tmp_path):
     code = """
 import socket
 def refuse(*words, **options):
@@ -170,11 +202,11 @@ socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
     assert facts["hub"]["endpoint"] == "http://127.0.0.1:9"
 
 
-def test_it_imports_torch_and_nothing_else_that_is_heavy(tmp_path):
+def test_it_imports_torch_and_nothing_else_that_is_heavy(examine, tmp_path):
     code = """
 import atexit, sys
 def show():
-    heavy = "torch transformers diffusers bitsandbytes triton tokenizers PIL scipy torch._dynamo"
+    heavy = "torch transformers diffusers bitsandbytes triton tokenizers PIL scipy httpx2"
     print("imported:", *(name for name in heavy.split() if name in sys.modules), file=sys.stderr)
 atexit.register(show)
 """
@@ -219,11 +251,11 @@ def test_the_terminals_pictures_are_told_from_its_environment(environment, proto
 
 
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs POSIX terminals")
-def test_on_a_terminal_it_knows_colour_width_and_pictures(tmp_path):
+def test_on_a_terminal_it_knows_colour_width_and_pictures(program, tmp_path):
     leader, follower = os.openpty()
     environment = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "TMUX", "STY")}
     done = subprocess.run(
-        [SANA, "doctor"],
+        [program, "doctor"],
         stdout=follower,
         stderr=subprocess.PIPE,
         env=environment | {"TERM": "xterm-kitty", "COLUMNS": "120", "HF_HOME": str(tmp_path)},

@@ -28,9 +28,9 @@ def test_prints_the_path_and_writes_the_picture(sana, tiny_model, tmp_path, monk
     assert list(tmp_path.iterdir()) == [tmp_path / "a-red-fox-7.png"]
 
 
-def test_results_reach_stdout_while_bars_move_on_the_terminal(tiny_model, tmp_path):
+def test_results_reach_stdout_while_bars_move_on_the_terminal(program, tiny_model, tmp_path):
     """stderr is a terminal, stdout a file: the paths must be in the file, the bars must not."""
-    command = [str(Path(sys.executable).with_name("sana")), "generate", "a fox", "-n", "2"]
+    command = [program, "generate", "a fox", "-n", "2"]
     command += ["-s", "1", "-m", str(tiny_model), *FAST]
     environment = {k: v for k, v in os.environ.items() if k != "NO_COLOR"} | {"TERM": "xterm"}
     code, shown, results = at_terminal(command, results=False, cwd=tmp_path, env=environment)
@@ -49,7 +49,7 @@ def test_json_is_one_document_with_everything_a_script_needs(sana, tiny_model, t
     call = ("generate", "a fox", "an owl", "-m", str(tiny_model), "-s", "3,5", "--json", *FAST)
     run = sana(*call, "-o", f"{tmp_path}/")
     document = json.loads(run.out)
-    assert list(document) == ["images", "seconds", "peak_bytes"]
+    assert list(document) == ["images", "seconds", "peak_bytes", "expected_time"]
     assert [(i["seed"], Path(i["path"]).name) for i in document["images"]] == [
         (3, "a-fox-3.png"),
         (5, "a-fox-5.png"),

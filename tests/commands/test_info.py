@@ -20,6 +20,7 @@ from sana_cli.images.metadata import Metadata
 from sana_cli.instruction import INSTRUCTION
 from sana_cli.recipe import Recipe
 from sana_cli.shapes import TRAINED_SHAPES, SizeRequest, choose_canvas
+from sana_cli.system import disk
 
 DEMO = replace(
     RECIPE,
@@ -39,7 +40,7 @@ def save(name: str = "fox.png", **changes) -> str:
     recipe = Recipe(**(DEMO.as_dict() | changes))
     pixels = np.zeros((recipe.height, recipe.width, 3), np.uint8)
     record = Metadata(recipe, "cpu", "2.13.0")
-    images.write(Path(name), images.encode(pixels, Path(name).suffix[1:], None, record), True)
+    disk.save(Path(name), images.encode(pixels, Path(name).suffix[1:], None, record), True)
     return name
 
 

@@ -16,7 +16,6 @@ from terminal import at_terminal, screen
 
 PROMPT = "a red circle on a blue background"
 FAST = ("-m", "demo", "-r", "256", "-s", "7", "--steps", "4", "-f")
-SANA = str(Path(sys.executable).with_name("sana"))
 # What a terminal of the tests' own is to be known by, and no other.
 KNOWN_BY = ("NO_COLOR", "COLORTERM", "TMUX", "STY", "TERM_PROGRAM", "LC_TERMINAL", "COLUMNS")
 TRUE_COLOR = {"TERM": "xterm-256color", "COLORTERM": "truecolor"}
@@ -74,8 +73,8 @@ def test_a_batch_leaves_its_results_too(quick, environment, tmp_path):
     assert [line.split("-")[0] for line in left if line.startswith("out/")] == ["out/a", "out/an"]
 
 
-def test_half_blocks_show_the_picture(environment, tmp_path):
-    command = [SANA, "generate", PROMPT, *FAST, "-o", "a.png", "--preview"]
+def test_half_blocks_show_the_picture(quick, environment, tmp_path):
+    command = [quick / "sana", "generate", PROMPT, *FAST, "-o", "a.png", "--preview"]
     code, seen, _ = at_terminal(command, cwd=tmp_path, env=environment(**TRUE_COLOR))
     assert code == 0
     shown = blocks(seen)

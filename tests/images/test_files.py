@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ from PIL import Image
 
 from recipes import RECIPE
 from sana_cli import __version__
-from sana_cli.errors import SanaError, UsageError
+from sana_cli.errors import UsageError
 from sana_cli.images import files as images
 from sana_cli.images.a1111 import parameters
 from sana_cli.images.metadata import Metadata
@@ -66,42 +65,6 @@ def test_no_metadata_means_none(format):
 def test_lower_quality_is_smaller():
     big, small = (images.encode(PIXELS, "webp", q, None) for q in (95, 20))
     assert len(small) < len(big)
-
-
-def test_an_existing_file_is_kept_unless_forced(tmp_path):
-    path = tmp_path / "a.png"
-    assert images.write(path, b"one", force=False) == path
-    assert images.write(path, b"two", force=False) == tmp_path / "a-2.png"
-    assert images.write(path, b"three", force=False) == tmp_path / "a-3.png"
-    assert path.read_bytes() == b"one"
-    assert images.write(path, b"four", force=True) == path
-    assert path.read_bytes() == b"four"
-    assert sorted(os.listdir(tmp_path)) == ["a-2.png", "a-3.png", "a.png"]
-
-
-def test_a_failed_write_leaves_nothing_and_keeps_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "a.png"
-    path.write_bytes(b"old")
-
-    def broken(descriptor):
-        raise OSError(5, "Input/output error")
-
-    monkeypatch.setattr(os, "fsync", broken)
-    with pytest.raises(SanaError):
-        images.write(path, b"new", force=True)
-    assert path.read_bytes() == b"old"
-    assert os.listdir(tmp_path) == ["a.png"]
-
-
-def test_file_systems_without_hard_links_lose_nothing_either(tmp_path, monkeypatch):
-    def refuse(source, target):
-        raise PermissionError(1, "Operation not permitted")
-
-    monkeypatch.setattr(os, "link", refuse)
-    path = tmp_path / "a.png"
-    assert images.write(path, b"one", force=False) == path
-    assert images.write(path, b"two", force=False) == tmp_path / "a-2.png"
-    assert path.read_bytes() == b"one"
 
 
 @pytest.mark.parametrize(

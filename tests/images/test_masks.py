@@ -9,16 +9,15 @@ from PIL import Image
 from sana_cli.errors import UsageError
 from sana_cli.images.masks import (
     FEATHER,
-    Margins,
     cells,
     fit,
     on_canvas,
     on_result,
     outpainted,
-    parse_outpaint,
     paste,
     read_mask,
 )
+from sana_cli.shapes import Margins
 
 CELL = 32
 
@@ -76,19 +75,6 @@ def test_the_feather_blends_inside_the_painted_cells():
     row = paste(new, old, mask, area)[64, :, 0].astype(int)
     assert (np.diff(row[32:48]) >= 0).all() and row[31] == 0 and row[48] == 200
     assert 0 < row[36] < 200, "there is a ramp between the two"
-
-
-@pytest.mark.parametrize(
-    ("text", "margins"), [("256,0,128,64", Margins(256, 0, 128, 64)), ("32", Margins(*[32] * 4))]
-)
-def test_outpaint_is_left_top_right_bottom_or_one_for_all(text, margins):
-    assert parse_outpaint(text) == margins
-
-
-@pytest.mark.parametrize("text", ["", "1,2", "a,b,c,d", "-1,0,0,0", "0,0,0,0", "1.5", "1,2,3,4,5"])
-def test_other_margins_are_refused(text):
-    with pytest.raises(UsageError, match="--outpaint"):
-        parse_outpaint(text)
 
 
 def test_outpainting_keeps_the_image_in_its_place_and_masks_the_rest():

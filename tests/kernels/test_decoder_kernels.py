@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from examples import exhaustive
 from kernel_checks import DEVICE, MIN_TRITON
 from networks import DC_AE, DC_AE_LITE, FEW, TINY, random_dc_ae, random_image, random_latents
 
@@ -229,7 +230,7 @@ KINDS = {
     ("kind", "strip_bytes", "grid", "size"),
     [
         ("released", 9_000, (2, 1), (60, 27)),
-        ("released", 1 << 30, (1, 1), (32, 27)),
+        *exhaustive(("released", 1 << 30, (1, 1), (32, 27))),
         ("lite", 1 << 30, (2, 1), (60, 27)),
     ],
 )

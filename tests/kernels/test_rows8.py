@@ -224,13 +224,15 @@ def test_gated_residual_linear8(
 
 def use(tile: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the launcher take tiles of one generation of GPUs, large or small."""
-    from sana_cli.kernels import rows8_triton
+    from sana_cli.kernels import projection_triton, rows8_triton
 
     generation, size = tile.split()
-    shapes = getattr(rows8_triton, generation)
-    for name in ("AMPERE", "LATER"):
-        monkeypatch.setattr(rows8_triton, name, shapes)
-    monkeypatch.setattr(rows8_triton, "ENOUGH", math.inf if size == "small" else 0)
+    target = (8, 0) if generation == "AMPERE" else (9, 0)
+
+    def shapes(x: Rows8, _: tuple[int, int]) -> list:
+        return [rows8_triton.block_shapes8(x, target)[size == "small"]]
+
+    monkeypatch.setattr(projection_triton, "block_shapes8", shapes)
 
 
 @pytest.mark.parametrize("normed", [False, True])

@@ -283,7 +283,7 @@ def test_a_cache_that_cannot_be_written_is_said_once_and_costs_no_kernel(
 # --- on demand ---------------------------------------------------------------------------------
 
 
-def test_doctor_checks_on_demand_and_shows_a_table(script, sana, monkeypatch):
+def test_doctor_checks_on_demand_and_shows_a_table(script, sana, machine, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     script(telling(wrong="rms_norm"))
     run = sana("doctor", "--check")
@@ -299,7 +299,7 @@ def test_doctor_checks_on_demand_and_shows_a_table(script, sana, monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there are kernels to check")
-def test_doctor_says_why_there_is_no_kernel_to_check(sana, monkeypatch):
+def test_doctor_says_why_there_is_no_kernel_to_check(sana, machine, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET")
     run = sana("doctor", "--check")
     assert run.code == 0

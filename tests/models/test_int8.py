@@ -271,10 +271,12 @@ assert "kernels" not in sys.modules
         assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_a_library_that_fails_to_load_is_an_error_with_a_hint(process, tmp_path):
+def test_a_library_that_fails_to_load_is_an_error_with_a_hint(new_interpreter, tmp_path):
     (tmp_path / "bitsandbytes.py").write_text("raise RuntimeError('no such CUDA\\nand more')")
     words = ["a fox", "-m", "demo", "--device", "cpu", "--text-precision", "int8"]
-    run = process("generate", *words, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    run = new_interpreter(
+        "generate", *words, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)}
+    )
     assert (run.returncode, run.stdout) == (1, b"")
     *_, error, hint = run.stderr.decode().splitlines()
     assert error.startswith("error: bitsandbytes") and error.endswith("no such CUDA")

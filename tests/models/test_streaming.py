@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from examples import exhaustive
 from networks import (
     DC_AE,
     DC_AE_LITE,
@@ -251,7 +252,7 @@ class LargestConvolution(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("side", [4096, 16384])
+@pytest.mark.parametrize("side", [4096, *exhaustive(16384)])
 def test_no_convolution_has_more_elements_than_31_bits_count(side):
     with torch.device("meta"):
         decoder = Decoder(DCAEConfig(**DC_AE)).eval().requires_grad_(False)

@@ -138,6 +138,6 @@ def test_where_it_is_no_faster_that_is_said(monkeypatch, cache):
         draw()
 
 
-def test_doctor_tells_whether_it_is_fast(sana):
+def test_doctor_tells_whether_it_is_fast(sana, machine):
     line = next(line for line in sana("doctor").out.splitlines() if line.startswith("w8a8"))
     assert rows8.chosen_products("cpu")[1] in line

@@ -17,6 +17,7 @@ from sana_cli.errors import NotEnoughMemory
 from sana_cli.pipeline.draw import Drawing, draw
 from sana_cli.pipeline.events import Event, Failure, ImageDone, Notice, Progress
 from sana_cli.pipeline.networks import Networks
+from sana_cli.pipeline.peaks import PeakCache
 from sana_cli.pipeline.plan import (
     CONTEXT_BYTES,
     Plan,
@@ -127,8 +128,8 @@ def test_the_prediction_of_a_lean_plan_too(folders, lean):
     plan = Plan("cpu", strip_bytes=1 << 18, **lean)
     plain = make_plan([one], files, "cpu", predict=True).peaks
     found = measured(one, files, plan)
-    assert _denoise_peak(plan, one, files) == pytest.approx(found["denoise"], rel=0.1)
-    assert _decode_peak(plan, one, files) == pytest.approx(found["decode"], rel=0.1)
+    assert _denoise_peak(PeakCache(), plan, one, files) == pytest.approx(found["denoise"], rel=0.1)
+    assert _decode_peak(PeakCache(), plan, one, files) == pytest.approx(found["decode"], rel=0.1)
     assert found["denoise"] < plain["denoise"]
     assert found["decode"] < plain["decode"]
 
@@ -213,10 +214,10 @@ def test_a_limit_is_kept_and_the_picture_is_the_same(folders):
 
 
 @pytest.mark.exhaustive
-def test_a_limit_below_every_plan_is_refused_with_what_fits(process):
+def test_a_limit_below_every_plan_is_refused_with_what_fits(new_interpreter):
     """In a process of its own: what the interpreter holds counts against the limit."""
     words = ("--dtype", "bfloat16", "--dry-run", "--memory", "3GB")
-    run = process("generate", "a fox", "-r", "4096", *words)
+    run = new_interpreter("generate", "a fox", "-r", "4096", *words)
     assert (run.returncode, run.stdout) == (4, b"")
     error, hint = run.stderr.decode().splitlines()[-2:]
     assert error.startswith("error: to encode 4096x4096 takes 4.")

@@ -332,10 +332,9 @@ def test_nothing_of_a_prompt_can_be_read_in_the_cache(sana, cache, tmp_path):
 
 
 @pytest.mark.parametrize(("words", "weights"), [([], 0), *exhaustive((["int8"], 1))])
-def test_two_processes_at_once_do_no_harm(cache, tmp_path, words, weights):
-    sana = str(Path(sys.executable).with_name("sana"))
+def test_two_processes_at_once_do_no_harm(program, cache, tmp_path, words, weights):
     precision = [f"--text-precision={word}" for word in words]
-    call = [sana, *CALL, "a red star", "--instruction", *precision, "-q"]
+    call = [program, *CALL, "a red star", "--instruction", *precision, "-q"]
     both = [subprocess.Popen([*call, "-o", f"{tmp_path}/{name}.png"]) for name in "ab"]
     assert [process.wait(120) for process in both] == [0, 0]
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()

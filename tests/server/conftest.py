@@ -2,9 +2,7 @@
 
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import httpx2
 import pytest
@@ -13,7 +11,7 @@ from servers import Served
 
 
 @pytest.fixture(scope="session")
-def serving(tmp_path_factory):
+def serving(program, tmp_path_factory):
     """Start servers: `with serving("-m", "demo") as served`."""
     from contextlib import contextmanager
 
@@ -21,7 +19,7 @@ def serving(tmp_path_factory):
     def start(*words: str, token: str | None = None, **environment: str) -> Iterator[Served]:
         folder = tmp_path_factory.mktemp("served")
         log = folder / "log"
-        command = [str(Path(sys.executable).with_name("sana")), "serve", "--port", "0", *words]
+        command = [program, "serve", "--port", "0", *words]
         more = {"SANA_CACHE_DIR": str(folder / "cache"), "OMP_NUM_THREADS": "1"} | environment
         more |= {"SANA_TOKEN": token} if token else {}
         with log.open("w") as err:

@@ -1,13 +1,17 @@
 """`--server`: the same files from a warm server as from a cold process."""
 
+import base64
 import json
 import subprocess
 import sys
 import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
 from PIL import Image
+
+from recipes import RECIPE
 
 PROMPT = "a red circle on a blue background"
 FAST = ("-m", "demo", "-r", "256", "--steps", "2")
@@ -64,7 +68,7 @@ def test_a_batch_writes_the_same_files_and_goes_on(sana, served, tmp_path, monke
     assert again.code == 0
 
 
-def test_the_client_never_imports_torch(served, tmp_path):
+def test_the_client_imports_nothing_heavy(served, tmp_path):
     code = f"""
 import sys
 sys.argv = ["sana", "generate", "a star", *{FAST!r}, "--server", {served.url!r}, "-o", "a.png"]
@@ -73,7 +77,8 @@ try:
     main()
 except SystemExit as stop:
     assert not stop.code, stop.code
-assert "torch" not in sys.modules
+found = {{"torch", "transformers", "numpy", "PIL", "huggingface_hub"}} & sys.modules.keys()
+assert not found, found
 """
     done = subprocess.run(
         [sys.executable, "-P", "-c", code], capture_output=True, text=True, cwd=tmp_path
@@ -129,6 +134,53 @@ def test_a_server_that_dies_is_one_line(sana, serving, tmp_path):
     assert run.code == 1
     assert "went away while it was drawing" in run.err
     assert not list(tmp_path.glob("*.png"))
+
+
+@pytest.fixture
+def stranger():
+    """The URL of a server that answers like ours but for the image, which is `sent` to it."""
+    sent: list[bytes] = []
+    document = {
+        "recipes": [RECIPE.as_dict()],
+        "model": {"name": "demo", "licence": "Apache-2.0", "source": "bundled"},
+        **{"device": "cpu", "torch": "2.13.0", "warnings": []},
+    }
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            answer = json.dumps(document)
+            if not body.get("dry_run"):
+                image = json.dumps({"b64_json": base64.b64encode(sent[0]).decode()})
+                answer = f"event: image_generation.completed\ndata: {image}\n\n"
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(answer.encode())
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", sent
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("sent", "words", "says"),
+    [
+        (b"GIF89a", (), "does not answer as this version"),
+        (b"\x89PNG\r\n\x1a\n", ("--format", "webp"), "sent an image that cannot be read"),
+    ],
+)
+def test_what_is_no_image_is_not_written(sana, stranger, tmp_path, sent, words, says):
+    url, answers = stranger
+    answers.append(sent)
+    run = sana("generate", RECIPE.prompt, *words, "--server", url, "-o", f"{tmp_path}/")
+    assert run.code == 1
+    assert says in run.err.splitlines()[-2] + run.err.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_token_comes_from_the_environment(sana, serving, tmp_path, monkeypatch):

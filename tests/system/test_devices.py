@@ -1,5 +1,7 @@
 """What a device tells and is told: that memory is exhausted, and how much may be taken."""
 
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -34,6 +36,61 @@ def test_exhausted_memory_is_known_in_every_spelling(text):
 def test_other_errors_of_a_device_are_not_taken_for_exhausted_memory():
     for text in ("CUDA error: an illegal memory access was encountered", "CUDNN_STATUS_BAD_PARAM"):
         assert not is_out_of_memory(RuntimeError(text))
+
+
+CHOOSE = """
+import ctypes, sys
+from sana_cli.system.devices import choose_device, torch_version
+
+driver, asked = {driver!r}, {asked!r}
+def load(name, *rest):
+    if name in ("libcuda.so.1", "nvcuda.dll") and not driver:
+        raise OSError(name)
+ctypes.CDLL = load
+try:
+    print(choose_device(asked), torch_version().__version__)
+except RuntimeError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="torch is asked for MPS")
+@pytest.mark.parametrize(
+    ("build", "driver", "asked", "says"),
+    [
+        ("cuda = None; hip = None", True, "auto", "cpu 2.0"),
+        ("cuda = '12.8'; hip = None", False, "auto", "cpu 2.0"),
+        ("cuda = '12.8'; hip = None", True, "cpu", "cpu 2.0"),
+        ("cuda = '12.8'; hip = None", True, "auto", "torch is imported"),
+        ("cuda = None; hip = '6.4'", False, "auto", "torch is imported"),
+        ("cuda = None; hip = None", False, "cuda:3", "torch is imported"),
+        ("cuda = None; hip = None", False, "cpu:0", "torch is imported"),
+    ],
+)
+def test_torch_is_asked_for_a_device_only_if_it_may_have_one(tmp_path, build, driver, asked, says):
+    torch_like = tmp_path / "torch"
+    torch_like.mkdir()
+    (torch_like / "__init__.py").write_text("raise RuntimeError('torch is imported')")
+    (torch_like / "version.py").write_text(f"__version__ = '2.0'; {build}")
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+    code += CHOOSE.format(driver=driver, asked=asked)
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == says, done.stderr
+
+
+def test_the_version_is_that_of_torch():
+    code = """
+import sys
+from sana_cli.system.devices import torch_version
+alone = torch_version()
+assert "torch" not in sys.modules
+import torch
+facts = [(m.__version__, m.cuda, m.hip) for m in (alone, torch.version)]
+assert facts[0] == facts[1], facts
+assert alone.__version__ == torch.__version__
+"""
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sana_cli.errors import SanaError
 from sana_cli.system import disk
 
 # What Linux, the BSDs, macOS and FUSE drivers say where they lack an operation.
@@ -160,3 +161,39 @@ def test_the_hub_clients_own_lock_is_the_same_one(tmp_path):
 
     with disk.Lock(tmp_path / "lock"), pytest.raises(Timeout):
         FileLock(tmp_path / "lock").acquire(timeout=0)
+
+
+def test_an_existing_file_is_kept_unless_forced(tmp_path):
+    path = tmp_path / "a.png"
+    assert disk.save(path, b"one", force=False) == path
+    assert disk.save(path, b"two", force=False) == tmp_path / "a-2.png"
+    assert disk.save(path, b"three", force=False) == tmp_path / "a-3.png"
+    assert path.read_bytes() == b"one"
+    assert disk.save(path, b"four", force=True) == path
+    assert path.read_bytes() == b"four"
+    assert sorted(os.listdir(tmp_path)) == ["a-2.png", "a-3.png", "a.png"]
+
+
+def test_a_failed_write_leaves_nothing_and_keeps_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.png"
+    path.write_bytes(b"old")
+
+    def broken(descriptor):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", broken)
+    with pytest.raises(SanaError):
+        disk.save(path, b"new", force=True)
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["a.png"]
+
+
+def test_a_file_is_saved_without_hard_links_too(tmp_path, monkeypatch):
+    def refuse(source, target):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    path = tmp_path / "a.png"
+    assert disk.save(path, b"one", force=False) == path
+    assert disk.save(path, b"two", force=False) == tmp_path / "a-2.png"
+    assert path.read_bytes() == b"one"

@@ -10,3 +10,5 @@ attention stages, a few strips, and the uint8 image.
 Strips are (1, C, rows, W), channels-last, top to bottom. A strip op (`StripOp`) maps a strip to
 the output rows that it completes, or to None, and keeps what it still needs of earlier strips.
 """
+
+STRIP_BYTES = 16 << 20  # of the widest tensor in a strip

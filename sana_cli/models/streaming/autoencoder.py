@@ -1,6 +1,6 @@
 """DC-AE strip by strip: latents to an image, an image to latents, and the memory either takes."""
 
-from functools import partial
+from functools import cache, partial
 from typing import Literal, cast
 
 import torch
@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 from sana_cli.models.configs import DCAEConfig
 from sana_cli.models.dc_ae import DCAE, Decoder, Encoder, group_mean
+from sana_cli.models.streaming import STRIP_BYTES
 from sana_cli.models.streaming.ops import Size, normalise, repeat
 from sana_cli.models.streaming.strip_pipeline import Decoded, StripPipeline
 from sana_cli.models.streaming.subpixel import fold_upsamples
 from sana_cli.system.memory import PeakMemory
 
-STRIP_BYTES = 16 << 20
 STRIPS = 8  # of a sweep that are run to predict memory: further strips take the same
 SLACK = 1.05  # later strips may hold a little more
 
@@ -81,6 +81,7 @@ def encode(
     return pipeline.materialise()
 
 
+@cache  # it takes up to a second
 def peak_bytes(
     config: DCAEConfig,
     half: Literal["encoder", "decoder"],
