@@ -2,8 +2,8 @@
 
 A peak is the weights of a network plus the peak of its forward pass, which is counted by running
 the pass on the meta device, where tensors have shapes but take no memory. That imports the networks
-and takes up to seconds, so a peak is kept under all that it depends on: the arguments of the count,
-the sources of the networks, and the version of torch.
+and takes up to seconds, so a peak is kept in this process, and in the cache folder, under all that
+it depends on: the arguments of the count, the sources of the networks, and the version of torch.
 """
 
 import functools
@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from sana_cli import kernels, models, system
 from sana_cli.models.configs import ControlNetConfig, DCAEConfig, DiTConfig, GemmaConfig
@@ -27,11 +27,13 @@ FILE = "peaks.json"
 class PeakCache:
     """Peaks in bytes. Every `dtype` is the name of one of torch's."""
 
+    counted: ClassVar[dict[str, int]] = {}  # by this process, by hashes
+
     def __init__(self, folder: Path | None = None) -> None:
-        """With a `folder` peaks are kept there in a file, else in this object alone."""
+        """With a `folder` peaks are kept there in a file too."""
         self.folder = folder
         self.fault: str | None = None  # why a peak could not be kept, if one could not
-        self._peaks: dict[str, int] | None = None  # by hashes; None: not read yet
+        self._peaks: dict[str, int] | None = None  # on disk; None: not read yet
 
     def text_encoder(self, config: GemmaConfig, precision: str, tokens: int) -> int:
         """See `gemma.peak_bytes`."""
@@ -94,7 +96,9 @@ class PeakCache:
             self._peaks = self._read()
         key = hashlib.sha256(repr((count.__qualname__, facts)).encode()).hexdigest()
         if key not in self._peaks:
-            self._peaks[key] = count()
+            if key not in self.counted:
+                self.counted[key] = count()
+            self._peaks[key] = self.counted[key]
             self._write()
         return self._peaks[key]
 

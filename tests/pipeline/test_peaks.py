@@ -1,6 +1,7 @@
 """Peaks are counted once: what is kept on disk is found again, and never believed blindly."""
 
 import json
+from collections.abc import Callable
 
 import pytest
 
@@ -14,6 +15,13 @@ TOKENS = 3
 RIGHT = peak_bytes(GEMMA_2_2B, "float32", TOKENS)
 
 
+@pytest.fixture(autouse=True)
+def new_process() -> Callable[[], None]:
+    """Forget what this process has counted."""
+    PeakCache.counted.clear()
+    return PeakCache.counted.clear
+
+
 @pytest.fixture
 def counts(monkeypatch) -> list[object]:
     """An item for every network that is run to count its memory."""
@@ -23,11 +31,12 @@ def counts(monkeypatch) -> list[object]:
     return found
 
 
-def test_a_second_dry_run_counts_nothing_and_says_the_same(sana, counts):
+def test_a_second_dry_run_counts_nothing_and_says_the_same(sana, counts, new_process):
     words = ("generate", "a fox", "-m", "demo", "--dry-run", "-s", "7")
     first = sana(*words)
     assert counts
     counts.clear()
+    new_process()
     second = sana(*words)
     assert not counts
     stages = [json.loads(run.out)["peak_bytes"] for run in (first, second)]
@@ -35,8 +44,12 @@ def test_a_second_dry_run_counts_nothing_and_says_the_same(sana, counts):
     sana(*words, "--dtype", "bfloat16")
     assert counts  # the same sizes in another precision
     counts.clear()
+    new_process()
     sana(*words, "--no-cache")
     assert counts
+    counts.clear()
+    sana(*words, "--no-cache")
+    assert not counts
 
 
 def test_different_questions_have_different_answers(tmp_path, counts):
@@ -69,13 +82,14 @@ def test_different_questions_have_different_answers(tmp_path, counts):
         b'{"sources": "others", "peaks": {"%(key)s": 5}}',
     ],
 )
-def test_a_file_that_is_damaged_or_of_other_sources_is_replaced(tmp_path, content):
+def test_a_file_that_is_damaged_or_of_other_sources_is_replaced(tmp_path, content, new_process):
     PeakCache(tmp_path).text_encoder(GEMMA_2_2B, "float32", TOKENS)
     file = tmp_path / FILE
     whole = file.read_bytes()
     (key,) = json.loads(whole)["peaks"]
     names = {b"mine": peaks.sources().encode(), b"key": key.encode()}
     file.write_bytes(content % names if b"%" in content else content)
+    new_process()
     assert PeakCache(tmp_path).text_encoder(GEMMA_2_2B, "float32", TOKENS) == RIGHT
     assert file.read_bytes() == whole
 

@@ -1,6 +1,6 @@
 """DC-AE strip by strip: latents to an image, an image to latents, and the memory either takes."""
 
-from functools import cache, partial
+from functools import partial
 from typing import Literal, cast
 
 import torch
@@ -81,7 +81,6 @@ def encode(
     return pipeline.materialise()
 
 
-@cache  # it takes up to a second
 def peak_bytes(
     config: DCAEConfig,
     half: Literal["encoder", "decoder"],
