@@ -34,6 +34,8 @@ L2_BYTES = 40  # that a multiprocessor reads in a clock, roughly
 EXPOSED = 0.25  # of the shorter of computing and reading, while the longer one runs
 START = 1000  # cycles until the first product of a tile and after the last
 CANDIDATES = 3  # that are measured
+# A prediction may be off by more than this, and larger tiles certainly move fewer bytes.
+UNSURE = 1.05
 # A measurement scatters by a few per cent, so the predicted shape has to be beaten by more.
 MARGIN = 1.03
 REPEATS = 4
@@ -93,7 +95,11 @@ def choose(
         return shapes[0]
     facts = launch.capability(x.device), launch.multiprocessors(x.device)
     best = sorted(shapes, key=lambda shape: product.cycles(shape, *facts))[:CANDIDATES]
-    if run is None or not _can_measure(x.device):
+    if run is None:
+        enough = UNSURE * product.cycles(best[0], *facts)
+        good = [shape for shape in best if product.cycles(shape, *facts) <= enough]
+        return max(good, key=lambda shape: math.prod(shape.tile))
+    if not _can_measure(x.device):
         return best[0]
     kept, size = _kept(x.device), " ".join(map(str, (kernel, *product)))
     for shape in best:

@@ -53,10 +53,8 @@ def decoding(side: int) -> Launches:
         ("sana-sprint-0.6b", (30,), 371, 3.76, 1.04),  # softmax attention included
         *exhaustive(
             ("sana-0.6b", (1, 60), 344, 5.47, 1.92),
-            # With tiles of 128 rows it would be 8.53 and 9.82, as half as many states are added up,
-            # but `project_qkv` is predicted to take 4 % longer with them.
-            ("sana-1.6b", (1, 30), 268, 8.71, 4.83),
-            ("sana1.5-1.6b", (1, 30), 288, 10.01, 5.13),
+            ("sana-1.6b", (1, 30), 268, 8.53, 4.83),
+            ("sana1.5-1.6b", (1, 30), 288, 9.83, 5.13),  # softmax attention included
         ),
     ],
 )
