@@ -9,6 +9,7 @@ from diffusers import (
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
+    SanaControlNetModel,
     SanaPipeline,
     SanaSprintPipeline,
     SanaTransformer2DModel,
@@ -58,6 +59,17 @@ LITE = {
     "upsample_block_type": "pixel_shuffle",
     "decoder_conv_act_fn": "silu",
 }
+
+
+def random_controlnet(num_layers: int) -> SanaControlNetModel:
+    """A ControlNet of the widths LIKE_0_6B that has an effect."""
+    torch.manual_seed(1)
+    controlnet = SanaControlNetModel(
+        num_layers=num_layers, caption_channels=TEXT_WIDTH, **LIKE_0_6B
+    )
+    for parameter in controlnet.parameters():  # the maps out of it begin at zero there
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    return controlnet
 
 
 def random_pipeline(

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 FAST = ("--steps", "1", "--no-instruction", "-s", "7")
@@ -24,6 +25,10 @@ CONFIGS = (
 )
 SANA = str(Path(sys.executable).with_name("sana"))
 PARTS = pytest.mark.parametrize("part", [DIT, VAE, TEXT], ids=["transformer", "vae", "text"])
+
+# Digits and brackets as well, or nearly every damaged file would be no JSON at all.
+BYTES = st.sampled_from(b'0123456789-.eE"[]{},:tfnaIN') | st.integers(0, 255)
+DAMAGE = st.lists(st.tuples(st.integers(0, 2**20), BYTES), min_size=1, max_size=4)
 
 
 def linked(folder: Path, target: Path) -> Path:
@@ -44,6 +49,14 @@ def assert_polite(err: str, says: tuple[str, ...] = (), hint: str = "") -> None:
     for word in says:
         assert word in errors[0]
     assert hint in "".join(hints), err
+
+
+def damaged(data: bytes, damage: list[tuple[int, int]], length: int) -> bytes:
+    """Change some of the first `length` bytes."""
+    content = bytearray(data)
+    for place, value in damage:
+        content[place % length] = value
+    return bytes(content)
 
 
 def replace(path: Path, content: bytes | str) -> None:

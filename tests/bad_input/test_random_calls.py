@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.numpy import save_file
 
-from faults import assert_polite
+from faults import DAMAGE, assert_polite, damaged
 from recipes import RECIPE
 from sana_cli.images.files import encode
 from sana_cli.images.metadata import Metadata
@@ -215,12 +215,9 @@ def test_random_metadata(survives, files):
         survives("generate", "--from", "made.png", "--dry-run")
 
     @FUZZ
-    @given(st.lists(st.tuples(st.integers(0, len(true) - 1), st.integers(0, 255)), min_size=1))
+    @given(DAMAGE)
     def holds_damaged(damage):
-        data = bytearray(true)
-        for place, value in damage:
-            data[place] = value
-        (files / "made.png").write_bytes(data)
+        (files / "made.png").write_bytes(damaged(true, damage, len(true)))
         survives("info", "made.png")
 
     holds()
@@ -231,15 +228,11 @@ def test_random_metadata(survives, files):
 def test_a_random_header_of_a_lora(survives, files):
     original = (files / "lora.safetensors").read_bytes()
     header = 8 + int.from_bytes(original[:8], "little")
-    places = st.integers(0, header - 1)
 
     @FUZZ
-    @given(st.lists(st.tuples(places, st.integers(0, 255)), min_size=1, max_size=4))
+    @given(DAMAGE)
     def holds(damage):
-        data = bytearray(original)
-        for place, value in damage:
-            data[place] = value
-        (files / "lora.safetensors").write_bytes(data)
+        (files / "lora.safetensors").write_bytes(damaged(original, damage, header))
         survives("info", "lora.safetensors")
         survives("generate", "a star", "-m", "demo", "--lora", "lora.safetensors", "--dry-run")
 

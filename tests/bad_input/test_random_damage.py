@@ -2,25 +2,14 @@
 
 import pytest
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from faults import CONFIGS, FAST, PARTS
+from faults import CONFIGS, DAMAGE, FAST, PARTS, damaged
 
 FUZZ = settings(
     max_examples=settings.default.max_examples // 4,
     derandomize=True,
     database=None,
 )
-# Digits and brackets as well, or nearly every damaged file would be no JSON at all.
-BYTES = st.sampled_from(b'0123456789-.eE"[]{},:tfnaIN') | st.integers(0, 255)
-DAMAGE = st.lists(st.tuples(st.integers(0, 2**20), BYTES), min_size=1, max_size=4)
-
-
-def damaged(data: bytes, damage: list[tuple[int, int]], length: int) -> bytes:
-    content = bytearray(data)
-    for place, value in damage:
-        content[place % length] = value
-    return bytes(content)
 
 
 def assert_survives(sana, *words: str) -> None:

@@ -5,17 +5,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from diffusers import SanaControlNetModel, SanaControlNetPipeline, SanaPipeline
 from PIL import Image
 
 from reference import (
-    LIKE_0_6B,
     LIKE_1_6B,
     LITE,
     TEXT_WIDTH,
     assert_same_picture,
     draw,
+    random_controlnet,
     random_pipeline,
 )
 
@@ -28,11 +27,7 @@ THEIRS |= {"use_resolution_binning": False, "complex_human_instruction": None}
 def folders(tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("control")
     random_pipeline(sample_size=16, num_layers=4).save_pretrained(folder / "model")
-    torch.manual_seed(1)
-    controlnet = SanaControlNetModel(num_layers=2, caption_channels=TEXT_WIDTH, **LIKE_0_6B)
-    for parameter in controlnet.parameters():  # the maps out of it begin at zero there
-        parameter.data += 0.05 * torch.randn_like(parameter)
-    controlnet.save_pretrained(folder / "controlnet")
+    random_controlnet(num_layers=2).save_pretrained(folder / "controlnet")
     random_pipeline(vae=LITE).vae.save_pretrained(folder / "lite")
     narrow = SanaControlNetModel(num_layers=2, caption_channels=TEXT_WIDTH, **LIKE_1_6B)
     narrow.save_pretrained(folder / "narrow")

@@ -6,11 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from diffusers import SanaControlNetModel
 from PIL import Image
 
-from reference import LIKE_0_6B, TEXT_WIDTH, random_pipeline
+from reference import random_controlnet, random_pipeline
 from sana_cli.weights.catalogue import known_components
 from servers import Served
 
@@ -24,10 +22,7 @@ def machine(tmp_path_factory) -> dict[str, Path]:
     """A model in a folder, and a hub's cache with a ControlNet of its widths."""
     place = tmp_path_factory.mktemp("machine")
     random_pipeline(sample_size=16, num_layers=2).save_pretrained(place / "model")
-    torch.manual_seed(1)
-    controlnet = SanaControlNetModel(num_layers=1, caption_channels=TEXT_WIDTH, **LIKE_0_6B)
-    for parameter in controlnet.parameters():  # the maps out of it begin at zero there
-        parameter.data += 0.05 * torch.randn_like(parameter)
+    controlnet = random_controlnet(num_layers=1)
     source = known_components("controlnet")[NAME].source
     commit = "c" * 40
     repo = place / "hub" / f"models--{source.repo.replace('/', '--')}"
