@@ -10,7 +10,6 @@ import queue
 import re
 import shutil
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -207,6 +206,7 @@ def _fetch_file(file: RemoteFile, report: TransferReporter, stop: threading.Even
                 _again(
                     lambda: hf_hub_download(file.repo, file.name, revision=file.commit),
                     report.note,
+                    stop=stop,
                 )
             )
         except OSError as error:
@@ -266,7 +266,7 @@ def _grow(file: RemoteFile, report: TransferReporter, stop: threading.Event) -> 
             if done < file.digest.size:
                 raise ConnectionError(f"the connection ended after {done} bytes")
 
-    _again(attempt, report.note, lambda: _size(file.partial))
+    _again(attempt, report.note, lambda: _size(file.partial), stop=stop)
 
 
 @contextmanager
@@ -323,11 +323,14 @@ def _again(
     note: Callable[[str], None],
     progress: Callable[[], int] = lambda: 0,
     unless_unreachable: bool = False,
+    stop: threading.Event | None = None,
 ) -> Result:
     """Repeat what fails for a transient reason, waiting longer after each attempt in vain.
 
-    `unless_unreachable` gives up at once where no connection can be made.
+    `unless_unreachable` gives up at once where no connection can be made, `stop` once it is set: a
+    process that ends closes the connections of its threads, which is no reason to try again.
     """
+    stop = stop or threading.Event()
     failures, had = 0, progress()
     while True:
         try:
@@ -337,12 +340,13 @@ def _again(
             if progress() > had:
                 failures, had = 0, progress()
             failures += 1
-            if wait is None or failures >= ATTEMPTS:
+            if wait is None or failures >= ATTEMPTS or stop.is_set():
                 raise
             if unless_unreachable and _is_unreachable(error):
                 raise
             note(f"{_reason(error)}; trying again in {wait:.0f} s")
-            time.sleep(wait)
+            if stop.wait(wait):
+                raise
 
 
 def _wait_after(error: Exception, failures: int) -> float | None:

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 from examples import exhaustive
 from hub import Fault, Hub
 from sana_cli.units import gigabytes
+from sana_cli.weights import download
 from sana_cli.weights.catalogue import known_models
 from terminal import at_terminal
 
@@ -393,6 +395,19 @@ def test_a_cache_without_locks_is_named(laptop, hub, tmp_path):
     said = polite(laptop.pull(code=5, PYTHONPATH=str(tmp_path)))
     assert "cannot be locked" in said and os.strerror(errno.ENOLCK) in said
     assert "HF_HOME" in said
+
+
+def test_what_is_under_way_when_another_file_fails_is_neither_repeated_nor_reported():
+    # The process ends and closes the connections of its threads; the error was the last word.
+    stop, notes = threading.Event(), []
+
+    def closed() -> None:
+        stop.set()
+        raise ConnectionError("Bad file descriptor")
+
+    with pytest.raises(ConnectionError):
+        download._again(closed, notes.append, stop=stop)
+    assert notes == []
 
 
 def test_a_disk_too_small_is_found_out_before_the_first_byte(laptop, hub, monkeypatch):
