@@ -1,5 +1,6 @@
 """Real parts for every test: a saved random model, the `sana` command, loopback nothing."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -48,6 +49,9 @@ def is_exhaustive(config: pytest.Config) -> bool:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Imports leave a million objects that stay: until they are all there, looking for garbage among
+    # them takes a third of the time.
+    gc.disable()
     import torch
 
     # Without a GPU Triton interprets its kernels: it decides so as it is first imported.
@@ -70,6 +74,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if is_hypothesis_test(item.obj) or item.get_closest_marker("hypothesis"):
                 item.add_marker("exhaustive")
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)
