@@ -92,7 +92,7 @@ def cache(tmp_path_factory, monkeypatch) -> Path:
 @pytest.fixture
 def machine(monkeypatch) -> list[str]:
     """A machine of round rates and networks of round counts; lists what was measured or counted."""
-    from sana_cli.bench import forecast, roofline
+    from sana_cli.bench import forecast, phases, roofline
     from sana_cli.bench.counted import Count
 
     asked: list[str] = []
@@ -100,8 +100,9 @@ def machine(monkeypatch) -> list[str]:
     def given(module, name, value):
         monkeypatch.setattr(module, name, lambda *what: asked.append(name) or value)
 
-    given(roofline, "bandwidth", 1e10)
-    given(roofline, "matrix_rate", 1e11)
+    for module in (roofline, phases):
+        given(module, "bandwidth", 1e10)
+        given(module, "matrix_rate", 1e11)
     given(forecast, "count_step", Count(2e11, 1e9, 100))
     given(forecast, "count_decode", Count(1e12, 2e9, 50))
     return asked
