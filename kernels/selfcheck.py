@@ -58,6 +58,9 @@ LEAST = {torch.bfloat16: 44.0, torch.float16: 62.0, torch.float32: 125.0}
 DTYPES = tuple(LEAST)  # that kernels are for
 # The same of float32 sums of 16-bit products on tensor cores, which truncate where others round.
 TENSOR_CORES = 90.0
+# The same of float16 products whose steps are summed in float16 (`launch.sums_in_half`): 67 where
+# these are rounded to the nearest, 58 where they are truncated. Results in bfloat16 have 54 at best.
+HALF_SUMS = 56.0
 # The same of 8-bit rows that a kernel rounds. Next to a tie it may round the other way, and a step
 # is a fortieth of the usual value: one in a hundred leaves 52 dB.
 QUANTISED = 45.0
