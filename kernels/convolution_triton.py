@@ -197,9 +197,8 @@ def cases(target: tuple[int, int]) -> Iterator[Case]:
             yield from trace_launches(f"norm {c}", target, conv_norm_add, *inputs)
     for c, side in ((256, 512), (512, 256), (1024, 128)):
         x = like(1, c, side, side).contiguous(memory_format=torch.channels_last)
-        weight, repeats = like(c, c, 2, 2), 2
-        inputs = x, weight, weight, like(c), repeats
-        yield from trace_launches(f"{c} {side}", target, upsample, *inputs)
+        weight = like(c, c, 2, 2)
+        yield from trace_launches(f"{c} {side}", target, upsample, x, weight, weight, like(c), 2)
 
 
 def checks(draw: Draw) -> Iterator[Check]:
@@ -219,5 +218,5 @@ def checks(draw: Draw) -> Iterator[Check]:
         x = draw(2, channels, height, width).contiguous(memory_format=torch.channels_last)
         size = (4 * channels) ** -0.5
         weights = draw(2 * out, channels, 2, 2, size=size), draw(2 * out, channels, 2, 2, size=size)
-        inputs, needed = (x, *weights, draw(2 * out), repeats), least(x.dtype, 4 * channels)
-        yield Check("upsample", upsample, convolution.upsample, inputs, needed)
+        rest, needed = (draw(2 * out), repeats), least(x.dtype, 4 * channels)
+        yield Check("upsample", upsample, convolution.upsample, (x, *weights, *rest), needed)

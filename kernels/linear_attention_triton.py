@@ -434,8 +434,8 @@ def checks(draw: Draw) -> Iterator[Check]:
                 yield Check(name, fused, definition, (tokens_, matrix, heads, None, 0.0), needed)
                 yield Check(name, fused, definition, (tokens_, matrix, heads, norm, 1e-5), needed)
     x, weight = beyond_half(draw, 3 * 32 * 2)
-    rest = linear_attention.project_qkv, (x, weight, 2, None, 0.0), least_of_sums(x, True)
-    yield Check("project_qkv", project_qkv, *rest)
+    definition, given = linear_attention.project_qkv, (x, weight, 2, None, 0.0)
+    yield Check("project_qkv", project_qkv, definition, given, least_of_sums(x, True))
     for tokens, heads in ((135, 3), (160, 4)):
         state = draw(2, heads, 33, 32).float()
         state[:, :, -1] = state[:, :, -1].abs() * 10

@@ -408,11 +408,13 @@ def checks(draw: Draw) -> Iterator[Check]:
                 inputs = x, y, weight, b, g
                 yield Check("gated_residual_linear_", fused, definition, inputs, needed)
     x, weight = beyond_half(draw, 80)
-    needed, inputs = least_of_sums(x, True), (x, weight, draw(80))
-    yield Check("linear_silu", linear_silu, projection.linear_silu, inputs, needed)
-    rest = draw(2, 40, 80), x, weight, None, None
-    definition = projection.gated_residual_linear_
-    yield Check("gated_residual_linear_", gated_residual_linear_, definition, rest, needed)
+    needed, bias, y = least_of_sums(x, True), draw(80), draw(2, 40, 80)
+    blocks = block_shapes(x.dtype, capability(x.device), RESIDUAL_WIDEST)[0]
+    fused = partial(linear_silu, blocks=blocks)
+    yield Check("linear_silu", fused, projection.linear_silu, (x, weight, bias), needed)
+    fused = partial(gated_residual_linear_, blocks=blocks)
+    inputs = y, x, weight, None, None
+    yield Check("gated_residual_linear_", fused, projection.gated_residual_linear_, inputs, needed)
     yield from checks8(draw)
 
 
