@@ -246,6 +246,20 @@ def test_only_float16_on_geforce_cards_is_summed_in_float16(name, capability, ha
     assert ("sums in float16 over 64 channels" in reason) == halved
 
 
+def test_their_kernels_have_the_instructions_of_float16_sums():
+    """`python -m sana_cli.kernels.aot --json > benchmarks/kernels.json` reads the machine code."""
+    products = "linear_silu_kernel", "gated_residual_linear_kernel", "project_queries_kernel"
+    found: dict[tuple[int, bool], set[bool]] = {}
+    for cost in measured("kernels.json"):
+        kernel, dtype = cost["case"].split()[:2]
+        if kernel in products:
+            of = cost["arch"], dtype == "float16"
+            found.setdefault(of, set()).add((cost["tensor_cores"] or "").endswith(".F16"))
+    halved = {(10 * major + minor, True) for major, minor in launch.HALVED}
+    assert found == {of: {of in halved} for of in found}
+    assert halved <= found.keys()
+
+
 @pytest.mark.parametrize("kind", ["0.6B", "qk-norm"])
 def test_the_fused_dit_in_triton_matches_the_transformer(kind, monkeypatch):
     names = set()
