@@ -1,4 +1,4 @@
-"""3x3 convolutions of channels-last maps, with what follows them in DC-AE's residual blocks."""
+"""Convolutions of channels-last maps, with what follows them in DC-AE's decoder."""
 
 import torch
 import torch.nn.functional as F
@@ -7,11 +7,9 @@ from torch import Tensor
 from sana_cli.kernels import dispatch, launch
 from sana_cli.kernels.rms_norm import rms_norm
 
-STEP = 64  # channels; the fused kernel takes multiples of it
+STEP = 64  # channels; the fused kernels take multiples of it
 NORMED = (128, 256)  # channels out, of which a tile of the fused kernel spans all
-# GPUs that multiply at half rate when they accumulate in float32, so that the fused kernel need not
-# be as fast as cuDNN's to gain: see the README.
-FUSED_ON = ((8, 6), (8, 9), (12, 0))
+TILE = 128  # channels out of a tile of the fused upsampling
 
 
 def convolve(
@@ -57,8 +55,58 @@ def conv_norm_add(
     return y
 
 
+def upsample(x: Tensor, upper: Tensor, lower: Tensor, bias: Tensor, repeats: int | None) -> Tensor:
+    """Double the sides of x (B, C, h, w) by four 2x2 convolutions -> (B, N, 2h, 2w), channels-last.
+
+    Rows 2i are made by `upper`, rows 2i + 1 by `lower`, both (2N, C, 2, 2), of which the first N
+    make even columns and the others odd ones; bias (2N,), the same in both halves. With `repeats`,
+    4N/C, x is added as a shortcut: a pixel shuffle of its channels, each repeated so often.
+    """
+    if len(upper) % (2 * TILE) == 0 and _is_fused("upsample", x):
+        from sana_cli.kernels import convolution_triton
+
+        return convolution_triton.upsample(x, upper, lower, bias, repeats)
+    return upsample_window(F.pad(x, (1, 1, 1, 1)), upper, lower, bias, repeats)
+
+
+def upsample_window(
+    window: Tensor, upper: Tensor, lower: Tensor, bias: Tensor, repeats: int | None
+) -> Tensor:
+    """`upsample` of a window (B, C, h + 2, w + 2), which has a halo of one pixel."""
+    x, out = window[:, :, 1:-1, 1:-1], len(upper) // 2
+    batch, _, height, width = x.shape
+    y = torch.empty(
+        (batch, out, 2 * height, 2 * width),
+        dtype=x.dtype,
+        device=x.device,
+        memory_format=torch.channels_last,
+    )
+    for i, weight in enumerate((upper, lower)):
+        z = convolve(window[:, :, i : i + height + 1], weight, bias)
+        for j in (0, 1):
+            pixels = z[:, j * out : (j + 1) * out, :, j : j + width]
+            target = y[:, :, i::2, j::2]
+            if repeats is None:
+                target.copy_(pixels)
+            else:
+                torch.add(pixels, _shuffled(x, out, repeats, 2 * i + j), out=target)
+    return y
+
+
+def _shuffled(x: Tensor, out: int, repeats: int, offset: int) -> Tensor:
+    """The shortcut's value at one pixel of every 2x2 block: `offset` is 2·row + column."""
+    if 4 % repeats == 0:
+        return x[:, offset // repeats :: 4 // repeats]
+    channels = (torch.arange(out, device=x.device) * 4 + offset) // repeats
+    return x.index_select(1, channels)
+
+
 def _is_fused(operation: str, x: Tensor) -> bool:
-    """Whether the fused kernel runs. In float32 cuDNN has faster algorithms than such a product."""
-    if x.itemsize != 2 or x.shape[1] % STEP or launch.capability(x.device) not in FUSED_ON:
+    """Whether a fused kernel runs. In float32 cuDNN has faster algorithms than such a product.
+
+    A GPU that multiplies at half rate gains even if the kernel is slower than cuDNN's: see the
+    README.
+    """
+    if x.itemsize != 2 or x.shape[1] % STEP or not launch.halves_float32_sums(x.device):
         return False
     return dispatch.uses_triton(operation, x)

@@ -18,6 +18,8 @@ _DTYPES = {
     torch.uint8: "u8",
     torch.int8: "i8",
 }
+# Capabilities of which the GeForce cards multiply at half rate when they sum in float32.
+HALVED = ((8, 6), (8, 9), (12, 0))
 _traced: tuple[tuple[int, int], list[Case]] | None = None  # a capability and its launches
 
 
@@ -58,6 +60,23 @@ def multiprocessors(device: torch.device) -> int:
     if _traced is not None or device.type != "cuda":
         return 76
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def halves_float32_sums(device: torch.device) -> bool:
+    """Whether the GPU multiplies in 16 bits twice as fast if it sums in float16 (NVIDIA's white
+    papers). A GPU that is not present is taken for a GeForce; professional ones do not halve."""
+    if capability(device) not in HALVED:
+        return False
+    return _traced is not None or "GeForce" in torch.cuda.get_device_name(device)
+
+
+def sums_in_half(x: Tensor) -> bool:
+    """Whether products with x are summed in float16, over one step, and then in float32.
+
+    They are if x is in float16, which is the default only of checkpoints that were trained in it,
+    and if that is twice as fast. `selfcheck.HALF_SUMS` bounds the error.
+    """
+    return x.dtype == torch.float16 and halves_float32_sums(x.device)
 
 
 def is_traced() -> bool:

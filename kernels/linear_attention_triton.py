@@ -19,9 +19,22 @@ from torch import Tensor
 
 from sana_cli.kernels import linear_attention
 from sana_cli.kernels.cases import TOKENS, WIDTHS, Case, like, like_rows8, like_weight8
-from sana_cli.kernels.launch import capability, launch, precision, trace_launches
+from sana_cli.kernels.launch import (
+    HALVED,
+    capability,
+    launch,
+    precision,
+    sums_in_half,
+    trace_launches,
+)
 from sana_cli.kernels.linear_attention import EPS
-from sana_cli.kernels.projection_triton import GROUP, tile_origin
+from sana_cli.kernels.projection_triton import (
+    GROUP,
+    beyond_half,
+    least_of_sums,
+    leaves_range,
+    tile_origin,
+)
 from sana_cli.kernels.rows8 import Rows8, Weight8, quantise, quantise_weight
 from sana_cli.kernels.rows8_triton import new_rows8, round_rows
 from sana_cli.kernels.selfcheck import QUANTISED, Check, Draw
@@ -48,6 +61,7 @@ class QKVBlocks(NamedTuple):
 CONSUMER = (QKVBlocks(128, 32, 8, 3), QKVBlocks(64, 64, 4, 3))
 LARGE = (QKVBlocks(128, 64, 8, 3), QKVBlocks(64, 64, 4, 3))
 BY_CAPABILITY = {(8, 0): LARGE, (9, 0): LARGE, (10, 0): LARGE}
+HALF_SUMS = (QKVBlocks(128, 32, 8, 3), QKVBlocks(64, 32, 4, 3))  # for `launch.sums_in_half`
 FLOAT32 = QKVBlocks(32, 32, 8, 2)
 
 
@@ -57,6 +71,8 @@ def qkv_shapes(x: Tensor | Rows8, target: tuple[int, int]) -> tuple[QKVBlocks, .
         return (FLOAT32,)
     if isinstance(x, Rows8):
         return LARGE
+    if x.dtype == torch.float16 and target in HALVED:
+        return HALF_SUMS
     return BY_CAPABILITY.get(target, CONSUMER)
 
 
@@ -65,7 +81,8 @@ def choose_qkv_blocks(x: Tensor | Rows8, features: int) -> QKVBlocks:
     eight = isinstance(x, Rows8)
     values = x.values if isinstance(x, Rows8) else x
     batch, n, width = values.shape
-    product = Product(batch, n, 3 * features, width, values.itemsize)
+    half_sums = sums_in_half(values)
+    product = Product(batch, n, 3 * features, width, values.itemsize, half_sums)
     shapes, name = qkv_shapes(x, capability(values.device)), "project_qkv" + "8" * eight
     return choose(name, product, shapes, values)
 
@@ -111,6 +128,7 @@ def project_qkv(
         BLOCK_K=step,
         EVEN=width % step == 0,
         GROUP=GROUP,
+        HALF_SUMS=sums_in_half(x),
         PRECISION=precision(),
         num_warps=warps,
         num_stages=stages,
@@ -181,46 +199,31 @@ def _attend(q: Tensor, state: Tensor, out: Tensor, scales: Tensor | None) -> Non
 def project_qkv_kernel(
     x, x_scales, weight, weight_scales, q, k, v, squares, sums, n, width, features,
     HEAD: tl.constexpr, BLOCK_M: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_K: tl.constexpr,
-    EVEN: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
+    EVEN: tl.constexpr, GROUP: tl.constexpr, HALF_SUMS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Compute q, k and v of BLOCK_M tokens and CHANNELS channels.
 
-    With `x_scales` (batch, n) and `weight_scales` (3·features,), x and weight are int8. With
-    `squares`, k and v are stored, and `squares` receives Σ k² over these channels. Without, only
-    the sums over k and v are.
+    With `x_scales` (batch, n) and `weight_scales` (3·features,), x and weight are int8. HALF_SUMS
+    is that of `projection_triton.matmul_tile`. With `squares`, k and v are stored, and `squares`
+    receives Σ k² over these channels. Without, only the sums over k and v are.
     """
     row, column = tile_origin(n, features, BLOCK_M, CHANNELS, GROUP)
     image = tl.program_id(1).to(tl.int64)
-    rows, channels, steps = tl.arange(0, BLOCK_M), tl.arange(0, CHANNELS), tl.arange(0, BLOCK_K)
-    # Indices beyond the end are clamped: see `projection_triton.matmul_tile`.
-    x_at = x + (image * n + row) * width + tl.minimum(rows, n - 1 - row)[:, None] * width
-    x_at += steps[None]
-    near = tl.minimum(channels, features - 1 - column)
-    q_at = weight + column.to(tl.int64) * width + near[None] * width + steps[:, None]
-    k_at = q_at + features.to(tl.int64) * width
-    v_at = k_at + features.to(tl.int64) * width
-    SUM: tl.constexpr = tl.float32 if x_scales is None else tl.int32
-    q_sum = tl.zeros((BLOCK_M, CHANNELS), SUM)
-    k_sum = tl.zeros((BLOCK_M, CHANNELS), SUM)
-    v_sum = tl.zeros((BLOCK_M, CHANNELS), SUM)
-    for start in range(0, width, BLOCK_K):
-        if EVEN:
-            a, q_b, k_b, v_b = tl.load(x_at), tl.load(q_at), tl.load(k_at), tl.load(v_at)
-        else:
-            left = steps < width - start
-            a = tl.load(x_at, mask=left[None], other=0.0)
-            q_b = tl.load(q_at, mask=left[:, None], other=0.0)
-            k_b = tl.load(k_at, mask=left[:, None], other=0.0)
-            v_b = tl.load(v_at, mask=left[:, None], other=0.0)
-        q_sum = tl.dot(a, q_b, q_sum, input_precision=PRECISION, out_dtype=SUM)
-        k_sum = tl.dot(a, k_b, k_sum, input_precision=PRECISION, out_dtype=SUM)
-        v_sum = tl.dot(a, v_b, v_sum, input_precision=PRECISION, out_dtype=SUM)
-        x_at += BLOCK_K
-        q_at += BLOCK_K
-        k_at += BLOCK_K
-        v_at += BLOCK_K
+    q_sum, k_sum, v_sum = add_qkv(
+        x, weight, image, row, column, n, width, features, BLOCK_M, CHANNELS, BLOCK_K, EVEN,
+        HALF_SUMS, PRECISION,
+    )  # fmt: skip
+    if HALF_SUMS:
+        again = leaves_range(q_sum) or leaves_range(k_sum) or leaves_range(v_sum)
+        if again:
+            q_sum, k_sum, v_sum = add_qkv(
+                x, weight, image, row, column, n, width, features, BLOCK_M, CHANNELS, BLOCK_K, EVEN,
+                False, PRECISION,
+            )  # fmt: skip
+    rows, channels = tl.arange(0, BLOCK_M), tl.arange(0, CHANNELS)
     inside = (rows < n - row)[:, None] & (channels < features - column)[None]
     if x_scales is not None:
+        near = tl.minimum(channels, features - 1 - column)
         of_rows = tl.load(x_scales + image * n + row + tl.minimum(rows, n - 1 - row))[:, None]
         of_columns = weight_scales + column + near
         q_sum = q_sum.to(tl.float32) * of_rows * tl.load(of_columns)[None]
@@ -246,6 +249,49 @@ def project_qkv_kernel(
         total = tl.sum(k_tile, 0)
         products = tl.dot(tl.trans(v_tile), k_tile.to(dtype), input_precision=PRECISION)
         store_heads(products, total, sums, column, features, HEAD, CHANNELS)
+
+
+@triton.jit
+def add_qkv(
+    x, weight, image, row, column, n, width, features,
+    BLOCK_M: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
+    HALF_SUMS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Compute tiles (BLOCK_M, CHANNELS) of three products in float32, or of int8 in int32."""
+    rows, channels, steps = tl.arange(0, BLOCK_M), tl.arange(0, CHANNELS), tl.arange(0, BLOCK_K)
+    # Indices beyond the end are clamped: see `projection_triton.matmul_tile`.
+    x_at = x + (image * n + row) * width + tl.minimum(rows, n - 1 - row)[:, None] * width
+    x_at += steps[None]
+    near = tl.minimum(channels, features - 1 - column)
+    q_at = weight + column.to(tl.int64) * width + near[None] * width + steps[:, None]
+    k_at = q_at + features.to(tl.int64) * width
+    v_at = k_at + features.to(tl.int64) * width
+    SUM: tl.constexpr = tl.int32 if x.dtype.element_ty == tl.int8 else tl.float32
+    q_sum = tl.zeros((BLOCK_M, CHANNELS), SUM)
+    k_sum = tl.zeros((BLOCK_M, CHANNELS), SUM)
+    v_sum = tl.zeros((BLOCK_M, CHANNELS), SUM)
+    for start in range(0, width, BLOCK_K):
+        if EVEN:
+            a, q_b, k_b, v_b = tl.load(x_at), tl.load(q_at), tl.load(k_at), tl.load(v_at)
+        else:
+            left = steps < width - start
+            a = tl.load(x_at, mask=left[None], other=0.0)
+            q_b = tl.load(q_at, mask=left[:, None], other=0.0)
+            k_b = tl.load(k_at, mask=left[:, None], other=0.0)
+            v_b = tl.load(v_at, mask=left[:, None], other=0.0)
+        if HALF_SUMS:
+            q_sum += tl.dot(a, q_b, out_dtype=tl.float16).to(tl.float32)
+            k_sum += tl.dot(a, k_b, out_dtype=tl.float16).to(tl.float32)
+            v_sum += tl.dot(a, v_b, out_dtype=tl.float16).to(tl.float32)
+        else:
+            q_sum = tl.dot(a, q_b, q_sum, input_precision=PRECISION, out_dtype=SUM)
+            k_sum = tl.dot(a, k_b, k_sum, input_precision=PRECISION, out_dtype=SUM)
+            v_sum = tl.dot(a, v_b, v_sum, input_precision=PRECISION, out_dtype=SUM)
+        x_at += BLOCK_K
+        q_at += BLOCK_K
+        k_at += BLOCK_K
+        v_at += BLOCK_K
+    return q_sum, k_sum, v_sum
 
 
 @triton.jit
@@ -384,8 +430,12 @@ def checks(draw: Draw) -> Iterator[Check]:
         ):
             for shape in shapes:
                 fused, definition = partial(project_qkv, shape=shape), linear_attention.project_qkv
-                yield Check(name, fused, definition, (tokens_, matrix, heads, None, 0.0))
-                yield Check(name, fused, definition, (tokens_, matrix, heads, norm, 1e-5))
+                needed = least_of_sums(x) if name == "project_qkv" else None
+                yield Check(name, fused, definition, (tokens_, matrix, heads, None, 0.0), needed)
+                yield Check(name, fused, definition, (tokens_, matrix, heads, norm, 1e-5), needed)
+    x, weight = beyond_half(draw, 3 * 32 * 2)
+    definition, given = linear_attention.project_qkv, (x, weight, 2, None, 0.0)
+    yield Check("project_qkv", project_qkv, definition, given, least_of_sums(x, True))
     for tokens, heads in ((135, 3), (160, 4)):
         state = draw(2, heads, 33, 32).float()
         state[:, :, -1] = state[:, :, -1].abs() * 10

@@ -17,10 +17,16 @@ from torch import Tensor
 
 from sana_cli.kernels import projection
 from sana_cli.kernels.cases import TOKENS, WIDTHS, Case, like, like_rows8, like_weight8
-from sana_cli.kernels.launch import capability, launch, precision, trace_launches
+from sana_cli.kernels.launch import (
+    capability,
+    launch,
+    precision,
+    sums_in_half,
+    trace_launches,
+)
 from sana_cli.kernels.rows8 import Rows8, Weight8, quantise, quantise_weight
 from sana_cli.kernels.rows8_triton import Blocks8, block_shapes8, matmul_tile8
-from sana_cli.kernels.selfcheck import Check, Draw
+from sana_cli.kernels.selfcheck import HALF_SUMS, Check, Draw, least
 from sana_cli.kernels.tiles import Product, choose
 
 
@@ -78,7 +84,10 @@ def choose_blocks(
         values = x
         shapes = block_shapes(x.dtype, capability(x.device), widest)
     n, k = (weight.values if isinstance(weight, Weight8) else weight).shape
-    product = Product(1, values.numel() // k, n, k, values.itemsize)
+    half_sums = sums_in_half(values)
+    product = Product(1, values.numel() // k, n, k, values.itemsize, half_sums)
+    if half_sums:  # which elements are computed again depends on the shape
+        run = None
     return choose(kernel, product, shapes, values, run)
 
 
@@ -150,6 +159,7 @@ def _launch(
         BLOCK_K=blocks.k,
         EVEN=k % blocks.k == 0,
         GROUP=GROUP,
+        HALF_SUMS=sums_in_half(x),
         PRECISION=precision(),
         num_warps=blocks.warps,
         num_stages=blocks.stages,
@@ -186,10 +196,12 @@ def _launch8(
 def linear_silu_kernel(
     x, weight, bias, out, m, n, k,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
-    GROUP: tl.constexpr, PRECISION: tl.constexpr,
+    GROUP: tl.constexpr, HALF_SUMS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     row, column = tile_origin(m, n, BLOCK_M, BLOCK_N, GROUP)
-    y = matmul_tile(x, weight, row, column, m, n, k, BLOCK_M, BLOCK_N, BLOCK_K, EVEN, PRECISION)
+    y = matmul_tile(
+        x, weight, row, column, m, n, k, BLOCK_M, BLOCK_N, BLOCK_K, EVEN, HALF_SUMS, PRECISION
+    )  # fmt: skip
     store_silu(y, bias, out, row, column, m, n, BLOCK_M, BLOCK_N)
 
 
@@ -232,10 +244,12 @@ def store_silu(y, bias, out, row, column, m, n, BLOCK_M: tl.constexpr, BLOCK_N: 
 def gated_residual_linear_kernel(
     y, weight, bias, gate, x, m, n, k,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
-    GROUP: tl.constexpr, PRECISION: tl.constexpr,
+    GROUP: tl.constexpr, HALF_SUMS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     row, column = tile_origin(m, n, BLOCK_M, BLOCK_N, GROUP)
-    z = matmul_tile(y, weight, row, column, m, n, k, BLOCK_M, BLOCK_N, BLOCK_K, EVEN, PRECISION)
+    z = matmul_tile(
+        y, weight, row, column, m, n, k, BLOCK_M, BLOCK_N, BLOCK_K, EVEN, HALF_SUMS, PRECISION
+    )  # fmt: skip
     add_gated(z, bias, gate, x, row, column, m, n, BLOCK_M, BLOCK_N)
 
 
@@ -288,9 +302,39 @@ def tile_origin(m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.co
 def matmul_tile(
     x, weight, row, column, m, n, k,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
-    PRECISION: tl.constexpr,
+    HALF_SUMS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Compute a tile of x·weightᵀ in float32, with x (m, k) and weight (n, k).
+
+    With HALF_SUMS every step is summed in float16, and the steps in float32. A tile of which a step
+    leaves the range of float16 is computed again in float32.
+    """
+    total = add_steps(
+        x, weight, row, column, m, n, k, BLOCK_M, BLOCK_N, BLOCK_K, EVEN, HALF_SUMS, PRECISION
+    )  # fmt: skip
+    if HALF_SUMS:
+        again = leaves_range(total)
+        if again:
+            total = add_steps(
+                x, weight, row, column, m, n, k, BLOCK_M, BLOCK_N, BLOCK_K, EVEN, False, PRECISION
+            )  # fmt: skip
+    return total
+
+
+@triton.jit
+def leaves_range(total):
+    """Whether an element of (M, N) is infinite or NaN."""
+    beyond = tl.where(tl.abs(total) < float("inf"), 0, 1)
+    return tl.max(tl.max(beyond, 1), 0) == 1
+
+
+@triton.jit
+def add_steps(
+    x, weight, row, column, m, n, k,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
+    HALF_SUMS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Sum up the steps of `matmul_tile`.
 
     Row indices beyond the end are clamped, which saves a mask; the caller discards those results.
     Tensors may exceed 2^31 elements, so the origin of a tile has 64 bits; offsets have 32.
@@ -308,7 +352,10 @@ def matmul_tile(
             left = steps < k - start
             a = tl.load(x_at, mask=left[None], other=0.0)
             b = tl.load(weight_at, mask=left[:, None], other=0.0)
-        total = tl.dot(a, b, total, input_precision=PRECISION)
+        if HALF_SUMS:
+            total += tl.dot(a, b, out_dtype=tl.float16).to(tl.float32)
+        else:
+            total = tl.dot(a, b, total, input_precision=PRECISION)
         x_at += BLOCK_K
         weight_at += BLOCK_K
     return total
@@ -349,17 +396,38 @@ def checks(draw: Draw) -> Iterator[Check]:
     # No tile and no step of the sum is full, then every step is; and sizes are multiples of 16.
     for tokens, width, wide in ((35, 97, 131), (40, 192, 144)):
         x, weight, bias = draw(2, tokens, width), draw(wide, width, size=width**-0.5), draw(wide)
+        needed = least_of_sums(x)
         for blocks in block_shapes(x.dtype, capability(x.device), SILU_WIDEST):
             fused = partial(linear_silu, blocks=blocks)
-            yield Check("linear_silu", fused, projection.linear_silu, (x, weight, bias))
+            yield Check("linear_silu", fused, projection.linear_silu, (x, weight, bias), needed)
         y, x, gate = x, draw(2, tokens, wide), draw(wide)
         for blocks in block_shapes(x.dtype, capability(x.device), RESIDUAL_WIDEST):
             fused = partial(gated_residual_linear_, blocks=blocks)
             definition = projection.gated_residual_linear_
             for b, g in ((bias, gate), (bias, None), (None, gate), (None, None)):
                 inputs = x, y, weight, b, g
-                yield Check("gated_residual_linear_", fused, definition, inputs)
+                yield Check("gated_residual_linear_", fused, definition, inputs, needed)
+    x, weight = beyond_half(draw, 80)
+    needed, bias, y = least_of_sums(x, True), draw(80), draw(2, 40, 80)
+    blocks = block_shapes(x.dtype, capability(x.device), RESIDUAL_WIDEST)[0]
+    fused = partial(linear_silu, blocks=blocks)
+    yield Check("linear_silu", fused, projection.linear_silu, (x, weight, bias), needed)
+    fused = partial(gated_residual_linear_, blocks=blocks)
+    inputs = y, x, weight, None, None
+    yield Check("gated_residual_linear_", fused, projection.gated_residual_linear_, inputs, needed)
     yield from checks8(draw)
+
+
+def least_of_sums(x: Tensor, cancelling: bool = False) -> float:
+    """Return `Check.least` of products with x, perhaps of large terms that leave small sums."""
+    usual = least(x.dtype)
+    return min(usual, HALF_SUMS) if cancelling or sums_in_half(x) else usual
+
+
+def beyond_half(draw: Draw, features: int) -> tuple[Tensor, Tensor]:
+    """Return x and a weight of whose product some steps leave float16's range, and no sum does."""
+    x, weight = draw(2, 40, 64, size=500.0), draw(features, 64, size=10.0)
+    return torch.cat([x, -0.75 * x], -1), torch.cat([weight, weight], -1)
 
 
 def checks8(draw: Draw) -> Iterator[Check]:

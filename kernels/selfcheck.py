@@ -37,7 +37,7 @@ from sana_cli.system.folders import cache_folder
 OPERATIONS = (
     *("modulate", "project_qkv", "attend_tokens", "gated_residual_linear_", "linear_silu"),
     *("depthwise_glu", "rms_norm", "kv_state", "aggregate", "conv_to_rgb"),
-    *("conv_silu", "conv_norm_add", "attend_text"),
+    *("conv_silu", "conv_norm_add", "upsample", "attend_text"),
 )
 # Those of 8-bit rows, which are checked apart: few images need them.
 OPERATIONS8 = (
@@ -58,6 +58,9 @@ LEAST = {torch.bfloat16: 44.0, torch.float16: 62.0, torch.float32: 125.0}
 DTYPES = tuple(LEAST)  # that kernels are for
 # The same of float32 sums of 16-bit products on tensor cores, which truncate where others round.
 TENSOR_CORES = 90.0
+# The same of float16 products that `launch.sums_in_half`: 67 where the sums of a step are rounded
+# to the nearest, and 58 where they are truncated. Results in bfloat16 have 54 at best.
+HALF_SUMS = 56.0
 # The same of 8-bit rows that a kernel rounds. Next to a tie it may round the other way, and a step
 # is a fortieth of the usual value: one in a hundred leaves 52 dB.
 QUANTISED = 45.0

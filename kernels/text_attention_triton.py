@@ -18,13 +18,20 @@ from torch import Tensor
 
 from sana_cli.kernels import text_attention
 from sana_cli.kernels.cases import TOKENS, WIDTHS, Case, like
-from sana_cli.kernels.launch import capability, launch, precision, trace_launches
+from sana_cli.kernels.launch import (
+    capability,
+    launch,
+    precision,
+    sums_in_half,
+    trace_launches,
+)
 from sana_cli.kernels.projection_triton import (
     GROUP,
     RESIDUAL_WIDEST,
     Blocks,
     block_shapes,
     choose_blocks,
+    least_of_sums,
     matmul_tile,
     tile_origin,
 )
@@ -63,6 +70,7 @@ def attend_text(
         BLOCK_K=blocks.k,
         EVEN=x.shape[-1] % blocks.k == 0,
         GROUP=GROUP,
+        HALF_SUMS=sums_in_half(x),
         PRECISION=precision(),
         num_warps=blocks.warps,
         num_stages=blocks.stages,
@@ -92,11 +100,13 @@ def attend_text(
 def project_queries_kernel(
     x, weight, bias, q, squares, m, n, k,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
-    GROUP: tl.constexpr, PRECISION: tl.constexpr,
+    GROUP: tl.constexpr, HALF_SUMS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Store q = x·weightᵀ + bias (m, n), and Σ q² of each row of a tile: (blocks of n, m)."""
     row, column = tile_origin(m, n, BLOCK_M, BLOCK_N, GROUP)
-    y = matmul_tile(x, weight, row, column, m, n, k, BLOCK_M, BLOCK_N, BLOCK_K, EVEN, PRECISION)
+    y = matmul_tile(
+        x, weight, row, column, m, n, k, BLOCK_M, BLOCK_N, BLOCK_K, EVEN, HALF_SUMS, PRECISION
+    )  # fmt: skip
     rows, columns = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     right = columns < n - column
     y += tl.load(bias + column + columns, mask=right, other=0.0).to(tl.float32)[None]
@@ -186,4 +196,4 @@ def checks(draw: Draw) -> Iterator[Check]:
             fused = partial(attend_text, blocks=blocks)
             for bias in (None, mask):
                 inputs = x, weight, draw(d), draw(d), 1e-5, keys, values, bias
-                yield Check("attend_text", fused, definition, inputs)
+                yield Check("attend_text", fused, definition, inputs, least_of_sums(x))

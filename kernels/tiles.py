@@ -64,6 +64,7 @@ class Product(NamedTuple):
     n: int
     k: int
     itemsize: int  # bytes of a factor
+    half_sums: bool = False  # of `launch.sums_in_half`
 
     def cycles(self, shape: Shape, capability: tuple[int, int], multiprocessors: int) -> float:
         """Predict the clock cycles that a GPU takes."""
@@ -71,6 +72,7 @@ class Product(NamedTuple):
         tiles = self.batch * math.ceil(self.m / m) * math.ceil(self.n / n)
         share = math.ceil(tiles / multiprocessors)
         floats, integers = MULTIPLICATIONS.get(capability, MULTIPLICATIONS[8, 0])
+        floats *= 1 + self.half_sums
         computing = m * n * self.k / (integers if self.itemsize == 1 else floats)
         reading = (m + n) * self.k * self.itemsize / L2_BYTES
         each = max(computing, reading) + EXPOSED * min(computing, reading)

@@ -161,6 +161,36 @@ def test_convolutions_with_what_follows(draw, batch, channels, out, height, widt
         assert decibels(found, added) > needed - 3
 
 
+@pytest.mark.parametrize(
+    ("channels", "out", "repeats", "height", "width"),
+    [(64, 128, 8, 1, 1), (128, 128, 4, 3, 50), (64, 256, None, 5, 7)],
+)
+def test_upsampling_with_its_shortcut(draw, channels, out, repeats, height, width):
+    x = draw(2, channels, height, width).contiguous(memory_format=torch.channels_last)
+    upper, lower = (
+        draw(2 * out, channels, 2, 2, size=(4 * channels) ** -0.5).contiguous(
+            memory_format=torch.channels_last
+        )
+        for _ in range(2)
+    )
+    bias = draw(2 * out)
+    exact = torch.empty(2, out, 2 * height, 2 * width, dtype=torch.float64, device=x.device)
+    padded = F.pad(x.double(), (1, 1, 1, 1))
+    for i, weight in enumerate((upper, lower)):
+        for j in (0, 1):
+            half = slice(j * out, (j + 1) * out)
+            window = padded[:, :, i : i + height + 1, j : j + width + 1]
+            exact[:, :, i::2, j::2] = F.conv2d(window, weight[half].double(), bias[half].double())
+    if repeats:
+        exact += F.pixel_shuffle(x.double().repeat_interleave(repeats, 1), 2)
+    for module in (convolution, convolution_triton):
+        found = module.upsample(x, upper, lower, bias, repeats)
+        assert found.is_contiguous(memory_format=torch.channels_last)
+        # Without the kernel the convolution is rounded before the shortcut too.
+        assert decibels(found, exact) > least(x.dtype, 4 * channels) - 3
+        assert torch.equal(found, module.upsample(x, upper, lower, bias, repeats))
+
+
 def test_the_state_of_a_nan_is_nan(draw, triton):
     kv = draw(1, 70, 2 * 2 * 16)
     kv[0, 66, 3] = math.nan  # of a key of the first head

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ pytest.importorskip("triton", minversion=MIN_TRITON)
 from sana_cli.kernels import (
     depthwise_glu_triton,
     dispatch,
+    launch,
     linear_attention_triton,
     modulation_triton,
     projection_triton,
@@ -35,7 +37,7 @@ from sana_cli.kernels.dispatch import chosen_path
 from sana_cli.kernels.linear_attention import attend_tokens, project_qkv
 from sana_cli.kernels.modulation import modulate
 from sana_cli.kernels.projection import gated_residual_linear_, linear_silu
-from sana_cli.kernels.selfcheck import decibels, least
+from sana_cli.kernels.selfcheck import HALF_SUMS, decibels, least
 from sana_cli.kernels.text_attention import attend_text
 
 KERNELS = Path(__file__).resolve().parents[2] / "kernels"
@@ -182,6 +184,80 @@ def test_a_token_without_features_attends_to_nothing(draw):
     state = draw(1, 1, 33, 32).float()
     q = -draw(1, 5, 32).abs()
     assert not linear_attention_triton.attend_tokens(q, state).any()
+
+
+@pytest.fixture
+def half_sums(monkeypatch) -> None:
+    """Sum as GeForce cards do, whatever the device."""
+    for module in (linear_attention_triton, projection_triton, text_attention_triton):
+        monkeypatch.setattr(module, "sums_in_half", lambda x: x.dtype == torch.float16)
+
+
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
+@pytest.mark.parametrize("dtype", [torch.float16])
+@pytest.mark.parametrize("beyond", [False, True])
+def test_sums_in_float16_are_promoted_and_what_leaves_its_range_is_summed_again(
+    draw, half_sums, beyond
+):
+    if beyond:
+        x, weight = projection_triton.beyond_half(draw, 96)
+    else:  # most of the error is that of sums over all 2240 channels, if they were in float16
+        x, weight = draw(1, 5, 2240), draw(96, 2240, size=2240**-0.5)
+    tokens, norm, text = draw(*x.shape[:2], 96), draw(96), draw(3, 3, 32)
+    for fused, definition, inputs in (
+        (projection_triton.linear_silu, linear_silu, (x, weight, norm)),
+        (
+            projection_triton.gated_residual_linear_,
+            gated_residual_linear_,
+            (tokens, x, weight, None, None),
+        ),
+        (linear_attention_triton.project_qkv, project_qkv, (x, weight, 1)),
+        (
+            text_attention_triton.attend_text,
+            attend_text,
+            (x, weight, norm, norm, 1e-5, text, text, None),
+        ),
+    ):
+        rest = (None, 0.0) if definition is project_qkv else ()
+        wide = [x.double() if isinstance(x, Tensor) else x for x in inputs]
+        true = as_tuple(definition(*wide))
+        for one, exact in zip(as_tuple(fused(*inputs, *rest)), true, strict=True):
+            assert decibels(one, exact) > HALF_SUMS
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "halved"),
+    [
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", (8, 9), True),
+        ("NVIDIA GeForce RTX 5070 Ti", (12, 0), True),
+        ("NVIDIA L40S", (8, 9), False),  # of the same generation, and at full rate
+        ("NVIDIA H200", (9, 0), False),
+    ],
+)
+def test_only_float16_on_geforce_cards_is_summed_in_float16(name, capability, halved, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    monkeypatch.setattr(dispatch, "fallback_reason", lambda device: None)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.int8):
+        x = SimpleNamespace(dtype=dtype, device=torch.device("cuda", 0))
+        assert launch.sums_in_half(x) == (halved and dtype == torch.float16)
+    path, reason = chosen_path("cuda")
+    assert path == "triton"
+    assert ("sums in float16 over 64 channels" in reason) == halved
+
+
+def test_their_kernels_have_the_instructions_of_float16_sums():
+    """`python -m sana_cli.kernels.aot --json > benchmarks/kernels.json` reads the machine code."""
+    products = "linear_silu_kernel", "gated_residual_linear_kernel", "project_queries_kernel"
+    found: dict[tuple[int, bool], set[bool]] = {}
+    for cost in measured("kernels.json"):
+        kernel, dtype = cost["case"].split()[:2]
+        if kernel in products:
+            of = cost["arch"], dtype == "float16"
+            found.setdefault(of, set()).add((cost["tensor_cores"] or "").endswith(".F16"))
+    halved = {(10 * major + minor, True) for major, minor in launch.HALVED}
+    assert found == {of: {of in halved} for of in found}
+    assert halved <= found.keys()
 
 
 @pytest.mark.parametrize("kind", ["0.6B", "qk-norm"])

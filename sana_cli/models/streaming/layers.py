@@ -43,8 +43,7 @@ def op_of(module: nn.Module, height: int) -> StripOp:
     if isinstance(module, GLUMBConv):
         return Residual(GLUMBConvOp(module, height), norm=module.norm)
     if isinstance(module, SubpixelUpsample):
-        # Through the line buffer even if whole: padding by the convolution changes a CPU's bits.
-        return Chain(LineBuffer(1, height, sides=1), module.rows)
+        return UpsampleOp(module, height)
     if isinstance(module, Upsample):
         if module.interpolate:
             body = Chain(_upsample, ConvOp(module.conv, 2 * height), EvenRows())
@@ -103,6 +102,17 @@ class ResBlockOp:
         conv1, conv2, norm = self.module.conv1, self.module.conv2, self.module.norm
         hidden = conv_silu(x, conv1.weight, cast(Tensor, conv1.bias))
         return conv_norm_add(hidden, conv2.weight, norm.weight, norm.bias, norm.eps, x)
+
+
+class UpsampleOp:
+    """A SubpixelUpsample, whose shortcut is part of its kernel if the map comes in one strip."""
+
+    def __init__(self, module: SubpixelUpsample, height: int) -> None:
+        self.module, self.height = module, height
+        self.in_strips = Chain(LineBuffer(1, height, sides=1), module.rows)
+
+    def __call__(self, x: Tensor) -> Tensor | None:
+        return self.in_strips(x) if x.shape[2] < self.height else self.module(x)
 
 
 class ConvInput:

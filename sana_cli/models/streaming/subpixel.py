@@ -3,12 +3,10 @@
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sana_cli.kernels.convolution import convolve
+from sana_cli.kernels.convolution import upsample, upsample_window
 from sana_cli.models.dc_ae import Decoder, Upsample
-from sana_cli.models.streaming.ops import empty
 
 
 class SubpixelUpsample(nn.Module):
@@ -29,36 +27,16 @@ class SubpixelUpsample(nn.Module):
         self.upper = nn.Parameter(upper, requires_grad=False)  # (2·out, in, 2, 2): even rows
         self.lower = nn.Parameter(lower, requires_grad=False)
         self.bias = nn.Parameter(cast(Tensor, conv.bias).repeat(2), requires_grad=False)
-        self.out, self.repeats, self.shortcut = conv.out_channels, plain.repeats, plain.shortcut
+        self.out = conv.out_channels
+        self.repeats = plain.repeats if plain.shortcut else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.rows(F.pad(x, (1, 1, 1, 1)))
+        """(1, in, h, w) -> (1, out, 2·h, 2·w)."""
+        return upsample(x, self.upper, self.lower, self.bias, self.repeats)
 
     def rows(self, window: Tensor) -> Tensor:
         """(1, in, rows + 2, W + 2), with a halo of one pixel -> (1, out, 2·rows, 2·W)."""
-        x, out = window[:, :, 1:-1, 1:-1], self.out
-        height, width = x.shape[2:]
-        y = empty(x, (1, out, 2 * height, 2 * width))
-        for i, weight in enumerate((self.upper, self.lower)):
-            z = convolve(window[:, :, i : i + height + 1], weight, self.bias)
-            for j in (0, 1):
-                pixels = z[:, j * out : (j + 1) * out, :, j : j + width]
-                target = y[:, :, i::2, j::2]
-                if self.shortcut:
-                    torch.add(pixels, self._shortcut_at(x, 2 * i + j), out=target)
-                else:
-                    target.copy_(pixels)
-        return y
-
-    def _shortcut_at(self, x: Tensor, offset: int) -> Tensor:
-        """The shortcut's value at one pixel of every 2x2 block: `offset` is 2·row + column.
-
-        The shortcut repeats channels and unfolds them with a pixel shuffle.
-        """
-        if 4 % self.repeats == 0:
-            return x[:, offset // self.repeats :: 4 // self.repeats]
-        channels = (torch.arange(self.out, device=x.device) * 4 + offset) // self.repeats
-        return x.index_select(1, channels)
+        return upsample_window(window, self.upper, self.lower, self.bias, self.repeats)
 
 
 def fold_upsamples(decoder: Decoder) -> None:
