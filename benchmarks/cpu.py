@@ -65,6 +65,7 @@ def ours(work: Path, side: int, steps: int) -> dict:
     dit = on_meta(DiT, DiTConfig(**DIT), work)
     load_weights(dit, find_part(work / "transformer").weights, torch.float32)
     engine = FusedDiT(dit)
+    engine.pack(mapped=True)
     began = time.perf_counter()
     times = engine.time_modulations(schedule.timesteps)
     texts = [engine.encode_text(t) for t in (empty, text)]

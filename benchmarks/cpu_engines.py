@@ -39,6 +39,7 @@ def steps(layers: int, side: int) -> dict[str, Call]:
     plain = DiT(DiTConfig(**config))
     plain.load_state_dict(theirs.state_dict())
     ours = FusedDiT(plain.requires_grad_(False))
+    ours.pack(mapped=False)
     sample, empty, text = inputs(side)
     time_modulation = ours.time_modulations([500.0])[0]
     texts = [ours.encode_text(states) for states in (empty, text)]

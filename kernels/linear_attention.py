@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sana_cli.kernels import dispatch
-from sana_cli.kernels.linear import linear
+from sana_cli.kernels.linear import is_packed, linear
 from sana_cli.kernels.rows8 import Rows8, Weight8, linear8, quantise
 
 EPS = 1e-15  # as in diffusers; matters only where every feature of a query is zero
@@ -53,7 +53,7 @@ def project_qkv(
 ) -> tuple[Tensor, Tensor]:
     """Project tokens x (B, N, D) by weight (3D, D), the rows of q, k and v in this order.
 
-    Both are quantised or neither is.
+    Both are quantised or neither is; the weight may be packed.
 
     -> q (B, N, D) in the dtype of x, and the state of k and v, (B, heads, d+1, d) float32.
     With `norm_k` (D,), k passes through an RMSNorm over all of D. Of the matching norm of q only
@@ -74,8 +74,11 @@ def project_qkv(
         q = q.contiguous()  # frees k and v, when they are no longer needed
     else:
         assert isinstance(weight, Tensor)
-        q = linear(x, weight[:width])
-        k, v = linear(x, weight[width:]).chunk(2, dim=-1)
+        if is_packed(weight):
+            q, k, v = linear(x, weight).chunk(3, dim=-1)
+        else:
+            q = linear(x, weight[:width])
+            k, v = linear(x, weight[width:]).chunk(2, dim=-1)
     if norm_k is not None:
         scale = torch.rsqrt(_wide(k).pow(2).mean(-1, keepdim=True) + eps)
         k = (k * scale).to(k.dtype) * norm_k

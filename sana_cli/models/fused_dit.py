@@ -81,6 +81,13 @@ class FusedDiT(nn.Module):
         self.row_chunk = row_chunk
         self.to(target)
 
+    def pack(self, mapped: bool) -> None:
+        """Pack the projections of all blocks: see `FusedBlock.pack`. The results stay the same."""
+        for network in (self, self.controlnet):
+            if network is not None:
+                for block in network.blocks:
+                    cast(FusedBlock, block).pack(mapped)
+
     @property
     def graph_bytes(self) -> int:
         """Bytes that the CUDA graph holds beside the weights."""

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from sana_cli.kernels.depthwise_glu import depthwise_glu, depthwise_glu8
-from sana_cli.kernels.linear import linear
+from sana_cli.kernels.linear import is_packed, linear, pack, unpack
 from sana_cli.kernels.linear_attention import attend_tokens, attend_tokens8, project_qkv
 from sana_cli.kernels.modulation import modulate, modulate8
 from sana_cli.kernels.projection import gated_residual_linear_, linear_silu
 from sana_cli.kernels.rows8 import Rows8, Weight8, dequantise_weight
 from sana_cli.models.cross_attention import TextAttention, TextContext
 from sana_cli.models.dit import Block, PatchEmbed, position_axes
+from sana_cli.system.devices import drop_pages
 
 PROJECTIONS = ("qkv", "out", "up", "down")  # of a block, which may run in 8 bits
 
@@ -85,6 +86,17 @@ class FusedBlock(nn.Module):
             self.register_buffer(name, weights[name].values)
             self.register_buffer(f"{name}_scales", weights[name].scales)
         self.has_8_bits = True
+
+    def pack(self, mapped: bool) -> None:
+        """Pack the weights of all PROJECTIONS, float32 on the CPU.
+
+        `mapped`: they are in a mapped file or nobody else's, and leave memory one by one.
+        """
+        for name in PROJECTIONS:
+            before = self.projection(name)
+            setattr(self, name, frozen(pack(before)))
+            if mapped:
+                drop_pages(before)
 
     def projection(self, name: str) -> Tensor:
         """Return the weight of one of PROJECTIONS, which is not in 8 bits."""
@@ -190,10 +202,13 @@ class FusedBlock(nn.Module):
         started = len(x) == streams
         intact, perturbed = (x[:-1], x[-1:]) if started else (x, x[-1:].clone())
         width = x.shape[-1]
-        qkv, out = (
-            dequantise_weight(weight, width, x.dtype) if isinstance(weight, Weight8) else weight
-            for weight in (self._weight("qkv"), self._weight("out"))
-        )
+        qkv, out = self._weight("qkv"), self._weight("out")
+        if isinstance(qkv, Weight8):
+            qkv = dequantise_weight(qkv, width, x.dtype)
+        elif is_packed(qkv):
+            qkv = unpack(qkv)
+        if isinstance(out, Weight8):
+            out = dequantise_weight(out, width, x.dtype)
         to_v = qkv[2 * width :]
         for chunk in perturbed.split(tokens or x.shape[1], 1):
             v = linear(modulate(chunk, shift, scale, self.eps), to_v)

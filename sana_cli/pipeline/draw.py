@@ -30,7 +30,7 @@ from sana_cli.models.fused_dit import FusedDiT, nbytes
 from sana_cli.models.streaming.autoencoder import decode, encode
 from sana_cli.models.streaming.strip_pipeline import Decoded
 from sana_cli.models.streaming.subpixel import fold_upsamples
-from sana_cli.pipeline import weight_cache
+from sana_cli.pipeline import packing, weight_cache
 from sana_cli.pipeline.events import Event, Failure, ImageDone, Latents, Notice, Preview, Progress
 from sana_cli.pipeline.guidance import GuidedVelocity
 from sana_cli.pipeline.networks import NetworkKey, Networks, identity_of
@@ -382,6 +382,12 @@ class Drawing:
             own = [part, *([self.files.parts["controlnet"]] if self.files.controlnet else [])]
             of = own, self.recipes[0].dit_dtype, adapters
             self.weight_fault = weight_cache.quantise(fused, *of, self.cache)
+        elif (
+            self.plan.device == "cpu"
+            and dtype == torch.float32
+            and packing.pays(self.steps, self.cache)
+        ):
+            fused.pack(mapped=all(isinstance(source, Path) for source in weights))
         return cast(FusedDiT, self.moved(fused)), nbytes(fused)
 
     def controlnet(self, dtype: torch.dtype) -> ControlNet | None:

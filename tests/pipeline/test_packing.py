@@ -1,0 +1,57 @@
+"""Whether weights are packed: measured once a machine, and never seen in an image."""
+
+import json
+
+import pytest
+import torch
+
+from networks import random_dit
+from sana_cli.models.fused_dit import FusedDiT
+from sana_cli.pipeline import packing
+
+LONG = packing.ENOUGH_STEPS
+
+
+@pytest.fixture
+def kept(tmp_path):
+    """Measure, then change what was kept to another gain."""
+
+    def keep(gain):
+        packing.gain(tmp_path)
+        file = tmp_path / packing.FILE
+        (key,) = json.loads(file.read_text())
+        file.write_text(json.dumps({key: {"gain": gain}}))
+        return tmp_path
+
+    return keep
+
+
+@pytest.mark.parametrize(("gain", "packs"), [(1.2, True), (0.9, False), (None, False)])
+def test_what_was_measured_once_decides_from_then_on(kept, gain, packs):
+    assert packing.pays(LONG, kept(gain)) is packs
+
+
+def test_few_steps_do_not_repay_packing(kept):
+    assert not packing.pays(LONG - 1, kept(1.2))
+
+
+def test_without_a_folder_it_is_measured_again(tmp_path):
+    known = {type(packing.gain(folder)) for folder in (None, tmp_path / "a file" / "x")}
+    assert len(known) == 1  # a number where the bits are the same, else None
+
+
+@pytest.mark.parametrize("rows", [None, 3])
+@pytest.mark.parametrize("pag_layers", [(), (1,)])
+def test_the_bits_of_a_step_are_those_of_plain_weights(rows, pag_layers):
+    if packing.gain(None) is None:
+        pytest.skip("packing changes bits on this CPU, so it is not used")
+    wide = {"num_attention_heads": 7, "num_cross_attention_heads": 7}
+    wide |= {"cross_attention_head_dim": 32, "cross_attention_dim": 224}
+    fused = FusedDiT(random_dit(**wide))
+    latents, time = torch.randn(1, 32, 9, 8), fused.time_modulations([500.0])[0]
+    texts = [fused.encode_text(torch.randn(1, length, 16)) for length in (1, 5)]
+    fused.row_chunk = rows
+    with torch.inference_mode():
+        plain = fused(latents, time, texts, None, pag_layers)
+        fused.pack(mapped=False)
+        assert fused(latents, time, texts, None, pag_layers).equal(plain)
