@@ -11,15 +11,15 @@ import sys
 import numpy as np
 
 from sana_cli.weights.vocabulary import words
-from training.world import describe, training_sample
+from training.world import World
 
 CAPTIONS = 5_000  # enough that every wording occurs
 
 
-def vocabulary(captions: int = CAPTIONS, seed: int = 1) -> list[str]:
+def vocabulary(world: World, captions: int = CAPTIONS, seed: int = 1) -> list[str]:
     """Return every word of so many captions without their random letters, sorted."""
     rng = np.random.default_rng(seed)
-    texts = (describe(training_sample(rng), rng, nonsense=0).text for _ in range(captions))
+    texts = (world.describe(world.sample(rng), rng, nonsense=0).text for _ in range(captions))
     return sorted({word for text in texts for word in words(text)})
 
 
@@ -28,4 +28,4 @@ def as_json(found: list[str]) -> str:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(as_json(vocabulary()))
+    sys.stdout.write(as_json(vocabulary(World())))
