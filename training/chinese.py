@@ -4,6 +4,7 @@ import numpy as np
 
 from training import scenes, shapes
 from training.captions import Caption, Pick, picker
+from training.noto import things
 
 COLOURS = {
     "red": ("红色",),
@@ -79,6 +80,51 @@ RELATIONS = {
     "on": ("站在{}上", "在{}的顶上"),
 }
 OPENINGS = ("", "", "", "画", "一幅画，", "图中是", "请看，", "我想要")
+
+
+FRAME = (  # other words of the captions
+    *(
+        "有",
+        "的",
+        "在",
+        "和",
+        "与",
+        "上",
+        "里",
+        "前",
+        "旁",
+        "边",
+        "前面",
+        "上空",
+        "上方",
+        "时",
+        "下",
+    ),
+    *("背景", "纯", "上面", "下面", "上半", "下半", "左边", "右边", "左半", "右半", "左侧", "右侧"),
+    *(
+        "中间",
+        "中央",
+        "顶部",
+        "底部",
+        "下方",
+        "旁边",
+        "挨着",
+        "站在",
+        "顶上",
+        "海边",
+        "海滩",
+        "沙滩",
+    ),
+    *("图中是", "请看", "我想要", "一幅画", "画"),
+)
+
+
+def words() -> set[str]:
+    """Return every word of the captions."""
+    tables = (COLOURS, SHAPES, NUMBERS, SIZES, WHEN, LANDS)
+    found = {word for table in tables for options in table.values() for word in options}
+    names = [KINDS[kind] for kind in KINDS] + [(one.measure, one.chinese) for one in things()]
+    return found.union(FRAME, *((measure, *nouns) for measure, nouns in names))
 
 
 def counted(count: int, measure: str, noun: str, pick: Pick) -> str:
