@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sana_cli.models.configs import DCAEConfig
 from sana_cli.models.dc_ae import DCAE, ChannelRMSNorm
-from training import bundled
+from training import bundled, emoji
 from training.loop import Losses, Machine, Stage, train
 from training.settings import Settings
 from training.world import World, draw
@@ -26,6 +26,7 @@ class Crops:
     """The crops of a step, uint8 (batch, crop, crop, 3), of images of any of the given sides.
 
     Crops start at multiples of a latent cell, so that the grid on which objects are placed is kept.
+    Those of Noto's things contain a part of one, as their drawings have the most detail.
     """
 
     world: World
@@ -40,7 +41,15 @@ class Crops:
         crops = []
         for _ in range(self.batch):
             sample, side = self.world.sample(rng), int(rng.choice(self.sides))
-            top, left = (32 * int(n) for n in rng.integers(0, (side - self.crop) // 32 + 1, 2))
+            last = (side - self.crop) // 32
+            top, left = (int(n) for n in rng.integers(0, last + 1, 2))
+            if isinstance(sample, emoji.Scene):
+                x0, x1, y0, y1 = sample.boxes[int(rng.integers(len(sample.boxes)))]
+                left, top = (
+                    int(np.clip(round((at * side - self.crop / 2) / 32), 0, last))
+                    for at in rng.uniform((x0, y0), (x1, y1))
+                )
+            top, left = 32 * top, 32 * left
             crops.append(draw(sample, side, (top, left, self.crop)))
         return np.stack(crops)
 

@@ -82,41 +82,10 @@ RELATIONS = {
 OPENINGS = ("", "", "", "画", "一幅画，", "图中是", "请看，", "我想要")
 
 
-FRAME = (  # other words of the captions
-    *(
-        "有",
-        "的",
-        "在",
-        "和",
-        "与",
-        "上",
-        "里",
-        "前",
-        "旁",
-        "边",
-        "前面",
-        "上空",
-        "上方",
-        "时",
-        "下",
-    ),
-    *("背景", "纯", "上面", "下面", "上半", "下半", "左边", "右边", "左半", "右半", "左侧", "右侧"),
-    *(
-        "中间",
-        "中央",
-        "顶部",
-        "底部",
-        "下方",
-        "旁边",
-        "挨着",
-        "站在",
-        "顶上",
-        "海边",
-        "海滩",
-        "沙滩",
-    ),
-    *("图中是", "请看", "我想要", "一幅画", "画"),
-)
+FRAME = """
+有 的 在 和 与 上 里 前 旁 边 下 背景 纯 前面 上空 上方 下方 上面 下面 上半 下半 左边 右边 左半 右半
+左侧 右侧 中间 中央 顶部 底部 旁边 挨着 站在 顶上 海边 海滩 沙滩 画 一幅画 图中是 请看 我想要
+"""  # other words of the captions
 
 
 def words() -> set[str]:
@@ -124,7 +93,7 @@ def words() -> set[str]:
     tables = (COLOURS, SHAPES, NUMBERS, SIZES, WHEN, LANDS)
     found = {word for table in tables for options in table.values() for word in options}
     names = [KINDS[kind] for kind in KINDS] + [(one.measure, one.chinese) for one in things()]
-    return found.union(FRAME, *((measure, *nouns) for measure, nouns in names))
+    return found.union(FRAME.split(), *((measure, *nouns) for measure, nouns in names))
 
 
 def counted(count: int, measure: str, noun: str, pick: Pick) -> str:
