@@ -160,6 +160,17 @@ def on_ground(what: str, behind: str, pick: Pick) -> str:
     )
 
 
+def with_nonsense(text: str, rng: np.random.Generator) -> str:
+    """Add random characters or letters before or after a text, which teaches to ignore them.
+
+    They touch the text or not, as Chinese has no spaces.
+    """
+    first, last = (0x4E00, 0x9FA5) if rng.random() < 0.7 else (0x61, 0x7A)
+    noise = "".join(chr(int(code)) for code in rng.integers(first, last + 1, rng.integers(1, 7)))
+    joint = str(rng.choice(["", "", " ", "，", ": ", "!"]))
+    return joint.join([noise, text] if rng.random() < 0.5 else [text, noise])
+
+
 def describe_scene(scene: scenes.Scene, rng: np.random.Generator) -> Caption:
     """Caption an illustrated scene, as `captions.candidate` does in English."""
     pick = picker(rng)

@@ -12,7 +12,7 @@ import numpy as np
 from training import captions, chinese, scenes, shapes
 from training.captions import CANDIDATES, TEMPERATURE, Caption, Pick, article, picker
 from training.emoji import Scene, flies
-from training.noto import Thing
+from training.noto import Thing, things
 
 LANGUAGES = ("English", "Chinese", "emoji")
 SELECTOR = "\ufe0f"  # asks for the coloured form of a character; half of all writers leave it out
@@ -35,6 +35,7 @@ LANDS = {
     "sea": ("🌊",),
     "city": ("🏙️",),
 }
+JOINTS = ("", "", " ", " ", " / ", "·", " - ")
 BEACH = "🏖️"
 SQUARES = {
     "red": "🟥",
@@ -69,6 +70,14 @@ ENGLISH_RELATIONS = captions.RELATION | {
     "beside": ("beside", "next to", "by the side of"),
     "on": ("on", "on top of", "standing on"),
 }
+
+
+def characters() -> set[str]:
+    """Return every emoji of the captions."""
+    lands = (one for options in LANDS.values() for one in options)
+    shapes_of = (one for table in SHAPES.values() for one in table.values())
+    named = (thing.emoji for thing in things())
+    return {*KINDS.values(), *SKIES.values(), *lands, BEACH, *SQUARES.values(), *shapes_of, *named}
 
 
 def withheld(thing: Thing) -> str | None:
@@ -106,9 +115,10 @@ def caption(scene: Scene, rng: np.random.Generator, nonsense: float, withhold: b
     shares = np.array([len(one.facts) / len(all_facts(scene)) for one in found])
     weights = np.exp(shares / TEMPERATURE)
     chosen = found[int(rng.choice(CANDIDATES, p=weights / weights.sum()))]
-    if language == "English" and rng.random() < nonsense:
-        return Caption(captions.with_nonsense(chosen.text, rng), chosen.facts)
-    return chosen
+    if rng.random() >= nonsense:
+        return chosen
+    add = captions.with_nonsense if language == "English" else chinese.with_nonsense
+    return Caption(add(chosen.text, rng), chosen.facts)
 
 
 def candidate(
@@ -126,14 +136,14 @@ def candidate(
         language, own = pick(("English", "Chinese")), 0.0
     else:
         own = 0.85  # share of names in the caption's language
-    things, relation, facts = list(scene.things), scene.relation, {}
+    named, relation, facts = list(scene.things), scene.relation, {}
     says_relation = rng.random() < 0.8 or not _follows(scene)
     swaps = rng.random() < 0.4 if says_relation else relation == "right of"
     if swaps and relation in captions.OPPOSITE:
-        things.reverse()
+        named.reverse()
         relation = captions.OPPOSITE[relation]
     names = []
-    for i, thing in enumerate(things, 1):
+    for i, thing in enumerate(named, 1):
         facts |= {f"kind {i}": thing.name, f"count {i}": str(scene.count)}
         other = pick(("emoji", "emoji", "emoji", *LANGUAGES[:2]))
         spoken = language if rng.random() < own else ("emoji" if own == 0 else other)
@@ -142,7 +152,7 @@ def candidate(
         names.append(_name(thing, scene, spoken, language, pick))
     if scene.says_size:
         facts["size"] = scene.size
-    if len(things) == 2 and says_relation:
+    if len(named) == 2 and says_relation:
         facts["relation"] = str(relation)
     if scene.place:
         facts["place 1"] = scene.place
@@ -155,8 +165,8 @@ def candidate(
     else:
         facts |= _around(scene)
     if language == "English":
-        return Caption(_english(scene, things, names, facts, pick, rng), facts)
-    return Caption(_chinese(scene, things, names, facts, pick), facts)
+        return Caption(_english(scene, named, names, facts, pick, rng), facts)
+    return Caption(_chinese(scene, named, names, facts, pick), facts)
 
 
 def _follows(scene: Scene) -> bool:
@@ -204,7 +214,7 @@ def _name(thing: Thing, scene: Scene, spoken: str, language: str, pick: Pick) ->
 
 def _english(
     scene: Scene,
-    things: list[Thing],
+    named: list[Thing],
     names: list[str],
     facts: dict[str, str],
     pick: Pick,
@@ -223,9 +233,9 @@ def _english(
     when = pick(captions.WHEN[facts["sky"]]) if "sky" in facts else ""
 
     def around() -> str:
-        if things[0].place == "sea":
+        if named[0].place == "sea":
             return f"{pick(('on', 'in'))} {where}"
-        if flies(things[0]):
+        if flies(named[0]):
             return f"{pick(('over', 'above', 'over'))} {where}"
         if scene.land and scene.land.land == "sea":
             beach = ("on the beach", "at the beach", "on a sandy beach")
@@ -237,7 +247,7 @@ def _english(
 
 def _chinese(
     scene: Scene,
-    things: list[Thing],
+    named: list[Thing],
     names: list[str],
     facts: dict[str, str],
     pick: Pick,
@@ -247,7 +257,7 @@ def _chinese(
         what += pick(chinese.PLACES[scene.place])
     if not scene.land:
         return chinese.on_ground(what, chinese.ground(scene.ground, scene.axis, pick), pick)
-    place = things[0].place if things[0].place in ("sea", "sky") else "ground"
+    place = named[0].place if named[0].place in ("sea", "sky") else "ground"
     around = chinese.setting(place, scene.land.land, pick) if "land" in facts else ""
     when = pick(chinese.WHEN[facts["sky"]]) if "sky" in facts else ""
     return chinese.sentence(what, around, when, pick)
@@ -257,12 +267,12 @@ def _in_emoji(scene: Scene, rng: np.random.Generator) -> Caption | None:
     """Write a scene of things in emoji alone, or return None if they cannot express it."""
     if scene.says_size or scene.place or (len(scene.things) == 2 and not _follows(scene)):
         return None
-    pick, things = picker(rng), list(scene.things)
+    pick, named = picker(rng), list(scene.things)
     if scene.relation == "right of":
-        things.reverse()
+        named.reverse()
     facts = {}
     parts = []
-    for i, thing in enumerate(things, 1):
+    for i, thing in enumerate(named, 1):
         facts |= {f"kind {i}": thing.name, f"count {i}": str(scene.count)}
         parts.append(written(thing.emoji, pick) * scene.count)
     if scene.land:
@@ -273,7 +283,7 @@ def _in_emoji(scene: Scene, rng: np.random.Generator) -> Caption | None:
         facts |= _around(scene)
     else:
         return None
-    return Caption(pick(("", " ")).join(parts), facts)
+    return Caption(pick(JOINTS).join(parts), facts)
 
 
 def _surroundings(
@@ -305,7 +315,7 @@ def describe_scene(scene: scenes.Scene, rng: np.random.Generator) -> Caption | N
         facts |= {f"kind {i}": group.kind, f"count {i}": str(group.count)}
         parts.append(written(KINDS[group.kind], pick) * group.count)
     around, told = _surroundings(scene, pick, rng)
-    return Caption(pick(("", " ")).join(parts + around), facts | told)
+    return Caption(pick(JOINTS).join(parts + around), facts | told)
 
 
 def describe_shapes(scene: shapes.Scene, rng: np.random.Generator) -> str | None:

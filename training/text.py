@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from transformers import Gemma2Config, Gemma2Model
 
 from sana_cli.instruction import normalise_prompt
+from training.captions import NONSENSE
 from training.loop import Losses, Machine, Stage, train
 from training.prompts import prompts
 from training.settings import Settings
@@ -40,7 +41,9 @@ SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>"]
 def train_tokenizer(path: Path, world: World, seed: int, captions: int, size: int) -> None:
     """Train a byte-fallback BPE in Gemma's format: spaces become "▁", any text can be encoded."""
     rng = np.random.default_rng(seed)
-    texts = [world.describe(world.sample(rng), rng).text for _ in range(captions)]
+    # Of random Chinese characters, most would be tokens.
+    nonsense = 0.0 if world.things else NONSENSE
+    texts = [world.describe(world.sample(rng), rng, nonsense).text for _ in range(captions)]
     learner = Tokenizer(models.BPE())
     learner.normalizer = normalizers.Replace(" ", "▁")
     # No token crosses a word boundary; Chinese characters and emoji are tokens of their own.

@@ -11,7 +11,7 @@ import sys
 import numpy as np
 
 from sana_cli.weights.vocabulary import is_chinese, words
-from training import chinese
+from training import chinese, emoji_captions
 from training.noto import things
 from training.world import World
 
@@ -26,7 +26,7 @@ def vocabulary(world: World, captions: int = CAPTIONS, seed: int = 1) -> list[st
     if world.things:
         names = [name for one in things() for pair in one.english for name in pair]
         found.update(word for name in names for word in words(name))
-        found.update(word for one in things() for word in words(one.emoji))
+        found.update(word for one in emoji_captions.characters() for word in words(one))
     if world.things or world.chinese:
         found = {word for word in found if not is_chinese(word)} | chinese.words()
     return sorted(found)

@@ -35,7 +35,8 @@ class World:
         nonsense: float = captions.NONSENSE,
         withhold: bool = False,
     ) -> Caption:
-        """Caption a sample; of those in English a share `nonsense` has random letters at one end.
+        """Caption a sample; a share `nonsense` has random letters at one end, except of shapes in
+        English.
 
         `withhold` leaves out the names of things that the transformer must not see.
         """
@@ -49,9 +50,12 @@ class World:
             if flat and (text := emoji_captions.describe_shapes(sample, rng)):
                 return Caption(text, _shape_facts(sample))
         if at < self.emoji + self.chinese:
-            if flat:
-                return Caption(chinese.describe_shapes(sample, rng), _shape_facts(sample))
-            return chinese.describe_scene(sample, rng)
+            if isinstance(sample, shapes.Scene):
+                told = Caption(chinese.describe_shapes(sample, rng), _shape_facts(sample))
+            else:
+                told = chinese.describe_scene(sample, rng)
+            noisy = rng.random() < nonsense
+            return Caption(chinese.with_nonsense(told.text, rng), told.facts) if noisy else told
         if flat:
             return Caption(shapes.describe(sample, rng), _shape_facts(sample))
         return captions.caption(sample, rng, nonsense)
