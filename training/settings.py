@@ -131,6 +131,7 @@ CPU = replace(
 # The world with Noto's things, in three languages, from the bundled weights on.
 THINGS = replace(
     CPU,
+    transformer=_transformer(heads=7, layers=9, text=160, sample_size=16),
     text_width=160,
     shapes_share=0.15,
     things_share=0.65,

@@ -235,6 +235,19 @@ def test_both_worlds_are_in_the_training():
     assert not any(sample.held_out for sample in samples)
 
 
+def test_a_run_can_start_from_the_bundled_weights():
+    """Their sizes are those of the settings; only what reads the new text encoder is new."""
+    from training import autoencoder, bundled, diffusion
+
+    bundled.start_from(autoencoder.build(THINGS.autoencoder), "vae")
+    model = diffusion.build(THINGS.transformer, THINGS.text_scale)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    bundled.start_from(model, "transformer", without=("caption_projection", "caption_norm"))
+    same = {n.split(".")[0] for n, v in model.state_dict().items() if torch.equal(v, before[n])}
+    assert {"caption_projection", "caption_norm"} <= same
+    assert not same & {"patch_embed", "proj_out", "time_embed"}
+
+
 def test_a_run_goes_on_with_the_numbers_it_was_begun_with(tmp_path, capsys):
     from training.__main__ import changed_settings, main
     from training.settings import TOY, with_changes
