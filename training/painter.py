@@ -22,15 +22,24 @@ from training.things import REACH, THINGS
 
 def paint(scene: Scene, side: int, window: tuple[int, int, int] | None = None) -> np.ndarray:
     """Paint a scene, uint8 RGB (side, side, 3), or only a `window` (top, left, size) of it."""
-    top, left, size = window or (0, 0, side)
-    canvas = Canvas(side, top - 1, left - 1, size + 2)  # slopes at the border need one more pixel
-    rng = np.random.default_rng(scene.seed)
-    disc = _sky(canvas, scene, rng)
-    _LANDS[scene.land](canvas, scene, rng, disc)
+    busy = [x for g in scene.groups for x, y, half in g.spots if y < 0.5]
+    canvas = backdrop(scene, busy, side, window)
     for group in scene.groups:
         for x, y, half in group.spots:
             _thing(canvas, group.kind, group.colour, scene, x, y, half)
-    return np.rint(np.clip(canvas.image[1:-1, 1:-1], 0, 255)).astype(np.uint8)
+    return canvas.pixels()
+
+
+def backdrop(
+    scene: Scene, busy: list[float], side: int, window: tuple[int, int, int] | None = None
+) -> "Canvas":
+    """Paint sky and land only, with sun or moon away from the positions across in `busy`."""
+    top, left, size = window or (0, 0, side)
+    canvas = Canvas(side, top - 1, left - 1, size + 2)  # slopes at the border need one more pixel
+    rng = np.random.default_rng(scene.seed)
+    disc = _sky(canvas, scene, busy, rng)
+    _LANDS[scene.land](canvas, scene, rng, disc)
+    return canvas
 
 
 class Canvas:
@@ -41,6 +50,10 @@ class Canvas:
         self.x = (np.arange(left, left + size, dtype=np.float32) + 0.5) / side
         self.y = (np.arange(top, top + size, dtype=np.float32) + 0.5) / side
         self.image = np.empty((size, size, 3), np.float32)
+
+    def pixels(self) -> np.ndarray:
+        """Return the window without its border, uint8 RGB."""
+        return np.rint(np.clip(self.image[1:-1, 1:-1], 0, 255)).astype(np.uint8)
 
     def blend(self, rows: slice, columns: slice, cover: Field, colour: np.ndarray) -> None:
         area = self.image[rows, columns]
@@ -114,13 +127,14 @@ _CRATERS = ((-0.022, -0.018, 0.017), (0.026, 0.012, 0.022), (-0.012, 0.034, 0.01
 # --- sky -----------------------------------------------------------------------------------
 
 
-def _sky(canvas: Canvas, scene: Scene, rng: np.random.Generator) -> tuple[float, float]:
+def _sky(
+    canvas: Canvas, scene: Scene, busy: list[float], rng: np.random.Generator
+) -> tuple[float, float]:
     """Paint gradient, stars, and sun or moon; return the position of the disc."""
     horizon = 0.72 if scene.land != "sea" else HORIZON["sea"]
     canvas.image[:] = sky_at(scene.light, np.clip(canvas.y / horizon, 0, 1))[:, None]
     light = LIGHTS[scene.light]
     colour = np.array(light.disc, np.float32)
-    busy = [x for g in scene.groups for x, y, half in g.spots if y < 0.5]
     places = STEP * rng.permutation(np.arange(2, 15, 2))
     x = float(max(places[:5], key=lambda p: min((abs(p - b) for b in busy), default=1)))
     if scene.light == "night":
