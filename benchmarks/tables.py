@@ -211,12 +211,12 @@ def claims() -> list[str]:
 
 
 def settings() -> list[str]:
-    """Every number of the training recipe, on a GPU and on a CPU."""
-    from training.settings import CPU, H200
+    """Every number of the training recipe, on a GPU, on a CPU, and there with Noto's things."""
+    from training.settings import CPU, H200, THINGS
 
-    rows = ["| | GPU | CPU |", "|---|---|---|"]
+    rows = ["| | GPU | CPU | CPU, things |", "|---|---|---|---|"]
     for name in (f.name for f in fields(H200)):
-        numbers = [getattr(preset, name) for preset in (H200, CPU)]
+        numbers = [getattr(preset, name) for preset in (H200, CPU, THINGS)]
         if isinstance(numbers[0], int | float):
             rows.append(f"| `{name}` | {' | '.join(f'{n:g}' for n in numbers)} |")
     return rows

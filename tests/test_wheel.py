@@ -33,6 +33,8 @@ def test_the_wheel_is_the_tree(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         files = {name for name in archive.namelist() if ".dist-info/" not in name}
+        licences = {Path(name).name for name in archive.namelist() if "/licenses/" in name}
     expected = tracked("sana_cli") | {f"sana_cli/{name}" for name in tracked("kernels")}
+    assert licences == {"LICENSE", "NOTICE"}
     assert files == expected | {"sana_cli/data/weights.toml"}
     assert sum(path.stat().st_size for path in (ROOT / "sana_cli/demo").rglob("*")) < 25e6

@@ -16,6 +16,8 @@ from training.arithmetic import keep_freed_memory
 from training.estimate import estimate
 from training.export import export
 from training.loop import Machine
+from training.noto import NOTO
+from training.npm import PackageUnavailable
 from training.settings import PRESETS, changed_settings, with_changes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,6 +43,11 @@ def main(words: list[str] | None = None) -> None:
     if options.device == "cuda":
         torch.backends.cudnn.benchmark = True
     print("kernels: {} path, as {}".format(*chosen_path(options.device)), file=sys.stderr)
+    try:
+        if settings.things_share:
+            NOTO.archive()
+    except PackageUnavailable as error:
+        parser.error(str(error))
     machine = Machine(options.device, settings.workers, settings.save_seconds, settings.log_every)
     if options.estimate:
         print(estimate(settings, machine, options.seed))

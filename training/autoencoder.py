@@ -15,9 +15,10 @@ from torch import Tensor
 
 from sana_cli.models.configs import DCAEConfig
 from sana_cli.models.dc_ae import DCAE, ChannelRMSNorm
+from training import bundled, emoji
 from training.loop import Losses, Machine, Stage, train
 from training.settings import Settings
-from training.world import draw, training_sample
+from training.world import World, draw
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,10 @@ class Crops:
     """The crops of a step, uint8 (batch, crop, crop, 3), of images of any of the given sides.
 
     Crops start at multiples of a latent cell, so that the grid on which objects are placed is kept.
+    Those of Noto's things contain a part of one, as their drawings have the most detail.
     """
 
+    world: World
     seed: int
     stream: int
     sides: tuple[int, ...]
@@ -37,8 +40,16 @@ class Crops:
         rng = np.random.default_rng((self.seed, self.stream, step))
         crops = []
         for _ in range(self.batch):
-            sample, side = training_sample(rng), int(rng.choice(self.sides))
-            top, left = (32 * int(n) for n in rng.integers(0, (side - self.crop) // 32 + 1, 2))
+            sample, side = self.world.sample(rng), int(rng.choice(self.sides))
+            last = (side - self.crop) // 32
+            top, left = (int(n) for n in rng.integers(0, last + 1, 2))
+            if isinstance(sample, emoji.Scene):
+                x0, x1, y0, y1 = sample.boxes[int(rng.integers(len(sample.boxes)))]
+                left, top = (
+                    int(np.clip(round((at * side - self.crop / 2) / 32), 0, last))
+                    for at in rng.uniform((x0, y0), (x1, y1))
+                )
+            top, left = 32 * top, 32 * left
             crops.append(draw(sample, side, (top, left, self.crop)))
         return np.stack(crops)
 
@@ -75,12 +86,14 @@ def decoder_loss(
 def crops(settings: Settings, seed: int, stream: int, batch: int, crop: int) -> Crops:
     """Return batches of which a third are crops of low-resolution images, the others of high."""
     sides = settings.low_side, settings.high_side, settings.high_side
-    return Crops(seed, stream, sides, batch, crop)
+    return Crops(settings.world, seed, stream, sides, batch, crop)
 
 
 def stage(settings: Settings, machine: Machine, seed: int) -> Stage:
     torch.manual_seed(seed)
     model = build(settings.autoencoder)
+    if settings.warm_start:
+        bundled.start_from(model, "vae")
 
     def losses(pixels: np.ndarray) -> Losses:
         image = to_image(pixels, machine.device)

@@ -157,8 +157,8 @@ def candidate(scene: Scene, rng: np.random.Generator, nonsense: float = NONSENSE
         what = f"{names[0]} {pick(RELATION[relation])} {names[1]}"
     else:
         what = pick((" and ", " and ", ", ", " with ")).join(names)
-    text = _sentence(what, where, time, groups, scene, pick, rng)
-    return Caption(_with_nonsense(text, rng) if rng.random() < nonsense else text, facts)
+    text = sentence(what, where, time, lambda: setting(where, groups, scene, pick), pick, rng)
+    return Caption(with_nonsense(text, rng) if rng.random() < nonsense else text, facts)
 
 
 def _facts_of(group: Group, index: int) -> dict[str, str]:
@@ -202,22 +202,25 @@ def setting(where: str, groups: list[Group], scene: Scene, pick: Pick) -> str:
     return f"{pick(('in front of', 'before', 'in', 'near'))} {where}"
 
 
-def _sentence(
+def sentence(
     what: str,
     where: str,
     when: str,
-    groups: list[Group],
-    scene: Scene,
+    setting: Callable[[], str],
     pick: Pick,
     rng: np.random.Generator,
 ) -> str:
+    """Arrange the parts of a caption, of which each but one may be empty.
+
+    `setting` returns the land and how the first objects are placed in it: "over the sea".
+    """
     opening = pick(OPENINGS) if rng.random() < 0.3 else ""
     if not what:
         return f"{opening}{where} {when}".strip()
-    around = setting(where, groups, scene, pick) if where else ""
+    around = setting() if where else ""
     if rng.random() < 0.12:  # a list of tags
         parts = [what.replace(" and ", ", "), where, when.split(" ", 1)[-1]]
-        order = rng.permutation(3) if groups else range(3)
+        order = rng.permutation(3)
         return ", ".join(parts[i] for i in order if parts[i])
     orders = [
         f"{opening}{what} {around} {when}",
@@ -246,7 +249,7 @@ def _tidy(text: str) -> str:
     return words.strip(" ,;:")
 
 
-def _with_nonsense(text: str, rng: np.random.Generator) -> str:
+def with_nonsense(text: str, rng: np.random.Generator) -> str:
     """Add random letters at one end, which teaches the encoder to ignore unknown words."""
     letters = np.array(list("aabcdeeeefghiijklmnnooprrssttuuvwxyz"))
     words = ["".join(rng.choice(letters, rng.integers(2, 9))) for _ in range(rng.integers(1, 4))]

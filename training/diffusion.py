@@ -21,13 +21,14 @@ from transformers import Gemma2Model
 from sana_cli.models.configs import DiTConfig
 from sana_cli.models.dc_ae import DCAE
 from sana_cli.models.dit import DiT
+from training import bundled
 from training.arithmetic import autocast
 from training.autoencoder import to_image
 from training.fused import fuse
 from training.loop import Losses, Machine, Stage, prefetch, train
 from training.settings import Settings
 from training.text import tokenise
-from training.world import Sample, describe, draw, objects_at, training_sample
+from training.world import Sample, World, draw, objects_at
 
 PART = 1024  # latents in one file of the bank
 ENCODED = 16  # images drawn and encoded at once
@@ -35,19 +36,22 @@ Paint = Callable[[Sample, int], np.ndarray]  # a sample and a side to uint8 RGB 
 
 
 @cache  # every image of the bank gets a new caption dozens of times
-def bank_sample(seed: int, side: int, number: int) -> Sample:
-    return training_sample(np.random.default_rng((seed, 4, side, number)))
+def bank_sample(world: World, seed: int, side: int, number: int) -> Sample:
+    return world.sample(np.random.default_rng((seed, 4, side, number)))
 
 
-def _draw_chunk(paint: Paint, seed: int, side: int, images: int, chunk: int) -> np.ndarray:
+def _draw_chunk(
+    paint: Paint, world: World, seed: int, side: int, images: int, chunk: int
+) -> np.ndarray:
     numbers = range(chunk * ENCODED, min((chunk + 1) * ENCODED, images))
-    return np.stack([paint(bank_sample(seed, side, i), side) for i in numbers])
+    return np.stack([paint(bank_sample(world, seed, side, i), side) for i in numbers])
 
 
 def bank(
     folder: Path,
     vae: DCAE,
     machine: Machine,
+    world: World,
     seed: int,
     side: int,
     images: int,
@@ -61,7 +65,7 @@ def bank(
             chunks = range(start // ENCODED, -(-min(start + PART, images) // ENCODED))
             rows = []
             for pixels in prefetch(
-                partial(_draw_chunk, paint, seed, side, images), chunks, machine.workers
+                partial(_draw_chunk, paint, world, seed, side, images), chunks, machine.workers
             ):
                 with torch.inference_mode(), autocast(machine.device):
                     rows.append(vae.encode(to_image(pixels, machine.device)).float().cpu())
@@ -81,13 +85,14 @@ class Bank:
 
 
 def weight_cells(
-    latents: Tensor, scaling: float, object_weight: float, seed: int, side: int
+    latents: Tensor, scaling: float, object_weight: float, world: World, seed: int, side: int
 ) -> Bank:
     """Scale latents and give cells with an object the weight `object_weight`, all others 1.
 
     Outlines are the hardest to learn, and land and sky are most of an image.
     """
-    where = [objects_at(bank_sample(seed, side, i), side // 32) for i in range(len(latents))]
+    samples = (bank_sample(world, seed, side, i) for i in range(len(latents)))
+    where = [objects_at(sample, side // 32) for sample in samples]
     there = torch.from_numpy(np.stack(where)).to(latents)
     return Bank(latents * scaling, 1 + (object_weight - 1) * there)
 
@@ -113,12 +118,15 @@ class CaptionedBatches:
         rng = np.random.default_rng((self.seed, self.stream, step))
         chosen = rng.integers(0, images, batch)
         captions = [
-            ""
-            if rng.random() < s.empty_captions
-            else describe(bank_sample(self.seed, side, int(i)), rng).text
+            "" if rng.random() < s.empty_captions else self._caption(side, int(i), rng)
             for i in chosen
         ]
         return side, chosen, *tokenise(self.tokenizer, captions)
+
+    def _caption(self, side: int, number: int, rng: np.random.Generator) -> str:
+        world = self.settings.world
+        sample = bank_sample(world, self.seed, side, number)
+        return world.describe(sample, rng, withhold=True).text
 
 
 def build(config: DiTConfig, text_scale: float) -> DiT:
@@ -206,15 +214,19 @@ def train_transformer(
 ) -> DiT:
     """Return the trained transformer, after running the steps that are not done yet."""
     s = settings
-    low = bank(folder, vae, machine, seed, s.low_side, s.low_images)
-    scaling = round(1 / low.std().item(), 5)
+    low = bank(folder, vae, machine, s.world, seed, s.low_side, s.low_images)
+    # The bundled transformer knows latents of the bundled scale.
+    scaling = bundled.scaling_factor() if s.warm_start else round(1 / low.std().item(), 5)
     (folder / "scaling.json").write_text(json.dumps({"scaling_factor": scaling}))
-    banks = {s.low_side: weight_cells(low, scaling, s.object_weight, seed, s.low_side)}
+    banks = {s.low_side: weight_cells(low, scaling, s.object_weight, s.world, seed, s.low_side)}
     cascade = Cascade(folder, s, machine, seed, tokenizer, encoder, banks)
     torch.manual_seed(seed)
     model = build(s.transformer, s.text_scale)
+    if s.warm_start:
+        # Its text states come from another encoder, so what projects them starts anew.
+        bundled.start_from(model, "transformer", without=("caption_projection", "caption_norm"))
     model = train(cascade.low(model), folder, machine, seed)
     model.requires_grad_(True).train()
-    high = bank(folder, vae, machine, seed, s.high_side, s.high_images)
-    banks[s.high_side] = weight_cells(high, scaling, s.object_weight, seed, s.high_side)
+    high = bank(folder, vae, machine, s.world, seed, s.high_side, s.high_images)
+    banks[s.high_side] = weight_cells(high, scaling, s.object_weight, s.world, seed, s.high_side)
     return train(cascade.high(model), folder, machine, seed)

@@ -30,7 +30,7 @@ FOOT = {"small": 14, "medium": 15, "large": 14}  # lower end of what stands or s
 SKY_TOP = {"small": 2, "medium": 1, "large": 2}  # upper end of what flies
 UPRIGHT = {"above": (1, 9), "on": (3, 9)}  # upper ends of two medium drawings
 RELATIONS = ("left of", "right of", "beside", "above", "below", "on")
-CONTRAST = 60.0  # least RGB distance of a thing's edge from a plain ground
+CONTRAST = 60.0  # least RGB distance of the edge of a thing from a plain ground
 SCENE_CONTRAST = 40.0  # the same from everything in a scene that can be behind it
 
 
@@ -99,10 +99,9 @@ def training_scene(rng: np.random.Generator) -> Scene:
 
 
 @cache
-def grounds(edge: tuple[int, int, int]) -> tuple[str, ...]:
-    """Return the plain colours before which a thing with this edge can be seen."""
-    apart = {name: np.subtract(colour, edge) for name, colour in shapes.COLOURS.items()}
-    return tuple(name for name, way in apart.items() if np.linalg.norm(way) >= CONTRAST)
+def grounds(thing: Thing) -> tuple[str, ...]:
+    """Return the plain colours before which a thing can be seen."""
+    return tuple(c for c, rgb in shapes.COLOURS.items() if _apart(thing, [rgb]) >= CONTRAST)
 
 
 @cache
@@ -115,11 +114,16 @@ def stands_out(thing: Thing, sky: str, land: str) -> bool:
         behind = [land_colour(light, land, part) for part in ("body", "ground")] + [*above[5:]]
         if land == "snowy mountains":
             behind.append(snow_colour(light))
-    return min(float(np.linalg.norm(colour - thing.edge)) for colour in behind) >= SCENE_CONTRAST
+    return _apart(thing, behind) >= SCENE_CONTRAST
+
+
+def _apart(thing: Thing, behind: list) -> float:
+    """Return the least RGB distance of a thing's edge from some colours."""
+    return min(float(np.linalg.norm(np.subtract(a, b))) for a in thing.edge for b in behind)
 
 
 def _plain(rng: np.random.Generator, chosen: tuple[Thing, ...]) -> Scene | None:
-    clear = [c for c in grounds(chosen[0].edge) if c in grounds(chosen[-1].edge)]
+    clear = [c for c in grounds(chosen[0]) if c in grounds(chosen[-1])]
     two_tone = int(rng.random() < 0.25)
     if len(clear) < 1 + two_tone:
         return None

@@ -40,17 +40,17 @@ def estimate(settings: Settings, machine: Machine, seed: int) -> str:
         vae = first.model.requires_grad_(False)
         timed(autoencoder.decoder_stage(settings, machine, seed, vae), folder)
         vae.requires_grad_(False)
-        text.train_tokenizer(folder / "tokenizer", seed, 2000)
+        s, banks = settings, {}
+        text.train_tokenizer(folder / "tokenizer", s.world, seed, 2000, s.tokenizer_size)
         tokenizer = text.Tokenizer.from_file(str(folder / "tokenizer" / "tokenizer.json"))
         reader = text.stage(settings, machine, seed, tokenizer)
         timed(reader, folder)
-        s, banks = settings, {}
         for side, images in ((s.low_side, s.low_images), (s.high_side, s.high_images)):
             began = time.monotonic()
             some = min(32 * max(1, machine.workers), images)
-            latents = diffusion.bank(folder, vae, machine, seed, side, some)
+            latents = diffusion.bank(folder, vae, machine, s.world, seed, side, some)
             each = (time.monotonic() - began) / some
-            banks[side] = diffusion.weight_cells(latents, 1.0, s.object_weight, seed, side)
+            banks[side] = diffusion.weight_cells(latents, 1.0, s.object_weight, s.world, seed, side)
             rows.append((f"latents of {side}²", images, each))
         few = replace(
             s,

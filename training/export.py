@@ -53,7 +53,7 @@ def export(
         "vae": ["diffusers", "AutoencoderDC"],
     }
     _write_json(partial / "model_index.json", index)
-    (partial / FILE).write_text(as_json(vocabulary()))
+    (partial / FILE).write_text(as_json(vocabulary(settings.world)))
     shutil.rmtree(target, ignore_errors=True)
     partial.rename(target)
 

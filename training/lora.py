@@ -24,14 +24,15 @@ from sana_cli.weights.layout import folder_parts
 from sana_cli.weights.model_files import open_model
 from training.arithmetic import keep_freed_memory
 from training.blueprint import blueprint
+from training.bundled import DEMO
 from training.diffusion import Bank, bank, bank_sample, flow_matching, weight_cells
 from training.loop import Losses, Machine, Stage, train
 from training.settings import changed_settings, with_changes
 from training.text import tokenise
-from training.world import describe
+from training.world import World
 
 ROOT = Path(__file__).resolve().parents[1]
-DEMO = ROOT / "sana_cli" / "demo"
+WORLD = World()  # of the bundled model
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "conv_inverted", "conv_point"]
 
 
@@ -63,8 +64,8 @@ class Captioned:
     def __call__(self, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         s, rng = self.settings, np.random.default_rng((self.seed, 7, step))
         chosen = rng.integers(0, s.images, s.batch)
-        samples = [bank_sample(self.seed, s.side, int(i)) for i in chosen]
-        texts = [describe(one, rng).text for one in samples]
+        samples = [bank_sample(WORLD, self.seed, s.side, int(i)) for i in chosen]
+        texts = [WORLD.describe(one, rng).text for one in samples]
         texts = ["" if rng.random() < s.empty_captions else text for text in texts]
         return chosen, *tokenise(self.tokenizer, texts)
 
@@ -86,8 +87,9 @@ def train_lora(folder: Path, settings: Settings, machine: Machine, seed: int) ->
     encoder = encoder.eval().requires_grad_(False).to(machine.device)
     tokenizer = Tokenizer.from_file(str(DEMO / "tokenizer" / "tokenizer.json"))
 
-    latents = bank(folder, vae, machine, seed, s.side, s.images, blueprint)
-    images: Bank = weight_cells(latents, files.vae.scaling_factor, s.object_weight, seed, s.side)
+    latents = bank(folder, vae, machine, WORLD, seed, s.side, s.images, blueprint)
+    scaling = files.vae.scaling_factor
+    images: Bank = weight_cells(latents, scaling, s.object_weight, WORLD, seed, s.side)
     torch.manual_seed(seed)
     dit = inject_adapter_in_model(lora_config(s), dit)
 

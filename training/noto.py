@@ -34,7 +34,7 @@ class Thing:
     english: tuple[tuple[str, str], ...]  # singular and plural of each name, the usual one first
     chinese: tuple[str, ...]
     measure: str  # the Chinese measure word
-    edge: tuple[int, int, int]  # mean RGB along its outline, which a ground must differ from
+    edge: tuple[tuple[int, ...], ...]  # RGB along its outline that a ground must differ from
 
 
 @cache
@@ -45,7 +45,6 @@ def things() -> tuple[Thing, ...]:
 
 def _thing(row: dict[str, str]) -> Thing:
     names = [tuple(pair.split("/")) for pair in row["english"].split("|")]
-    edge = row["edge"]
     return Thing(
         name=row["icon"],
         emoji=row["emoji"],
@@ -54,7 +53,7 @@ def _thing(row: dict[str, str]) -> Thing:
         english=tuple((one, many) for one, many in names),
         chinese=tuple(row["chinese"].split("|")),
         measure=row["measure"],
-        edge=(int(edge[:2], 16), int(edge[2:4], 16), int(edge[4:], 16)),
+        edge=tuple(tuple(bytes.fromhex(colour)) for colour in row["edge"].split()),
     )
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sana_cli.models.configs import DCAEConfig, DiTConfig
+from training.world import World
 
 _KINDS = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
 
@@ -50,6 +51,13 @@ class Settings:
     transformer: DiTConfig = _transformer(heads=7, layers=9, text=128, sample_size=16)
     text_width: int = 128
     text_layers: int = 4
+    # What the images show and the languages of captions, as in `world.World`.
+    shapes_share: float = 0.4
+    things_share: float = 0.0
+    chinese_share: float = 0.0
+    emoji_share: float = 0.0
+    # 1: begin with the bundled autoencoder and transformer, whose sizes must be those above.
+    warm_start: int = 0
     low_side: int = 256  # pixels of the two resolutions of the cascade
     high_side: int = 512
 
@@ -70,6 +78,7 @@ class Settings:
 
     # Stage 2, the text encoder.
     tokenizer_captions: int = 20_000
+    tokenizer_size: int = 1000  # most tokens beside bytes and special ones
     text_steps: int = 2500
     text_batch: int = 256
     text_rate: float = 2e-3
@@ -95,6 +104,10 @@ class Settings:
     save_seconds: float = 60.0  # least interval; checkpoints are saved at rows of the log
     log_every: int = 25
 
+    @property
+    def world(self) -> World:
+        return World(self.shapes_share, self.things_share, self.chinese_share, self.emoji_share)
+
 
 H200 = Settings()
 CPU = replace(
@@ -114,6 +127,28 @@ CPU = replace(
     average_decay=0.999,
     workers=0,
     save_seconds=300.0,
+)
+# The world with Noto's things, in three languages, from the bundled weights on.
+THINGS = replace(
+    CPU,
+    transformer=_transformer(heads=7, layers=9, text=160, sample_size=16),
+    text_width=160,
+    shapes_share=0.15,
+    things_share=0.65,
+    chinese_share=0.3,
+    emoji_share=0.1,
+    warm_start=1,
+    autoencoder_steps=7000,  # the bundled one blurs faces and thin lines of the drawings
+    autoencoder_rate=5e-4,
+    decoder_steps=1200,
+    tokenizer_captions=60_000,
+    tokenizer_size=2400,
+    text_steps=4000,
+    low_images=24_576,
+    low_steps=4_000,
+    high_images=14_336,
+    high_steps=10_000,
+    average_decay=0.9995,
 )
 TOY = replace(
     CPU,
@@ -139,7 +174,10 @@ TOY = replace(
     save_seconds=0.0,
     log_every=4,
 )
-PRESETS = {"h200": H200, "cpu": CPU, "toy": TOY}
+TOY_THINGS = replace(
+    TOY, shapes_share=0.2, things_share=0.5, chinese_share=0.3, emoji_share=0.1, tokenizer_size=2400
+)
+PRESETS = {"h200": H200, "cpu": CPU, "things": THINGS, "toy": TOY, "toy-things": TOY_THINGS}
 
 
 def with_changes(settings: Any, changes: list[str]) -> Any:

@@ -11,7 +11,7 @@ from zlib import crc32
 
 import numpy as np
 
-from training.captions import article
+from training.captions import Pick, article
 from training.outlines import box, fan, polygon
 
 COLOURS: dict[str, tuple[int, int, int]] = {
@@ -138,7 +138,7 @@ def describe(scene: Scene, rng: np.random.Generator) -> str:
     """Write a caption in one of many wordings; all that it states is true."""
     pick = lambda *options: str(options[int(rng.integers(len(options)))])  # noqa: E731
     names = [_name(o, pick) for o in scene.objects]
-    ground = _ground(scene, pick)
+    ground = _ground(scene.background, scene.axis, pick)
     if scene.relation:
         relation = {
             "above": pick("above", "above", "over"),
@@ -160,6 +160,16 @@ def describe(scene: Scene, rng: np.random.Generator) -> str:
             }[position]
             what = f"{what} {where}"
     opening = pick("", "", "", "", "a picture of ", "an image of ", "a drawing of ", "there is ")
+    return _before(what, ground, opening, pick)
+
+
+def on_ground(what: str, background: tuple[str, ...], axis: int, opening: str, pick: Pick) -> str:
+    """Write a caption of something else on such a background."""
+    one_of = lambda *options: pick(options)  # noqa: E731
+    return _before(what, _ground(background, axis, one_of), opening, one_of)
+
+
+def _before(what: str, ground: str, opening: str, pick) -> str:
     return pick(
         f"{opening}{what} on {ground}",
         f"{opening}{what} on {ground}",
@@ -180,17 +190,17 @@ def _name(thing: Object, pick) -> str:
     return article(f"{size[thing.size]}{colour} {thing.shape}")
 
 
-def _ground(scene: Scene, pick) -> str:
-    if len(scene.background) == 1:
-        colour = scene.background[0]
+def _ground(background: tuple[str, ...], axis: int, pick) -> str:
+    if len(background) == 1:
+        colour = background[0]
         return pick(
             article(f"{colour} background"),
             article(f"{colour} background"),
             article(f"plain {colour} background"),
             colour,
         )
-    first, second = scene.background
-    if scene.axis == 0:
+    first, second = background
+    if axis == 0:
         return pick(
             f"a background of {first} over {second}",
             f"a background that is {first} above and {second} below",

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from tokenizers import (
+    Regex,
     Tokenizer,
     decoders,
     models,
@@ -24,29 +25,39 @@ from tokenizers import (
 from torch import Tensor, nn
 from transformers import Gemma2Config, Gemma2Model
 
+from sana_cli.instruction import normalise_prompt
+from training.captions import NONSENSE
 from training.loop import Losses, Machine, Stage, train
 from training.prompts import prompts
 from training.settings import Settings
-from training.world import QUESTIONS, describe, training_sample
+from training.thing_prompts import thing_prompts
+from training.world import QUESTIONS, World
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are forked from this process
 
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>"]
 
 
-def train_tokenizer(path: Path, seed: int, captions: int) -> None:
+def train_tokenizer(path: Path, world: World, seed: int, captions: int, size: int) -> None:
     """Train a byte-fallback BPE in Gemma's format: spaces become "▁", any text can be encoded."""
     rng = np.random.default_rng(seed)
-    texts = [describe(training_sample(rng), rng).text for _ in range(captions)]
+    # Of random Chinese characters, most would be tokens.
+    nonsense = 0.0 if world.things else NONSENSE
+    texts = [world.describe(world.sample(rng), rng, nonsense).text for _ in range(captions)]
     learner = Tokenizer(models.BPE())
     learner.normalizer = normalizers.Replace(" ", "▁")
-    # No token crosses a word boundary.
-    learner.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+    # No token crosses a word boundary; Chinese characters and emoji are tokens of their own.
+    learner.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split("▁", "merged_with_next"),
+            pre_tokenizers.Split(Regex("[^ -~▁]"), "isolated"),
+        ]
+    )
     printable = [chr(c) for c in range(33, 127)]
     learner.train_from_iterator(
         texts,
         trainers.BpeTrainer(
-            vocab_size=1000, min_frequency=20, initial_alphabet=printable, show_progress=False
+            vocab_size=size, min_frequency=20, initial_alphabet=printable, show_progress=False
         ),
     )
     learned = json.loads(learner.to_str())["model"]
@@ -130,13 +141,14 @@ def tokenise(tokenizer: Tokenizer, captions: list[str]) -> tuple[np.ndarray, np.
 class Captions:
     """Ids and mask of a step's captions, and the index of every answer, (B, questions)."""
 
+    world: World
     seed: int
     batch: int
     tokenizer: Tokenizer
 
     def __call__(self, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         rng = np.random.default_rng((self.seed, 3, step))
-        captions = [describe(training_sample(rng), rng) for _ in range(self.batch)]
+        captions = [self.world.describe(self.world.sample(rng), rng) for _ in range(self.batch)]
         ids, mask = tokenise(self.tokenizer, [one.text for one in captions])
         answers = [[QUESTIONS[q].index(one.facts.get(q)) for q in QUESTIONS] for one in captions]
         return ids, mask, np.array(answers)
@@ -156,7 +168,7 @@ def stage(settings: Settings, machine: Machine, seed: int, tokenizer: Tokenizer)
             right &= answer.argmax(1) == truth[:, i]
         return {"loss": loss, "all right": right.float().mean()}
 
-    captions = Captions(seed, settings.text_batch, tokenizer)
+    captions = Captions(settings.world, seed, settings.text_batch, tokenizer)
     return Stage("text", model, settings.text_steps, settings.text_rate, 0.99, captions, losses)
 
 
@@ -166,26 +178,32 @@ def train_text_encoder(
     """Return tokenizer and frozen encoder, after running the steps that are not done yet."""
     path = folder / "tokenizer" / "tokenizer.json"
     if not path.is_file():
-        train_tokenizer(path.parent, seed, settings.tokenizer_captions)
+        s = settings
+        train_tokenizer(path.parent, s.world, seed, s.tokenizer_captions, s.tokenizer_size)
     tokenizer = Tokenizer.from_file(str(path))
     reader = train(stage(settings, machine, seed, tokenizer), folder, machine, seed)
-    accuracy = reading_accuracy(tokenizer, reader, machine)
+    accuracy = reading_accuracy(settings.world, tokenizer, reader, machine)
     (folder / "reading.json").write_text(json.dumps(accuracy) + "\n")
     return tokenizer, reader.encoder
 
 
 @torch.no_grad()
-def reading_accuracy(tokenizer: Tokenizer, reader: nn.Module, machine: Machine) -> dict[str, float]:
+def reading_accuracy(
+    world: World, tokenizer: Tokenizer, reader: nn.Module, machine: Machine
+) -> dict[str, float]:
     """Return, by category, the share of evaluation prompts of which every fact is read correctly.
 
     The wording of these prompts differs from that of the training captions.
     """
-    asked = prompts()
-    batch = (torch.from_numpy(part) for part in tokenise(tokenizer, [p.text for p in asked]))
+    asked = [(p.category, p.text, p.facts) for p in prompts()]
+    if world.things:
+        asked += [(f"{p.language}, {p.category}", p.text, p.facts) for p in thing_prompts()]
+    texts = [normalise_prompt(text) for _, text, _ in asked]
+    batch = (torch.from_numpy(part) for part in tokenise(tokenizer, texts))
     answers = reader(*(part.to(machine.device) for part in batch))
     read = {q: answers[q].argmax(1).tolist() for q in QUESTIONS}
     right: dict[str, list[bool]] = {}
-    for i, prompt in enumerate(asked):
-        facts = [QUESTIONS[q][read[q][i]] == fact for q, fact in prompt.facts.items()]
-        right.setdefault(prompt.category, []).append(all(facts))
+    for i, (category, _, stated) in enumerate(asked):
+        facts = [QUESTIONS[q][read[q][i]] == fact for q, fact in stated.items()]
+        right.setdefault(category, []).append(all(facts))
     return {category: round(sum(found) / len(found), 3) for category, found in right.items()}

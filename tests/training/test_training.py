@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,11 @@ from training.checker import check
 from training.painter import paint
 from training.prompts import PROMPTS, prompts
 from training.scenes import training_scene
-from training.world import QUESTIONS, describe, draw, training_sample
+from training.settings import THINGS
+from training.world import QUESTIONS, World, draw
 
 ROOT = Path(__file__).resolve().parents[2]
+WORLDS = {"before": World(), "with things": THINGS.world}
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +44,19 @@ def folder_bytes(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def test_a_run_makes_a_model_that_draws(tmp_path, one_thread):
+@pytest.mark.parametrize("preset", ["toy", "toy-things"])
+def test_a_run_makes_a_model_that_draws(preset, tmp_path, one_thread):
     from training.__main__ import main
+    from training.noto import NOTO
+    from training.npm import PackageUnavailable
 
-    main(["--preset", "toy", "--run", f"{tmp_path}/run", "--out", f"{tmp_path}/model"])
+    if preset == "toy-things":
+        pytest.importorskip("resvg_py", reason='what draws them: pip install -e ".[train]"')
+        try:
+            NOTO.archive()
+        except PackageUnavailable as error:
+            pytest.skip(str(error))
+    main(["--preset", preset, "--run", f"{tmp_path}/run", "--out", f"{tmp_path}/model"])
     _draws(tmp_path / "model")
 
 
@@ -93,7 +105,7 @@ def test_worker_processes_make_the_same_batches_in_the_same_order():
     from training.autoencoder import Crops
     from training.loop import prefetch
 
-    crops = Crops(seed=1, stream=1, sides=(64, 96), batch=2, crop=32)
+    crops = Crops(World(), seed=1, stream=1, sides=(64, 96), batch=2, crop=32)
     alone, helped = (list(prefetch(crops, range(3, 9), workers)) for workers in (0, 2))
     assert len(alone) == 6
     assert all(np.array_equal(a, b) for a, b in zip(alone, helped, strict=True))
@@ -164,11 +176,12 @@ def test_captions_tell_where_everything_is():
 
     A sea may be told or not, and things on water stand a little higher: only across is compared.
     """
+    world = replace(THINGS.world, things=0.0)
     rng = np.random.default_rng(9)
     across = {}
     for _ in range(2000):
-        scene = training_sample(rng)
-        told = describe(scene, rng).facts
+        scene = world.sample(rng)
+        told = world.describe(scene, rng).facts
         telling = ("kind", "count", "place", "relation", "size")
         key = tuple((k, v) for k, v in told.items() if k.startswith(telling))
         found = sorted((round(left, 4), round(right, 4)) for left, right, _, _ in scene.boxes)
@@ -188,10 +201,11 @@ def test_a_fuller_caption_is_chosen_more_often():
     assert np.mean(chosen) > np.mean(plain) + 0.05
 
 
-def test_every_fact_of_a_caption_is_an_answer_that_the_encoder_learns():
+@pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
+def test_every_fact_of_a_caption_is_an_answer_that_the_encoder_learns(world):
     rng = np.random.default_rng(3)
     for _ in range(300):
-        for question, answer in describe(training_sample(rng), rng).facts.items():
+        for question, answer in world.describe(world.sample(rng), rng).facts.items():
             assert answer in QUESTIONS[question]
 
 
@@ -200,7 +214,8 @@ def test_prompts_are_500_in_six_categories_and_not_in_the_words_of_training(aske
     assert {c: sum(p.category == c for p in asked) for c in PROMPTS} == PROMPTS
     assert all(p.scene.held_out for p in asked)
     rng = np.random.default_rng(4)
-    trained = {describe(training_sample(rng), rng).text for _ in range(2000)}
+    world = World()
+    trained = {world.describe(world.sample(rng), rng).text for _ in range(2000)}
     assert not trained & {p.text for p in asked}
 
 
@@ -213,11 +228,24 @@ def test_each_prompt_can_be_obeyed(category, asked):
 
 def test_both_worlds_are_in_the_training():
     rng = np.random.default_rng(5)
-    samples = [training_sample(rng) for _ in range(60)]
+    samples = [World().sample(rng) for _ in range(60)]
     modules = {type(sample).__module__ for sample in samples}
     assert modules == {"training.scenes", "training.shapes"}
     assert all(draw(sample, 64).shape == (64, 64, 3) for sample in samples)
     assert not any(sample.held_out for sample in samples)
+
+
+def test_a_run_can_start_from_the_bundled_weights():
+    """Their sizes are those of the settings; only what reads the new text encoder is new."""
+    from training import autoencoder, bundled, diffusion
+
+    bundled.start_from(autoencoder.build(THINGS.autoencoder), "vae")
+    model = diffusion.build(THINGS.transformer, THINGS.text_scale)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    bundled.start_from(model, "transformer", without=("caption_projection", "caption_norm"))
+    same = {n.split(".")[0] for n, v in model.state_dict().items() if torch.equal(v, before[n])}
+    assert {"caption_projection", "caption_norm"} <= same
+    assert not same & {"patch_embed", "proj_out", "time_embed"}
 
 
 def test_a_run_goes_on_with_the_numbers_it_was_begun_with(tmp_path, capsys):
