@@ -24,7 +24,7 @@ def check(facts: dict[str, str], pixels: np.ndarray) -> dict[str, bool]:
     """Return for every fact of a caption (`Caption.facts`) whether uint8 RGB `pixels` show it.
 
     The image is square and its side a multiple of 128. A thing that is drawn twice, one partly
-    behind the other, counts as two. "nothing else" is false where another thing is drawn or, on a
+    behind the other, counts as two; copies of different sizes are a wrong count. "nothing else" is false where another thing is drawn or, on a
     plain ground, anything else.
     """
     view = View(pixels)
@@ -36,7 +36,8 @@ def check(facts: dict[str, str], pixels: np.ndarray) -> dict[str, bool]:
     for i, kind in enumerate(kinds, 1):
         groups.append([one for one in seen if one.thing == kind])
         verdict[f"kind {i}"] = bool(groups[-1])
-        verdict[f"count {i}"] = len(groups[-1]) == int(facts[f"count {i}"])
+        one_size = len({one.size for one in groups[-1]}) == 1
+        verdict[f"count {i}"] = one_size and len(groups[-1]) == int(facts[f"count {i}"])
     whole = all(groups)
     if "size" in facts:
         verdict["size"] = whole and all(one.size == facts["size"] for one in groups[0])

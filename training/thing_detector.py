@@ -1,9 +1,9 @@
 """Find drawings of known things in an image: masked template matching without trained weights.
 
 An image is averaged to 64 and to 128 pixels a side. At 64 the squared colour error between the
-image and every drawing in every size is computed for all offsets at once by Fourier transforms; only
-pixels inside a drawing count, so the ground does not matter. The least errors are examined at 128,
-shifted by up to two pixels and scaled by 4 %. There the drawing is laid over the colours found
+image and every drawing in every size is computed for all offsets at once by Fourier transforms;
+only pixels inside a drawing count, so the ground does not matter. The least errors are examined at
+128, shifted by up to two pixels and scaled by 4 %. There the drawing is laid over the colours found
 around it, blurred as much as suits the image best, and each pixel is asked whether it has the
 predicted colour. Only pixels that differ from their ground are asked: a white thing is not found in
 a white area. A candidate is a sighting if no other drawing predicts the pixels better.
@@ -28,8 +28,8 @@ SOLID = 0.75  # least opacity of a pixel that counts as a part of a drawing
 PEAKS = 3  # candidates of each thing and size
 FAR = 85.0  # RMS RGB distance at COARSE beyond which nothing is a candidate
 VISIBLE = 40.0  # least RGB distance of a pixel's colour from its ground
-# Largest RGB distance of a pixel from its prediction, as a share of that to the ground, with bounds.
-# A thing at half opacity is half that distance away.
+# Largest RGB distance of a pixel from its prediction, as a share of that to the ground, with
+# bounds. A thing at half opacity is half that distance away.
 NEAR, NEAR_BOUNDS = 0.45, (20.0, 60.0)
 SOFTNESS = (0.0, 1.0, 2.0)  # standard deviations of the blur in pixels at FINE
 # The autoencoder keeps more than these of nearly every true drawing of 9/16 and 6/16 at 512²;
@@ -121,7 +121,7 @@ def hidden_copies(view: View, found: list[Sighting]) -> list[Sighting]:
 
 
 def strangers(view: View, found: list[Sighting]) -> list[Sighting]:
-    """Return sightings of things other than those found, beside them: the likeliest are examined."""
+    """Return sightings of other things beside those found; only the likeliest are examined."""
     known = {one.thing for one in found}
     likely = []
     for (name, size), row in _bank()[0].items():
@@ -280,8 +280,8 @@ def _placed(
             for right in range(-2, 3):
                 at = rows + (top + down + _EDGE), columns + (left + right + _EDGE)
                 squares = np.minimum(np.square(view.fine[at] - colours).sum(1), FAR**2)
-                if counted is not None:
-                    squares = squares[counted[at]]
+                if counted is not None:  # not only of the few pixels that happen to fit
+                    squares = np.where(counted[at], squares, FAR**2)
                 error = squares.mean() if len(squares) else np.inf
                 if error < least:
                     least, best = error, (pixels, top + down, left + right)
