@@ -2,13 +2,13 @@
 
 By default the prompts are the 500 of `training.prompts` about illustrated scenes, checked by
 `training.checker`. With `--world shapes` they are 200 one-object and 100 two-object prompts about
-shapes, checked by `training.shape_checker`; with `--world things` the 600 of
-`training.thing_prompts` in three languages, checked by `training.thing_checker`. Images are drawn at the default settings of
-`sana generate`. A prompt is obeyed if every fact that it states is found in the pixels.
-`--sheet` saves a contact sheet of 24 images, evenly spaced over the prompts, and beside it a text
-file of these prompts. `--copies` checks painted scenes after the model's autoencoder instead: an
-upper bound for any transformer. `--resume FILE` appends the verdict of each prompt to a file of
-JSON lines and skips the prompts that it has.
+shapes, checked by `training.shape_checker`, and with `--world things` the 600 of
+`training.thing_prompts` in three languages, checked by `training.thing_checker`. Images are drawn
+at the default settings of `sana generate`. A prompt is obeyed if every fact that it states is found
+in the pixels. `--sheet` saves a contact sheet of 24 images, evenly spaced over the prompts, and
+beside it a text file of these prompts. `--copies` checks painted scenes after the model's
+autoencoder instead: an upper bound for any transformer. `--resume FILE` appends the verdict of each
+prompt to a file of JSON lines and skips the prompts that it has.
 """
 
 import argparse

@@ -24,8 +24,8 @@ def check(facts: dict[str, str], pixels: np.ndarray) -> dict[str, bool]:
     """Return for every fact of a caption (`Caption.facts`) whether uint8 RGB `pixels` show it.
 
     The image is square and its side a multiple of 128. A thing that is drawn twice, one partly
-    behind the other, counts as two; copies of different sizes are a wrong count. "nothing else" is false where another thing is drawn or, on a
-    plain ground, anything else.
+    behind the other, counts as two; copies of different sizes are a wrong count. "nothing else" is
+    false where another thing is drawn or, on a plain ground, anything else.
     """
     view = View(pixels)
     kinds = [facts[name] for name in ("kind 1", "kind 2") if name in facts]
