@@ -40,10 +40,12 @@ MIN_OPACITY = 0.72
 MIN_VISIBLE = 0.4  # of a thing's pixels, and of those of its outline
 RIVALS = 12  # other things that a candidate is compared with
 STRANGERS = 24  # candidates among all other things
+# Least share for one of them: parts of mountains look like grey things up to 0.93.
+STRANGER_SHARE = 0.95
 APART = 0.5  # of a size; closer centres are one place
 # Of a copy behind a sighting: what may be seen of it, and the least share of right pixels there.
-PART = (0.1, 0.97)
-MIN_PART_SHARE = 0.75
+PART = (0.06, 0.97)
+MIN_PART_SHARE = 0.6
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,8 @@ def strangers(view: View, found: list[Sighting]) -> list[Sighting]:
     seen = []
     for _, *where in sorted(likely)[:STRANGERS]:
         one = _examined(view, _placed(view, *where))
-        if one and not any(_same_place(one, other) for other in found):
+        apart = one and not any(_same_place(one, other) for other in found)
+        if one and apart and one.share >= STRANGER_SHARE:
             seen.append(one)
     return seen
 

@@ -46,9 +46,10 @@ def obeyed(told: Scene, pixels: np.ndarray) -> bool:
 
 
 def soft(pixels: np.ndarray) -> np.ndarray:
-    """Blurred and a little too bright, as a small model draws."""
+    """Blurred and noisy, as a small model draws."""
+    rng = np.random.default_rng(4)
     blurred = ndimage.gaussian_filter(pixels.astype(np.float32), (1.5, 1.5, 0))
-    return np.clip(blurred + 6, 0, 255).astype(np.uint8)
+    return np.clip(blurred + rng.uniform(-8, 8, blurred.shape), 0, 255).astype(np.uint8)
 
 
 @pytest.mark.parametrize("drawn", [lambda pixels: pixels, soft], ids=["clean", "soft"])
