@@ -81,7 +81,13 @@ def check(facts: dict[str, str], pixels: np.ndarray) -> dict[str, bool]:
             verdict[f"place {i}"] = bool(things) and place_of(things[0]) == facts[f"place {i}"]
     if "relation" in facts:
         both = all(groups)
-        verdict["relation"] = both and _in_relation(facts["relation"], *groups)
+        verdict["relation"] = both and in_relation(facts["relation"], *groups)
+    return verdict | check_surroundings(facts, seen)
+
+
+def check_surroundings(facts: dict[str, str], seen: Seen) -> dict[str, bool]:
+    """Return whether the sky and the land that a caption states were seen."""
+    verdict = {}
     if "sky" in facts:
         verdict["sky"] = _sky_is(facts["sky"], seen)
     if "land" in facts:
@@ -89,14 +95,22 @@ def check(facts: dict[str, str], pixels: np.ndarray) -> dict[str, bool]:
     return verdict
 
 
-def look(pixels: np.ndarray) -> Seen:
-    """Detect light, land, moon, stars and objects in a square uint8 RGB image."""
+def look(pixels: np.ndarray, taken: np.ndarray | None = None) -> Seen:
+    """Detect light, land, moon, stars and objects in a square uint8 RGB image.
+
+    Pixels that are `taken` by something else, bool (n, n) of any n that divides 256, do not count
+    for light, land, moon and stars.
+    """
     fine = max(1, len(pixels) // 256)  # no fact needs more than 256 pixels a side
     shape = (len(pixels) // fine, fine, len(pixels) // fine, fine, 3)
     coarse = pixels.reshape(shape).mean((1, 3), dtype=np.float32)
     smooth = ndimage.uniform_filter(coarse, size=(3, 3, 1))
-    light = _light_of(smooth)
-    land = _land_of(smooth, light) if light else None
+    free = np.ones(smooth.shape[:2], bool)
+    if taken is not None:
+        scale = len(smooth) // len(taken)
+        free = ~taken.repeat(scale, 0).repeat(scale, 1)
+    light = _light_of(smooth, free)
+    land = _land_of(smooth, light, free) if light else None
     if light is None or land is None:
         return Seen(light, land, False, 0, ())
     names, nearest = _nearest(light, land)
@@ -106,14 +120,16 @@ def look(pixels: np.ndarray) -> Seen:
     found = []
     for colour in COLOURS:
         found += _objects(named(colour), details, colour)
-    moon, stars = _moon_and_stars(named("disc"), smooth) if light == "night" else (False, 0)
+    moon, stars = (
+        _moon_and_stars(named("disc") & free, smooth, free) if light == "night" else (False, 0)
+    )
     return Seen(light, land, moon, stars, tuple(found))
 
 
 # --- sky and land --------------------------------------------------------------------------
 
 
-def _light_of(smooth: np.ndarray) -> str | None:
+def _light_of(smooth: np.ndarray, free: np.ndarray) -> str | None:
     """Return the light whose gradient explains most of the upper sky, None if none does."""
     side = len(smooth)
     rows = (np.arange(side) + 0.5) / side
@@ -124,15 +140,18 @@ def _light_of(smooth: np.ndarray) -> str | None:
         for horizon in (0.72, HORIZON["sea"]):
             sky = sky_at(light, np.clip(rows[upper] / horizon, 0, 1))
             explained |= np.linalg.norm(smooth[upper] - sky[:, None], axis=-1) < FAR_COLOUR
-        share[light] = explained.mean()
+        share[light] = explained[free[upper]].mean() if free[upper].any() else 0.0
     best = max(share, key=lambda light: share[light])
     return best if share[best] >= MIN_SKY else None
 
 
-def _land_of(smooth: np.ndarray, light: str) -> str | None:
+def _land_of(smooth: np.ndarray, light: str, free: np.ndarray) -> str | None:
     """Return the land whose colours explain most of the lower half, None if none does."""
     side = len(smooth)
-    cells = _cells(smooth[(np.arange(side) + 0.5) / side > 0.5])
+    lower = (np.arange(side) + 0.5) / side > 0.5
+    cells = _cells(smooth[lower][free[lower]])
+    if not len(cells):
+        return None
     share = {land: float(_explained(light, land)[cells].mean()) for land in LANDS}
     best = max(share, key=lambda land: share[land])
     return best if share[best] >= MIN_LAND else None
@@ -177,7 +196,7 @@ def land_colours(light: str, land: str) -> np.ndarray:
     return np.stack(colours).astype(np.float32)
 
 
-def _moon_and_stars(disc: np.ndarray, smooth: np.ndarray) -> tuple[bool, int]:
+def _moon_and_stars(disc: np.ndarray, smooth: np.ndarray, free: np.ndarray) -> tuple[bool, int]:
     """Detect a moon, a round patch of the disc's colour, and count stars, small bright spots."""
     side = len(disc)
     labels, count = ndimage.label(disc)
@@ -188,7 +207,8 @@ def _moon_and_stars(disc: np.ndarray, smooth: np.ndarray) -> tuple[bool, int]:
         if area > 0.008 * disc.size and 0.75 < width / height < 1.33:
             moon = moon or bool(area / (width * height) > 0.62)
     upper = smooth[: int(0.42 * side)].mean(-1)
-    _, stars = ndimage.label(ndimage.white_tophat(upper, size=max(5, side // 18)) > 22)
+    bright = ndimage.white_tophat(upper, size=max(5, side // 18)) > 22
+    _, stars = ndimage.label(bright & free[: len(bright)])
     return moon, int(stars)
 
 
@@ -323,7 +343,7 @@ def place_of(thing: Detection) -> str:
     return min(PLACES, key=lambda place: abs(AT[place] - thing.x))
 
 
-def _in_relation(relation: str, first: list[Detection], second: list[Detection]) -> bool:
+def in_relation(relation: str, first: list[Detection], second: list[Detection]) -> bool:
     dx = np.mean([t.x for t in second]) - np.mean([t.x for t in first])
     dy = np.mean([t.y for t in second]) - np.mean([t.y for t in first])
     along, across = along_and_across(relation, dx, dy)

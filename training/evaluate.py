@@ -2,16 +2,19 @@
 
 By default the prompts are the 500 of `training.prompts` about illustrated scenes, checked by
 `training.checker`. With `--world shapes` they are 200 one-object and 100 two-object prompts about
-shapes, checked by `training.shape_checker`. Images are drawn at the default settings of
-`sana generate`. A prompt is obeyed if every fact that it states is found in the pixels.
-`--sheet` saves a contact sheet of 24 images, evenly spaced over the prompts, and beside it a text
-file of these prompts. `--copies` checks painted scenes after the model's autoencoder instead: an
-upper bound for any transformer.
+shapes, checked by `training.shape_checker`, and with `--world things` the 600 of
+`training.thing_prompts` in three languages, checked by `training.thing_checker`. Images are drawn
+at the default settings of `sana generate`. A prompt is obeyed if every fact that it states is found
+in the pixels. `--sheet` saves a contact sheet of 24 images, evenly spaced over the prompts, and
+beside it a text file of these prompts. `--copies` checks painted scenes after the model's
+autoencoder instead: an upper bound for any transformer. `--resume FILE` appends the verdict of each
+prompt to a file of JSON lines and skips the prompts that it has.
 """
 
 import argparse
 import json
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,13 +32,17 @@ from sana_cli.weights.catalogue import known_models
 from sana_cli.weights.checkpoint import load_weights, on_meta
 from sana_cli.weights.layout import folder_parts
 from sana_cli.weights.model_files import ModelFiles, open_model
-from training import checker, shape_checker
+from training import checker, shape_checker, thing_checker
 from training.autoencoder import to_image
+from training.emoji_captions import withheld
 from training.prompts import SEED, SHAPES, prompts, shape_prompts
+from training.thing_prompts import SEED as THINGS_SEED
+from training.thing_prompts import thing_prompts
 from training.world import Sample
 from training.world import draw as paint
 
 ROOT = Path(__file__).resolve().parents[1]
+BATCH = 12  # prompts that are drawn before their verdicts are kept
 THUMBNAIL = 256  # pixels of a side on the contact sheet
 Verdict = dict[str, bool]
 
@@ -46,6 +53,8 @@ class Question:
     prompt: str
     judge: Callable[[np.ndarray], Verdict]
     scene: Sample  # an example that the prompt describes
+    language: str | None = None
+    withheld: bool = False  # whether it has a name that the transformer never saw
 
 
 def recipe(
@@ -95,6 +104,20 @@ def shape_questions(seed: int = SEED) -> list[Question]:
     ]
 
 
+def thing_questions(seed: int = THINGS_SEED) -> list[Question]:
+    return [
+        Question(
+            p.category,
+            p.text,
+            partial(thing_checker.check, p.facts),
+            p.scene,
+            p.language,
+            any(withheld(thing) == p.language for thing in p.scene.things),
+        )
+        for p in thing_prompts(seed)
+    ]
+
+
 def draw_images(recipes: list[Recipe], files: ModelFiles, device: str) -> list[np.ndarray]:
     return [e.pixels for e in draw(recipes, files, Plan(device)) if isinstance(e, ImageDone)]
 
@@ -135,8 +158,8 @@ def main() -> None:
     demo = known_models()["demo"]
     parser = argparse.ArgumentParser(prog="python -m training.evaluate", description=__doc__)
     parser.add_argument("--model", type=Path, default=ROOT / "sana_cli" / "demo")
-    parser.add_argument("--world", choices=("scenes", "shapes"), default="scenes")
-    parser.add_argument("--seed", type=int, default=SEED, help="of the prompts")
+    parser.add_argument("--world", choices=("scenes", "shapes", "things"), default="scenes")
+    parser.add_argument("--seed", type=int, help="of the prompts")
     parser.add_argument("--every", type=int, default=1, help="use one in N prompts")
     parser.add_argument("--side", type=int, default=demo.side, help="of the images, in pixels")
     parser.add_argument("--steps", type=int, default=demo.steps)
@@ -145,17 +168,21 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--copies", action="store_true", help="check encoded and decoded paintings")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--resume", type=Path, help="keep verdicts in this file and go on from it")
     parser.add_argument("--sheet", type=Path, help="save a contact sheet of 24 images")
     options = parser.parse_args()
 
-    ask = scene_questions if options.world == "scenes" else shape_questions
-    questions = list(enumerate(ask(options.seed)))[:: options.every]
+    ask = {"scenes": scene_questions, "shapes": shape_questions, "things": thing_questions}
+    default = THINGS_SEED if options.world == "things" else SEED
+    options.seed = default if options.seed is None else options.seed
+    questions = list(enumerate(ask[options.world](options.seed)))[:: options.every]
     files = open_model(folder_parts(options.model))
-    if options.copies:
-        drawn = copies([question.scene for _, question in questions], files, options.side)
-    else:
-        drawn = draw_questions(
-            questions,
+
+    def pictures(chosen: list[tuple[int, Question]]) -> list[np.ndarray]:
+        if options.copies:
+            return copies([question.scene for _, question in chosen], files, options.side)
+        return draw_questions(
+            chosen,
             files,
             options.device,
             steps=options.steps,
@@ -163,22 +190,62 @@ def main() -> None:
             solver=options.solver,
             side=options.side,
         )
-    verdicts = [
-        (question.category, question.judge(pixels))
-        for (_, question), pixels in zip(questions, drawn, strict=True)
-    ]
+
     settings = ("world", "seed", "every", "side", "steps", "guidance", "solver", "copies")
-    report = {name: getattr(options, name) for name in settings} | summary(verdicts)
+    asked = {name: getattr(options, name) for name in settings}
+    known = _verdicts_of(options.resume, asked | {"model": str(options.model.resolve())})
+    while todo := [one for one in questions if one[0] not in known][:BATCH]:
+        for (index, question), pixels in zip(todo, pictures(todo), strict=True):
+            known[index] = question.judge(pixels)
+            if options.resume:
+                with options.resume.open("a") as file:
+                    file.write(json.dumps([index, known[index]]) + "\n")
+    report = asked | grouped([(question, known[index]) for index, question in questions])
     print(json.dumps(report, indent=2) if options.json else table(report))
     if options.sheet:
-        chosen = np.linspace(0, len(drawn) - 1, 24).astype(int)
-        small = [Image.fromarray(drawn[i]).resize((THUMBNAIL, THUMBNAIL)) for i in chosen]
+        chosen = [questions[i] for i in np.linspace(0, len(questions) - 1, 24).astype(int)]
         sheet = Image.new("RGB", (6 * THUMBNAIL, 4 * THUMBNAIL))
-        for i, image in enumerate(small):
-            sheet.paste(image, (i % 6 * THUMBNAIL, i // 6 * THUMBNAIL))
+        for i, pixels in enumerate(pictures(chosen)):
+            small = Image.fromarray(pixels).resize((THUMBNAIL, THUMBNAIL))
+            sheet.paste(small, (i % 6 * THUMBNAIL, i // 6 * THUMBNAIL))
         sheet.save(options.sheet)
-        texts = [questions[i][1].prompt for i in chosen]
-        options.sheet.with_suffix(".txt").write_text("\n".join(texts) + "\n")
+        lines = [f"{i}. {question.prompt}\n" for i, (_, question) in enumerate(chosen, 1)]
+        options.sheet.with_suffix(".txt").write_text("".join(lines), encoding="utf-8")
+
+
+def _verdicts_of(path: Path | None, settings: dict) -> dict[int, Verdict]:
+    """Return the verdicts that a file has; its first line has the settings and must equal these.
+
+    A new file is begun. A last line that was cut off by a kill is removed.
+    """
+    if path is None:
+        return {}
+    if not path.exists():
+        path.write_text(json.dumps(settings) + "\n")
+        return {}
+    whole = path.read_text().rpartition("\n")[0]
+    first, *lines = whole.split("\n")
+    if json.loads(first or "null") != settings:
+        sys.exit(f"{path} has verdicts of other settings ({first}); choose another file")
+    path.write_text(whole + "\n")
+    return dict(json.loads(line) for line in lines)
+
+
+def grouped(verdicts: list[tuple[Question, Verdict]]) -> dict[str, dict]:
+    """Summarise by category and, if the questions have languages, by language and both.
+
+    "withheld names" are the prompts with a name that the transformer never saw in that language.
+    """
+    report = summary([(question.category, verdict) for question, verdict in verdicts])
+    spoken = [(q.language, q, verdict) for q, verdict in verdicts if q.language]
+    if spoken:
+        for name, groups in {
+            "languages": [(language, verdict) for language, _, verdict in spoken],
+            "categories by language": [(f"{lang}, {q.category}", v) for lang, q, v in spoken],
+            "withheld names": [(language, v) for language, q, v in spoken if q.withheld],
+        }.items():
+            report[name] = summary(groups)["categories"]
+    return report
 
 
 def summary(verdicts: list[tuple[str, Verdict]]) -> dict[str, dict]:
@@ -207,16 +274,26 @@ def interval(right: int, count: int, z: float = 1.96) -> tuple[float, float]:
 
 
 def table(report: dict) -> str:
-    """Format a Markdown table like GenEval's: a row for each category, and their mean."""
-    lines = ["| category | prompts | obeyed | 95 % interval |", "|---|---|---|---|"]
+    """Format Markdown tables like GenEval's: a row for each category, and their mean.
+
+    For prompts in several languages there are more tables, of languages and of withheld names.
+    """
     rows = report["categories"]
-    for category, row in rows.items():
-        low, high = row["interval"]
-        share = f"{row['all']:.1%} | {low:.1%} – {high:.1%}".replace("%", " %")
-        lines.append(f"| {category} | {row['prompts']} | {share} |")
     mean = float(np.mean([row["all"] for row in rows.values()]))
     prompts_in_all = sum(row["prompts"] for row in rows.values())
-    return "\n".join([*lines, f"| mean | {prompts_in_all} | {mean:.1%} | |".replace("%", " %")])
+    lines = [*_rows("category", rows), f"| mean | {prompts_in_all} | {mean:.1%} | |"]
+    for name in ("languages", "categories by language", "withheld names"):
+        if name in report:
+            lines += ["", *_rows(name, report[name])]
+    return "\n".join(lines).replace("%", " %")
+
+
+def _rows(title: str, rows: dict[str, dict]) -> list[str]:
+    lines = [f"| {title} | prompts | obeyed | 95% interval |", "|---|---|---|---|"]
+    for name, row in rows.items():
+        low, high = row["interval"]
+        lines.append(f"| {name} | {row['prompts']} | {row['all']:.1%} | {low:.1%} – {high:.1%} |")
+    return lines
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ FAR_COLOUR = 60.0  # largest RGB distance of a patch's mean from its colour
 def check(scene: Scene, pixels: np.ndarray) -> dict[str, bool]:
     """Return for every attribute that a caption can state whether uint8 RGB `pixels` show it."""
     names = nearest_colours(pixels)
-    verdict = {"background": _background(scene, names, pixels)}
+    verdict = {"background": ground_is(scene.background, scene.axis, names, pixels)}
     patches = [_patch(thing, scene, names) for thing in scene.objects]
     if len(patches) == 2 and scene.objects[0].colour == scene.objects[1].colour:
         patches = _two_patches(scene, names)
@@ -44,7 +44,10 @@ def check(scene: Scene, pixels: np.ndarray) -> dict[str, bool]:
             verdict["position"] = bool(found) and position_of(found[0]) == thing.position
         if thing.size:
             verdict["size"] = bool(found) and size_of(found[0]) == thing.size
-    verdict["nothing else"] = _nothing_else(scene, names, found)
+    taken = np.zeros_like(names, bool)
+    for patch in found:
+        taken |= ndimage.binary_dilation(patch, iterations=4)
+    verdict["nothing else"] = nothing_else(scene.background, scene.axis, names, taken)
     return verdict
 
 
@@ -55,22 +58,33 @@ def nearest_colours(pixels: np.ndarray) -> np.ndarray:
     return np.argmin(distance, axis=0)
 
 
-def _background(scene: Scene, names: np.ndarray, pixels: np.ndarray) -> bool:
-    """Check that the pixels near the edge of each half (or the whole) have its colour."""
+def ground_is(
+    background: tuple[str, ...],
+    axis: int,
+    names: np.ndarray,
+    pixels: np.ndarray,
+    taken: np.ndarray | None = None,
+) -> bool:
+    """Check that the pixels near the edge of each half (or the whole) have its colour.
+
+    Pixels that are `taken` by something else do not count.
+    """
     height, width = names.shape
     frame = np.ones_like(names, bool)
     edge = height // 24
     frame[edge:-edge, edge:-edge] = False
-    if len(scene.background) == 1:
+    if taken is not None:
+        frame &= ~taken
+    if len(background) == 1:
         areas = [frame]
     else:
-        middle = np.indices(names.shape)[scene.axis] * 2 - (height, width)[scene.axis]
+        middle = np.indices(names.shape)[axis] * 2 - (height, width)[axis]
         margin = height // 12
         areas = [frame & (middle < -margin), frame & (middle > margin)]
     return all(
         (names[area] == NAMES.index(colour)).mean() >= MIN_COVER
         and _is_colour(colour, area & (names == NAMES.index(colour)), pixels)
-        for area, colour in zip(areas, scene.background, strict=True)
+        for area, colour in zip(areas, background, strict=True)
     )
 
 
@@ -123,7 +137,10 @@ def _in_relation(relation: str, first: np.ndarray, second: np.ndarray) -> bool:
 
 
 def position_of(patch: np.ndarray) -> str:
-    x, y = _centre(patch)
+    return position_at(*_centre(patch))
+
+
+def position_at(x: float, y: float) -> str:
     return min(POSITIONS, key=lambda name: np.hypot(x - POSITIONS[name][0], y - POSITIONS[name][1]))
 
 
@@ -165,16 +182,15 @@ def _unit_shape(shape: str) -> np.ndarray:
     return shape_distance(shape, *np.meshgrid(axis, axis)) < 0
 
 
-def _nothing_else(scene: Scene, names: np.ndarray, found: list[np.ndarray]) -> bool:
-    """Check that there is no patch besides the background and the objects found."""
-    taken = np.zeros_like(names, bool)
-    for patch in found:
-        taken |= ndimage.binary_dilation(patch, iterations=4)
-    ground = [NAMES.index(colour) for colour in scene.background]
+def nothing_else(
+    background: tuple[str, ...], axis: int, names: np.ndarray, taken: np.ndarray
+) -> bool:
+    """Check that there is no patch besides the background and the pixels that are `taken`."""
+    ground = [NAMES.index(colour) for colour in background]
     stray = ~taken & ~np.isin(names, ground)
     if len(ground) == 2:  # between the halves, colours are mixed
-        middle = np.indices(names.shape)[scene.axis] * 2 - names.shape[scene.axis]
-        stray &= np.abs(middle) > names.shape[scene.axis] // 16
+        middle = np.indices(names.shape)[axis] * 2 - names.shape[axis]
+        stray &= np.abs(middle) > names.shape[axis] // 16
     labels, count = ndimage.label(ndimage.binary_opening(stray, iterations=2))
     sizes = ndimage.sum_labels(np.ones_like(names), labels, range(1, count + 1))
     return not np.any(np.asarray(sizes) >= MIN_AREA * names.size)
