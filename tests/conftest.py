@@ -1,5 +1,6 @@
 """Real parts for every test: a saved random model, the `sana` command, loopback nothing."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -48,6 +49,9 @@ def is_exhaustive(config: pytest.Config) -> bool:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Imports leave a million objects that stay: until they are all there, looking for garbage among
+    # them takes a third of the time.
+    gc.disable()
     import torch
 
     # Without a GPU Triton interprets its kernels: it decides so as it is first imported.
@@ -72,6 +76,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker("exhaustive")
 
 
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # or libraries in C++ tell of leaks at the end
+
+
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory, monkeypatch) -> Path:
     """The folder of what is kept between runs: empty for every test, and never the user's."""
@@ -83,7 +96,7 @@ def cache(tmp_path_factory, monkeypatch) -> Path:
 @pytest.fixture
 def machine(monkeypatch) -> list[str]:
     """A machine of round rates and networks of round counts; lists what was measured or counted."""
-    from sana_cli.bench import forecast, roofline
+    from sana_cli.bench import forecast, phases, roofline
     from sana_cli.bench.counted import Count
 
     asked: list[str] = []
@@ -91,8 +104,9 @@ def machine(monkeypatch) -> list[str]:
     def given(module, name, value):
         monkeypatch.setattr(module, name, lambda *what: asked.append(name) or value)
 
-    given(roofline, "bandwidth", 1e10)
-    given(roofline, "matrix_rate", 1e11)
+    for module in (roofline, phases):
+        given(module, "bandwidth", 1e10)
+        given(module, "matrix_rate", 1e11)
     given(forecast, "count_step", Count(2e11, 1e9, 100))
     given(forecast, "count_decode", Count(1e12, 2e9, 50))
     return asked

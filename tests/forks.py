@@ -10,6 +10,7 @@ half of what it was about to write being written; with SANA_TEST_KILL_AFTER=S af
 """
 
 import contextlib
+import gc
 import json
 import os
 import select
@@ -36,6 +37,7 @@ def ask(path: str, words: list[str]) -> int:
 
 
 def serve(path: str) -> None:
+    gc.disable()
     import filelock  # noqa: F401
     import httpx2  # noqa: F401
     import PIL.PngImagePlugin  # noqa: F401
@@ -52,6 +54,8 @@ def serve(path: str) -> None:
 
     # Its constants are read from the environment as it is imported.
     assert "huggingface_hub" not in sys.modules
+    gc.freeze()  # or every process would look for garbage among the imports, and copy them
+    gc.enable()
     server = socket.socket(socket.AF_UNIX)
     server.bind(path)
     server.listen()

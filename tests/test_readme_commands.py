@@ -64,7 +64,7 @@ def every_command() -> list[str]:
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch) -> Path:
+def folder(tmp_path, monkeypatch, machine) -> Path:
     """A working folder with the files that the pages name, but for images of `sana` itself."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SANA_CONFIG", str(tmp_path / "config.toml"))

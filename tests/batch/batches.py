@@ -35,6 +35,6 @@ def events(out: str, heartbeats: bool = False) -> list[dict]:
     return [event for event in found if heartbeats or event["event"] != "heartbeat"]
 
 
-def started(*words: str, **options) -> subprocess.Popen:
+def started(program: str | Path, *words: str, **options) -> subprocess.Popen:
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen([SANA, "batch", *words], **pipes, **options)
+    return subprocess.Popen([program, "batch", *words], **pipes, **options)

@@ -6,28 +6,28 @@ from batches import DEMO, PROMPTS, lines, pictures
 
 
 def test_a_picture_is_the_same_alone_reversed_in_a_shard_and_by_generate(sana):
-    everything = {}
+    two, everything = PROMPTS[:2], {}
     for name, prompts in (
-        ("all", PROMPTS),
-        ("back", PROMPTS[::-1]),
-        ("more", (*PROMPTS, "a pink cross on white")),
+        ("all", two),
+        ("back", two[::-1]),
+        ("more", PROMPTS),
     ):
         Path(f"{name}.txt").write_text("\n".join(prompts))
         assert sana("batch", f"{name}.txt", *DEMO, "-n", "2").code == 0
         everything[name] = pictures(f"{name}-images")
-    assert len(everything["all"]) == 6
+    assert len(everything["all"]) == 4
     assert everything["back"] == everything["all"]
     assert everything["more"].items() >= everything["all"].items()
-    for prompt in PROMPTS:
+    for prompt in two:
         Path("alone.txt").write_text(prompt)
         assert sana("batch", "alone.txt", *DEMO, "-n", "2").code == 0
     assert pictures("alone-images") == everything["all"]
-    for shard in ("1/3", "2/3", "3/3"):
+    for shard in ("1/2", "2/2"):
         assert (
             sana("batch", "all.txt", *DEMO, "-n", "2", "--shard", shard, "-o", "shards").code == 0
         )
     assert pictures("shards") == everything["all"]
-    assert len(list(Path("shards").glob("manifest.*-of-3.jsonl"))) == 3
+    assert len(list(Path("shards").glob("manifest.*-of-2.jsonl"))) == 2
     for line in lines("all-images", "done")[:2]:
         words = (PROMPTS[line["row"] - 1], "-s", str(line["seed"]), *DEMO, "-o", "alone/")
         assert sana("generate", *words).code == 0

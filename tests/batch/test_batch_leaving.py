@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from batches import DEMO, PROMPTS, SANA, events, lines, pictures, started
+from batches import DEMO, PROMPTS, events, lines, pictures, started
 from examples import exhaustive
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
@@ -19,9 +19,11 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX sig
     [(signal.SIGINT, 130), *exhaustive((signal.SIGTERM, 143))],
     ids=["ctrl-c", "sigterm"],
 )
-def test_asked_to_stop_it_sums_up_and_goes_on_next_time(sana, number, code):
+def test_asked_to_stop_it_sums_up_and_goes_on_next_time(sana, program, number, code):
     Path("jobs.txt").write_text("\n".join(f"{text} {i}" for text in PROMPTS for i in range(2)))
-    with started("jobs.txt", "-m", "demo", "-r", "256", "--steps", "8", "--json") as process:
+    with started(
+        program, "jobs.txt", "-m", "demo", "-r", "256", "--steps", "8", "--json"
+    ) as process:
         head: list[bytes] = []
         while len(events(b"".join(head).decode())) < 2:
             head.append(process.stdout.readline())
@@ -39,9 +41,9 @@ def test_asked_to_stop_it_sums_up_and_goes_on_next_time(sana, number, code):
     assert (run.code, len(run.out.split())) == (0, 6 - len(drawn))
 
 
-def test_asked_twice_it_stops_at_once(here):
+def test_asked_twice_it_stops_at_once(program, here):
     Path("one.txt").write_text(PROMPTS[0])
-    with started("one.txt", "-m", "demo", "--steps", "1000") as process:
+    with started(program, "one.txt", "-m", "demo", "--steps", "1000") as process:
         for line in process.stderr:
             if b"to draw" in line:
                 break
@@ -55,8 +57,8 @@ def test_asked_twice_it_stops_at_once(here):
     assert pictures("one-images") == {}
 
 
-def test_a_reader_that_leaves_ends_it_quietly(here):
-    command = f"{SANA} batch jobs.txt {' '.join(DEMO)} -n 20 -q | head -n 1"
+def test_a_reader_that_leaves_ends_it_quietly(program, here):
+    command = f"{program} batch jobs.txt {' '.join(DEMO)} -n 20 -q | head -n 1"
     run = subprocess.run(["bash", "-c", command], capture_output=True, timeout=60)
     assert (run.stderr, len(run.stdout.splitlines())) == (b"", 1)
     assert 1 <= len(lines("jobs-images", "done")) < 60

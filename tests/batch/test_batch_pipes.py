@@ -12,8 +12,8 @@ from batches import DEMO, PROMPTS, started
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
 
 
-def test_a_pipe_is_drawn_as_it_comes(sana):
-    with started("-", *DEMO, "-o", "out", "-q") as process:
+def test_a_pipe_is_drawn_as_it_comes(program):
+    with started(program, "-", *DEMO, "-o", "out", "-q") as process:
         process.stdin.write(f"{PROMPTS[0]}\n".encode())
         process.stdin.flush()
         first = process.stdout.readline()  # while the pipe is still open
@@ -42,8 +42,8 @@ def test_a_pipe_whose_first_rows_are_wrong_is_refused(process):
     assert b"stdin, row 1, column promt: is not a field; did you mean prompt?" in run.stderr
 
 
-def test_asked_to_stop_while_it_waits_for_a_pipe_it_goes(here):
-    with started("-", *DEMO, "-o", "out") as process:
+def test_asked_to_stop_while_it_waits_for_a_pipe_it_goes(program, here):
+    with started(program, "-", *DEMO, "-o", "out") as process:
         process.stdin.write(f"{PROMPTS[0]}\n".encode())
         process.stdin.flush()
         process.stdout.readline()

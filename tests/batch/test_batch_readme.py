@@ -43,8 +43,8 @@ def test_every_command_on_the_scripting_page_runs(shell, here):
     for kind, text in BLOCKS:
         if kind in ("ray", "s3"):  # run by test_on_ray.py and test_object_store.py, exhaustively
             continue
-        # Fewer steps than the page, for time.
-        text = text.replace("-m demo", "-m demo --steps 1")
+        # Fewer steps and pixels than the page, for time.
+        text = text.replace("-m demo", "-m demo --steps 1 --res 256")
         if kind == "cron":
             (here / "images").mkdir()
             (here / "images/jobs.txt").write_text(PROMPTS[0])

@@ -86,8 +86,8 @@ def test_failures_of_jobs_are_those_of_one_process(sana, broken):
 
 
 @pytest.mark.exhaustive
-def test_a_pipe_is_drawn_as_it_comes(sana):
-    with started("-", *DEMO, *WORKERS, "-q") as process:
+def test_a_pipe_is_drawn_as_it_comes(program):
+    with started(program, "-", *DEMO, *WORKERS, "-q") as process:
         for prompt in PROMPTS[:2]:
             process.stdin.write(prompt.encode() + b"\n")
             process.stdin.flush()

@@ -110,7 +110,7 @@ def test_the_machine_and_the_versions_are_told(kept):
 
 
 def test_people_get_a_table_that_fits_eighty_columns_beside_an_earlier_run(
-    sana, kept, monkeypatch, one_thread
+    sana, kept, monkeypatch, one_thread, machine
 ):
     monkeypatch.setenv("COLUMNS", "80")
     run = sana(*DEMO, "--runs", "1", "--warmup", "0", "-r", "128", "--compare", str(kept[1]))
@@ -127,7 +127,7 @@ def test_people_get_a_table_that_fits_eighty_columns_beside_an_earlier_run(
     assert "measured otherwise" not in run.err
 
 
-def test_another_machine_or_other_steps_are_told(sana, kept, tmp_path):
+def test_another_machine_or_other_steps_are_told(sana, kept, machine, tmp_path):
     document, _ = kept
     other = json.loads(json.dumps(document))
     other["machine"]["device_name"] = "another processor"
@@ -145,7 +145,7 @@ def test_another_machine_or_other_steps_are_told(sana, kept, tmp_path):
     assert compared["sizes"][0]["ratios"]["denoise"] > 0
 
 
-def test_random_weights_cost_what_real_ones_do_and_are_told(sana, kept):
+def test_random_weights_cost_what_real_ones_do_and_are_told(sana, kept, machine):
     words = ("--random-weights", "--count", "2", "--runs", "1", "--warmup", "0")
     run = sana(*DEMO, *words, "-r", "128", "--json")
     assert run.code == 0, run.err

@@ -180,7 +180,7 @@ def test_half_precision_draws_nearly_the_same(sana, tiny_model, tmp_path, dtype)
     ("res", "name"),
     [((), "sana-0.6b-1024"), (("-r", "512"), "sana-0.6b-512"), (("-r", "4k"), "sana-1.6b-4k")],
 )
-def test_the_resolution_chooses_the_model(sana, monkeypatch, tmp_path, res, name):
+def test_the_resolution_chooses_the_model(sana, monkeypatch, tmp_path, machine, res, name):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     run = sana("generate", "a fox", *res, "--offline")
     assert run.code == 5
