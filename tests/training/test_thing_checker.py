@@ -98,7 +98,8 @@ def ghost(scene: Scene, rng: np.random.Generator) -> np.ndarray:
 def doubled(scene: Scene, rng: np.random.Generator) -> np.ndarray:
     """A second copy beside the first and partly behind it, inside the image."""
     (left, top), wide = scene.spots[0], SIZES[scene.size]
-    moved = left + (1 if left < 8 - wide / 2 else -1) * int(rng.integers(3, 4 + wide // 4)), top
+    by = int(rng.integers(2, wide // 2 + 1))
+    moved = left + by if left + by + wide <= 16 else left - by, top
     return emoji.draw(replace(scene, spots=(moved, scene.spots[0]), count=2), SIDE)
 
 
