@@ -150,16 +150,18 @@ class JobQueue:
             job.state = "drawing"
             job.emit(Started())
             try:
-                self._draw(job)
-            except SanaError as error:
-                job.end("failed", of(error))
-            except Exception as error:
-                self.report(error)
-                job.end("failed", ApiError(500, "this is a bug of the server; its log has more"))
+                state, error = self._draw(job)
+            except SanaError as failure:
+                state, error = "failed", of(failure)
+            except Exception as failure:
+                self.report(failure)
+                state = "failed"
+                error = ApiError(500, "this is a bug of the server; its log has more")
             seconds = (time.monotonic() - began + self.seconds) / 2
             with self._change:
                 self.current, self.seconds = None, seconds
-            self.ended(job.state)
+            self.ended(state)
+            job.end(state, error)  # last: whoever reads it no longer finds the job
 
     def _next(self) -> Job | None:
         """Wait for a job; None once the queue is stopping."""
@@ -178,19 +180,20 @@ class JobQueue:
             self.current = self.waiting.popleft()
             return self.current
 
-    def _draw(self, job: Job) -> None:
+    def _draw(self, job: Job) -> tuple[str, ApiError | None]:
+        """Return the state that the job ends in, and why if not "done"."""
         left = len(job.request.recipes)
         with closing(self.session.draw(job.request, previews=job.previews)) as events:
             for event in events:
                 self.watch(event)
                 job.emit(event)
                 if job.cancelled.is_set():
-                    return job.end("cancelled", cancelled())
+                    return "cancelled", cancelled()
                 if isinstance(event, ImageDone | Failure):
                     left -= 1
                     if left and self.stopping:
-                        return job.end("failed", stopping())
-        job.end("done")
+                        return "failed", stopping()
+        return "done", None
 
 
 def cancelled() -> ApiError:
