@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +42,8 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 settings.register_profile("exhaustive", settings.get_profile("default"), max_examples=100)
-settings.register_profile("fuzz", settings.get_profile("default"), max_examples=7000)
+settings.register_profile("fuzz", settings.get_profile("default"), max_examples=3000)
+ENDINGS = pytest.StashKey[dict[str, Counter[str]]]()  # by test
 
 
 def is_exhaustive(config: pytest.Config) -> bool:
@@ -79,6 +81,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_collection_finish() -> None:
     gc.freeze()
     gc.enable()
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    """Print how many random inputs there were of each kind, and how they ended."""
+    if config.getoption("--hypothesis-profile") != "fuzz":
+        return
+    counts = config.stash.get(ENDINGS, {})
+    for name, endings in counts.items():
+        told = ", ".join(f"{ending}: {count}" for ending, count in sorted(endings.items()))
+        terminalreporter.write_line(f"{name}: {endings.total()} ({told})")
+    terminalreporter.write_line(f"{sum(c.total() for c in counts.values())} inputs in all")
 
 
 def pytest_unconfigure() -> None:
@@ -132,6 +147,13 @@ def no_hang():
     yield lambda: signal.alarm(longest)
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)
+
+
+@pytest.fixture
+def count_ending(request) -> Callable[[str], None]:
+    """Count how a random input of this test ended, for the log of a campaign."""
+    counts = request.config.stash.setdefault(ENDINGS, {}).setdefault(request.node.name, Counter())
+    return lambda ending: counts.update([ending])
 
 
 @dataclass(frozen=True)

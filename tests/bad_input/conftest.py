@@ -1,10 +1,16 @@
 """A copy of a model to damage, and a command that must refuse."""
 
+import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
+from safetensors.numpy import save_file
 
 from faults import FAST, assert_polite, linked
+
+DOCUMENTED = (0, 1, 2, 4, 5, 6, 7)  # exit codes
 
 
 @pytest.fixture(autouse=True)
@@ -61,3 +67,54 @@ def no_weights(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("HF_HOME", str(folder))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(folder / "hub"))
     return folder
+
+
+@pytest.fixture
+def files(here) -> Path:
+    """Images to begin from, and what only looks like one."""
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (64, 96, 3), np.uint8)
+    Image.fromarray(pixels).save(here / "in.png")
+    Image.fromarray(pixels[..., 0]).save(here / "mask.png")
+    (here / "cut.png").write_bytes((here / "in.png").read_bytes()[:500])
+    (here / "text.png").write_text("no image")
+    module = "transformer.transformer_blocks.0.attn1.to_q"
+    ones = {f"{module}.lora_{one}.weight": np.ones((2, 2), np.float32) for one in "AB"}
+    save_file(ones, here / "lora.safetensors")
+    return here
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture
+def survives(sana, files, no_hang, tmp_path, monkeypatch, count_ending):
+    """Run a command; check how it ends, that no file has changed or gone, and none was left behind.
+
+    With `writes` it may add files, whose paths come back; they are removed.
+    """
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+
+    def run(*words: str, writes: bool = False) -> tuple:
+        no_hang()
+        before = contents(files)
+        done = sana(*words)
+        count_ending(f"exit code {done.code}")
+        assert done.code in DOCUMENTED, done.err
+        assert "Traceback" not in done.err and "panicked" not in done.err
+        assert ("error:" in done.err) == bool(done.code), done.err
+        if done.code and words[0] != "config":  # which shows what is right, and every fault
+            assert done.out == "" or "--json" in words
+            assert_polite(done.err)
+        after = contents(files)
+        added = after.keys() - before.keys() if writes else set()
+        assert {path: after[path] for path in after.keys() - added} == before
+        for path in added:
+            Path(path).unlink()
+        assert not contents(scratch)
+        return done, added
+
+    return run

@@ -1,8 +1,9 @@
-"""Calls, rows, settings and images made at random: drawn or refused politely, and nothing is lost.
+"""Calls, rows, settings and names made at random: drawn or refused politely, and nothing is lost.
 
-    pytest -m exhaustive --hypothesis-profile fuzz --hypothesis-show-statistics FILE
+    pytest --hypothesis-profile fuzz tests/bad_input/test_random*.py tests/server/test_random*.py
 
-with this file makes 1,750 of each kind, which takes about half an hour.
+runs the whole campaign, 750 inputs of each of 24 kinds, and prints how many ended in which way. It
+takes about half an hour.
 """
 
 import csv
@@ -10,101 +11,13 @@ import io
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
-from hypothesis import given, settings
+import typer
+from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
-from safetensors.numpy import save_file
 
-from faults import DAMAGE, assert_polite, damaged
-from recipes import RECIPE
-from sana_cli.images.files import encode
-from sana_cli.images.metadata import Metadata
-from sana_cli.recipe import Recipe
-from sana_cli.settings import FileOptions, RunOptions, Seeds, Settings, declared, flag
-
-FUZZ = settings(max_examples=max(1, settings.default.max_examples // 4), database=None)
-DOCUMENTED = (0, 1, 2, 4, 5, 6, 7)
-OPTIONS = declared(Settings, Seeds, FileOptions, RunOptions)
-# Nothing that a terminal could not pass: no NUL.
-TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=12)
-NUMBERS = st.sampled_from(["0", "-1", "1", "2", "3.5", "1e3", "nan", "inf", "4294967296", "٣", ""])
-FILES = st.sampled_from(["in.png", "mask.png", "cut.png", "text.png", "lora.safetensors", ".", "x"])
-SIZES = st.sampled_from(["256", "512", "200x180", "256x256", "0", "1x1", "1k", "4096", "-512"])
-SHAPES = st.sampled_from(["16:9", "1:1", "0:1", "9:16", "1:1000"])
-MODELS = st.sampled_from(["demo", "sana-0.6b-512", "sana-sprint-0.6b", "dmeo", "a/b", "lora:2"])
-
-
-@st.composite
-def values(draw, name: str) -> str:
-    """What might be typed after an option: what it takes, what another takes, and anything."""
-    option = OPTIONS[name].option
-    pools = [NUMBERS, FILES, SIZES, SHAPES, MODELS, TEXT]
-    if option.choices:
-        pools += [st.sampled_from(option.choices)] * len(pools)
-    if option.bounds:
-        low, high = option.bounds
-        edges = [low, high, low - 1, high + 1, (low + high) / 2]
-        pools += [st.sampled_from([f"{edge:g}" for edge in edges])] * len(pools)
-    own = {"res": SIZES, "ar": SHAPES, "model": MODELS, "image": FILES, "mask": FILES}
-    pools += [own[name]] * len(pools) if name in own else []
-    return draw(st.one_of(pools))
-
-
-# `count` is tested in `test_call.py`: a hundred thousand recipes take their time.
-NAMES = st.sampled_from([name for name in OPTIONS if name != "count"])
-
-
-@st.composite
-def words(draw) -> list[str]:
-    """The words of a call."""
-    given = list(draw(st.lists(TEXT, max_size=2)))
-    for name in draw(st.lists(NAMES, max_size=4)):
-        if OPTIONS[name].kind is bool:
-            given.append(draw(st.sampled_from([flag(name), f"--no-{flag(name)[2:]}"])))
-        else:
-            given += [flag(name), draw(values(name))]
-    given += draw(st.lists(st.sampled_from(["--json", "-q", "-v", "--", "-n2", "--force"])))
-    return draw(st.permutations(given)) if draw(st.booleans()) else given
-
-
-@pytest.fixture
-def files(here) -> Path:
-    """Images to begin from, and what only looks like one."""
-    rng = np.random.default_rng(0)
-    pixels = rng.integers(0, 256, (64, 96, 3), np.uint8)
-    Image.fromarray(pixels).save(here / "in.png")
-    Image.fromarray(pixels[..., 0]).save(here / "mask.png")
-    (here / "cut.png").write_bytes((here / "in.png").read_bytes()[:500])
-    (here / "text.png").write_text("no image")
-    module = "transformer.transformer_blocks.0.attn1.to_q"
-    ones = {f"{module}.lora_{one}.weight": np.ones((2, 2), np.float32) for one in "AB"}
-    save_file(ones, here / "lora.safetensors")
-    return here
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-@pytest.fixture
-def survives(sana, files, no_hang):
-    """Run a command that writes nothing; check how it ends, and that no file has changed."""
-
-    def run(*words: str) -> None:
-        no_hang()
-        before = contents(files)
-        done = sana(*words)
-        assert done.code in DOCUMENTED, done.err
-        assert "Traceback" not in done.err
-        assert ("error:" in done.err) == bool(done.code), done.err
-        if done.code and words[0] != "config":  # which shows what is right, and every fault
-            assert done.out == "" or "--json" in words
-            assert_polite(done.err)
-        assert contents(files) == before
-
-    return run
+from random_inputs import ANY, CELLS, FUZZ, JSON, NAMES, OPTIONS, TEXT, words
+from sana_cli.app import app
 
 
 @pytest.mark.hypothesis
@@ -118,9 +31,82 @@ def test_a_random_call(survives):
     holds()
 
 
+def options_of(*names: str) -> list[str]:
+    """The options of a command, but those that ask for more output."""
+    command = typer.main.get_command(app)
+    for name in names:
+        command = command.commands[name]
+    found = [option for one in command.params for option in one.opts + one.secondary_opts]
+    found = [one for one in found if one.startswith("-") and one not in ("-v", "--verbose")]
+    return [*found, "--help"]
+
+
+# Commands that neither draw nor measure.
+OTHERS = [
+    ("info",),
+    ("models", "list"),
+    ("models", "pull"),
+    ("models", "rm"),
+    ("models", "verify"),
+    ("config", "show"),
+    ("config", "set"),
+    ("config", "path"),
+    ("batch", "status"),
+]
+
+
+@st.composite
+def other_calls(draw) -> list[str]:
+    command = draw(st.sampled_from(OTHERS))
+    options = st.sampled_from(options_of(*command))
+    names = NAMES if command == ("config", "set") else st.nothing()
+    return [*command, *draw(st.lists(options | names | st.one_of(ANY), max_size=4))]
+
+
+@pytest.mark.hypothesis
+def test_a_random_call_of_another_command(survives, no_weights, tmp_path, monkeypatch):
+    user = tmp_path / "user" / "config.toml"
+    monkeypatch.setenv("SANA_CONFIG", str(user))
+
+    @FUZZ
+    @given(other_calls())
+    def holds(given):
+        user.unlink(missing_ok=True)
+        survives(*(w for w in given if w != "-v"), writes="--sheet" in given)
+
+    holds()
+
+
+PIECES = [*("{seed}", "{slug}", "{index}", "{prompt}", "{width}", "{x}", "{", "}", "/", ".", "~")]
+PIECES += [*("in", "new", "con", "mask.png", ".png", ".PNG", ".jpg", ".webp", ".txt", " ", "%s")]
+
+
+@st.composite
+def outputs(draw) -> str:
+    """The name of an image, below the folder of the test."""
+    name = "".join(draw(st.lists(st.sampled_from(PIECES) | TEXT, min_size=1, max_size=5)))
+    return name.replace("..", ".").lstrip("/")
+
+
+@pytest.mark.hypothesis
+def test_a_random_name_of_an_image(survives, monkeypatch, files):
+    monkeypatch.setenv("HOME", str(files))
+
+    @FUZZ
+    @given(outputs(), TEXT, st.integers(1, 2))
+    def holds(name, prompt, count):
+        words = ("-m", "demo", "-r", "256", "--steps", "1", "-s7", f"-n{count}", "--json")
+        done, added = survives("generate", *words, f"-o{name}", "--", prompt, writes=True)
+        if done.code == 0:
+            told = {str(Path(one["path"]).absolute()) for one in json.loads(done.out)["images"]}
+            assert told == added and len(told) == count
+        else:
+            assert not added
+
+    holds()
+
+
 FIELDS = NAMES | st.sampled_from(["prompt", "output", "count", "Prompt", "stpes", ""]) | TEXT
-CELLS = NAMES.flatmap(values) | TEXT
-JSON = CELLS | st.none() | st.booleans() | st.integers() | st.floats() | st.lists(st.integers())
 TABLE = st.lists(FIELDS, min_size=1, max_size=4, unique=True)
 
 
@@ -187,53 +173,15 @@ def test_a_random_file_of_settings(survives, files):
     holds()
 
 
-@st.composite
-def records(draw) -> str:
-    """What an image may say of itself: a recipe with other values, or no recipe at all."""
-    recipe = RECIPE.as_dict()
-    for name in draw(st.lists(st.sampled_from(sorted(recipe)) | TEXT, max_size=3)):
-        recipe[name] = draw(JSON)
-    record = {"version": draw(st.integers(0, 3) | JSON), "recipe": draw(st.just(recipe) | JSON)}
-    text = json.dumps(record | {"sana": "0.1.0", "torch": "2.9", "device": "cpu"})
-    return draw(st.sampled_from([text, text[: len(text) // 2]]) | TEXT)
-
-
 @pytest.mark.hypothesis
-def test_random_metadata(survives, files):
-    from PIL.PngImagePlugin import PngInfo
-
-    pixels = np.zeros((8, 8, 3), np.uint8)
-    true = encode(pixels, "png", None, Metadata(Recipe(**RECIPE.as_dict()), "cpu", "2.9"))
-
+def test_a_random_variable(survives):
     @FUZZ
-    @given(records(), st.sampled_from(["sana", "parameters", "prompt", "Comment"]))
-    def holds(text, name):
-        info = PngInfo()
-        info.add_itxt(name, text)
-        Image.fromarray(pixels).save(files / "made.png", pnginfo=info)
-        survives("info", "made.png")
-        survives("generate", "--from", "made.png", "--dry-run")
-
-    @FUZZ
-    @given(DAMAGE)
-    def holds_damaged(damage):
-        (files / "made.png").write_bytes(damaged(true, damage, len(true)))
-        survives("info", "made.png")
-
-    holds()
-    holds_damaged()
-
-
-@pytest.mark.hypothesis
-def test_a_random_header_of_a_lora(survives, files):
-    original = (files / "lora.safetensors").read_bytes()
-    header = 8 + int.from_bytes(original[:8], "little")
-
-    @FUZZ
-    @given(DAMAGE)
-    def holds(damage):
-        (files / "lora.safetensors").write_bytes(damaged(original, damage, header))
-        survives("info", "lora.safetensors")
-        survives("generate", "a star", "-m", "demo", "--lora", "lora.safetensors", "--dry-run")
+    @given(st.dictionaries(st.sampled_from(list(OPTIONS)), CELLS, min_size=1, max_size=3))
+    def holds(given):
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in given.items():
+                patch.setenv(f"SANA_{name.upper()}", value)
+            survives("generate", "a star", "--dry-run", "--no-verbose")
+            survives("config", "show")
 
     holds()
