@@ -104,6 +104,7 @@ class RemoteSession(Session):
         except (httpx2.InvalidURL, ValueError, UnicodeError) as error:
             raise UsageError(f"--server {url} is not a URL: {error}") from None
         self._made = ("", "")  # the device and the version of torch there
+        self._vocabularies: dict[Model, frozenset[str] | None] = {}
         self._resolved: dict[Settings, RemoteResolution] = {}  # by settings, whatever the prompt
         self._asked: dict[Recipe, Settings] = {}  # by recipes, whatever the prompt and the seed
 
@@ -130,6 +131,9 @@ class RemoteSession(Session):
 
     def is_here(self, model: Model) -> bool:
         return True
+
+    def vocabulary(self, model: Model, files: Any) -> frozenset[str] | None:
+        return self._vocabularies[model]
 
     def with_components(self, resolution: Resolution, files: Any, *, dry_run: bool = False) -> Any:
         return None
@@ -162,10 +166,15 @@ class RemoteSession(Session):
                 described["name"], licence=described["licence"], folder=described["source"]
             )
             self._made = document["device"], document["torch"]
+            known = described["vocabulary"]
+            self._vocabularies[model] = None if known is None else frozenset(known)
             warnings = tuple(document["warnings"])
         except (KeyError, TypeError, IndexError):
             raise self._stranger() from None
         self._asked[replace(drawn, prompt="", seed=0)] = settings
+        # What the server says of the words is about this prompt alone: `request` looks at all.
+        of_words = self.about_words(model, None, [settings])
+        warnings = tuple(text for text in warnings if text not in of_words)
         return RemoteResolution(
             settings=settings,
             model=model,
@@ -188,6 +197,7 @@ class RemoteSession(Session):
         recipes = [one.recipe(None, "", seed) for one in resolved for seed in seeds]
         notes = [note for image in inputs.images() for note in image.notes]
         model, warnings = resolved[0].model, (*notes, *resolved[0].warnings)
+        warnings = *warnings, *self.about_words(model, None, settings)
         return DrawRequest(model, self.open(model), recipes, inputs, warnings)
 
     def plan(self, request: DrawRequest, *, predict: bool = False) -> Any:

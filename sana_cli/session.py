@@ -20,7 +20,7 @@ from sana_cli.settings import FileOptions, Settings
 from sana_cli.weights.catalogue import Model
 from sana_cli.weights.fetch import fetch_lora, open_component, open_or_fetch
 from sana_cli.weights.hub_cache import find_parts
-from sana_cli.weights.vocabulary import unknown_words, unknown_words_warning
+from sana_cli.weights.vocabulary import unknown_words, unknown_words_warning, vocabulary
 
 if TYPE_CHECKING:
     from sana_cli.images.metadata import Metadata
@@ -197,6 +197,18 @@ class Session:
         """
         return open_or_fetch(model, self.reporter, offline=self.offline, dry_run=dry_run)
 
+    def vocabulary(self, model: Model, files: "ModelFiles | None") -> frozenset[str] | None:
+        """Return the words that a model, of these files, was trained on; None if not known."""
+        return vocabulary(files.parts) if files is not None else None
+
+    def about_words(
+        self, model: Model, files: "ModelFiles | None", settings: Sequence[Settings]
+    ) -> tuple[str, ...]:
+        """Return the warning of words that a model was not trained on, if there are any."""
+        texts = [text for one in settings for text in (one.prompt, one.negative)]
+        unknown = unknown_words(texts, self.vocabulary(model, files))
+        return (unknown_words_warning(model.name, unknown),) if unknown else ()
+
     def request(
         self,
         settings: Sequence[Settings],
@@ -221,9 +233,7 @@ class Session:
         chosen = files, self.device, seeds, self.memory
         recipes = [r for one in resolutions for r in one.recipes(*chosen)]
         warnings = first.all_warnings(files, self.device, self.memory)
-        texts = [text for one in settings for text in (one.prompt, one.negative)]
-        if files is not None and (unknown := unknown_words(texts, files.parts)):
-            warnings = *warnings, unknown_words_warning(first.model.name, unknown)
+        warnings = *warnings, *self.about_words(first.model, files, settings)
         return DrawRequest(first.model, files, recipes, inputs, warnings)
 
     def plan(self, request: DrawRequest, *, predict: bool = False) -> "Plan":

@@ -374,9 +374,8 @@ class Batch:
 
     def _warn_of_unknown_words(self, model: Model, texts: list[str], files: "ModelFiles") -> None:
         """Warn of the words of some texts that a model was not trained on, of each once."""
-        if not texts or files is None:  # of a server's model, the server's machine has the files
-            return
-        fresh = [word for word in unknown_words(texts, files.parts) if word not in self.unknown]
+        known = self.session.vocabulary(model, files)
+        fresh = [word for word in unknown_words(texts, known) if word not in self.unknown]
         if fresh:
             self.unknown.update(fresh)
             self.session.reporter.warn(unknown_words_warning(model.name, fresh))

@@ -277,10 +277,16 @@ async def left(request: Request) -> None:
 def described(service: Service, request: DrawRequest) -> dict[str, Any]:
     """What would be drawn, and by what."""
     model = request.model
+    known = service.session.vocabulary(model, request.files)
     made = service.session.metadata(request.recipes[0])
     return {
         "object": "recipes",
-        "model": {"name": model.name, "source": model.source, "licence": model.licence},
+        "model": {
+            "name": model.name,
+            "source": model.source,
+            "licence": model.licence,
+            "vocabulary": known and sorted(known),
+        },
         "device": made.device,
         "torch": made.torch,
         "recipes": [recipe.as_dict() for recipe in request.recipes],

@@ -6,7 +6,7 @@ scene; the released models have no such file.
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 
 from sana_cli.instruction import normalise_prompt
 from sana_cli.weights.layout import Parts
@@ -39,7 +39,7 @@ def is_chinese(word: str) -> bool:
     return re.match(f"[{_HAN}]", word) is not None
 
 
-def unknown_parts(word: str, known: set[str]) -> list[str]:
+def unknown_parts(word: str, known: Set[str]) -> list[str]:
     """Return what is unknown of one of `words`.
 
     Chinese is divided into known words so that as few characters as possible remain.
@@ -69,15 +69,19 @@ def unknown_parts(word: str, known: set[str]) -> list[str]:
     return [part for part in parts if part]
 
 
-def unknown_words(texts: Iterable[str], parts: Parts) -> list[str]:
-    """Return the distinct words of some texts that a model was not trained on; none if it has no
-    vocabulary.
-    """
+def vocabulary(parts: Parts) -> frozenset[str] | None:
+    """Return the words that a model was trained on; None if it has no such file."""
     transformer = parts.get("transformer")
     file = transformer.folder.parent / FILE if transformer else None
     if file is None or not file.is_file():
+        return None
+    return frozenset(json.loads(file.read_text(encoding="utf-8")))
+
+
+def unknown_words(texts: Iterable[str], known: Set[str] | None) -> list[str]:
+    """Return the distinct words of some texts that are not `known`; none if that is None."""
+    if known is None:
         return []
-    known = set(json.loads(file.read_text(encoding="utf-8")))
     asked = dict.fromkeys(word for text in texts for word in words(text))
     unknown = (piece for word in asked for piece in unknown_parts(word, known))
     return list(dict.fromkeys(unknown))

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -66,6 +67,24 @@ def test_a_batch_writes_the_same_files_and_goes_on(sana, served, tmp_path, monke
     again = sana("batch", "jobs.jsonl", *FAST, "-o", "there/", "--server", served.url)
     assert "0 to draw" in again.err
     assert again.code == 0
+
+
+def warnings(err: str) -> list[str]:
+    return [line for line in err.splitlines() if line.startswith("warning:")]
+
+
+def test_words_that_a_model_does_not_know_are_warned_of_as_on_one_machine(
+    sana, served, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    Path("jobs.txt").write_text("a red star\na dragon\na dragon in a city\n")
+    words = (*FAST, "--negative", "blurry")
+    for call in (("generate", "a red star", "a dragon"), ("batch", "jobs.txt")):
+        here = sana(*call, *words, "-o", "here/")
+        there = sana(*call, *words, "-o", "there/", "--server", served.url)
+        (warning,) = warnings(here.err)
+        assert '"dragon"' in warning and '"blurry"' in warning
+        assert warnings(there.err) == [warning]
 
 
 def test_the_client_imports_nothing_heavy(served, tmp_path):
@@ -142,7 +161,12 @@ def stranger():
     sent: list[bytes] = []
     document = {
         "recipes": [RECIPE.as_dict()],
-        "model": {"name": "demo", "licence": "Apache-2.0", "source": "bundled"},
+        "model": {
+            "name": "demo",
+            "licence": "Apache-2.0",
+            "source": "bundled",
+            "vocabulary": None,
+        },
         **{"device": "cpu", "torch": "2.13.0", "warnings": []},
     }
 

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from sana_cli.weights.layout import folder_parts
-from sana_cli.weights.vocabulary import unknown_words, words
+from sana_cli.weights.vocabulary import unknown_words, vocabulary, words
 
 WARNING = "warning: demo was not trained on "
 
@@ -43,10 +43,10 @@ def test_words_that_demo_does_not_know_are_warned_of(sana, tmp_path, call, unkno
 
 
 def test_a_model_without_a_vocabulary_knows_every_word(tiny_model):
-    assert unknown_words(["a dragon"], folder_parts(tiny_model)) == []
+    assert unknown_words(["a dragon"], vocabulary(folder_parts(tiny_model))) == []
 
 
 def test_a_model_trained_here_has_its_own(tiny_model, tmp_path):
     folder = shutil.copytree(tiny_model, tmp_path / "own")
     (folder / "vocabulary.json").write_text(json.dumps(["a", "fox"]))
-    assert unknown_words(["a fox", "a red fox"], folder_parts(folder)) == ["red"]
+    assert unknown_words(["a fox", "a red fox"], vocabulary(folder_parts(folder))) == ["red"]
