@@ -78,6 +78,7 @@ class FusedBlock(nn.Module):
         self.depth = ff.conv_depth
         self.down = frozen(ff.conv_point.weight.flatten(1))
         self.has_8_bits = False
+        self._packed_to_v: Tensor | None = None  # made for the first perturbed stream
 
     def use_8_bits(self, weights: Mapping[str, Weight8]) -> None:
         """Replace the weights of all PROJECTIONS."""
@@ -202,19 +203,29 @@ class FusedBlock(nn.Module):
         started = len(x) == streams
         intact, perturbed = (x[:-1], x[-1:]) if started else (x, x[-1:].clone())
         width = x.shape[-1]
-        qkv, out = self._weight("qkv"), self._weight("out")
-        if isinstance(qkv, Weight8):
-            qkv = dequantise_weight(qkv, width, x.dtype)
-        elif is_packed(qkv):
-            qkv = unpack(qkv)
+        to_v, out = self._to_v(width, x.dtype), self._weight("out")
         if isinstance(out, Weight8):
             out = dequantise_weight(out, width, x.dtype)
-        to_v = qkv[2 * width :]
         for chunk in perturbed.split(tokens or x.shape[1], 1):
             v = linear(modulate(chunk, shift, scale, self.eps), to_v)
             gated_residual_linear_(chunk, v, out, self.out_bias, gate)
         intact = self._attend(intact, shift, scale, gate, tokens)
         return x if started else torch.cat([intact.expand(streams - 1, -1, -1), perturbed])
+
+    def _to_v(self, width: int, dtype: torch.dtype) -> Tensor:
+        """The last rows of the weight qkv: (D, D), packed where qkv is.
+
+        Packed weights cannot be sliced. What is unpacked once for it is kept, of one block of a
+        network as a rule.
+        """
+        qkv = self._weight("qkv")
+        if isinstance(qkv, Weight8):
+            qkv = dequantise_weight(qkv, width, dtype)
+        if not is_packed(qkv):
+            return qkv[2 * width :]
+        if self._packed_to_v is None:
+            self._packed_to_v = pack(unpack(qkv)[2 * width :])
+        return self._packed_to_v
 
     def _project(self, tokens: Tensor | Rows8) -> tuple[Tensor, Tensor]:
         qkv = self._weight("qkv")

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from networks import random_dit
+from sana_cli.kernels.linear import unpack
+from sana_cli.models import fused_layers
 from sana_cli.models.fused_dit import FusedDiT
 from sana_cli.pipeline import packing
 
@@ -42,7 +44,7 @@ def test_without_a_folder_it_is_measured_again(tmp_path):
 
 @pytest.mark.parametrize("rows", [None, 3])
 @pytest.mark.parametrize("pag_layers", [(), (1,)])
-def test_the_bits_of_a_step_are_those_of_plain_weights(rows, pag_layers):
+def test_the_bits_of_a_step_are_those_of_plain_weights(monkeypatch, rows, pag_layers):
     if packing.gain(None) is None:
         pytest.skip("packing changes bits on this CPU, so it is not used")
     wide = {"num_attention_heads": 7, "num_cross_attention_heads": 7}
@@ -54,4 +56,10 @@ def test_the_bits_of_a_step_are_those_of_plain_weights(rows, pag_layers):
     with torch.inference_mode():
         plain = fused(latents, time, texts, None, pag_layers)
         fused.pack(mapped=False)
-        assert fused(latents, time, texts, None, pag_layers).equal(plain)
+        unpacked: list[torch.Tensor] = []
+        monkeypatch.setattr(
+            fused_layers, "unpack", lambda weight: unpacked.append(weight) or unpack(weight)
+        )
+        for _ in range(2):
+            assert fused(latents, time, texts, None, pag_layers).equal(plain)
+    assert len(unpacked) == len(pag_layers)  # whatever the number of steps
