@@ -17,7 +17,7 @@ of a folder are read as one.
 import os
 import socket
 from collections.abc import Iterable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -37,6 +37,22 @@ def open_store(place: Path | str) -> Store:
 
         return ObjectStore(place)
     return DiskStore(Path(place))
+
+
+def clock() -> datetime:
+    return datetime.now(UTC)
+
+
+def as_time(moment: datetime) -> str:
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def just_after(time: str) -> str:
+    """Return the next time that a line can have; "" if `time` is not one."""
+    try:
+        return as_time(datetime.fromisoformat(time) + timedelta(milliseconds=1))
+    except (ValueError, OverflowError):
+        return ""
 
 
 class Ledger:
@@ -69,8 +85,10 @@ class Ledger:
                 if name in self.runs:
                     self.runs[name].append(line)
             lines += mine
-        for line in sorted(lines, key=lambda line: line["time"]):
+        lines.sort(key=lambda line: line["time"])
+        for line in lines:
             self.note(line)
+        self.latest: str = lines[-1]["time"] if lines else ""
 
     def note(self, line: Line) -> None:
         if line["status"] == "run" or "id" not in line:
@@ -140,6 +158,9 @@ class Manifest(Ledger):
         except Taken as taken:
             raise _in_use(folder, str(taken)) from None
         super().__init__(folder)
+        # Lines of this run count for more than all that were there, even if another machine's clock
+        # is ahead, or both are of one millisecond.
+        self.earliest = just_after(self.latest)
 
     def __enter__(self) -> "Manifest":
         return self
@@ -161,7 +182,7 @@ class Manifest(Ledger):
         self.append_all([facts])
 
     def append_all(self, lines: Iterable[Line]) -> None:
-        now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        now = max(as_time(clock()), self.earliest)
         stamped = [{"time": now} | line for line in lines]
         self.log.append(as_bytes(stamped))
         for line in stamped:
@@ -169,7 +190,7 @@ class Manifest(Ledger):
 
     def adopt(self, id: str) -> None:
         """Add the `done` line of an image whose file was written before its line could be."""
-        line = self.last[id]
+        line = {name: value for name, value in self.last[id].items() if name != "time"}
         if line["status"] == "writing":
             self.append(**line | {"status": "done"} | self.store.state(line["path"]))
 

@@ -190,8 +190,10 @@ class OnRay:
                 ),
                 **self.needs,
             )
-            for row in drawn.iter_rows():
-                records.put(row["record"])
+            # By default a record is held back until the next is there.
+            for batch in drawn.iter_batches(batch_size=None, prefetch_batches=0):
+                for record in batch["record"]:
+                    records.put(str(record))
             records.put(None)
         except Exception as error:
             records.put(error)

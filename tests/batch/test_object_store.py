@@ -7,13 +7,14 @@ import subprocess
 import sys
 import time
 import uuid
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import fsspec
 import pytest
 
 from batches import DEMO, PROMPTS, events, pictures
-from sana_cli.batch import object_store
+from sana_cli.batch import manifest, object_store
 from sana_cli.batch.manifest import Ledger, Manifest
 from sana_cli.batch.shards import Shard
 
@@ -78,6 +79,26 @@ def test_shards_share_a_store(url):
         with Manifest(url, Shard(number, 2)) as manifest:
             manifest.begin(jobs=1, todo=0, shard=f"{number}/2")
     assert set(Ledger(url).runs) == {"manifest.1-of-2.jsonl", "manifest.2-of-2.jsonl"}
+
+
+@pytest.mark.parametrize("hours", [0, -1, 1])
+@pytest.mark.parametrize("is_url", [True, False], ids=["store", "disk"])
+def test_a_later_run_counts_for_more_than_a_lost_actor_whatever_their_clocks_say(
+    url, here, monkeypatch, is_url, hours
+):
+    """`hours` is by how much the clock of the actor, whose manifest was left, was ahead."""
+    place, clock = (url if is_url else here), datetime.now(UTC)
+    monkeypatch.setattr(manifest, "clock", lambda: clock)
+    clock += timedelta(hours=hours)
+    with Manifest(place, writer="f0f0f0f0-f0f0f0f0") as actor:
+        actor.append(status="failed", id="a", error="lost")
+        actor.append(status="failed", id="b", error="lost")
+    clock -= timedelta(hours=hours)
+    with Manifest(place) as later:
+        later.append(status="again", id="a")
+        later.append(status="failed", id="b", error="later")
+    found = Ledger(place)
+    assert (found.status("a"), found.last["b"]["error"]) == ("open", "later")
 
 
 @pytest.mark.parametrize(

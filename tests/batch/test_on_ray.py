@@ -95,11 +95,18 @@ def cpu_seconds(pid: int) -> float:
     return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
-def until_it_draws(actor: int) -> None:
+def until_it_draws(actor: int, seconds: float) -> None:
     """Wait until an actor that has ended a job has done work that only the next can be."""
     before = cpu_seconds(actor)
-    while cpu_seconds(actor) < before + 0.2:
+    while cpu_seconds(actor) < before + seconds:
         time.sleep(0.01)
+
+
+def kill_while_it_draws(process: subprocess.Popen, seconds: float = 0.2) -> None:
+    """Kill the only actor of a driver after so much work."""
+    (actor,) = actors_of(process.pid)
+    until_it_draws(actor, seconds)
+    os.kill(actor, 9)
 
 
 def free_port() -> int:
@@ -145,15 +152,37 @@ def test_an_actor_that_is_killed_costs_the_image_under_way(many):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, **pipes) as process:
         head = until_an_image(process)
-        (actor,) = actors_of(process.pid)
-        until_it_draws(actor)
-        os.kill(actor, 9)
+        kill_while_it_draws(process)
         out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err.decode()
     assert err.count(b"is tried once more") == 1
     found = events((b"".join(head) + out).decode())
     assert sorted(event["row"] for event in found if event["event"] == "image") == [*range(1, 9)]
     assert pictures("ray") == many
+
+
+@cluster
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux's /proc")
+def test_a_job_that_costs_two_actors_is_a_failure_and_not_the_end(many):
+    rows = [{"prompt": prompt} for prompt in PROMPTS]
+    rows[1]["steps"] = 1000
+    Path("jobs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    one_actor = (*ON_RAY, "--workers", "1")
+    command = [SANA, "batch", "jobs.jsonl", *DEMO, *one_actor, "-o", "ray", "--json"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes) as process:
+        until_an_image(process)
+        kill_while_it_draws(process, 2)
+        while b"is tried once more" not in process.stderr.readline():
+            assert process.poll() is None
+        kill_while_it_draws(process, 2)
+        out, err = process.communicate(timeout=300)
+    assert process.returncode == 3, err.decode()
+    assert b"is tried once more" not in err
+    ends = {event["row"]: event for event in events(out.decode()) if "row" in event}
+    assert {row: event["event"] for row, event in ends.items()} == {2: "error", 3: "image"}
+    assert "two Ray actors were lost while they were drawing it" in ends[2]["message"]
+    assert [line["row"] for line in lines("ray", "failed")] == [2]
 
 
 @cluster
