@@ -1,5 +1,6 @@
 """A copy of a model to damage, and a command that must refuse."""
 
+import re
 import tempfile
 from pathlib import Path
 
@@ -92,23 +93,26 @@ def contents(folder: Path) -> dict[str, bytes]:
 def survives(sana, files, no_hang, tmp_path, monkeypatch, count_ending):
     """Run a command; check how it ends, that no file has changed or gone, and none was left behind.
 
-    With `writes` it may add files, whose paths come back; they are removed.
+    With `writes` it may add files, whose paths come back; they are removed. With `reports` it says
+    of each thing whether it is right.
     """
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(scratch))
 
-    def run(*words: str, writes: bool = False) -> tuple:
+    def run(*words: str, writes: bool = False, reports: bool = False) -> tuple:
         no_hang()
         before = contents(files)
         done = sana(*words)
         count_ending(f"exit code {done.code}")
-        assert done.code in DOCUMENTED, done.err
-        assert "Traceback" not in done.err and "panicked" not in done.err
-        assert ("error:" in done.err) == bool(done.code), done.err
-        if done.code and words[0] != "config":  # which shows what is right, and every fault
-            assert done.out == "" or "--json" in words
+        said = f"{words}: {done.err}"
+        assert done.code in DOCUMENTED, said
+        assert "Traceback" not in done.err and "panicked" not in done.err, said
+        if done.code and not reports:
+            assert done.out == "" or "--json" in words, said
             assert_polite(done.err)
+        assert not re.search(r"error: \w*(Error|Exception|Panic)\b", done.err), said
+        assert reports or ("error:" in done.err) == bool(done.code), said
         after = contents(files)
         added = after.keys() - before.keys() if writes else set()
         assert {path: after[path] for path in after.keys() - added} == before

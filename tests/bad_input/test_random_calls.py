@@ -9,6 +9,7 @@ takes about half an hour.
 import csv
 import io
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ import typer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from random_inputs import ANY, CELLS, FUZZ, JSON, NAMES, OPTIONS, TEXT, words
+from random_inputs import ANY, CELLS, FUZZ, JSON, NAMES, TEXT, values, words
 from sana_cli.app import app
 
 
@@ -72,7 +73,7 @@ def test_a_random_call_of_another_command(survives, no_weights, tmp_path, monkey
     @given(other_calls())
     def holds(given):
         user.unlink(missing_ok=True)
-        survives(*(w for w in given if w != "-v"), writes="--sheet" in given)
+        survives(*(w for w in given if w != "-v"), writes="--sheet" in given, reports=True)
 
     holds()
 
@@ -114,21 +115,25 @@ TABLE = st.lists(FIELDS, min_size=1, max_size=4, unique=True)
 def rows(draw) -> tuple[str, bytes]:
     """The name of a file of rows, and its bytes, of which some may be damaged."""
     kind = draw(st.sampled_from(["jsonl", "csv", "tsv", "txt"]))
+    pairs = st.lists(PAIRS, max_size=3).map(dict)
     if kind == "txt":
         text = "\n".join(draw(st.lists(TEXT, max_size=4)))
     elif kind == "jsonl":
-        one = st.dictionaries(FIELDS, JSON, max_size=4).map(lambda row: row | {"prompt": "a star"})
+        one = pairs | st.dictionaries(FIELDS, JSON, max_size=4)
+        one = one.map(lambda row: {"prompt": "a star"} | row)
         text = "\n".join(map(json.dumps, draw(st.lists(one | JSON, max_size=4))))
     else:
-        head, file = draw(TABLE), io.StringIO()
+        right = draw(pairs)
+        head, file = list(right) or draw(TABLE), io.StringIO()
         writer = csv.writer(file, delimiter="," if kind == "csv" else "\t")
         writer.writerow(["prompt", *head])
         for _ in range(draw(st.integers(0, 3))):
-            writer.writerow(["a star", *(draw(CELLS) for _ in head)])
+            writer.writerow(["a star", *(right.get(name) or draw(CELLS) for name in head)])
         text = file.getvalue()
     code = draw(st.sampled_from(["utf-8", "utf-8", "utf-16", "cp1252"]))
     data = bytearray(text.encode(code, "replace"))
-    for place, value in draw(st.lists(st.tuples(st.integers(0, 500), st.integers(0, 255)))):
+    places = st.tuples(st.integers(0, 500), st.integers(0, 255))
+    for place, value in draw(st.just([]) | st.lists(places)):
         if place < len(data):
             data[place] = value
     return f"jobs.{kind}", bytes(data)
@@ -146,13 +151,22 @@ def test_random_rows(survives, files):
     holds()
 
 
-TOML = st.dictionaries(NAMES | TEXT, JSON.filter(lambda one: one is not None), max_size=4)
+PAIRS = NAMES.flatmap(lambda name: st.tuples(st.just(name), values(name)))
+
+
+def as_toml(text: str) -> str:
+    """A number or a switch as such, anything else in quotes."""
+    return text if re.fullmatch(r"-?\d+(\.\d+)?|true|false", text) else json.dumps(text)
 
 
 @st.composite
 def settings_files(draw) -> bytes:
-    lines = [f"{json.dumps(k)} = {json.dumps(v)}" for k, v in draw(TOML).items()]
-    lines += draw(st.lists(TEXT, max_size=1))
+    pairs = dict(draw(st.lists(PAIRS, max_size=3)))
+    lines = [f"{json.dumps(name)} = {as_toml(value)}" for name, value in pairs.items()]
+    others = st.dictionaries(NAMES | TEXT, JSON.filter(lambda one: one is not None), max_size=1)
+    if draw(st.booleans()):
+        lines += [f"{json.dumps(k)} = {json.dumps(v)}" for k, v in draw(others).items()]
+        lines += draw(st.lists(TEXT, max_size=1))
     return "\n".join(lines).encode()
 
 
@@ -168,7 +182,7 @@ def test_a_random_file_of_settings(survives, files):
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("SANA_CONFIG", str(user))
             survives("generate", "a star", "-m", "demo", "-r", "256", "--dry-run", "--no-verbose")
-            survives("config", "show")
+            survives("config", "show", reports=True)
 
     holds()
 
@@ -176,12 +190,12 @@ def test_a_random_file_of_settings(survives, files):
 @pytest.mark.hypothesis
 def test_a_random_variable(survives):
     @FUZZ
-    @given(st.dictionaries(st.sampled_from(list(OPTIONS)), CELLS, min_size=1, max_size=3))
+    @given(st.lists(PAIRS, min_size=1, max_size=3))
     def holds(given):
         with pytest.MonkeyPatch.context() as patch:
-            for name, value in given.items():
+            for name, value in given:
                 patch.setenv(f"SANA_{name.upper()}", value)
             survives("generate", "a star", "--dry-run", "--no-verbose")
-            survives("config", "show")
+            survives("config", "show", reports=True)
 
     holds()

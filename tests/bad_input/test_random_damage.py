@@ -13,8 +13,9 @@ from sana_cli.weights.lora import transformer_shapes
 
 
 @pytest.fixture
-def draws_or_refuses(sana, count_ending):
+def draws_or_refuses(sana, no_hang, count_ending):
     def run(*words: str) -> None:
+        no_hang()
         done = sana("generate", "a fox", *words, "-o", "fox.png", "-f")
         count_ending(f"exit code {done.code}")
         assert_survived(done)

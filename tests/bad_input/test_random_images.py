@@ -18,7 +18,8 @@ from sana_cli.images.metadata import Metadata
 
 PIXELS = np.zeros((8, 8, 3), np.uint8)
 FORMATS = st.sampled_from(["png", "jpeg", "webp"])
-PLACES = ["sana", "parameters", "prompt", "workflow", "Comment", "Title", "XML:com.adobe.xmp"]
+KEYS = ["parameters", "prompt", "workflow", "Comment", "Title", "XML:com.adobe.xmp"]
+PLACES = st.just("sana") | st.sampled_from(KEYS)
 NESTED = st.sampled_from([f"{opening * 100_000}" for opening in ("[", '{"a":', "<a>", "(", "{")])
 
 
@@ -26,9 +27,9 @@ NESTED = st.sampled_from([f"{opening * 100_000}" for opening in ("[", '{"a":', "
 def records(draw) -> str:
     """What an image may say of itself: a recipe with other values, or no recipe at all."""
     recipe = RECIPE.as_dict()
-    for name in draw(st.lists(st.sampled_from(sorted(recipe)) | TEXT, max_size=3)):
+    for name in draw(st.lists(st.sampled_from(sorted(recipe)) | TEXT, max_size=2)):
         recipe[name] = draw(JSON)
-    record = {"version": draw(st.integers(0, 3) | JSON), "recipe": draw(st.just(recipe) | JSON)}
+    record = {"version": draw(st.just(1) | JSON), "recipe": recipe}
     text = json.dumps(record | {"sana": "0.1.0", "torch": "2.9", "device": "cpu"})
     return draw(st.sampled_from([text, text[: len(text) // 2]]) | TEXT)
 
@@ -74,7 +75,11 @@ def image_saying(text: str, place: str, format: str) -> bytes:
 @pytest.mark.hypothesis
 def test_random_metadata(survives, files):
     @FUZZ
-    @given(records() | settings_of_others() | NESTED, st.sampled_from(PLACES), FORMATS)
+    @given(
+        records() | settings_of_others() | NESTED,
+        PLACES,
+        FORMATS,
+    )
     def holds(text, place, format):
         (files / f"made.{format}").write_bytes(image_saying(text, place, format))
         survives("info", f"made.{format}")

@@ -14,6 +14,7 @@ from PIL import Image
 from sana_cli.server.fields import request_model, uploads
 
 FUZZ = settings(max_examples=max(1, settings.default.max_examples // 4), database=None)
+PATIENCE = 5  # seconds for an answer; of a broken request the server waits for the rest
 ANSWERS = {200, 204, 307, 400, 401, 403, 404, 405, 408, 411, 413, 415, 421, 422, 429}
 TEXT = st.text(max_size=12)
 FIELDS = st.sampled_from([*request_model().model_fields, *uploads()])
@@ -28,9 +29,30 @@ VALUES = st.recursive(
 )
 # Resolved to the end; a thousand drawn images would say nothing more.
 RIGHT = {"prompt": "a star", "dry_run": True, "size": "256x256", "steps": 1}
-DOCUMENTS = st.dictionaries(FIELDS | TEXT, VALUES, max_size=4).map(
-    lambda fields: RIGHT | fields | {"dry_run": True}
+
+SCHEMA = request_model().model_json_schema()["properties"]
+
+
+def right_values(name: str) -> st.SearchStrategy:
+    """What the description of the API allows for a field."""
+    pools = []
+    for one in SCHEMA[name].get("anyOf", [SCHEMA[name]]):
+        if "enum" in one or "const" in one:
+            pools.append(st.sampled_from(one.get("enum") or [one["const"]]))
+        elif one.get("type") == "boolean":
+            pools.append(st.booleans())
+        elif one.get("type") in ("integer", "number"):
+            low, high = one.get("minimum", 0), one.get("maximum", 99)
+            pools.append(st.sampled_from([low, high, 1, low + (high - low) // 2]))
+    return st.one_of(pools) if pools else LIKELY
+
+
+FIELD = st.sampled_from(sorted(SCHEMA)).flatmap(
+    lambda name: st.tuples(st.just(name), right_values(name))
 )
+DOCUMENTS = (
+    st.lists(FIELD, max_size=4).map(dict) | st.dictionaries(FIELDS | TEXT, VALUES, max_size=4)
+).map(lambda fields: RIGHT | fields | {"dry_run": True})
 JUNK = st.binary(max_size=40)
 
 
@@ -40,13 +62,15 @@ def survives(served, no_hang, count_ending):
 
     def run(data: bytes) -> None:
         no_hang()
-        with socket.create_connection(served.address, 20) as line:
-            line.sendall(data)
-            line.shutdown(socket.SHUT_WR)  # what a header promises in vain is not waited for
-            answer = HTTPResponse(line)
+        with socket.create_connection(served.address, PATIENCE) as line:
             try:
+                line.sendall(data)
+                answer = HTTPResponse(line)
                 answer.begin()
                 body = answer.read()
+            except TimeoutError:
+                count_ending("waits for more")
+                return
             except (HTTPException, ConnectionError):
                 count_ending("hung up")
                 return
