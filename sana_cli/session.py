@@ -165,21 +165,28 @@ class Session:
             files = with_controlnet(files, part)
         return files
 
-    def with_loras(self, resolution: Resolution, inputs: Inputs, files: "ModelFiles") -> Resolution:
-        """Find the LoRAs of a resolution, fetching those that are not here, and identify them.
+    def with_loras(
+        self,
+        resolution: Resolution,
+        inputs: Inputs,
+        files: "ModelFiles",
+        *,
+        dry_run: bool = False,
+    ) -> Resolution:
+        """Find the LoRAs of a resolution, and identify them.
 
-        Their files are added to `inputs`. UsageError for one that does not fit the model.
+        They are fetched if they are not here, unless this is a dry run. Their files are added to
+        `inputs`. UsageError for one that does not fit the model.
         """
         if not resolution.loras:
             return resolution
         from sana_cli.weights.lora import fit, read_lora, remarks
 
+        offline = self.offline or dry_run
         adapters = []
         for choice in resolution.loras:
             place = choice.place
-            path = (
-                place if isinstance(place, Path) else fetch_lora(place, self.reporter, self.offline)
-            )
+            path = place if isinstance(place, Path) else fetch_lora(place, self.reporter, offline)
             lora = read_lora(path)
             fit(lora, files.dit)
             if lora.sha256 not in inputs.loras:
@@ -228,7 +235,7 @@ class Session:
         first = resolutions[0]
         files = self.open(first.model, dry_run=dry_run)
         files = self.with_components(first, files, dry_run=dry_run)
-        adapters = self.with_loras(first, inputs, files).adapters
+        adapters = self.with_loras(first, inputs, files, dry_run=dry_run).adapters
         resolutions = [replace(one, adapters=adapters) for one in resolutions]
         chosen = files, self.device, seeds, self.memory
         recipes = [r for one in resolutions for r in one.recipes(*chosen)]

@@ -195,7 +195,8 @@ class Batch:
                 files = self.session.open(model, dry_run=not fetch)
                 self.files[key] = self.session.with_components(resolution, files, dry_run=not fetch)
             files, inputs = self.files[key], self.reader.inputs
-            return self.session.with_loras(resolution, inputs, files), files
+            resolution = self.session.with_loras(resolution, inputs, files, dry_run=not fetch)
+            return resolution, files
 
         survived = UsageError if self.manifest is None else SanaError
         jobs, faults = self.builder.build(specs, prepare, device, survived)

@@ -663,6 +663,16 @@ def test_a_lora_that_is_not_here_is_not_fetched_offline(laptop, hub, loras):
     assert hub.requests == []
 
 
+@pytest.mark.parametrize(
+    "words", [("generate", "a fox", "--dry-run"), ("batch", "a.txt", "--check")]
+)
+def test_a_dry_run_fetches_no_lora(laptop, hub, loras, words):
+    (laptop.home / "a.txt").write_text("a fox")
+    run = laptop.sana(*words, "-m", "demo", "--lora", "someone/loras", code=5)
+    assert "sana models pull someone/loras" in polite(run)
+    assert hub.requests == []
+
+
 def test_a_lora_stays_on_the_commit_it_was_fetched_at(laptop, hub, loras):
     first = find(laptop, "someone/loras").stdout
     (loras / LORA).write_bytes(b"z" * 5000)
