@@ -227,6 +227,21 @@ class PatientProtocol(H11Protocol):
         elif self._headers_due is None:  # of a second request
             self._headers_due = self.loop.call_later(HEADER_SECONDS, self.transport.abort)
 
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what is not HTTP. A request whose body it is in is abandoned: both answering it
+        would be an error of h11."""
+        if self.cycle is not None:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            body = json.dumps(ApiError(400, "the request is not HTTP").document()).encode()
+            headers = [("Content-Type", "application/json"), ("Connection", "close")]
+            headers += [("Content-Length", str(len(body)))]
+            answer = h11.Response(status_code=400, headers=headers, reason=b"Bad Request")
+            for event in (answer, h11.Data(data=body), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
+
     def pause_writing(self) -> None:
         super().pause_writing()
         self._reading_due = self.loop.call_later(STALLED_SECONDS, self.transport.abort)
