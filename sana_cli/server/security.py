@@ -238,7 +238,8 @@ class PatientProtocol(H11Protocol):
             headers = [("Content-Type", "application/json"), ("Connection", "close")]
             headers += [("Content-Length", str(len(body)))]
             answer = h11.Response(status_code=400, headers=headers, reason=b"Bad Request")
-            for event in (answer, h11.Data(data=body), h11.EndOfMessage()):
+            is_head = self.cycle is not None and self.cycle.scope["method"] == "HEAD"
+            for event in (answer, h11.Data(data=b"" if is_head else body), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
 

@@ -151,7 +151,10 @@ def test_a_random_damage_to_a_document(survives):
 def forms(draw) -> bytes:
     """A form in parts, of which some may be damaged."""
     parts = [(b'name="prompt"', b"a star"), (b'name="dry_run"', b"true")]
-    for name in draw(st.lists(FIELDS | TEXT, max_size=4)):
+    parts.append((b'name="image"; filename="a.png"', PICTURES["PNG"]))
+    for name, value in draw(st.lists(FIELD, max_size=2)):
+        parts.append((b'name="%s"' % name.encode(), str(value).encode()))
+    for name in draw(st.just([]) | st.lists(FIELDS | TEXT, max_size=4)):
         head = b'name="%s"' % name.encode("utf-8", "replace")
         if draw(st.booleans()):
             value = str(draw(LIKELY | SCALARS)).encode("utf-8", "replace")
