@@ -50,7 +50,9 @@ def serve(path: str) -> None:
     import sana_cli.batch.this_process
     import sana_cli.pipeline.text_encoder
     import sana_cli.server.app
-    import sana_cli.ui  # noqa: F401
+    import sana_cli.ui
+
+    sana_cli.app.command()
 
     # Its constants are read from the environment as it is imported.
     assert "huggingface_hub" not in sys.modules
