@@ -7,6 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from sana_cli.kernels.convolution import new_map
 from sana_cli.kernels.kv_state import kv_state
 from sana_cli.kernels.linear import linear
 from sana_cli.kernels.linear_attention import attend_tokens
@@ -19,7 +20,7 @@ from sana_cli.models.streaming.layers import (
     op_of,
     widest,
 )
-from sana_cli.models.streaming.ops import Bilinear, Chain, Residual, Size, StripOp, empty, tokens
+from sana_cli.models.streaming.ops import Bilinear, Chain, Residual, Size, StripOp, tokens
 from sana_cli.models.streaming.subpixel import SubpixelUpsample
 
 MAX_BYTES = 1 << 30  # convolution libraries index elements with 31 bits
@@ -74,7 +75,7 @@ class StripPipeline:
                     target = strip
                     break
                 if target is None or target.shape != shape:
-                    target = empty(strip, shape)
+                    target = new_map(strip, shape)
                 # Safe in place: no op finishes a row before it has read or copied it.
                 target[:, :, start : start + strip.shape[2]] = strip
                 start += strip.shape[2]
