@@ -84,14 +84,12 @@ def count_decode(recipe: Recipe, files: ModelFiles, capability: Capability) -> C
 
     from sana_cli.bench.roofline import launches
     from sana_cli.models.dc_ae import DCAE
-    from sana_cli.models.streaming.autoencoder import decode
-    from sana_cli.models.streaming.subpixel import fold_upsamples
+    from sana_cli.models.streaming.autoencoder import decode, prepare
 
     dtype = getattr(torch, recipe.vae_dtype)
     with torch.device("meta"):
         decoder = DCAE(files.vae).decoder.requires_grad_(False)
-        fold_upsamples(decoder)
-        decoder.to(dtype)
+        prepare(decoder, dtype)
         latent = torch.empty((1, files.vae.latent_channels, SAMPLE, SAMPLE), dtype=dtype)
     strips = STRIP_BYTES if capability is None else GPU_STRIP_BYTES
     found = launches(lambda: decode(decoder, latent, strip_bytes=strips), capability)

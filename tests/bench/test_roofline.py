@@ -17,8 +17,7 @@ from sana_cli.models.architectures import DC_AE_F32C32, TRANSFORMERS
 from sana_cli.models.dc_ae import DCAE
 from sana_cli.models.dit import DiT
 from sana_cli.models.fused_dit import FusedDiT, TimeModulation
-from sana_cli.models.streaming.autoencoder import decode
-from sana_cli.models.streaming.subpixel import fold_upsamples
+from sana_cli.models.streaming.autoencoder import decode, prepare
 from sana_cli.pipeline.plan import GPU_STRIP_BYTES
 
 
@@ -40,8 +39,7 @@ def step(name: str, *lengths: int) -> Launches:
 def decoding(side: int) -> Launches:
     with torch.device("meta"):
         decoder = DCAE(DC_AE_F32C32).decoder.requires_grad_(False)
-    fold_upsamples(decoder)
-    decoder.to(torch.bfloat16, memory_format=torch.channels_last)
+    prepare(decoder, torch.bfloat16)
     latent = empty(1, 32, side // 32, side // 32)
     return launches(lambda: decode(decoder, latent, strip_bytes=GPU_STRIP_BYTES))
 

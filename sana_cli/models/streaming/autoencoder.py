@@ -6,8 +6,9 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
+from sana_cli.kernels.depthwise_glu import lay_out_by_taps
 from sana_cli.models.configs import DCAEConfig
-from sana_cli.models.dc_ae import DCAE, Decoder, Encoder, group_mean
+from sana_cli.models.dc_ae import DCAE, Decoder, Encoder, GLUMBConv, group_mean
 from sana_cli.models.streaming import STRIP_BYTES
 from sana_cli.models.streaming.ops import Size, normalise, repeat
 from sana_cli.models.streaming.strip_pipeline import Decoded, StripPipeline
@@ -16,6 +17,20 @@ from sana_cli.system.memory import PeakMemory
 
 STRIPS = 8  # of a sweep that are run to predict memory: further strips take the same
 SLACK = 1.05  # later strips may hold a little more
+
+
+def prepare(network: Decoder | Encoder, dtype: torch.dtype) -> None:
+    """Bring a network with its own weights, wide enough for sums, into the form that runs fastest.
+
+    Without this it computes the same, up to rounding.
+    """
+    if isinstance(network, Decoder):
+        fold_upsamples(network)
+    network.to(dtype, memory_format=torch.channels_last)
+    for module in network.modules():
+        if isinstance(module, GLUMBConv):
+            weight = lay_out_by_taps(module.conv_depth.weight)
+            module.conv_depth.weight = nn.Parameter(weight, requires_grad=False)
 
 
 @torch.inference_mode()
