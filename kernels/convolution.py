@@ -34,6 +34,19 @@ def new_map(like: Tensor, shape: tuple[int, ...]) -> Tensor:
     )
 
 
+def lay_out_by_taps(weight: Tensor) -> Tensor:
+    """Copy depthwise weight (C, 1, k, k) so that one tap of neighbouring channels is contiguous.
+
+    Kernels read it like this; any other layout is copied at every call.
+    """
+    return by_taps(weight).t().view(weight.shape)
+
+
+def by_taps(weight: Tensor) -> Tensor:
+    """(C, 1, k, k) -> (k², C), contiguous: a view if `lay_out_by_taps` has laid it out."""
+    return weight.flatten(1).t().contiguous()
+
+
 def conv_silu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """SiLU(conv(x)) with zeros around x (B, C, h, w), channels-last -> (B, N, h, w), the same.
 

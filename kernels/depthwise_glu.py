@@ -27,14 +27,6 @@ def depthwise_glu(x: Tensor, weight: Tensor, bias: Tensor, halo: bool = False) -
     return value.mul_(F.silu(gate, inplace=True))
 
 
-def lay_out_by_taps(weight: Tensor) -> Tensor:
-    """Copy weight (2E, 1, 3, 3) so that equal taps of neighbouring channels are contiguous.
-
-    The kernel reads it like this; any other layout is copied at every call.
-    """
-    return weight.flatten(1).t().contiguous().t().view(weight.shape)
-
-
 def depthwise_glu8(x: Tensor, weight: Tensor, bias: Tensor) -> Rows8:
     """`depthwise_glu` without halo -> (B, h·w, E), quantised with a scale for each group."""
     if dispatch.uses_triton("depthwise_glu8", x):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sana_cli.kernels import depthwise_glu as module
 from sana_cli.kernels.cases import WIDTHS, Case, like
+from sana_cli.kernels.convolution import by_taps
 from sana_cli.kernels.launch import launch, trace_launches
 from sana_cli.kernels.rows8 import GROUP, Rows8
 from sana_cli.kernels.rows8_triton import new_rows8, round_rows
@@ -64,11 +65,6 @@ def _launch(
         CHANNELS=block,
         num_warps=WARPS,
     )
-
-
-def by_taps(weight: Tensor) -> Tensor:
-    """(2E, 1, 3, 3) -> (9, 2E), a view if `lay_out_by_taps` has laid it out."""
-    return weight.flatten(1).t().contiguous()
 
 
 @triton.jit

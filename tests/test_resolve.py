@@ -71,7 +71,7 @@ def test_the_sums_are_printed_and_read_back(gpu):
     resolution, files = resolved()
     request = DrawRequest(resolution.model, files, [recipe])
     _announce(request, "cuda", 1, SimpleNamespace(info=said.append))
-    assert "with sums in float16 over 64 channels" in said[-1]
+    assert "dit float16 with sums in float16, vae bfloat16" in said[-1]
     kept = json.loads(json.dumps(recipe.as_dict()))
     assert {name: checked(name, value) for name, value in kept.items()} == recipe.as_dict()
     with pytest.raises(ValueError):

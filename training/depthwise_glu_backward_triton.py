@@ -15,13 +15,13 @@ import triton.language as tl
 from torch import Tensor
 
 from sana_cli.kernels.cases import WIDTHS, Case, like
+from sana_cli.kernels.convolution import by_taps
 from sana_cli.kernels.depthwise_glu_triton import (
     CHANNELS,
     COLUMNS,
     ROWS,
     WARPS,
     add_row,
-    by_taps,
     depthwise_glu,
     strip_origin,
     taps,

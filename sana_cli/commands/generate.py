@@ -260,11 +260,10 @@ def _announce(request: "DrawRequest", device: str, prompts: int, console: "Conso
     if prompts > 1:
         console.info(f"{prompts} prompts, {len(request.recipes)} images")
     console.info(f"model {model.name} ({model.source}), licence {model.licence}")
-    precisions = {"text": first.text_dtype, "dit": first.dit_dtype, "vae": first.vae_dtype}
+    precisions = {"text": first.text_dtype, "dit": first.products, "vae": first.vae_dtype}
     same = len(set(precisions.values())) == 1
     precision = first.dit_dtype if same else ", ".join(f"{k} {v}" for k, v in precisions.items())
     precision += f" with {first.quant}" if first.quant else ""
-    precision += f" with sums in {first.sums} over 64 channels" if first.sums else ""
     size = f"{first.width}x{first.height}"
     if (first.width, first.height) != (first.native_width, first.native_height):
         size += f" (drawn at {first.native_width}x{first.native_height})"

@@ -10,7 +10,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from sana_cli.kernels.depthwise_glu import depthwise_glu, depthwise_glu8, lay_out_by_taps
+from sana_cli.kernels.convolution import lay_out_by_taps
+from sana_cli.kernels.depthwise_glu import depthwise_glu, depthwise_glu8
 from sana_cli.kernels.linear import is_packed, linear, pack, unpack
 from sana_cli.kernels.linear_attention import attend_tokens, attend_tokens8, project_qkv
 from sana_cli.kernels.modulation import modulate, modulate8

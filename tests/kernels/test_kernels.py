@@ -32,7 +32,8 @@ from sana_cli.kernels import (
     projection_triton,
     text_attention_triton,
 )
-from sana_cli.kernels.depthwise_glu import depthwise_glu, lay_out_by_taps
+from sana_cli.kernels.convolution import by_taps, lay_out_by_taps
+from sana_cli.kernels.depthwise_glu import depthwise_glu
 from sana_cli.kernels.dispatch import chosen_path
 from sana_cli.kernels.linear_attention import attend_tokens, project_qkv
 from sana_cli.kernels.modulation import modulate
@@ -131,7 +132,7 @@ def test_depthwise_weights_laid_out_by_taps_are_read_where_they_are_wherever_the
     x, weight, bias = draw(1, 3, 5, 80), draw(80, 1, 3, 3), draw(80)
     laid_out = lay_out_by_taps(weight)
     for moved in (laid_out, laid_out.double().to(weight.dtype), laid_out.to("cpu", copy=True)):
-        assert depthwise_glu_triton.by_taps(moved).data_ptr() == moved.data_ptr()
+        assert by_taps(moved).data_ptr() == moved.data_ptr()
     results = [depthwise_glu_triton.depthwise_glu(x, w, bias, False) for w in (weight, laid_out)]
     assert torch.equal(*results)
 

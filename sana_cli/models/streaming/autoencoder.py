@@ -1,15 +1,23 @@
 """DC-AE strip by strip: latents to an image, an image to latents, and the memory either takes."""
 
 from functools import partial
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from sana_cli.kernels.depthwise_glu import lay_out_by_taps
+from sana_cli.kernels.convolution import lay_out_by_taps
 from sana_cli.models.configs import DCAEConfig
-from sana_cli.models.dc_ae import DCAE, Decoder, Encoder, GLUMBConv, group_mean
+from sana_cli.models.dc_ae import (
+    DCAE,
+    Decoder,
+    EfficientViTBlock,
+    Encoder,
+    MultiscaleLinearAttention,
+    group_mean,
+)
 from sana_cli.models.streaming import STRIP_BYTES
+from sana_cli.models.streaming.layers import SplitAttention
 from sana_cli.models.streaming.ops import Size, normalise, repeat
 from sana_cli.models.streaming.strip_pipeline import Decoded, StripPipeline
 from sana_cli.models.streaming.subpixel import fold_upsamples
@@ -26,11 +34,12 @@ def prepare(network: Decoder | Encoder, dtype: torch.dtype) -> None:
     """
     if isinstance(network, Decoder):
         fold_upsamples(network)
-    network.to(dtype, memory_format=torch.channels_last)
+    cast(Any, network).to(dtype, memory_format=torch.channels_last)
     for module in network.modules():
-        if isinstance(module, GLUMBConv):
-            weight = lay_out_by_taps(module.conv_depth.weight)
-            module.conv_depth.weight = nn.Parameter(weight, requires_grad=False)
+        if isinstance(module, EfficientViTBlock):
+            module.attn = SplitAttention(cast(MultiscaleLinearAttention, module.attn))
+            depth = module.conv_out.conv_depth
+            depth.weight = nn.Parameter(lay_out_by_taps(depth.weight), requires_grad=False)
 
 
 @torch.inference_mode()
