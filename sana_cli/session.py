@@ -104,9 +104,12 @@ class Session:
     def networks(self) -> "Networks":
         """The networks that are loaded."""
         if self._networks is None:
+            from sana_cli.pipeline import packing
             from sana_cli.pipeline.networks import Networks
 
             self._networks = Networks(self.keep_loaded)
+            if self.device == "cpu" and (rates := packing.rates(self.cache_folder())):
+                self.reporter.detail(f"products: {rates}")
         return self._networks
 
     def cache_folder(self) -> Path | None:

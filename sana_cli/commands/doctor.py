@@ -90,6 +90,7 @@ def examine(color: bool, console: "UiConsole") -> Facts:
     facts["devices"], no_cuda = ask("devices", inventory.devices) or (None, None)
     facts["nvidia_driver"] = ask("driver", inventory.nvidia_driver)
     facts["kernels"] = ask("kernels", _kernels)
+    facts["products"] = ask("products", _products)
     facts["bitsandbytes"] = inventory.installed("bitsandbytes")
     facts["hub"] = ask("hub", _hub)
     facts["text_cache"] = ask("text cache", _text_cache)
@@ -114,6 +115,15 @@ def _kernels() -> Facts:
     fast, how = chosen_products(device)
     products = {"fast": fast, "reason": how}
     return {"path": path, "reason": reason, "triton": triton, "w8a8": products}
+
+
+def _products() -> Facts | None:
+    """How fast matrix products in float32 are on the CPU, by the way they are computed."""
+    from sana_cli.pipeline import packing
+    from sana_cli.system.folders import cache_folder
+
+    rates = packing.rates(cache_folder())
+    return rates and rates._asdict() | {"packs": rates.packs, "text": str(rates)}
 
 
 def _checks(tell: Callable[[str], None]) -> list[Facts]:
@@ -370,6 +380,8 @@ def _lines(facts: Facts) -> Iterator[tuple[str, str]]:
         products = kernels["w8a8"]
         speed = "fast products" if products["fast"] else "no faster than none"
         yield "w8a8", f"{speed}: {products['reason']}"
+    if products := facts["products"]:
+        yield "products", products["text"]
     yield "8 bits", f"bitsandbytes {facts['bitsandbytes'] or 'is not installed'}"
     yield from _hub_lines(facts["hub"])
     if texts := facts["text_cache"]:

@@ -51,6 +51,15 @@ def facts(examine, tmp_path_factory) -> dict:
     return examine(HF_HOME=str(home / "hf"), SANA_DATA_DIR=str(home / "data"))[0]
 
 
+def test_it_tells_how_fast_products_are(facts, cache):
+    if facts["products"] is None:
+        pytest.skip("this torch has no oneDNN beside MKL")
+    kept = json.loads((cache / "packing.json").read_text())
+    assert [facts["products"][way] for way in ("onednn", "packed", "mkl")] in [
+        rates[:3] for rates in kept.values()
+    ]
+
+
 def test_it_tells_what_torch_tells(facts):
     assert facts["torch"]["version"] == torch.__version__
     assert facts["cpu"]["kernels"] == torch.backends.cpu.get_cpu_capability()
