@@ -119,9 +119,7 @@ def peak_bytes(
     """
     with torch.device("meta"):
         network: Encoder | Decoder = getattr(DCAE(config).requires_grad_(False), half)
-        if isinstance(network, Decoder):
-            fold_upsamples(network)
-    network.to(dtype)
+        prepare(network, dtype)
     weights = sum(parameter.nbytes for parameter in network.parameters())
     activations = int(activation_bytes(network, grid, strip_bytes=strip_bytes) * SLACK)
     return weights + activations
