@@ -1,5 +1,6 @@
 """Real parts for every test: a saved random model, the `sana` command, loopback nothing."""
 
+import atexit
 import gc
 import os
 import signal
@@ -21,9 +22,14 @@ os.environ["HF_HUB_OFFLINE"] = "0" if os.environ.get("SANA_TEST_WEIGHTS") == "pu
 os.environ["NO_COLOR"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
-# Several workers of pytest-xdist share the cores.
-if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Python's end looks for garbage among a million objects of the imports, which takes seconds. Called
+# after what the libraries do at the end, as the first registered is called last.
+IN_WORKER = "PYTEST_XDIST_WORKER" in os.environ
+if IN_WORKER:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # several workers share the cores
+    atexit.register(os._exit, 0)
+else:
+    atexit.register(gc.unfreeze)  # or libraries in C++ tell of leaks
 
 # Nor may a developer's own standing choices change what is tested: there is no such file. Which
 # commits of released weights are here is no choice; the tests marked `weights` need it.
@@ -49,6 +55,8 @@ def is_exhaustive(config: pytest.Config) -> bool:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if not IN_WORKER and getattr(config.option, "numprocesses", None):
+        return  # its workers test
     # Imports leave a million objects that stay: until they are all there, looking for garbage among
     # them takes a third of the time.
     gc.disable()
@@ -63,8 +71,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist, whose default is one worker for a core
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
-    """Two workers for a core, as many tests wait for a process or a socket; not at full sizes."""
-    return None if is_exhaustive(config) else 2 * (os.cpu_count() or 1)
+    """Three workers for two cores, as some tests wait for a process or a socket; not at full sizes.
+
+    Each costs 10 s of imports.
+    """
+    return None if is_exhaustive(config) else (3 * (os.cpu_count() or 1) + 1) // 2
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -79,10 +90,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_collection_finish() -> None:
     gc.freeze()
     gc.enable()
-
-
-def pytest_unconfigure() -> None:
-    gc.unfreeze()  # or libraries in C++ tell of leaks at the end
 
 
 @pytest.fixture(autouse=True)
