@@ -114,8 +114,9 @@ def machine(monkeypatch) -> list[str]:
     for module in (roofline, phases):
         given(module, "bandwidth", 1e10)
         given(module, "matrix_rate", 1e11)
-    given(forecast, "count_step", Count(2e11, 1e9, 100))
-    given(forecast, "count_decode", Count(1e12, 2e9, 50))
+    given(forecast, "count_step", Count(2e11, 1e9, 100, 4e8, 0))
+    given(forecast, "count_image", Count(5e11, 1e9, 40, 3e8, 0))
+    given(forecast, "count_decode", Count(1e12, 2e9, 50, 5e8, 0))
     return asked
 
 
