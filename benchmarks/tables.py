@@ -261,30 +261,66 @@ def registers() -> list[str]:
     return rows
 
 
-CARDS = {  # FLOP/s in bfloat16 with float32 sums, bytes/s
-    "RTX 4060 Laptop, 29 TFLOP/s and 256 GB/s as listed": (29.1e12, 256e9),
-    "RTX 4090 Laptop, 76 TFLOP/s and 576 GB/s as listed": (75.9e12, 576e9),
-    "H200, 790 TFLOP/s and 4.3 TB/s as others measured": (790e12, 4.3e12),
+# FLOP/s in bfloat16 with float32 sums, bytes/s, and how many times as fast 8 bits are.
+CARDS = {
+    "RTX 4060 Laptop, 29 TFLOP/s and 256 GB/s as listed": (29.1e12, 256e9, 4),
+    "RTX 4090 Laptop, 76 TFLOP/s and 576 GB/s as listed": (75.9e12, 576e9, 4),
+    "H200, 790 TFLOP/s and 4.3 TB/s as others measured": (790e12, 4.3e12, 2),
 }
+HALVED = 4  # times by which GeForce cards multiply int8 faster: twice float16 with float16 sums
 STEPS = 20
+LAUNCH = {"PyTorch": 7e-6, "Triton": 20e-6}  # seconds of Python for a launch, estimated
 
 
 def predicted() -> list[str]:
     """Seconds of an image at 1024² on GPUs that none of this has run on."""
     from sana_cli.bench.counted import Count
-    from sana_cli.bench.forecast import EFFICIENCY, seconds
+    from sana_cli.bench.forecast import EFFICIENCY, Rates, seconds
 
-    rows = ["| predicted at 1024² | a step | a decode | 20 steps and a decode | measured |"]
-    rows.append("|---|---|---|---|---|")
-    for card, rates in CARDS.items():
-        for model, work in measured("work.json").items():
-            step, decode = (
-                seconds(Count(**work[stage]), *rates, EFFICIENCY["cuda"])
-                for stage in ("step", "decode")
+    ways = "bfloat16", "float16 with sums in float16", "w8a8"
+    heads = "predicted at 1024²", f"a step in {', in '.join(ways)}", "a decode", "20 steps and it"
+    rows = [f"| {' | '.join(heads)} | measured |", "|---|---|---|---|---|"]
+    for card, (flops, bandwidth, eight) in CARDS.items():
+        rates = Rates(flops, bandwidth, eight * flops)
+        for model, work in measured("work.json")["models"].items():
+            step, quantised, decode = (
+                seconds(Count(**work[stage]), rates, EFFICIENCY["cuda"])
+                for stage in ("step", "w8a8 step", "decode")
             )
-            cells = [f"{1000 * step:.3g} ms", f"{1000 * decode:.3g} ms"]
-            cells += [f"{STEPS * step + decode:.2g} s", "not measured yet"]
+            steps: list[float | None] = [step, None, quantised]
+            if eight == HALVED:
+                twice = rates._replace(products=2 * flops)
+                steps[1] = seconds(Count(**work["step"]), twice, EFFICIENCY["cuda"])
+            each = ", ".join(f"{1000 * one:.3g}" if one else "–" for one in steps)
+            total = ", ".join(f"{STEPS * one + decode:.2g}" if one else "–" for one in steps)
+            cells = [f"{each} ms", f"{1000 * decode:.3g} ms", f"{total} s", "not measured yet"]
             rows.append(f"| {model} on an {card} | {' | '.join(cells)} |")
+    return rows
+
+
+def launching() -> list[str]:
+    """What Python takes to launch a decode, beside what GPUs are predicted to take for it."""
+    from sana_cli.bench.counted import Count
+    from sana_cli.bench.forecast import EFFICIENCY, Rates, seconds
+
+    cards = [card.partition(",")[0] for card in CARDS]
+    kinds = {"8.9": "GeForce", "9.0": "H200"}
+    rows = [
+        f"| a decode | {' | '.join(f'launches on {one}, Python' for one in kinds.values())}"
+        f" | {' | '.join(cards)} |",
+        f"|---|---|---{'|---' * len(cards)}|",
+    ]
+    for side, found in measured("work.json")["decodes"].items():
+        cells = []
+        for kind in kinds:
+            launches, triton = found[kind]["count"]["operations"], found[kind]["triton"]
+            python = (launches - triton) * LAUNCH["PyTorch"] + triton * LAUNCH["Triton"]
+            cells.append(f"{launches}, {1000 * python:.2g} ms")
+        for flops, bandwidth, eight in CARDS.values():
+            count = Count(**found["8.9" if eight == HALVED else "9.0"]["count"])
+            took = seconds(count, Rates(flops, bandwidth), EFFICIENCY["cuda"])
+            cells.append(f"{1000 * took:.2g} ms" if took < 0.1 else f"{took:.2g} s")
+        rows.append(f"| {side}² | {' | '.join(cells)} |")
     return rows
 
 
@@ -362,6 +398,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "one-command": one_command,
     "registers": registers,
     "predicted": predicted,
+    "launching": launching,
     "w8a8": w8a8,
     "w8a8-layers": w8a8_layers,
     "diffusers-suites": diffusers_suites,

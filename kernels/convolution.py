@@ -27,6 +27,26 @@ def convolve(
     return y if y.is_meta else y.contiguous(memory_format=torch.channels_last)
 
 
+def new_map(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Allocate a map (B, C, h, w), channels-last, of the dtype and on the device of another."""
+    return torch.empty(
+        shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last
+    )
+
+
+def lay_out_by_taps(weight: Tensor) -> Tensor:
+    """Copy depthwise weight (C, 1, k, k) so that one tap of neighbouring channels is contiguous.
+
+    Kernels read it like this; any other layout is copied at every call.
+    """
+    return by_taps(weight).t().view(weight.shape)
+
+
+def by_taps(weight: Tensor) -> Tensor:
+    """(C, 1, k, k) -> (k², C), contiguous: a view if `lay_out_by_taps` has laid it out."""
+    return weight.flatten(1).t().contiguous()
+
+
 def conv_silu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """SiLU(conv(x)) with zeros around x (B, C, h, w), channels-last -> (B, N, h, w), the same.
 
@@ -75,12 +95,7 @@ def upsample_window(
     """`upsample` of a window (B, C, h + 2, w + 2), which has a halo of one pixel."""
     x, out = window[:, :, 1:-1, 1:-1], len(upper) // 2
     batch, _, height, width = x.shape
-    y = torch.empty(
-        (batch, out, 2 * height, 2 * width),
-        dtype=x.dtype,
-        device=x.device,
-        memory_format=torch.channels_last,
-    )
+    y = new_map(x, (batch, out, 2 * height, 2 * width))
     for i, weight in enumerate((upper, lower)):
         z = convolve(window[:, :, i : i + height + 1], weight, bias)
         for j in (0, 1):

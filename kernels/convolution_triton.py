@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sana_cli.kernels import convolution
 from sana_cli.kernels.cases import Case, like
-from sana_cli.kernels.convolution import NORMED, STEP, TILE
+from sana_cli.kernels.convolution import NORMED, STEP, TILE, new_map
 from sana_cli.kernels.launch import launch, precision, trace_launches
 from sana_cli.kernels.projection_triton import GROUP, Blocks, tile_origin
 from sana_cli.kernels.selfcheck import Check, Draw, least
@@ -51,12 +51,7 @@ def _launch(
     blocks = tiles[x.dtype == torch.float32]
     batch, channels, height, width = x.shape
     n, m = len(weight), batch * height * width
-    out = torch.empty(
-        (batch, n, height, width),
-        dtype=x.dtype,
-        device=x.device,
-        memory_format=torch.channels_last,
-    )
+    out = new_map(x, (batch, n, height, width))
     launch(
         conv_kernel,
         (triton.cdiv(m, blocks.m) * triton.cdiv(n, blocks.n),),
@@ -78,12 +73,7 @@ def upsample(x: Tensor, upper: Tensor, lower: Tensor, bias: Tensor, repeats: int
     blocks = USUAL32 if x.dtype == torch.float32 else USUAL
     batch, channels, height, width = x.shape
     n, m = len(upper) // 2, batch * height * width
-    out = torch.empty(
-        (batch, n, 2 * height, 2 * width),
-        dtype=x.dtype,
-        device=x.device,
-        memory_format=torch.channels_last,
-    )
+    out = new_map(x, (batch, n, 2 * height, 2 * width))
     x = x.contiguous(memory_format=torch.channels_last)
     for below, weight in enumerate((upper, lower)):
         launch(

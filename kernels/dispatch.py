@@ -78,9 +78,20 @@ def chosen_path(device: str) -> tuple[str, str]:
     reason = fallback_reason(torch.device(device))
     if reason is not None:
         return "torch", reason
-    from sana_cli.kernels.launch import halves_float32_sums
-
     reason = "Triton supports the tensor cores of this GPU"
-    if halves_float32_sums(torch.device(device)):
+    if sums_in_half(device):
         reason += ", which multiplies float16 twice as fast with sums in float16 over 64 channels"
     return "triton", reason
+
+
+def sums_in_half(device: str) -> bool:
+    """Whether products in float16 are summed in float16 on a device, over 64 channels."""
+    if not device.startswith("cuda"):
+        return False
+    import torch
+
+    if fallback_reason(torch.device(device)) is not None:
+        return False
+    from sana_cli.kernels.launch import halves_float32_sums
+
+    return halves_float32_sums(torch.device(device))

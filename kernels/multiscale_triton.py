@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sana_cli.kernels import multiscale
 from sana_cli.kernels.cases import Case, like
+from sana_cli.kernels.convolution import by_taps
 from sana_cli.kernels.launch import launch, precision, trace_launches
 from sana_cli.kernels.selfcheck import Check, Draw
 
@@ -33,8 +34,7 @@ def aggregate(window: Tensor, depth: Tensor, point: Tensor, out: Tensor) -> Tens
     launch(
         aggregate_kernel,
         (channels // group, tiles, batch),
-        # Transposed, so that the same tap of neighbouring channels is contiguous.
-        *(window, depth.flatten(1).t().contiguous(), point.contiguous(), out),
+        *(window, by_taps(depth), point.contiguous(), out),
         *(reach - kernel // 2, height, width, channels),
         *(*window.stride()[:3], *out.stride()[:3]),
         HALO=reach > 0,

@@ -9,6 +9,9 @@ from sana_cli.errors import UsageError
 
 SEED_LIMIT = 2**32  # the range of other tools that read these files
 MAX_IMAGES = 100_000
+SUMS = " with sums in "  # in the name of a precision
+# Fields of a recipe that the device decides where the settings leave them open.
+PRECISION = ("text_dtype", "dit_dtype", "vae_dtype", "sums")
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,13 @@ class Recipe:
     pag_layer: int | None = None  # the transformer block that it perturbs
     pag_adaptive: float | None = None  # decrease of the scale per timestep; None for none
     quant: str | None = None  # "w8a8"; None where all products are in `dit_dtype`
+    # "float16" where products in it are summed in it, 64 channels at a time; None for float32.
+    sums: str | None = None
+
+    @property
+    def products(self) -> str:
+        """The precision of the transformer's products, but for those in 8 bits."""
+        return self.dit_dtype + (f"{SUMS}{self.sums}" if self.sums else "")
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields, for JSON."""

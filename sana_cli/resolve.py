@@ -213,11 +213,13 @@ class Resolution:
         self, files: "ModelFiles", device: str, seed: int, memory: int | None = None
     ) -> Recipe:
         """Return a recipe for a device; `memory` is the user's limit, in bytes."""
+        from sana_cli.kernels.dispatch import sums_in_half
         from sana_cli.system.devices import choose_dtypes
 
         asked, model, sampler = self.settings, self.model, self.sampler(files)
         text_dtype, _ = self.text_precision(files, device, memory)
         _, dit_dtype, vae_dtype = choose_dtypes(asked.dtype, device, model.dtype)
+        in_half = dit_dtype == "float16" and sums_in_half(device)
         instructed = model.instruction if asked.instruction is None else asked.instruction
         canvas = self.canvas(model.side or files.side)
         return Recipe(
@@ -250,6 +252,7 @@ class Resolution:
             controlnet=self.controlnet.name if self.controlnet else None,
             vae=self.vae.name if self.vae else None,
             quant=None if asked.quant == "none" else asked.quant,
+            sums="float16" if in_half else None,
             **self._pag(files),
         )
 

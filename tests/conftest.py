@@ -1,5 +1,6 @@
 """Real parts for every test: a saved random model, the `sana` command, loopback nothing."""
 
+import atexit
 import gc
 import os
 import signal
@@ -22,9 +23,14 @@ os.environ["HF_HUB_OFFLINE"] = "0" if os.environ.get("SANA_TEST_WEIGHTS") == "pu
 os.environ["NO_COLOR"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
-# Several workers of pytest-xdist share the cores.
-if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Python's end looks for garbage among a million objects of the imports, which takes seconds. Called
+# after what the libraries do at the end, as the first registered is called last.
+IN_WORKER = "PYTEST_XDIST_WORKER" in os.environ
+if IN_WORKER:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # several workers share the cores
+    atexit.register(os._exit, 0)
+else:
+    atexit.register(gc.unfreeze)  # or libraries in C++ tell of leaks
 
 # Nor may a developer's own standing choices change what is tested: there is no such file. Which
 # commits of released weights are here is no choice; the tests marked `weights` need it.
@@ -51,6 +57,8 @@ def is_exhaustive(config: pytest.Config) -> bool:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if not IN_WORKER and getattr(config.option, "numprocesses", None):
+        return  # its workers test
     # Imports leave a million objects that stay: until they are all there, looking for garbage among
     # them takes a third of the time.
     gc.disable()
@@ -65,8 +73,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist, whose default is one worker for a core
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
-    """Two workers for a core, as many tests wait for a process or a socket; not at full sizes."""
-    return None if is_exhaustive(config) else 2 * (os.cpu_count() or 1)
+    """Three workers for two cores, as some tests wait for a process or a socket; not at full sizes.
+
+    Each costs 10 s of imports.
+    """
+    return None if is_exhaustive(config) else (3 * (os.cpu_count() or 1) + 1) // 2
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -96,10 +107,6 @@ def pytest_terminal_summary(
     terminalreporter.write_line(f"{sum(c.total() for c in counts.values())} inputs in all")
 
 
-def pytest_unconfigure() -> None:
-    gc.unfreeze()  # or libraries in C++ tell of leaks at the end
-
-
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory, monkeypatch) -> Path:
     """The folder of what is kept between runs: empty for every test, and never the user's."""
@@ -122,8 +129,9 @@ def machine(monkeypatch) -> list[str]:
     for module in (roofline, phases):
         given(module, "bandwidth", 1e10)
         given(module, "matrix_rate", 1e11)
-    given(forecast, "count_step", Count(2e11, 1e9, 100))
-    given(forecast, "count_decode", Count(1e12, 2e9, 50))
+    given(forecast, "count_step", Count(2e11, 1e9, 100, 4e8, 0))
+    given(forecast, "count_image", Count(5e11, 1e9, 40, 3e8, 0))
+    given(forecast, "count_decode", Count(1e12, 2e9, 50, 5e8, 0))
     return asked
 
 

@@ -42,15 +42,18 @@ def serve(path: str) -> None:
     import httpx2  # noqa: F401
     import PIL.PngImagePlugin  # noqa: F401
     import rich.progress  # noqa: F401
-    import torch  # noqa: F401
+    import torch._dynamo  # noqa: F401 - counting on the meta device imports it
     import uvicorn  # noqa: F401
 
     import sana_cli.app
     import sana_cli.batch.run
     import sana_cli.batch.this_process
+    import sana_cli.pipeline.draw
     import sana_cli.pipeline.text_encoder
     import sana_cli.server.app
-    import sana_cli.ui  # noqa: F401
+    import sana_cli.ui
+
+    sana_cli.app.command()
 
     # Its constants are read from the environment as it is imported.
     assert "huggingface_hub" not in sys.modules

@@ -1,6 +1,7 @@
 """The command as a whole: start-up, help, streams, and the shape of the package."""
 
 import ast
+import functools
 import json
 import os
 import re
@@ -11,9 +12,8 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from typer.main import get_command
 
-from sana_cli.app import ELSEWHERE, app
+from sana_cli import app
 from terminal import at_terminal, screen
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -175,7 +175,7 @@ def every_command(command, path=()):
         yield from every_command(one, (*path, name))
 
 
-COMMANDS = dict(every_command(get_command(app)))
+COMMANDS = dict(every_command(app.command()))
 
 
 def test_every_option_has_help_and_a_name_for_its_value():
@@ -210,6 +210,7 @@ def test_help_all_shows_every_option_and_help_those_for_every_day(sana, path):
     assert len(everyday) < len(whole)
 
 
+@functools.cache
 def imported(path: Path) -> set[str]:
     """The modules that a file imports, and the names that it takes from them: dotted."""
     names = set()
@@ -266,7 +267,7 @@ def test_every_verb_is_one_file():
     """The others in the folder help them, and begin with an underscore."""
     files = {path.stem for path in (ROOT / "sana_cli/commands").glob("*.py")}
     verbs = {name for name in files if not name.startswith("_")}
-    assert verbs == set(get_command(app).commands)
+    assert verbs == set(app.command().commands)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -297,14 +298,14 @@ def test_a_prompt_without_a_verb_is_told_the_verb(sana):
     assert "sana models --help" in sana("models", "bogus").err
 
 
-@pytest.mark.parametrize("name", sorted(ELSEWHERE))
+@pytest.mark.parametrize("name", sorted(app.ELSEWHERE))
 def test_an_option_of_another_tool_is_told_ours(sana, name):
     run = sana("generate", "a red fox", name, "4")
     assert run.code == 2
     (hint,) = (line for line in run.err.splitlines() if line.startswith("hint: here that is "))
     ours = re.findall(r"--[a-z]+", hint)
     assert ours or "the first word" in hint
-    options = {word for p in get_command(app).commands["generate"].params for word in p.opts}
+    options = {word for p in app.command().commands["generate"].params for word in p.opts}
     assert set(ours) <= options
 
 

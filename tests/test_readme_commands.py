@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 from safetensors.numpy import save_file
-from typer.main import get_command
 
-from sana_cli.app import app
+from sana_cli.app import command
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN = {"cwd": ROOT, "capture_output": True, "check": True, "text": True}
@@ -105,10 +104,10 @@ def test_every_command_works(line, folder, sana):
 
 def parse(words: list[str]) -> None:
     """click.UsageError for a verb, an option or a value that does not exist."""
-    command = get_command(app)
-    while isinstance(command, click.Group):
-        command, words = command.commands[words[0]], words[1:]
-    command.make_context("sana", list(words))
+    verb = command()
+    while isinstance(verb, click.Group):
+        verb, words = verb.commands[words[0]], words[1:]
+    verb.make_context("sana", list(words))
 
 
 def test_the_python_of_the_front_page_draws_what_diffusers_draws(tmp_path, monkeypatch):

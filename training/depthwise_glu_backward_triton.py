@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sana_cli.kernels.cases import WIDTHS, Case, like
+from sana_cli.kernels.convolution import by_taps
 from sana_cli.kernels.depthwise_glu_triton import (
     CHANNELS,
     COLUMNS,
@@ -34,9 +35,9 @@ def gradients(
     x: Tensor, weight: Tensor, bias: Tensor, gradient: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of x, weight and bias from that of the result, (B, h, w, E)."""
-    x, weight = x.contiguous(), weight.contiguous()
+    x, by_tap = x.contiguous(), by_taps(weight)
     batch, height, width, channels = x.shape
-    of_y = gate_gradient(x, weight, bias, gradient)
+    of_y = gate_gradient(x, by_tap, bias, gradient)
     of_x = torch.empty_like(x)
     strips = batch * triton.cdiv(height, ROWS) * triton.cdiv(width, COLUMNS)
     blocks = triton.cdiv(channels, CHANNELS)
@@ -46,7 +47,7 @@ def gradients(
     launch(
         depthwise_gradient_kernel,
         (blocks, groups),
-        *(x, weight, of_y, of_x, sums, height, width, channels, strips, each),
+        *(x, by_tap, of_y, of_x, sums, height, width, channels, strips, each),
         COLUMNS=COLUMNS,
         ROWS=ROWS,
         CHANNELS=CHANNELS,
@@ -57,8 +58,10 @@ def gradients(
     return of_x, of_weight.to(weight.dtype), total[9].to(bias.dtype)
 
 
-def gate_gradient(x: Tensor, weight: Tensor, bias: Tensor, gradient: Tensor) -> Tensor:
-    """Return the gradient of the convolution, (B, h, w, 2E), from that of the gate's result."""
+def gate_gradient(x: Tensor, by_tap: Tensor, bias: Tensor, gradient: Tensor) -> Tensor:
+    """Return the gradient of the convolution, (B, h, w, 2E), from that of the gate's result.
+
+    by_tap (9, 2E) are the weights."""
     batch, height, width, channels = x.shape
     half = channels // 2
     of_y = torch.empty_like(x)
@@ -66,7 +69,7 @@ def gate_gradient(x: Tensor, weight: Tensor, bias: Tensor, gradient: Tensor) -> 
     launch(
         gate_gradient_kernel,
         (strips, triton.cdiv(height, ROWS), batch),
-        *(x, weight, bias.contiguous(), gradient.contiguous(), of_y, height, width, half),
+        *(x, by_tap, bias.contiguous(), gradient.contiguous(), of_y, height, width, half),
         COLUMNS=COLUMNS,
         ROWS=ROWS,
         CHANNELS=CHANNELS,
@@ -83,7 +86,8 @@ def gate_gradient_kernel(
     """Recompute value and gate of a strip, as `depthwise_glu_kernel`, and write their gradients."""
     channel, column, first, image = strip_origin(half, COLUMNS, ROWS, CHANNELS)
     real = channel < half
-    v_weights, g_weights = taps(weight, channel, real), taps(weight + half * 9, channel, real)
+    v_weights = taps(weight, channel, 2 * half, real)
+    g_weights = taps(weight + half, channel, 2 * half, real)
     none = tl.zeros((COLUMNS, CHANNELS), tl.float32)
     v_bias = none + tl.load(bias + channel, mask=real, other=0.0).to(tl.float32)
     g_bias = none + tl.load(bias + half + channel, mask=real, other=0.0).to(tl.float32)
@@ -118,7 +122,7 @@ def depthwise_gradient_kernel(
     real = channel < channels
     across, down = tl.cdiv(width, COLUMNS), tl.cdiv(height, ROWS)
     # Named by kernel row and column; s are the sums of the gradients of w.
-    w00, w01, w02, w10, w11, w12, w20, w21, w22 = taps(weight, channel, real)
+    w00, w01, w02, w10, w11, w12, w20, w21, w22 = taps(weight, channel, channels, real)
     none = tl.zeros((COLUMNS, CHANNELS), tl.float32)
     s00, s01, s02, s10, s11, s12, s20, s21, s22 = (
         none, none, none, none, none, none, none, none, none,

@@ -6,6 +6,7 @@ half of the prompts also state the sky and the land.
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -34,7 +35,8 @@ class Prompt:
     scene: Scene  # an example that the prompt describes
 
 
-def prompts(seed: int = SEED) -> list[Prompt]:
+@cache  # the search takes seconds
+def prompts(seed: int = SEED) -> tuple[Prompt, ...]:
     """Return all prompts, ordered by category."""
     rng = np.random.default_rng(seed)
     found: list[Prompt] = []
@@ -45,7 +47,7 @@ def prompts(seed: int = SEED) -> list[Prompt]:
             if prompt.text not in texts:
                 texts.add(prompt.text)
                 found.append(prompt)
-    return found
+    return tuple(found)
 
 
 def shape_prompts(count: int, objects: int, seed: int = SEED) -> list[tuple[shapes.Scene, str]]:

@@ -5,6 +5,7 @@ of training. Prompts in emoji have words only where emoji cannot express a relat
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -57,7 +58,8 @@ class ThingPrompt:
     scene: Scene  # an example that the prompt describes
 
 
-def thing_prompts(seed: int = SEED) -> list[ThingPrompt]:
+@cache  # the search takes seconds
+def thing_prompts(seed: int = SEED) -> tuple[ThingPrompt, ...]:
     """Return all prompts, ordered by language and category."""
     rng = np.random.default_rng(seed)
     found: dict[str, ThingPrompt] = {}
@@ -67,7 +69,7 @@ def thing_prompts(seed: int = SEED) -> list[ThingPrompt]:
                 while (prompt := _prompt(category, language, rng)).text in found:
                     pass
                 found[prompt.text] = prompt
-    return list(found.values())
+    return tuple(found.values())
 
 
 def _prompt(category: str, language: str, rng: np.random.Generator) -> ThingPrompt:

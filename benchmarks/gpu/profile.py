@@ -24,7 +24,7 @@ def profile(options: argparse.Namespace, report: Report) -> None:
 
     device = options.device
     dtype = wide(device)
-    copies, products = bandwidth(device), matrix_rate(device, getattr(torch, dtype))
+    copies, products = bandwidth(device), matrix_rate(device, dtype)
     report.add("profile", bytes_per_second=copies, flops_per_second=products, dtype=dtype)
     models = ["demo"] if options.quick else [SMALL, LARGE]
     for model in models:

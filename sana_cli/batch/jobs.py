@@ -21,7 +21,7 @@ from sana_cli.batch.rows import Fault, Row, RowOrFault
 from sana_cli.batch.templates import alternatives, columns_of, fill
 from sana_cli.errors import SanaError, UsageError
 from sana_cli.images.names import Output, check_size, parse_job_name
-from sana_cli.recipe import MAX_IMAGES, SEED_LIMIT, Recipe, parse_seeds
+from sana_cli.recipe import MAX_IMAGES, PRECISION, SEED_LIMIT, Recipe, parse_seeds
 from sana_cli.resolve import Inputs, Resolution, resolve
 from sana_cli.settings import Settings
 from sana_cli.weights.catalogue import Component, Model
@@ -186,8 +186,8 @@ class JobBuilder:
         first = spec.resolution.recipe(files, device, 0, self.memory)
         check_size(first, spec.output.format)
         what = first.as_dict() | {"columns": spec.columns}
-        for part in ("seed", "text_dtype", "dit_dtype", "vae_dtype"):
-            del what[part]
+        for part in ("seed", *PRECISION):
+            what.pop(part, None)
         asked = spec.resolution.settings
         precision = {"dtype": asked.dtype, "text_precision": asked.text_precision}
         start = int(_hash(what)[:8], 16) % (SEED_LIMIT - MAX_IMAGES)

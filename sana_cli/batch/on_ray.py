@@ -35,7 +35,7 @@ from sana_cli.batch.shards import Shard
 from sana_cli.batch.worker import Encoded, Worker, need_the_same, plain_error
 from sana_cli.errors import DiskFull, MissingModel, NotEnoughMemory, SanaError, UsageError
 from sana_cli.pipeline.events import Progress
-from sana_cli.recipe import Recipe
+from sana_cli.recipe import PRECISION, Recipe
 from sana_cli.resolve import Inputs
 from sana_cli.session import Session
 from sana_cli.settings import FileOptions
@@ -49,7 +49,6 @@ if TYPE_CHECKING:
 POLL_SECONDS = 0.2  # between looks at whether to stop, and at what the actors tell
 CONNECT_SECONDS = 5
 MAX_ATTEMPTS = 2  # at a job whose actor is lost
-PRECISION = ("text_dtype", "dit_dtype", "vae_dtype")  # of a recipe: what the device decides
 MAX_BLOCKS = 5000  # of jobs; Ray Data keeps track of each
 
 
@@ -440,9 +439,7 @@ class _Actor:
         recipe = resolution.recipe(
             *(files, self.session.device, job.recipe.seed, self.setup.memory)
         )
-        precision = {
-            part: getattr(recipe, part) for part in ("text_dtype", "dit_dtype", "vae_dtype")
-        }
+        precision = {part: getattr(recipe, part) for part in PRECISION}
         if replace(job.recipe, **precision) != recipe:
             raise SanaError(f"{recipe.model} is another model on this node")
         return files, replace(job, recipe=recipe, resolution=resolution)

@@ -5,15 +5,14 @@ is predicted to take
 
     FLOP / (matrix rate · products) + bytes · bytes / copy bandwidth + operations · each
 
-seconds, with the numbers of `EFFICIENCY`. What there is to do is counted as it runs here
-(`bench.counted`), and the rates are measured in about a second; both are kept in the cache folder.
-
-Of 8-bit products no rate is measured, and ControlNets, input images and perturbed-attention
-guidance are not counted: with these, times are known only after a run.
+seconds, with the numbers of `EFFICIENCY` and with a rate and share of its own for 8-bit products.
+What there is to do is counted as it runs here (`bench.counted`), and the rates are measured in
+about a second; both are kept in the cache folder.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +23,7 @@ from sana_cli.bench.counted import (
     Count,
     cells_of,
     count_decode,
+    count_image,
     count_step,
     count_text,
 )
@@ -46,6 +46,7 @@ class Efficiency(NamedTuple):
     """How far a kind of device falls short of its rates."""
 
     products: float  # share of the matrix rate that products reach
+    products8: float  # the same of 8-bit products
     texts: float  # the same of a text encoder, whose inputs have few rows
     bytes: float  # times that a byte takes as long as in a copy; below 1 if products hide it
     each: float  # seconds that an operation takes, however small
@@ -55,11 +56,11 @@ EFFICIENCY = {
     # Fitted on one thread of an x86-64 machine with AVX-512, 250 GFLOP/s in float32 and 38 GB/s.
     # Predicted to measured seconds there, when idle: 20 steps of `demo` at 256² 0.8, at 512² 1.3,
     # decodes 1.1 and 0.9; of the 0.6B at 512² a text 1.0, steps 1.1, a decode 1.1.
-    "cpu": Efficiency(0.85, 0.5, 2.0, 40e-6),
+    "cpu": Efficiency(0.85, 0.85, 0.5, 2.0, 40e-6),
     # Not measured yet. Products take as long as cuBLAS's usually do. They hide most bytes: of the
     # 5.4 GB of a step of the 0.6B at 1024², 2.1 are not read or written by a product. A launch from
-    # a CUDA graph takes 1.6 µs.
-    "cuda": Efficiency(0.85, 0.5, 0.4, 1.6e-6),
+    # a CUDA graph takes 1.6 µs. In 8 bits sums of 64 channels are converted and scaled as well.
+    "cuda": Efficiency(0.85, 0.7, 0.5, 0.4, 1.6e-6),
 }
 
 
@@ -155,26 +156,33 @@ class Forecaster:
         return Expected(_total(recipes, stages), None, len(recipes), False)
 
     def stages(self, recipe: Recipe, files: ModelFiles, measure: bool) -> dict[str, float] | None:
-        """Predict the seconds of a text ("encode"), of a "step" and of a "decode".
+        """Predict the seconds of a text ("encode"), of a "step", of a "decode", and of all input
+        images of an image ("image"), if it has any.
 
         None if they are not predicted, or if something is not kept and not to be measured.
         """
         efficiency = EFFICIENCY.get(self.device.split(":")[0])
-        uncounted = recipe.quant, recipe.control, recipe.image, recipe.pag
-        if efficiency is None or any(one is not None for one in uncounted):
+        if efficiency is None:
             return None
-        dtypes = {
+        precisions = {
             "encode": recipe.dit_dtype if recipe.text_dtype == "int8" else recipe.text_dtype,
-            "step": recipe.dit_dtype,
+            "image": recipe.vae_dtype,
+            "step": recipe.products,
             "decode": recipe.vae_dtype,
         }
-        rates = {what: self.rate(what, measure) for what in (COPY, *dtypes.values())}
+        wanted = [COPY, *precisions.values(), *(["int8"] if recipe.quant else [])]
+        rates = {what: self.rate(what, measure) for what in wanted}
         counts = self.count(recipe, files, measure)
         if counts is None or None in rates.values():
             return None
         return {
-            stage: seconds(counts[stage], rates[dtype], rates[COPY], efficiency, stage == "encode")
-            for stage, dtype in dtypes.items()
+            stage: seconds(
+                count,
+                Rates(rates[precisions[stage]], rates[COPY], rates.get("int8")),
+                efficiency,
+                stage == "encode",
+            )
+            for stage, count in counts.items()
         }
 
     def rate(self, what: str, measure: bool = True) -> Any:
@@ -188,8 +196,6 @@ class Forecaster:
             return found
         if not measure:
             return None
-        import torch
-
         from sana_cli.bench.roofline import bandwidth, matrix_rate
 
         if what == COPY:
@@ -197,7 +203,7 @@ class Forecaster:
             found = bandwidth(self.device)
         else:
             self.tell(f"measuring how fast this machine multiplies in {what}")
-            found = matrix_rate(self.device, getattr(torch, what))
+            found = matrix_rate(self.device, what)
         self.rates.put(found, *key)
         return found
 
@@ -211,36 +217,51 @@ class Forecaster:
         """Return the counts of the stages; None if some are not kept and not to be found `anew`."""
         capability = capability_of(self.device)
         size = recipe.native_width, recipe.native_height
-        how = recipe.dit_dtype, recipe.guidance > 1, recipe.negative == ""
-        step = self._counted(
-            lambda: count_step(recipe, files, capability) if anew else None,
-            *("step", repr(files.dit), files.vae.compression, *size, *how, capability),
-        )
-        decode = self._counted(
-            lambda: count_decode(recipe, files, capability) if anew else None,
-            *("decode", repr(files.vae), recipe.vae_dtype, capability),
-        )
-        if step is None or decode is None:
-            return None
-        decode = decode.enlarged(cells_of(recipe, files) / SAMPLE**2)
-        return {"encode": count_text(recipe, files), "step": step, "decode": decode}
+        how = recipe.dit_dtype, recipe.guidance > 1, recipe.negative == "", recipe.quant
+        more = recipe.control and repr(files.controlnet), recipe.pag and recipe.pag_layer
+        step = "step", repr(files.dit), files.vae.compression, *size, *how, *more, capability
+        vae = repr(files.vae), recipe.vae_dtype, capability
+        finders = {
+            "step": (partial(count_step, recipe, files, capability), step),
+            "decode": (partial(count_decode, recipe, files, capability), ("decode", *vae)),
+        }
+        if recipe.image is not None or recipe.control is not None:
+            finders["image"] = partial(count_image, recipe, files, capability), ("image", *vae)
+        counts = {"encode": count_text(recipe, files)}
+        for stage, (find, key) in finders.items():
+            found = self._kept_count(*key)
+            if found is None:
+                if not anew:
+                    return None
+                found = find()
+                self.counts.put(astuple(found), __version__, *key)
+            counts[stage] = found
+        for stage in counts.keys() & {"image", "decode"}:
+            counts[stage] = counts[stage].enlarged(cells_of(recipe, files) / SAMPLE**2)
+        if recipe.image is not None and recipe.control is not None:
+            counts["image"] *= 2
+        return counts
 
-    def _counted(self, find: Callable[[], Count | None], *key: Any) -> Count | None:
+    def _kept_count(self, *key: Any) -> Count | None:
         try:
             return Count(*map(float, self.counts.get(__version__, *key)))
         except (TypeError, ValueError):  # nothing, or broken
-            found = find()
-        if found is not None:
-            self.counts.put(astuple(found), __version__, *key)
-        return found
+            return None
 
 
-def seconds(
-    count: Count, rate: float, bandwidth: float, efficiency: Efficiency, text: bool = False
-) -> float:
-    """Predict the seconds of a stage at a matrix rate, in FLOP/s, and a bandwidth, in bytes/s."""
+class Rates(NamedTuple):
+    products: float  # FLOP/s
+    bytes: float  # read and written in a second
+    products8: float | None = None  # FLOP/s of 8-bit products
+
+
+def seconds(count: Count, rates: Rates, efficiency: Efficiency, text: bool = False) -> float:
+    """Predict the seconds of a stage."""
     share = efficiency.texts if text else efficiency.products
-    busy = count.flops / (rate * share) + count.bytes * efficiency.bytes / bandwidth
+    busy = count.flops / (rates.products * share) + count.bytes * efficiency.bytes / rates.bytes
+    if count.flops8:
+        assert rates.products8 is not None, "there are 8-bit products"
+        busy += count.flops8 / (rates.products8 * efficiency.products8)
     return busy + count.operations * efficiency.each
 
 

@@ -20,7 +20,7 @@ sizes       for every size asked for:
     peak_bytes     the most memory held during the phase: allocated on a CUDA device; elsewhere
                    resident in the process, with its libraries; null where the system tells neither
     floor_seconds, flops, bytes, share    of denoise and decode: see `roofline`; share is floor /
-                   median. Not of denoise with --quant, as no rate of 8-bit products is measured
+                   median. Not of denoise with --quant, whose products have two precisions
     predicted_seconds    of encode, denoise and decode, see `forecast`; null where nothing is
                    predicted
   step_seconds         of denoise, for one step of one image
@@ -82,11 +82,11 @@ def surroundings(device: str) -> Facts:
     }
 
 
-def rates(device: str, dtypes: set[str]) -> Facts:
+def rates(device: str, precisions: set[str]) -> Facts:
     """Measure the best rates of the device, in about a second."""
     return {
         "bytes_per_second": bandwidth(device),
-        "flops_per_second": {d: matrix_rate(device, getattr(torch, d)) for d in sorted(dtypes)},
+        "flops_per_second": {p: matrix_rate(device, p) for p in sorted(precisions)},
     }
 
 
@@ -197,7 +197,7 @@ def summary(
         phases[phase] = {"seconds": seconds, "peak_bytes": max(peaks, default=None)}
     works = [("decode", decoding(recipe, files), recipe.vae_dtype)]
     if recipe.quant is None:
-        works.append(("denoise", denoising(recipe, files), recipe.dit_dtype))
+        works.append(("denoise", denoising(recipe, files), recipe.products))
     for phase, work, dtype in works:
         phases[phase] |= _floor(work, count, rates, dtype, phases[phase]["seconds"]["median"])
     for phase, stage, units in (

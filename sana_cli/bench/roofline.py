@@ -35,11 +35,12 @@ from torch.utils._pytree import tree_iter
 
 from sana_cli.kernels.launch import meta_launches
 from sana_cli.kernels.linear import linear
+from sana_cli.kernels.rows8 import LARGEST, integer_products
 from sana_cli.models.dc_ae import DCAE, Decoder, EfficientViTBlock
 from sana_cli.models.dit import Block, DiT
 from sana_cli.models.streaming.subpixel import fold_upsamples
 from sana_cli.pipeline.plan import is_guided
-from sana_cli.recipe import Recipe
+from sana_cli.recipe import SUMS, Recipe
 from sana_cli.weights.model_files import ModelFiles
 
 SIDES = (512, 1024, 2048, 4096, 8192, 16_384)  # of the matrices that are multiplied
@@ -68,19 +69,37 @@ def bandwidth(device: str) -> float:
     return 2 * size / _best(lambda: target.copy_(source), device, SECONDS)
 
 
-def matrix_rate(device: str, dtype: torch.dtype) -> float:
+def matrix_rate(device: str, precision: str) -> float:
     """Measure the FLOP per second of square matrix products, at the fastest size.
 
-    Sizes are doubled for as long as one product can be expected to take little time.
+    `precision` is one of `Recipe.products`, or "int8" with sums in int32. Sizes are doubled for as
+    long as one product can be expected to take little time.
     """
-    best = 0.0
-    for side in SIDES:
-        if side > SIDES[1] and 2 * side**3 > best * SECONDS:
-            break
-        a = torch.randn(side, side, device=device).to(dtype)
-        product = partial(linear, a, a)
-        best = max(best, 2 * side**3 / _best(product, device, SECONDS))
+    best, matmul = 0.0, torch.backends.cuda.matmul
+    before = matmul.allow_fp16_accumulation
+    matmul.allow_fp16_accumulation = precision.endswith(f"{SUMS}float16")
+    try:
+        for side in SIDES:
+            if side > SIDES[1] and 2 * side**3 > best * SECONDS:
+                break
+            product = _product(device, precision, side)
+            best = max(best, 2 * side**3 / _best(product, device, SECONDS))
+    finally:
+        matmul.allow_fp16_accumulation = before
     return best
+
+
+def _product(device: str, precision: str, side: int) -> Callable[[], object]:
+    """Return a product of square matrices."""
+    if precision == "int8":
+        a = torch.randint(-LARGEST, LARGEST, (side, side), dtype=torch.int8, device=device)
+        # On a GPU cuBLAS stands for the kernels.
+        if device.startswith("cuda"):
+            return partial(torch._int_mm, a, a.t())
+        return partial(integer_products, a, a)
+    dtype = getattr(torch, precision.partition(SUMS)[0])
+    a = torch.randn(side, side, device=device).to(dtype)
+    return partial(linear, a, a)
 
 
 @torch.inference_mode()

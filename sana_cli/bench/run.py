@@ -140,14 +140,14 @@ def measure_all(
     for text in warnings:
         reporter.warn(f"expect less than this machine can do: {text}")
     firsts = [subject.request.recipes[0] for subject in subjects]
-    dtypes = {dtype for first in firsts for dtype in (first.dit_dtype, first.vae_dtype)}
+    precisions = {p for first in firsts for p in (first.products, first.vae_dtype)}
     seen, measured = [], []
     for subject in subjects:
         reporter.info("measuring the machine")
-        seen.append(phases.rates(device, dtypes))
+        seen.append(phases.rates(device, precisions))
         measured.append(_runs(session, subject, times, folder, watch))
     document = phases.surroundings(device)  # of a GPU while it is warm
-    seen.append(phases.rates(device, dtypes))
+    seen.append(phases.rates(device, precisions))
     compared = [
         _compete(session, subject, times, competitor, folder, watch) if competitor else None
         for subject in subjects

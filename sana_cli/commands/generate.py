@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 # Fields of a recipe that no option sets directly, and so nobody would expect to have changed.
 UNTYPED = {
-    *("revision", "flow_shift", "instruction", "text_dtype", "vae_dtype"),
+    *("revision", "flow_shift", "instruction", "text_dtype", "vae_dtype", "sums"),
     *("image", "mask", "control", "lora"),
 }
 PREVIEWS = 3  # of each image while it is denoised
@@ -250,8 +250,8 @@ def _compare(recipe: "Recipe", found: dict[str, Any], console: "Console") -> Non
     """Warn of differences between this recipe and the one that was read."""
     new = recipe.as_dict()
     for name in UNTYPED & found.keys():
-        if new[name] != found[name]:
-            console.warn(f"{name} is {new[name]!r}, and was {found[name]!r} for the image")
+        if new.get(name) != found[name]:
+            console.warn(f"{name} is {new.get(name)!r}, and was {found[name]!r} for the image")
 
 
 def _announce(request: "DrawRequest", device: str, prompts: int, console: "Console") -> None:
@@ -260,7 +260,7 @@ def _announce(request: "DrawRequest", device: str, prompts: int, console: "Conso
     if prompts > 1:
         console.info(f"{prompts} prompts, {len(request.recipes)} images")
     console.info(f"model {model.name} ({model.source}), licence {model.licence}")
-    precisions = {"text": first.text_dtype, "dit": first.dit_dtype, "vae": first.vae_dtype}
+    precisions = {"text": first.text_dtype, "dit": first.products, "vae": first.vae_dtype}
     same = len(set(precisions.values())) == 1
     precision = first.dit_dtype if same else ", ".join(f"{k} {v}" for k, v in precisions.items())
     precision += f" with {first.quant}" if first.quant else ""

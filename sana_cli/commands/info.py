@@ -275,6 +275,8 @@ def _facts(found: "ImageMetadata", verbose: bool) -> list[tuple[str, str]]:
         rows.append(("precision", recipe["dit_dtype"]))
     if recipe.get("quant"):
         rows.append(("quantised", f"the transformer's products, {recipe['quant']}"))
+    if recipe.get("sums"):
+        rows.append(("sums", f"over 64 channels in {recipe['sums']}"))
     made = [f"{k} {found.made[k]}" for k in ("sana", "torch") if k in found.made]
     made += [f"on {found.made['device']}"] if "device" in found.made else []
     made += [found.tool] if found.tool and not made else []

@@ -30,6 +30,7 @@ KNOWN = {
     "solver": choices("solver"),
     "image_fit": choices("image_fit"),
     "quant": choices("quant"),
+    "sums": ("float16",),
     "text_dtype": ("float32", "bfloat16", "int8"),
     "dit_dtype": ("float32", "bfloat16", "float16"),
     "vae_dtype": ("float32", "bfloat16"),

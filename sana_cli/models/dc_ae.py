@@ -115,7 +115,7 @@ class EfficientViTBlock(nn.Module):
 
     def __init__(self, width: int, head_dim: int, scales: Stages) -> None:
         super().__init__()
-        self.attn = MultiscaleLinearAttention(width, head_dim, scales)
+        self.attn: nn.Module = MultiscaleLinearAttention(width, head_dim, scales)
         self.conv_out = GLUMBConv(width)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from sana_cli.kernels.convolution import lay_out_by_taps
 from sana_cli.kernels.depthwise_glu import depthwise_glu, depthwise_glu8
 from sana_cli.kernels.linear import is_packed, linear, pack, unpack
 from sana_cli.kernels.linear_attention import attend_tokens, attend_tokens8, project_qkv
@@ -75,7 +76,8 @@ class FusedBlock(nn.Module):
         self.text_attention = TextAttention(plain.attn2)
         self.up = frozen(ff.conv_inverted.weight.flatten(1))
         self.up_bias = cast(nn.Parameter, ff.conv_inverted.bias)
-        self.depth = ff.conv_depth
+        self.depth = frozen(lay_out_by_taps(ff.conv_depth.weight))
+        self.depth_bias = cast(nn.Parameter, ff.conv_depth.bias)
         self.down = frozen(ff.conv_point.weight.flatten(1))
         self.has_8_bits = False
         self._packed_to_v: Tensor | None = None  # made for the first perturbed stream
@@ -161,10 +163,9 @@ class FusedBlock(nn.Module):
         """The Mix-FFN up to its last projection: (B, N, D) -> (B, N, 2.5·D)."""
         hidden = linear_silu(tokens, self._weight("up"), self.up_bias).unflatten(1, grid)
         del tokens  # frees memory if the caller holds no other reference
-        bias = cast(Tensor, self.depth.bias)
         if self.has_8_bits:
-            return depthwise_glu8(hidden, self.depth.weight, bias)
-        return depthwise_glu(hidden, self.depth.weight, bias).flatten(1, 2)
+            return depthwise_glu8(hidden, self.depth, self.depth_bias)
+        return depthwise_glu(hidden, self.depth, self.depth_bias).flatten(1, 2)
 
     def _attend(
         self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor, tokens: int | None

@@ -27,9 +27,8 @@ from sana_cli.models.controlnet import ControlNet
 from sana_cli.models.dc_ae import DCAE, Decoder, Encoder
 from sana_cli.models.dit import DiT
 from sana_cli.models.fused_dit import FusedDiT, nbytes
-from sana_cli.models.streaming.autoencoder import decode, encode
+from sana_cli.models.streaming.autoencoder import decode, encode, prepare
 from sana_cli.models.streaming.strip_pipeline import Decoded
-from sana_cli.models.streaming.subpixel import fold_upsamples
 from sana_cli.pipeline import packing, weight_cache
 from sana_cli.pipeline.events import Event, Failure, ImageDone, Latents, Notice, Preview, Progress
 from sana_cli.pipeline.guidance import GuidedVelocity
@@ -521,9 +520,7 @@ class Drawing:
         part = self.files.parts["vae"]
         network = getattr(on_meta(DCAE, self.files.vae, part.config), half)
         load_weights(network, part.weights, None, only=f"{half}.")
-        if half == "decoder":
-            fold_upsamples(network)  # before its weights are narrowed
-        network.to(dtype_of(self.recipes[0].vae_dtype), memory_format=torch.channels_last)
+        prepare(network, dtype_of(self.recipes[0].vae_dtype))
         return self.moved(network), nbytes(network)
 
     # --- progress ------------------------------------------------------------------------------

@@ -7,10 +7,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from typer.main import get_command
 
 from batches import PROMPTS, pictures
-from sana_cli.app import app
+from sana_cli.app import command
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "sana_cli/batch/README.md").read_text(encoding="utf-8")
@@ -81,8 +80,8 @@ def test_every_command_on_the_scripting_page_runs(shell, here):
     "path", sorted((ROOT / "sana_cli/batch/recipes").iterdir()), ids=lambda path: path.name
 )
 def test_a_recipe_for_a_cluster_names_options_that_exist(path):
-    command = get_command(app).commands["batch"].commands["run"]
-    options = {word for parameter in command.params for word in parameter.opts}
+    run = command().commands["batch"].commands["run"]
+    options = {word for parameter in run.params for word in parameter.opts}
     (line,) = re.findall(r"^\W*(?:\w+: )?sana batch (.*)$", path.read_text(), re.MULTILINE)
     assert set(re.findall(r"(?<=\s)-[-a-z]+", f" {line}")) <= options
     if path.suffix == ".sh":

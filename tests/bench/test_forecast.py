@@ -1,13 +1,16 @@
 """What is said of the time that images will take, before it is known and after."""
 
 import json
+from dataclasses import replace
 
 import pytest
+from PIL import Image
 
-from sana_cli.bench import forecast
-from sana_cli.bench.counted import count_decode, count_step
+from sana_cli.bench import forecast, roofline
+from sana_cli.bench.counted import Count, count_decode, count_image, count_step
 from sana_cli.bench.forecast import EFFICIENCY, Forecaster
 from sana_cli.bench.roofline import decoding, denoising
+from sana_cli.models.configs import ControlNetConfig
 from sana_cli.pipeline import timings
 from sana_cli.pipeline.timings import Timings
 from sana_cli.recipe import Recipe
@@ -16,6 +19,12 @@ from sana_cli.settings import Settings
 from sana_cli.weights.hub_cache import find_parts
 from sana_cli.weights.model_files import ModelFiles, open_model, released_model
 
+CONTROLNET = ControlNetConfig(  # as the 0.6B's
+    num_attention_heads=36,
+    num_cross_attention_heads=16,
+    cross_attention_head_dim=72,
+    cross_attention_dim=1152,
+)
 DEMO = ("generate", "a red circle", "--model", "demo", "--res", "256", "--steps", "2")
 
 
@@ -35,10 +44,11 @@ def forecaster(cache, told=None) -> Forecaster:
 
 def test_a_prediction_is_the_stated_formula(cache, machine):
     recipe, files = image()
-    products, texts, moved, each = EFFICIENCY["cpu"]
+    products, _, texts, moved, each = EFFICIENCY["cpu"]
     step = 2e11 / (1e11 * products) + 1e9 * moved / 1e10 + 100 * each
     ratio = 16 * 16 / 64  # of the cells, at 512x512, to those that were counted
-    decode = ratio * (1e12 / (1e11 * products) + 2e9 * moved / 1e10) + 50 * each
+    whole = 5e8 + ratio * 15e8  # bytes; the weights are read once
+    decode = ratio * 1e12 / (1e11 * products) + whole * moved / 1e10 + 50 * each
     tokens, weights = 30 + len(recipe.instruction) / 4, files.text.linear_weights
     encode = 2 * weights * tokens / (1e11 * texts) + 4 * weights * moved / 1e10
     found = forecaster(cache).expected([recipe], files)
@@ -72,9 +82,47 @@ def test_nothing_is_measured_for_an_image_that_takes_no_longer_itself(cache, mac
     assert forecaster(cache).expected([recipe], files, measure=True) is not None
 
 
-@pytest.mark.parametrize("settings", [{"quant": "w8a8"}, {"pag": 2.0}])
-def test_what_is_not_counted_is_not_predicted(cache, machine, settings):
-    assert forecaster(cache).expected([image(**settings)[0]], image()[1]) is None
+def test_products_are_predicted_at_the_rate_of_their_precision(cache, machine, monkeypatch):
+    recipe, files = image()
+    rates = {"int8": 8e11, "float16": 1e11, "float16 with sums in float16": 2e11, "float32": 1e11}
+    monkeypatch.setattr(roofline, "matrix_rate", lambda device, precision: rates[precision])
+    monkeypatch.setattr(forecast, "count_step", lambda *what: Count(2e11, 0, 0, 0, 4e11))
+    half = replace(recipe, dit_dtype="float16", quant="w8a8")
+    share, share8 = EFFICIENCY["cpu"].products, EFFICIENCY["cpu"].products8
+    for one, rate in ((half, 1e11), (replace(half, sums="float16"), 2e11)):
+        found = forecaster(cache).stages(one, files, measure=True)
+        assert found["step"] == pytest.approx(2e11 / (rate * share) + 4e11 / (8e11 * share8))
+
+
+def test_input_images_are_encoded_once_each(cache, machine):
+    recipe, files = image()
+    products, _, _, moved, each = EFFICIENCY["cpu"]
+    once = 4 * 5e11 / (1e11 * products) + (3e8 + 4 * 7e8) * moved / 1e10 + 40 * each
+    plain, start, both = (
+        replace(recipe, **fields)
+        for fields in ({}, {"image": "a", "mask": "b", "strength": 1.0}, {"image": "a"})
+    )
+    both = replace(both, control="c", strength=1.0)
+    stages = [forecaster(cache).stages(one, files, measure=True) for one in (plain, start, both)]
+    assert [found.get("image", 0.0) for found in stages] == pytest.approx([0, once, 2 * once])
+    expected = [forecaster(cache).expected([one], files).seconds for one in (plain, start)]
+    assert expected[1] - expected[0] == pytest.approx(once)
+
+
+@pytest.mark.parametrize(
+    "words", [("--quant", "w8a8"), ("--pag", "2"), ("--image", "a.png", "--mask", "b.png"), ()]
+)
+def test_a_dry_run_predicts_whatever_is_asked_for(
+    sana, cache, machine, monkeypatch, tmp_path, words
+):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (512, 512), "white").save(name)
+    run = sana("generate", "a fox", "--model", "sana-0.6b-512", *words, "--dry-run", "--json")
+    assert run.code == 0, run.err
+    found = json.loads(run.out)["expected_time"]
+    assert found["seconds"] > 0 and not found["measured"]
+    assert "predicted for this machine" in run.err
 
 
 def test_the_best_rates_of_a_bench_are_kept(cache, machine):
@@ -98,8 +146,26 @@ def test_a_step_and_a_decode_are_counted_as_they_run():
     whole = decode.enlarged(4)
     assert least.flops == pytest.approx(whole.flops, rel=0.01)
     assert 2 * least.bytes < whole.bytes < 20 * least.bytes
+    assert count_image(recipe, files, None).flops == pytest.approx(0.7 * decode.flops, rel=0.01)
     pytest.importorskip("triton")
     assert count_step(recipe, files, (8, 9)).operations < step.operations / 2
+
+
+def test_the_step_of_every_kind_of_image_is_counted():
+    recipe, files = image()
+    plain = count_step(recipe, files, None)
+    eight = count_step(replace(recipe, quant="w8a8"), files, None)
+    # The four projections: 23 of 24 products a token, of which 5600 channels are padded to 5632.
+    assert 0.94 < eight.flops8 / plain.flops < 0.98
+    assert eight.flops + eight.flops8 == pytest.approx(plain.flops, rel=0.01)
+    assert eight.fixed_bytes < 0.5 * plain.fixed_bytes
+    # A third stream from the ninth of 28 blocks on.
+    perturbed = count_step(replace(recipe, pag=2.0, pag_layer=8), files, None)
+    assert perturbed.flops / plain.flops == pytest.approx(1 + 20 / 28 / 2, rel=0.02)
+    # Seven more blocks, each with a product of width² more a token.
+    files = replace(files, controlnet=CONTROLNET)
+    controlled = count_step(replace(recipe, control="hash"), files, None)
+    assert controlled.flops / plain.flops == pytest.approx(1 + 7 / 28 * 25 / 24, rel=0.03)
 
 
 # --- measured ----------------------------------------------------------------------------------

@@ -100,6 +100,14 @@ def test_no_phase_is_faster_than_its_floor_allows(kept):
         assert "share" not in size["phases"]["encode"]
 
 
+def test_products_in_8_bits_have_a_prediction_and_no_floor(sana, one_thread, machine):
+    run = sana(*DEMO, "--quant", "w8a8", "--runs", "1", "--warmup", "0", "-r", "128", "--json")
+    assert run.code == 0, run.err
+    (size,) = json.loads(run.out)["sizes"]
+    denoise = size["phases"]["denoise"]
+    assert denoise["predicted_seconds"] > 0 and "floor_seconds" not in denoise
+
+
 def test_the_machine_and_the_versions_are_told(kept):
     document, _ = kept
     machine = document["machine"]

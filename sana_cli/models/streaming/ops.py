@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sana_cli.kernels.convolution import new_map
 from sana_cli.kernels.rms_norm import rms_norm
 from sana_cli.models.dc_ae import ChannelRMSNorm
 
@@ -94,7 +95,7 @@ class LineBuffer:
             return F.silu(x, inplace=True) if self.silu else x
         rows = above + x.shape[2] + below
         width = x.shape[3]
-        window = empty(x, (1, x.shape[1], rows, width + 2 * self.sides))
+        window = new_map(x, (1, x.shape[1], rows, width + 2 * self.sides))
         window[:, :, :above] = 0 if self.kept is None else self.kept
         inside = window[:, :, above : rows - below]
         target = inside[..., self.sides : self.sides + width]
@@ -196,9 +197,3 @@ def normalise(
 def tokens(x: Tensor) -> Tensor:
     """View (B, C, h, w) as (B, h, w, C)."""
     return x.movedim(1, -1)
-
-
-def empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
-    return torch.empty(
-        shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last
-    )

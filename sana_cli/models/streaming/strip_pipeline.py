@@ -7,6 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from sana_cli.kernels.convolution import new_map
 from sana_cli.kernels.kv_state import kv_state
 from sana_cli.kernels.linear import linear
 from sana_cli.kernels.linear_attention import attend_tokens
@@ -16,10 +17,11 @@ from sana_cli.models.streaming.layers import (
     AttentionProjection,
     ConvInput,
     ConvOp,
+    SplitAttention,
     op_of,
     widest,
 )
-from sana_cli.models.streaming.ops import Bilinear, Chain, Residual, Size, StripOp, empty, tokens
+from sana_cli.models.streaming.ops import Bilinear, Chain, Residual, Size, StripOp, tokens
 from sana_cli.models.streaming.subpixel import SubpixelUpsample
 
 MAX_BYTES = 1 << 30  # convolution libraries index elements with 31 bits
@@ -50,7 +52,12 @@ class StripPipeline:
     def through(self, module: nn.Module, shortcut: StripOp | None = None) -> None:
         """Add the op of a module; `shortcut(input)` is added to its output."""
         if isinstance(module, EfficientViTBlock):
-            self._attend(module.attn)
+            attention = module.attn
+            self._attend(
+                SplitAttention(attention)
+                if isinstance(attention, MultiscaleLinearAttention)
+                else cast(SplitAttention, attention)
+            )
             module = module.conv_out
         op = op_of(module, self.height)
         self.add(Residual(op, shortcut) if shortcut else op, widest(module))
@@ -74,7 +81,7 @@ class StripPipeline:
                     target = strip
                     break
                 if target is None or target.shape != shape:
-                    target = empty(strip, shape)
+                    target = new_map(strip, shape)
                 # Safe in place: no op finishes a row before it has read or copied it.
                 target[:, :, start : start + strip.shape[2]] = strip
                 start += strip.shape[2]
@@ -117,10 +124,10 @@ class StripPipeline:
             pixels = pixels.cpu()  # once, as each copy waits for the device
         return Decoded(pixels, torch.stack(lows).amin(), torch.stack(highs).amax())
 
-    def _attend(self, attention: MultiscaleLinearAttention) -> None:
+    def _attend(self, attention: SplitAttention) -> None:
         """Sum keys and values over the whole map, then add an op that attends to the sums."""
         self.materialise()
-        self.add(AttentionProjection(attention, slice(1, 3), self.height), widest(attention))
+        self.add(AttentionProjection(attention.keys_values, self.height), attention.widest)
         state: Tensor | None = None
         for strip in self._strips():
             sums = kv_state(tokens(strip).flatten(1, 2), attention.head_dim)
@@ -132,10 +139,10 @@ class StripPipeline:
             out = linear(out, attention.to_out.weight).unflatten(1, strip.shape[2:])
             return out.movedim(-1, 1)
 
-        queries = AttentionProjection(attention, slice(0, 1), self.height)
+        queries = AttentionProjection(attention.queries, self.height)
         self.ops.clear()
         body = Chain(queries, attend)
-        self.add(Residual(body, norm=attention.norm_out), widest(attention))
+        self.add(Residual(body, norm=attention.norm_out), attention.widest)
 
     def _strips(self) -> Iterator[Tensor]:
         """Yield the output of the ops, top to bottom.
