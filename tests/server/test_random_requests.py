@@ -116,7 +116,7 @@ def test_a_random_document(survives):
 
 def picture(format: str) -> bytes:
     file = io.BytesIO()
-    Image.new("RGBA", (64, 48), (9, 99, 9, 0)).save(file, format)
+    Image.new("RGBA", (64, 64), (9, 99, 9, 0)).save(file, format)
     return file.getvalue()
 
 
