@@ -91,6 +91,7 @@ def main() -> None:
     try:
         with exit_at_once():
             code = command()(standalone_mode=False, obj=found)
+            sys.stdout.flush()  # at its end Python would print an error in its own words
     except KeyboardInterrupt:
         code = 130
     except BrokenPipeError:
@@ -100,7 +101,18 @@ def main() -> None:
         code = 141  # what the shell reports for a writer whose reader left
     except Exception as error:
         code = _report(error, found)
+        _drop_unwritten()
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _drop_unwritten() -> None:
+    """Forget what stdout cannot take, such as a full disk, or Python would try again at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        from sana_cli.ui import close_stdout_quietly
+
+        close_stdout_quietly()
 
 
 def _skip_last_collection() -> None:

@@ -343,5 +343,6 @@ def write_stdout(data: bytes) -> None:
 
 
 def close_stdout_quietly() -> None:
-    """Redirect stdout to the null device after the reader of a pipe has closed it."""
+    """Redirect stdout to the null device after the reader of a pipe has closed it, or a disk is
+    full."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

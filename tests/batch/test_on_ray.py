@@ -95,17 +95,23 @@ def cpu_seconds(pid: int) -> float:
     return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
-def until_it_draws(actor: int, seconds: float) -> None:
+def until_all_have_drawn(actors: int) -> None:
+    """Wait until each actor has listed an image in its own manifest."""
+    while sum(path.stat().st_size > 0 for path in Path("ray").glob("manifest-*.jsonl")) < actors:
+        time.sleep(0.01)
+
+
+def until_it_draws(actor: int, seconds: float = 0.2) -> None:
     """Wait until an actor that has ended a job has done work that only the next can be."""
     before = cpu_seconds(actor)
     while cpu_seconds(actor) < before + seconds:
         time.sleep(0.01)
 
 
-def kill_while_it_draws(process: subprocess.Popen, seconds: float = 0.2) -> None:
-    """Kill the only actor of a driver after so much work."""
+def kill_the_only_actor(process: subprocess.Popen) -> None:
+    """Kill it well within the longest job."""
     (actor,) = actors_of(process.pid)
-    until_it_draws(actor, seconds)
+    until_it_draws(actor, 2)
     os.kill(actor, 9)
 
 
@@ -146,13 +152,14 @@ def test_the_files_events_and_status_are_those_of_one_process(sana, many):
 @cluster
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux's /proc")
 def test_an_actor_that_is_killed_costs_the_image_under_way(many):
-    # The second of two actors could be killed before its first job or after its last.
-    one_actor = (*ON_RAY, "--workers", "1")
-    command = [SANA, "batch", "many.txt", *DEMO, *one_actor, "-o", "ray", "--json"]
+    command = [SANA, "batch", "many.txt", *DEMO, *ON_RAY, "-o", "ray", "--json"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, **pipes) as process:
         head = until_an_image(process)
-        kill_while_it_draws(process)
+        until_all_have_drawn(2)
+        actor = actors_of(process.pid)[0]
+        until_it_draws(actor)
+        os.kill(actor, 9)
         out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err.decode()
     assert err.count(b"is tried once more") == 1
@@ -172,10 +179,10 @@ def test_a_job_that_costs_two_actors_is_a_failure_and_not_the_end(many):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, **pipes) as process:
         until_an_image(process)
-        kill_while_it_draws(process, 2)
+        kill_the_only_actor(process)
         while b"is tried once more" not in process.stderr.readline():
             assert process.poll() is None
-        kill_while_it_draws(process, 2)
+        kill_the_only_actor(process)
         out, err = process.communicate(timeout=300)
     assert process.returncode == 3, err.decode()
     assert b"is tried once more" not in err
