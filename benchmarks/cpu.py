@@ -51,8 +51,7 @@ def ours(work: Path, side: int, steps: int) -> dict:
     from sana_cli.models.dc_ae import Decoder
     from sana_cli.models.dit import DiT
     from sana_cli.models.fused_dit import FusedDiT
-    from sana_cli.models.streaming.autoencoder import decode
-    from sana_cli.models.streaming.subpixel import fold_upsamples
+    from sana_cli.models.streaming.autoencoder import decode, prepare
     from sana_cli.pipeline.solver import SOLVERS, advance
     from sana_cli.system.devices import release_unused_memory, reuse_freed_blocks
     from sana_cli.weights.checkpoint import load_weights, on_meta
@@ -79,8 +78,7 @@ def ours(work: Path, side: int, steps: int) -> dict:
     release_unused_memory("cpu")
     decoder = on_meta(Decoder, DCAEConfig(**RELEASED), work)
     load_weights(decoder, find_part(work / "vae").weights, None, only="decoder.")
-    fold_upsamples(decoder)
-    decoder.to(memory_format=torch.channels_last)
+    prepare(decoder, torch.float32)
     began = time.perf_counter()
     decode(decoder, sample / RELEASED["scaling_factor"])
     return {"step": denoise / steps, "decode": time.perf_counter() - began}

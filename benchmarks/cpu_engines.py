@@ -67,15 +67,13 @@ def decodes(side: int) -> dict[str, Call]:
 
     from sana_cli.models.configs import DCAEConfig
     from sana_cli.models.dc_ae import Decoder
-    from sana_cli.models.streaming.autoencoder import decode
-    from sana_cli.models.streaming.subpixel import fold_upsamples
+    from sana_cli.models.streaming.autoencoder import decode, prepare
 
     torch.manual_seed(0)
     theirs = AutoencoderDC(**RELEASED).decoder.eval().requires_grad_(False)
     ours = Decoder(DCAEConfig(**RELEASED)).requires_grad_(False)
     ours.load_state_dict(theirs.state_dict())
-    fold_upsamples(ours)
-    ours.to(memory_format=torch.channels_last)
+    prepare(ours, torch.float32)
     latent = inputs(side)[0]
     compiled, converted = torch.compile(theirs), convert(theirs, {"hidden_states": latent})
     return {

@@ -59,8 +59,7 @@ def save_weights(folder: Path) -> None:
 def ours(weights: Path, device: str, dtype: torch.dtype, strip_bytes: int):
     from sana_cli.models.configs import DCAEConfig
     from sana_cli.models.dc_ae import Decoder
-    from sana_cli.models.streaming.autoencoder import decode
-    from sana_cli.models.streaming.subpixel import fold_upsamples
+    from sana_cli.models.streaming.autoencoder import decode, prepare
     from sana_cli.system.devices import reuse_freed_blocks
     from sana_cli.weights.checkpoint import load_weights, on_meta
     from sana_cli.weights.layout import find_part
@@ -68,8 +67,8 @@ def ours(weights: Path, device: str, dtype: torch.dtype, strip_bytes: int):
     reuse_freed_blocks()
     decoder = on_meta(Decoder, DCAEConfig(**RELEASED), weights)
     load_weights(decoder, find_part(weights).weights, None, only="decoder.")
-    fold_upsamples(decoder)
-    decoder.to(device, dtype, memory_format=torch.channels_last)
+    prepare(decoder, dtype)
+    decoder.to(device)
     return lambda z: decode(decoder, z, strip_bytes=strip_bytes).pixels.numpy()
 
 

@@ -36,8 +36,7 @@ def measure(name: str, side: int) -> dict:
     from sana_cli.bench.random_weights import RandomTensors
     from sana_cli.models.configs import DCAEConfig
     from sana_cli.models.dc_ae import DCAE, Decoder
-    from sana_cli.models.streaming.autoencoder import decode
-    from sana_cli.models.streaming.subpixel import fold_upsamples
+    from sana_cli.models.streaming.autoencoder import decode, prepare
     from sana_cli.system.devices import reuse_freed_blocks
     from sana_cli.weights.checkpoint import load_weights
 
@@ -48,8 +47,7 @@ def measure(name: str, side: int) -> dict:
         decoder = Decoder(config)
     load_weights(decoder, (RandomTensors(shapes, torch.float32, "cpu"),), None, only="decoder.")
     parameters = sum(parameter.numel() for parameter in decoder.parameters())
-    fold_upsamples(decoder)
-    decoder.to(memory_format=torch.channels_last)
+    prepare(decoder, torch.float32)
     decode(decoder, latent(128))
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM

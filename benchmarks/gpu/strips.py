@@ -20,8 +20,7 @@ from benchmarks.gpu.subjects import LOSS, SMALL, described
 def strips(options: argparse.Namespace, report: Report) -> None:
     from sana_cli.bench.competitor import psnr
     from sana_cli.models.dc_ae import DCAE
-    from sana_cli.models.streaming.autoencoder import decode
-    from sana_cli.models.streaming.subpixel import fold_upsamples
+    from sana_cli.models.streaming.autoencoder import decode, prepare
     from sana_cli.system.devices import release_unused_memory
     from sana_cli.weights.checkpoint import load_weights, on_meta
 
@@ -30,11 +29,12 @@ def strips(options: argparse.Namespace, report: Report) -> None:
         _, files = described("demo" if options.quick else SMALL, None, device, Path(folder))
         part = files.parts["vae"]
 
-        def decoder(dtype: torch.dtype, folded: bool) -> Any:
+        def decoder(dtype: torch.dtype, prepared: bool) -> Any:
             network = on_meta(DCAE, files.vae, part.config).decoder
             load_weights(network, part.weights, None, only="decoder.")
-            if folded:
-                fold_upsamples(network)
+            if prepared:
+                prepare(network, dtype)
+                return network.to(device)
             return network.to(device, dtype, memory_format=torch.channels_last)
 
         def untiled(network: Any, z: Tensor) -> np.ndarray:
