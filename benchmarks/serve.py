@@ -3,8 +3,9 @@
     OMP_NUM_THREADS=1 python benchmarks/serve.py --save benchmarks/serve.json
 
 *Warm*: images of 256² and the model's own 20 steps. A cold `sana generate`, a `sana generate
---server` and a plain HTTP request take turns. What the server computed for the request is the
-growth of its own `sana_stage_seconds_total`, so load of the machine slows both alike.
+--server` of one image and of MANY, and a plain HTTP request take turns. What the server computed
+for each is the growth of its own `sana_stage_seconds_total`, so load of the machine slows both
+alike; the cold one is compared with the computation of the request.
 *Clients*: 50 threads ask at once, each for a seed of its own, and compare what comes.
 *Memory*: requests of one step, one after the other, each of another prompt and seed; the resident
 memory of the server is that of its `/metrics`.
@@ -29,6 +30,7 @@ import httpx2
 SANA = str(Path(sys.executable).with_name("sana"))
 PROMPT = "a red circle on a blue background"
 SIZE = "256x256"
+MANY = 20  # images of one process
 CLIENTS = 50
 WATCHED = (100, 200, 400, 600, 800, 1000)  # requests after which memory is read
 
@@ -74,25 +76,35 @@ def generate(folder: str, *words: str) -> float:
 
 
 def warm(rounds: int) -> dict:
-    turns = []
+    rows = []
     with serving() as client, tempfile.TemporaryDirectory() as folder:
-        draw(client)  # loads the networks, and fills the text cache
-        for _ in range(rounds):
-            cold = generate(folder, "--device", "cpu")
-            through = generate(folder, "--server", str(client.base_url))
-            computed = metric(client, "sana_stage_seconds_total")
+
+        def request() -> float:
             began = time.perf_counter()
             draw(client).raise_for_status()
-            request = time.perf_counter() - began
-            computed = metric(client, "sana_stage_seconds_total") - computed
-            turns.append([cold, through, request, computed])
-    names = ("cold", "through", "request", "computed")
-    rows = [dict(zip(names, turn, strict=True)) for turn in turns]
-    seconds = {name: statistics.median(row[name] for row in rows) for name in names}
+            return time.perf_counter() - began
+
+        server = ("--server", str(client.base_url))
+        ways = {
+            "through": lambda: generate(folder, *server),
+            "many": lambda: generate(folder, *server, "-n", str(MANY)),
+            "request": request,
+        }
+        draw(client)  # loads the networks, and fills the text cache
+        for _ in range(rounds):
+            row = {"cold": generate(folder, "--device", "cpu")}
+            for name, way in ways.items():
+                before = metric(client, "sana_stage_seconds_total")
+                row[name] = way()
+                row[f"{name}_computed"] = metric(client, "sana_stage_seconds_total") - before
+            row["cold_computed"] = row["request_computed"]
+            rows.append(row)
+    seconds = {name: statistics.median(row[name] for row in rows) for name in rows[0]}
     ratios = {
-        name: statistics.median(row[name] / row["computed"] for row in rows) for name in names[:3]
+        name: statistics.median(row[name] / row[f"{name}_computed"] for row in rows)
+        for name in ("cold", *ways)
     }
-    return {"rounds": rounds, "seconds": seconds, "ratios": ratios, "raw": rows}
+    return {"rounds": rounds, "many": MANY, "seconds": seconds, "ratios": ratios, "raw": rows}
 
 
 def clients() -> dict:

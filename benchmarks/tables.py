@@ -155,11 +155,12 @@ def serve() -> list[str]:
     facts = measured("serve.json")
     warm, clients, resident = facts["warm"], facts["clients"], facts["memory"]["resident"]
     rows = [
-        "| a warm image of `demo`, 256², 20 steps | times as long as its computation |",
+        "| warm images of `demo`, 256², 20 steps | times as long as their computation |",
         "|---|---|",
     ]
     names = {
         "request": "a request to `sana serve`",
+        "many": f"a process of `sana generate --server -n {warm['many']}`",
         "through": "a process of `sana generate --server`",
         "cold": "a cold process of `sana generate`",
     }
