@@ -1,7 +1,7 @@
 """Pictures a minute of the bundled model: `sana batch` beside a shell loop and a diffusers loop.
 
     OMP_NUM_THREADS=1 python benchmarks/batch.py --save benchmarks/batch.json
-    OMP_NUM_THREADS=1 python benchmarks/batch.py --side 512 --save runs/batch-512.json
+    OMP_NUM_THREADS=1 python benchmarks/batch.py --side 512 --save benchmarks/batch-512.json
 
 The three take turns, each drawing the same prompts; every round is one process for `sana batch`
 and for diffusers (whose start is not counted: it is a loop in a process that is already up), and a

@@ -88,23 +88,23 @@ def startup() -> list[str]:
 
 
 def batch() -> list[str]:
-    facts = measured("batch.json")
-    rows = [
-        f"| {facts['pictures']} pictures of `demo` at 256² | a minute | `sana batch` beside it |",
-        "|---|---|---|",
-    ]
-    ratios = {
-        "batch": "",
-        "shell loop": f"{facts['times_the_shell_loop']:.1f} times as many",
-        "diffusers loop": f"{facts['times_the_diffusers_loop']:.2f} times as many",
-    }
+    small, large = (measured(name) for name in ("batch.json", "batch-512.json"))
+    titles = [f"{facts['pictures']} at {facts['side']}²" for facts in (small, large)]
+    rows = [f"| images of `demo` a minute | {' | '.join(titles)} |", "|---|---|---|"]
     names = {
         "batch": "`sana batch`",
         "shell loop": "a shell loop over `sana generate`",
         "diffusers loop": "a loop over diffusers in one process",
     }
-    for way, ratio in ratios.items():
-        rows.append(f"| {names[way]} | {facts['pictures_a_minute'][way]:.0f} | {ratio} |")
+    for way, name in names.items():
+        cells = [f"{facts['pictures_a_minute'][way]:.0f}" for facts in (small, large)]
+        if way != "batch":
+            ratios = [facts[f"times_the_{way.replace(' ', '_')}"] for facts in (small, large)]
+            cells = [
+                f"{cell}; `sana batch` {ratio:.2f} times as many"
+                for cell, ratio in zip(cells, ratios, strict=True)
+            ]
+        rows.append(f"| {name} | {' | '.join(cells)} |")
     return rows
 
 
