@@ -74,6 +74,7 @@ class Session:
         self._networks: Networks | None = None
         self._overhead: int | None = None  # bytes that the process held before any network
         self._described: list[str] = []  # of the last plan that was reported
+        self._told_products = False  # how fast the CPU computes them
         self._turn = threading.Lock()
         self._owner: int | None = None  # the thread whose turn it is
         self._is_drawing = False
@@ -104,12 +105,9 @@ class Session:
     def networks(self) -> "Networks":
         """The networks that are loaded."""
         if self._networks is None:
-            from sana_cli.pipeline import packing
             from sana_cli.pipeline.networks import Networks
 
             self._networks = Networks(self.keep_loaded)
-            if self.device == "cpu" and (rates := packing.rates(self.cache_folder())):
-                self.reporter.detail(f"products: {rates}")
         return self._networks
 
     def cache_folder(self) -> Path | None:
@@ -321,6 +319,7 @@ class Session:
         a run took is kept with its end. SanaError if this thread is drawing already, as a callback
         that draws would be.
         """
+        from sana_cli.pipeline import packing
         from sana_cli.pipeline.draw import draw
         from sana_cli.pipeline.timings import Stopwatch
 
@@ -330,6 +329,10 @@ class Session:
             self._is_drawing = True
             watch, folder = Stopwatch(), self.cache_folder()
             try:
+                if self.device == "cpu" and not self._told_products:
+                    self._told_products = True
+                    if rates := packing.rates(folder):
+                        self.reporter.detail(f"products: {rates}")
                 for event in draw(
                     request.recipes,
                     request.files,
