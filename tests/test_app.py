@@ -39,7 +39,8 @@ ORDER = """
     images:   contact_sheet names masks files metadata other_tools a1111 claims formats
     weights:  fetch lora download model_files single_file hub_cache checkpoint original_names
               lora_choice catalogue vocabulary config_files headers layout tensor_cache
-    models:   streaming.autoencoder streaming.strip_pipeline streaming.layers fused_dit w8a8
+    models:   streaming.graphed_decoder streaming.autoencoder streaming.strip_pipeline
+              streaming.layers fused_dit w8a8
               fused_controlnet fused_layers controlnet streaming.subpixel int8 cross_attention
               architectures streaming.ops cuda_graph dit gemma dc_ae
               configs

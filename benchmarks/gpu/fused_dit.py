@@ -5,9 +5,10 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.gpu.report import Report
 from benchmarks.gpu.subjects import LARGE, LOSS, SMALL, described, snr
@@ -44,7 +45,7 @@ def fidelity(
 
     Measured for the pipeline, and for the plain network in the precision of the pipeline.
     """
-    from sana_cli.pipeline import draw as stages
+    from sana_cli.models.streaming.graphed_decoder import GraphedDecoder
     from sana_cli.pipeline.draw import Failure, draw
     from sana_cli.pipeline.plan import Plan, is_guided
     from sana_cli.pipeline.text_encoder import TextEncoder
@@ -59,20 +60,17 @@ def fidelity(
         reference = plain(recipe, files, texts, device, torch.float32)
         rounded = plain(recipe, files, texts, device, getattr(torch, recipe.dit_dtype))
         decoded: list[Tensor] = []
-        decode = stages.decode
+        decode = GraphedDecoder.decode
 
-        def record(decoder: nn.Module, latent: Tensor, **words: Any) -> Any:
+        def record(decoder: GraphedDecoder, latent: Tensor, **words: Any) -> Any:
             decoded.append(latent.float().cpu() * files.vae.scaling_factor)
             return decode(decoder, latent, **words)
 
-        stages.decode = record
-        try:
-            # With a float32 decoder, the latents are not rounded before they are recorded.
+        # With a float32 decoder, the latents are not rounded before they are recorded.
+        with patch.object(GraphedDecoder, "decode", record):
             for event in draw([replace(recipe, vae_dtype="float32")], files, Plan(device)):
                 if isinstance(event, Failure):
                     raise event.error
-        finally:
-            stages.decode = decode
     ours, theirs = snr(decoded[0], reference), snr(rounded, reference)
     return {"snr": ours, "plain_snr": theirs, "ok": ours >= min(theirs - LOSS, 100)}
 

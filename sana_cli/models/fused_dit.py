@@ -24,7 +24,7 @@ from sana_cli.models import w8a8
 from sana_cli.models.configs import ControlNetConfig, DiTConfig
 from sana_cli.models.controlnet import ControlNet
 from sana_cli.models.cross_attention import TextContext
-from sana_cli.models.cuda_graph import GraphedCall
+from sana_cli.models.cuda_graph import RepeatedCall
 from sana_cli.models.dit import Block, DiT
 from sana_cli.models.fused_controlnet import ControlBranch, ControlContext, FusedControlNet
 from sana_cli.models.fused_layers import FusedBlock, FusedPatchEmbed, frozen
@@ -54,10 +54,7 @@ class FusedDiT(nn.Module):
         super().__init__()
         self.config = dit.config
         self.row_chunk: int | None = None  # rows of the latent grid to run at once; None: all
-        self._graph: GraphedCall | None = None
-        self._signature: object = None  # of the inputs of the last call
-        self._calls = 0  # with that signature
-        self.graph_error: str | None = None  # why capturing a CUDA graph failed
+        self.graph = RepeatedCall()
         if controlnet is not None:
             controlnet.config.check_matches(dit.config)
         blocks = [cast(Block, block) for block in dit.transformer_blocks]
@@ -77,7 +74,7 @@ class FusedDiT(nn.Module):
         """Move to a device and run on `row_chunk` rows of the latent grid at a time (None: all)."""
         target = torch.empty(0, device=device).device  # "cuda" with its index
         if row_chunk != self.row_chunk or target != self.tables.device:
-            self._graph, self._signature = None, None  # it reads the weights where they were
+            self.graph.forget()
         self.row_chunk = row_chunk
         self.to(target)
 
@@ -87,11 +84,6 @@ class FusedDiT(nn.Module):
             if network is not None:
                 for block in network.blocks:
                     cast(FusedBlock, block).pack(mapped)
-
-    @property
-    def graph_bytes(self) -> int:
-        """Bytes that the CUDA graph holds beside the weights."""
-        return 0 if self._graph is None else self._graph.nbytes
 
     def encode_text(self, text: Tensor, padded: int = 1, fold: bool = True) -> list[TextContext]:
         """Text states (1, L, caption_channels) -> a context for every block.
@@ -144,9 +136,6 @@ class FusedDiT(nn.Module):
     ) -> Tensor:
         """`forward`; on CUDA through one graph from the second call with the same shapes on.
 
-        If the graph cannot be captured, for lack of memory for instance, these shapes run without
-        one; `graph_error` says why.
-
         left: how many such calls will follow, if that is known. There is no graph as long as these
         and those before are too few for it to pay.
         """
@@ -154,23 +143,9 @@ class FusedDiT(nn.Module):
             return self(latents, time, texts, control, pag_layers)
         contexts = chain.from_iterable(texts)
         inputs = [latents, *time, *chain.from_iterable(contexts), *(control or ())]
-        signature = [tensor.shape for tensor in inputs], control is None, tuple(pag_layers)
-        if signature != self._signature:
-            self._graph, self._signature, self.graph_error = None, signature, None
-            self._calls = 0
-        self._calls += 1
-        pays = left is None or self._calls + left >= LEAST_CALLS
-        if self._calls > 1 and pays and self._graph is None and self.graph_error is None:
-            forward = partial(self._forward_flat, texts, control is not None, pag_layers)
-            try:
-                self._graph = GraphedCall(forward, inputs)
-            except RuntimeError as error:
-                # Ending a failed capture fails as well; the first error is the cause.
-                cause = error.__context__ or error
-                self.graph_error = str(cause).partition("\n")[0]
-        if self._graph is None:
-            return self(latents, time, texts, control, pag_layers)
-        return self._graph(inputs).clone()
+        forward = partial(self._forward_flat, texts, control is not None, pag_layers)
+        pays = left is None or self.graph.calls + 1 + left >= LEAST_CALLS
+        return self.graph(forward, inputs, (control is None, tuple(pag_layers)), pays)[0]
 
     def forward(
         self,
@@ -221,14 +196,14 @@ class FusedDiT(nn.Module):
         controlled: bool,
         pag_layers: Sequence[int],
         inputs: Sequence[Tensor],
-    ) -> Tensor:
+    ) -> tuple[Tensor]:
         """`forward` with its tensors as one flat list; `like` tells the kinds of its contexts."""
         latents, *rest = inputs
         tensors = iter(rest)
         time = TimeModulation(*islice(tensors, len(TimeModulation._fields)))
         texts = [[type(one)(*islice(tensors, len(one))) for one in text] for text in like]
         control = ControlContext(*tensors) if controlled else None
-        return self(latents, time, texts, control, pag_layers)
+        return (self(latents, time, texts, control, pag_layers),)
 
 
 def peak_bytes(

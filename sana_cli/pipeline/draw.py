@@ -24,10 +24,12 @@ from sana_cli.instruction import normalise_prompt
 from sana_cli.kernels import selfcheck
 from sana_cli.kernels.dispatch import fallback_reason
 from sana_cli.models.controlnet import ControlNet
-from sana_cli.models.dc_ae import DCAE, Decoder, Encoder
+from sana_cli.models.cuda_graph import RepeatedCall
+from sana_cli.models.dc_ae import DCAE, Encoder
 from sana_cli.models.dit import DiT
 from sana_cli.models.fused_dit import FusedDiT, nbytes
-from sana_cli.models.streaming.autoencoder import decode, encode, prepare
+from sana_cli.models.streaming.autoencoder import encode, prepare
+from sana_cli.models.streaming.graphed_decoder import GraphedDecoder
 from sana_cli.models.streaming.strip_pipeline import Decoded
 from sana_cli.pipeline import packing, weight_cache
 from sana_cli.pipeline.events import Event, Failure, ImageDone, Latents, Notice, Preview, Progress
@@ -227,7 +229,7 @@ class Drawing:
             self.weight_fault = None
         return transformer
 
-    def load_decoder(self) -> Generator[Event, None, Decoder]:
+    def load_decoder(self) -> Generator[Event, None, GraphedDecoder]:
         build = partial(self.autoencoder, "decoder")
         return (yield from self.load("decoder", "decode", build))
 
@@ -447,8 +449,7 @@ class Drawing:
         self.latents[i] = sample.cpu()
         if not self.decoded and not self.latents[i].isfinite().all():
             raise bad_image(recipe, "NaN")
-        if reason := transformer.graph_error:
-            yield Notice(f"no CUDA graph: {reason}", warning=True)
+        yield from remarks_of_graph(transformer.graph, "a step")
 
     # --- pixels --------------------------------------------------------------------------------
 
@@ -469,16 +470,16 @@ class Drawing:
             pixels = self.with_kept_pixels(decoded.pixels.numpy(), recipe)
             yield Preview(i, step, recipe.steps, pixels)
 
-    def decode(self, i: int, decoder: Decoder) -> Iterator[Event]:
+    def decode(self, i: int, decoder: GraphedDecoder) -> Iterator[Event]:
         began = time.perf_counter()
         recipe = self.recipes[i]
         attempt = partial(self.pixels_of, decoder, self.latents.pop(i), recipe)
         retry = self.retry("decode", f"seed {recipe.seed}", "decoder")
         decoded = yield from retry.attempt(attempt)
+        yield from remarks_of_graph(decoder.graph, "a decode")
         if fault_of(decoded) and recipe.vae_dtype != "float32":
-            decoder.float()
-            decoded = yield from retry.attempt(attempt)
-            decoder.to(dtype_of(recipe.vae_dtype))
+            decoded = yield from retry.attempt(partial(attempt, dtype="float32"))
+            decoder.place(retry.plan.device, dtype_of(recipe.vae_dtype))
             yield Notice(
                 f"seed {recipe.seed} was decoded again in float32, as {recipe.vae_dtype} gave"
                 " NaN or a flat image",
@@ -503,17 +504,30 @@ class Drawing:
         old, where = (np.asarray(fit(Image.fromarray(x), size, mode)) for x in (image, mask))
         return paste(pixels, old, where, on_result(area, size))
 
-    def pixels_of(self, decoder: Decoder, latent: Tensor, recipe: Recipe, plan: Plan) -> Decoded:
-        """Decode latents, resized or cropped to the size of the recipe."""
-        decoder, vae = decoder.to(plan.device), self.files.vae
-        latent = latent.to(plan.device, decoder.norm_out.weight.dtype) / vae.scaling_factor
+    def pixels_of(
+        self,
+        decoder: GraphedDecoder,
+        latent: Tensor,
+        recipe: Recipe,
+        plan: Plan,
+        dtype: str | None = None,
+    ) -> Decoded:
+        """Decode latents, resized or cropped to the size of the recipe, in its precision or one."""
+        chosen, vae = dtype_of(dtype or recipe.vae_dtype), self.files.vae
+        decoder.place(plan.device, chosen)
+        latent = latent.to(plan.device, chosen) / vae.scaling_factor
         size = recipe.height, recipe.width
         resized = None
         if recipe.fit == "trained":
             height, width = (side * vae.compression for side in latent.shape[-2:])
             resized = covering((height, width), size)
-        strip_bytes = decode_strip_bytes(plan, recipe, self.files)
-        return decode(decoder, latent, resized=resized, size=size, strip_bytes=strip_bytes)
+        return decoder.decode(
+            latent,
+            resized=resized,
+            size=size,
+            strip_bytes=decode_strip_bytes(plan, recipe, self.files),
+            graphed=plan.keep_loaded,  # then the peaks of both stages fit together, so it does
+        )
 
     def autoencoder(self, half: str) -> tuple[nn.Module, int]:
         """Build the "encoder" or the "decoder"; its bytes. The other half stays on disk."""
@@ -521,6 +535,8 @@ class Drawing:
         network = getattr(on_meta(DCAE, self.files.vae, part.config), half)
         load_weights(network, part.weights, None, only=f"{half}.")
         prepare(network, dtype_of(self.recipes[0].vae_dtype))
+        if half == "decoder":
+            network = GraphedDecoder(network)
         return self.moved(network), nbytes(network)
 
     # --- progress ------------------------------------------------------------------------------
@@ -593,6 +609,11 @@ def covering(whole: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
         max(wanted, int(side * ratio)) for wanted, side in zip(size, whole, strict=True)
     )
     return height, width
+
+
+def remarks_of_graph(graph: RepeatedCall, what: str) -> Iterator[Event]:
+    if graph.error is not None:
+        yield Notice(f"no CUDA graph of {what}: {graph.error}", warning=True)
 
 
 def fault_of(decoded: Decoded) -> str | None:

@@ -1,16 +1,20 @@
 """The loaded networks, kept between calls within a memory budget.
 
-When a stage needs room, the least recently used networks are released first.
+When a stage needs room, CUDA graphs are released first, as they are captured sooner than a network
+is loaded; then the least recently used networks.
 """
 
 from collections.abc import Hashable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sana_cli.recipe import Adapter
 from sana_cli.system.devices import release_unused_memory
 from sana_cli.weights.layout import Part
+
+if TYPE_CHECKING:
+    from sana_cli.models.cuda_graph import RepeatedCall
 
 
 class NetworkKey(NamedTuple):
@@ -30,9 +34,14 @@ class _Loaded:
     weights: int  # bytes
 
     @property
+    def graph(self) -> "RepeatedCall | None":
+        """Return what may have a CUDA graph, which comes later and holds memory of its own."""
+        return getattr(self.network, "graph", None)
+
+    @property
     def nbytes(self) -> int:
-        """Return the bytes of its weights and of its CUDA graph, which grows later."""
-        return self.weights + getattr(self.network, "graph_bytes", 0)
+        """Return the bytes of its weights and of its CUDA graph."""
+        return self.weights + (self.graph.nbytes if self.graph else 0)
 
 
 class Networks:
@@ -67,7 +76,7 @@ class Networks:
         self._loaded[key] = _Loaded(network, nbytes)
 
     def make_room(self, needed: int, budget: int, using: NetworkKey, device: str) -> None:
-        """Release the least recently used until a stage that holds `needed` bytes fits.
+        """Release graphs, then the least recently used, until a stage of `needed` bytes fits.
 
         `needed` includes the weights of the network in use, which stays.
         """
@@ -80,6 +89,11 @@ class Networks:
                 del self._loaded[key]
                 released = True
         held = sum(self._loaded[key].nbytes for key in others)
+        for loaded in map(self._loaded.__getitem__, others):
+            if held + needed > budget and loaded.graph and loaded.graph.nbytes:
+                held -= loaded.graph.nbytes
+                loaded.graph.forget()
+                released = True
         while others and held + needed > budget:
             held -= self._loaded.pop(others.pop(0)).nbytes
             released = True

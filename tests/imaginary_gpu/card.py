@@ -16,13 +16,13 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_iter
 
 from sana_cli.kernels import launch, selfcheck
 from sana_cli.kernels.cases import Case
 from sana_cli.weights import checkpoint
 
 CAPABILITY, MEMORY = (9, 0), 80 * 10**9
-STREAM = SimpleNamespace(record_event=lambda: SimpleNamespace(synchronize=lambda: None))
 
 
 class Cards:
@@ -32,12 +32,20 @@ class Cards:
     reserved = 0  # bytes; every capture takes a thousand
     fail: Exception | None = None  # raised by the next captures
     capped: dict[int, float] = {}  # share of the memory by GPU
+    waits = 0  # for a GPU, until all that it was given is done
+    milliseconds = 0.0  # between any two events
     checked: list[str] = []  # in which precisions the kernels were to be checked
 
     @classmethod
     def check(cls, device: Any, kinds: Any) -> bool:
         cls.checked += [selfcheck.name_of(dtype) + " int8" * eight for dtype, eight in kinds]
         return False
+
+    @classmethod
+    def wait(cls, device: Any = None) -> None:
+        if cls.captured is not None:
+            raise RuntimeError("a wait for the GPU is not captured")
+        cls.waits += 1
 
     @classmethod
     @contextmanager
@@ -63,6 +71,22 @@ class Cards:
             cls.captured = None
 
 
+class Event:
+    """Can be asked about once something has waited for the GPU."""
+
+    def __init__(self, enable_timing: bool = False) -> None:
+        self.after = Cards.waits
+
+    def synchronize(self) -> None:
+        Cards.wait()
+
+    def elapsed_time(self, end: "Event") -> float:
+        if Cards.waits <= max(self.after, end.after):
+            raise RuntimeError("device not ready")
+        return Cards.milliseconds
+
+
+STREAM = SimpleNamespace(record_event=lambda event=None: event or Event())
 CUDA = {
     "is_available": lambda: True,
     "is_bf16_supported": lambda *args, **words: True,
@@ -71,7 +95,7 @@ CUDA = {
     "current_device": lambda: Cards.current,
     "device_count": lambda: 2,
     "device": Cards.using,
-    "synchronize": lambda *args: None,
+    "synchronize": Cards.wait,
     "empty_cache": lambda: None,
     "memory_allocated": lambda *args: 0,
     "memory_reserved": lambda *args: Cards.reserved,
@@ -79,6 +103,7 @@ CUDA = {
     "reset_peak_memory_stats": lambda *args: None,
     "set_per_process_memory_fraction": lambda share, index: Cards.capped.update({index: share}),
     "current_stream": lambda *args: STREAM,
+    "Event": Event,
     "stream": nullcontext,
     "Stream": lambda device: torch.device(device).index,
     "CUDAGraph": lambda: SimpleNamespace(card=Cards.current, replay=lambda: None),
@@ -93,10 +118,18 @@ PRODUCTS = {
 }
 
 
+COPIES = {aten._to_copy, aten.copy_}
+
+
+def devices(values: Any) -> set[torch.device]:
+    return {one.device for one in tree_iter(values) if isinstance(one, torch.Tensor)}
+
+
 class _Refusals(TorchDispatchMode):
     """Refuses what a card would and fake tensors do not.
 
-    These are products of several dtypes, and work for another GPU than the one being captured.
+    These are products of several dtypes, and, while a GPU is captured, work for any other device:
+    for another GPU, or for the CPU, to which a copy would wait and which repeats nothing.
     """
 
     def __torch_dispatch__(
@@ -106,10 +139,20 @@ class _Refusals(TorchDispatchMode):
             dtypes = {given.dtype for given in args if isinstance(given, torch.Tensor)}
             if len(dtypes) > 1:
                 raise RuntimeError(f"{func}: expected one dtype, and there are {dtypes}")
+        if func.namespace != "prim":
+            with self:  # in inference mode composite operations come whole
+                made = func.decompose(*args, **(kwargs or {}))
+            if made is not NotImplemented:
+                return made
         made = func(*args, **(kwargs or {}))
-        card = made.device.index if isinstance(made, torch.Tensor) and made.is_cuda else None
-        if card is not None and Cards.captured not in (None, card):
-            raise RuntimeError(f"{func} on cuda:{card} is not captured")
+        given, outcome = devices((args, kwargs)), devices(made)
+        if Cards.captured is not None:
+            copied = given if func.overloadpacket in COPIES else set()
+            others = (outcome | copied) - {torch.device("cuda", Cards.captured)}
+            if others:
+                raise RuntimeError(f"{func} on {others.pop()} is not captured")
+        if any(one.type == "cuda" for one in given) and torch.device("cpu") in outcome:
+            Cards.wait()
         return made
 
 

@@ -31,7 +31,7 @@ class Counted(cuda_graph.GraphedCall):
 
 with card() as launched, torch.inference_mode():
     dtype = torch.bfloat16
-    fused_dit.GraphedCall = Counted
+    cuda_graph.GraphedCall = Counted
     fused = fused_dit.FusedDiT(DiT(NARROW).to(dtype), ControlNet(CONTROLNET).to(dtype))
     fused.to_device(DEVICE, None)
     latents = torch.empty(1, 32, 32, 32, dtype=dtype, device=DEVICE)
@@ -43,8 +43,8 @@ with card() as launched, torch.inference_mode():
     control = fused.encode_control(latents, 0.8)
     shapes = [tuple(fused.velocity(latents, step, contexts, control, (8,)).shape) for step in steps]
     document = {
-        "error": fused.graph_error,
-        "graph_bytes": fused.graph_bytes,
+        "error": fused.graph.error,
+        "graph_bytes": fused.graph.nbytes,
         "captures": len(captured),
         "shapes": shapes,
         "kernels": Counter(case.kernel.__name__ for case in launched),
@@ -58,9 +58,9 @@ with card() as launched, torch.inference_mode():
     Cards.fail = torch.OutOfMemoryError("CUDA out of memory. Tried\nto allocate")
     for step in steps:
         fused.velocity(latents[..., :16], step, contexts)
-    document |= {"without_graph": fused.graph_error, "left": fused.graph_bytes}
+    document |= {"without_graph": fused.graph.error, "left": fused.graph.nbytes}
     Cards.fail = None
     for step in steps:
         fused.velocity(latents, step, contexts)
-    document["again"] = fused.graph_error, fused.graph_bytes
+    document["again"] = fused.graph.error, fused.graph.nbytes
 sys.stdout.write(json.dumps(document))

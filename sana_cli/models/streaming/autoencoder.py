@@ -54,11 +54,14 @@ def decode(
 ) -> Decoded:
     """Decode latents (1, 32, h, w), unscaled, to 8 bits: `decoder(latent)` from [-1, 1] to 0..255.
 
+    The pixels are on the CPU: they are copied once, at the end, as a copy waits for the device.
+
     The image is resized to `resized` first, bilinearly and without antialiasing, then cropped about
     its centre to `size`. `strip_bytes` is roughly the size of the widest tensor of a strip. Only
     `most_strips` strips of each sweep are run, if given: enough to predict memory.
     """
-    return decode_pipeline(decoder, latent, strip_bytes, most_strips).to_image(resized, size)
+    pipeline = decode_pipeline(decoder, latent, strip_bytes, most_strips)
+    return pipeline.to_image(resized, size).on_cpu()
 
 
 def decode_pipeline(

@@ -1,8 +1,7 @@
 """Runs strip ops over a feature map: how it is cut into strips, and where the results go."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,13 +26,16 @@ from sana_cli.models.streaming.subpixel import SubpixelUpsample
 MAX_BYTES = 1 << 30  # convolution libraries index elements with 31 bits
 
 
-@dataclass(frozen=True)
-class Decoded:
+class Decoded(NamedTuple):
     """An image, and its extreme values before rounding, in [0, 1]: both NaN if any value is."""
 
-    pixels: Tensor  # uint8 (height, width, 3), on the CPU
+    pixels: Tensor  # uint8 (height, width, 3)
     low: Tensor
     high: Tensor
+
+    def on_cpu(self) -> "Decoded":
+        """Copy the pixels to the CPU, once the device has made them. There are none on `meta`."""
+        return self if self.pixels.is_meta else self._replace(pixels=self.pixels.cpu())
 
 
 class StripPipeline:
@@ -48,6 +50,8 @@ class StripPipeline:
         self.height, self.width = map.shape[2:]  # of the output of the ops
         self.ops: list[tuple[StripOp, int]] = []  # each with the most rows it is given at once
         self.owned = False  # whether the map may be overwritten
+        # Whether a CUDA graph can hold what has run: a single strip, and nothing from the CPU.
+        self.capturable = True
 
     def through(self, module: nn.Module, shortcut: StripOp | None = None) -> None:
         """Add the op of a module; `shortcut(input)` is added to its output."""
@@ -94,6 +98,7 @@ class StripPipeline:
         The output is resized to `resized` and then cropped about its centre to `size`.
         """
         if resized and resized != (self.height, self.width):
+            self.capturable = False  # what `Bilinear` looks up is on the CPU
             self.add(Bilinear((self.height, self.width), resized), 3)
             self.height, self.width = resized
         height, width = size or (self.height, self.width)
@@ -120,8 +125,6 @@ class StripPipeline:
                 lows.append(made[1])
                 highs.append(made[2])
             top += rows
-        if not pixels.is_meta:
-            pixels = pixels.cpu()  # once, as each copy waits for the device
         return Decoded(pixels, torch.stack(lows).amin(), torch.stack(highs).amax())
 
     def _attend(self, attention: SplitAttention) -> None:
@@ -161,6 +164,7 @@ class StripPipeline:
             op, most = self.ops[i]
             rows = strip.shape[2]
             if rows > most:
+                self.capturable = False
                 rows = -(-rows // -(-rows // most))  # split evenly
                 pending.append((strip[:, :, rows:], i))
             out = op(strip[:, :, :rows])
