@@ -14,6 +14,7 @@ selfcheck   every kernel, compiled for this GPU, against the torch lines that de
 likeness    images of the bundled model against those of diffusers on this GPU
 fused_dit   latents of the pipeline against the plain transformer in float32: signal to noise in dB
 strips      images decoded in strips against an untiled decode in float32
+graph       decodes through a CUDA graph beside those without one: the same image, and the times
 bench       `sana bench` at 512² to 4096²: times beside predicted ones, and peaks of memory
 w8a8        8 bits in the transformer: likeness to float32 and speed, beside bfloat16
 caps        `sana bench` within 4 and 6 GB, which the GPU's allocator may not exceed
@@ -33,6 +34,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.gpu.fused_dit import fused_dit
+from benchmarks.gpu.graph import graph
 from benchmarks.gpu.kernels import kernels
 from benchmarks.gpu.profile import profile
 from benchmarks.gpu.report import Report, Row, table
@@ -47,6 +49,7 @@ CHECKS = {
     "likeness": likeness,
     "fused_dit": fused_dit,
     "strips": strips,
+    "graph": graph,
     "bench": bench,
     "w8a8": w8a8,
     "caps": caps,
@@ -54,13 +57,14 @@ CHECKS = {
     "profile": profile,
     "kernels": kernels,
 }
-# Seconds, 530 in all.
+# Seconds, 535 in all.
 SECTIONS = {
     "selfcheck": 70,
     "likeness": 35,
     "fused_dit": 60,
     "strips": 30,
-    "bench": 105,
+    "graph": 15,
+    "bench": 95,
     "w8a8": 50,
     "caps": 40,
     "competitor": 80,

@@ -95,6 +95,17 @@ def table(report: Report) -> None:
             for row in report.rows("strips")
         ],
     )  # fmt: skip
+    show(
+        "a decode without a CUDA graph and with one: the same image",
+        ["side", "ms", "with graph", "share of launches", "captured", "graph GB", ""],
+        [
+            [str(row["side"]), number(1e3 * row["seconds"], "", 2),
+             number(1e3 * row["graph_seconds"], "", 2), f"{row['launch_share']:.0%}",
+             "yes" if row["pays"] else "no", number(row["graph_bytes"] / 1e9, "", 2),
+             "ok" if row["ok"] else row["error"] or "DIFFERENT"]
+            for row in report.rows("graph")
+        ],
+    )  # fmt: skip
     speed, comparisons = [], []
     for row in report.rows("w8a8"):
         if "psnr" in row:

@@ -121,8 +121,10 @@ PRODUCTS = {
 COPIES = {aten._to_copy, aten.copy_}
 
 
-def devices(values: Any) -> set[torch.device]:
-    return {one.device for one in tree_iter(values) if isinstance(one, torch.Tensor)}
+def devices(values: Any, least: int = 0) -> set[torch.device]:
+    """Where tensors are, of so many dimensions at least."""
+    tensors = (one for one in tree_iter(values) if isinstance(one, torch.Tensor))
+    return {one.device for one in tensors if one.ndim >= least}
 
 
 class _Refusals(TorchDispatchMode):
@@ -148,7 +150,8 @@ class _Refusals(TorchDispatchMode):
         given, outcome = devices((args, kwargs)), devices(made)
         if Cards.captured is not None:
             copied = given if func.overloadpacket in COPIES else set()
-            others = (outcome | copied) - {torch.device("cuda", Cards.captured)}
+            # A number may be a tensor without dimensions on the CPU.
+            others = (devices(made, 1) | copied) - {torch.device("cuda", Cards.captured)}
             if others:
                 raise RuntimeError(f"{func} on {others.pop()} is not captured")
         if any(one.type == "cuda" for one in given) and torch.device("cpu") in outcome:

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from examples import exhaustive
+from networks import DC_AE, DC_AE_LITE, FEW
 from sana_cli.weights.catalogue import known_models
 
 HERE = Path(__file__).parent
@@ -23,6 +24,10 @@ CXX = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
 TRANSFORMER = {
     *("modulate_kernel", "project_qkv_kernel", "attend_tokens_kernel"),
     *("gated_residual_linear_kernel", "linear_silu_kernel", "depthwise_glu_kernel"),
+}
+AUTOENCODERS = {
+    "released": DC_AE | FEW,
+    "lite": DC_AE_LITE | FEW | {"decoder_layers_per_block": (0, 1, 1, 1, 1, 1)},
 }
 DECODER = {"rms_norm_kernel", "kv_state_kernel", "aggregate_kernel", "conv_to_rgb_kernel"}
 
@@ -98,6 +103,52 @@ def test_without_memory_for_a_graph_steps_run_one_by_one_and_it_is_tried_again(s
     assert steps["again"] == [None, 1000]
 
 
+@pytest.fixture(params=AUTOENCODERS)
+def kind(request) -> str:
+    """Of an autoencoder."""
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def decodes(imagined) -> dict[str, dict]:
+    return imagined("decodes.py", json.dumps(AUTOENCODERS))
+
+
+def test_a_decode_bound_by_its_launches_is_captured_and_then_replayed(decodes, kind):
+    told = decodes[kind]["bound by launches"]
+    assert (told["error"], told["bytes"], told["captures"]) == (None, 1000, [0, 0, 1, 0])
+    launches = told["launches"][0]
+    assert launches > 0
+    assert told["launches"] == [launches, launches, launches, 0]
+    assert told["made"] == [["cpu", 128, 128, 3], "cuda"]
+
+
+@pytest.mark.parametrize("how", ["bound by the card", "in strips", "without room"])
+def test_any_other_decode_has_no_graph(decodes, kind, how):
+    told = decodes[kind][how]
+    assert (told["error"], told["bytes"], told["captures"]) == (None, 0, [0, 0, 0])
+
+
+def test_a_graph_lives_for_as_long_as_shapes_and_weights_stay(decodes, kind):
+    told = decodes[kind]
+    assert told["of another shape"]["bytes"] == 0
+    assert told["cropped"]["bytes"] == 1000
+    assert (told["already in place"]["bytes"], told["already in place"]["launches"]) == (1000, [0])
+    assert told["moved"] == 0
+
+
+def test_a_decode_that_cannot_be_captured_runs_and_says_why(decodes, kind):
+    told = decodes[kind]["out of memory"]
+    assert (told["error"], told["bytes"]) == ("CUDA out of memory. Tried", 0)
+    assert told["captures"] == [0, 0, 1, 0]
+    assert told["made"][0] == ["cpu", 100, 90, 3]
+
+
+def test_a_decode_waits_for_the_card_once(decodes, kind):
+    waits = [told["waits"] for told in decodes[kind].values() if isinstance(told, dict)]
+    assert waits == [[1] * len(each) for each in waits]
+
+
 @pytest.fixture(scope="module")
 def trained(imagined) -> dict[str, dict]:
     """Two steps of each stage of training."""
@@ -139,6 +190,14 @@ FAULTS = {
     "x.sum().item()": "_local_scalar_dense",  # there is no number
 }
 
+CAPTURED = {
+    "x.cpu()": "cpu is not captured",
+    "x.copy_(y)": "cpu is not captured",
+    "torch.ones(4)": "cpu is not captured",
+    "torch.ones(4, device='cuda:1')": "cuda:1 is not captured",
+    "torch.cuda.synchronize()": "a wait",
+}
+
 
 def test_what_a_card_refuses_is_refused(imagined, tmp_path):
     script = tmp_path / "faulty.py"
@@ -156,8 +215,16 @@ with card():
             eval(faulty)
         except Exception as error:
             said[faulty] = str(error)
+    y = torch.ones(4, 4)
+    for faulty in {list(CAPTURED)!r}:
+        try:
+            with torch.cuda.graph(torch.cuda.CUDAGraph()):
+                x + x
+                eval(faulty)
+        except Exception as error:
+            said[faulty] = str(error.__cause__)
 print(json.dumps(said))
 """)
     said = imagined(script)
-    for faulty, says in FAULTS.items():
+    for faulty, says in (FAULTS | CAPTURED).items():
         assert says in said[faulty]

@@ -235,6 +235,17 @@ def test_a_nan_anywhere_makes_both_extremes_nan():
     assert decoded.low.isnan() and decoded.high.isnan()
 
 
+@pytest.mark.parametrize(
+    ("strip_bytes", "resized", "capturable"),
+    [(1 << 30, None, True), (1 << 30, (40, 30), False), (1, None, False)],
+)
+def test_a_graph_may_hold_one_strip_that_is_not_resized(strip_bytes, resized, capturable):
+    decoder = random_dc_ae(KINDS["released"]).decoder
+    pipeline = decode_pipeline(decoder, random_latents(2, 2), strip_bytes)
+    pipeline.to_image(resized, (40, 30))
+    assert pipeline.capturable == capturable
+
+
 def test_the_inputs_of_the_caller_are_not_modified():
     model = random_dc_ae(KINDS["released"])
     latent, pixels = random_latents(4, 3), random_image(64, 96)

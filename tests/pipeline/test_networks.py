@@ -1,10 +1,13 @@
 """Which networks stay loaded: what fits does, and the least recently used go first."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
 from sana_cli.errors import NotEnoughMemory
+from sana_cli.models.cuda_graph import RepeatedCall
 from sana_cli.pipeline.networks import NetworkKey, Networks
 from sana_cli.pipeline.oom_retry import Notice, OOMRetry
 from sana_cli.pipeline.plan import Plan
@@ -39,10 +42,32 @@ def test_the_least_recently_used_go_first_and_no_more_than_need_be(networks):
     assert parts(networks) == ["transformer", "decoder"]
 
 
-def test_a_cuda_graph_counts_as_part_of_its_network(networks):
-    networks.find(key("transformer")).graph_bytes = 60
+def with_graph(networks: Networks, part: str, nbytes: int) -> RepeatedCall:
+    """Give a network a graph of so many bytes, which goes as others do."""
+    graph = networks.find(key(part)).graph = RepeatedCall()
+    graph._graph = SimpleNamespace(nbytes=nbytes)
     networks.find(key("decoder"))
+    return graph
+
+
+def test_a_cuda_graph_counts_as_part_of_its_network(networks):
+    graph = with_graph(networks, "transformer", 60)
+    networks.make_room(needed=300, budget=560, using=key("decoder"), device="cpu")
+    assert graph.nbytes == 60
+    assert parts(networks) == ["text_encoder", "transformer", "decoder"]
+
+
+def test_a_cuda_graph_goes_before_a_network_does(networks):
+    graph = with_graph(networks, "transformer", 60)
     networks.make_room(needed=300, budget=500, using=key("decoder"), device="cpu")
+    assert graph.nbytes == 0
+    assert parts(networks) == ["text_encoder", "transformer", "decoder"]
+
+
+def test_the_graph_of_the_network_in_use_stays(networks):
+    graph = with_graph(networks, "decoder", 60)
+    networks.make_room(needed=300, budget=400, using=key("decoder"), device="cpu")
+    assert graph.nbytes == 60
     assert parts(networks) == ["transformer", "decoder"]
 
 

@@ -26,7 +26,8 @@ class GraphedDecoder(nn.Module):
         super().__init__()
         self.decoder = decoder
         self.graph = RepeatedCall()
-        self._capturable = self._pays = False  # as of the last decode
+        self._capturable = False  # as of the last decode without a graph
+        self.launch_share = 0.0  # of the time of the last decode; not known of a first one
 
     def place(self, device: str, dtype: torch.dtype) -> None:
         """Move to a device, and convert to a precision, what is not there or not in it."""
@@ -60,13 +61,14 @@ class GraphedDecoder(nn.Module):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         began = time.perf_counter()
         stream.record_event(start)
-        made = self.graph(function, [latent], (resized, size, strip_bytes), self._pays)
+        pays = graphed and self._capturable and self.launch_share >= LAUNCH_BOUND
+        made = self.graph(function, [latent], (resized, size, strip_bytes), pays)
         stream.record_event(end)
         launching = 1000 * (time.perf_counter() - began)
         decoded = Decoded(*made).on_cpu()
         # The copy has waited for both events. A first decode also compiles and allocates.
-        bound = self.graph.calls > 1 and launching >= LAUNCH_BOUND * start.elapsed_time(end)
-        self._pays = graphed and self._capturable and bound
+        first = self.graph.calls == 1
+        self.launch_share = 0.0 if first else launching / start.elapsed_time(end)
         return decoded
 
     def _decode_flat(

@@ -1,0 +1,56 @@
+"""Decodes through a CUDA graph beside decodes without one: the same image, and the times."""
+
+import argparse
+import time
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from benchmarks.gpu.report import Report, Row
+from benchmarks.gpu.subjects import wide
+
+TIMES = 20
+
+
+def graph(options: argparse.Namespace, report: Report) -> None:
+    from sana_cli.models.architectures import DC_AE_F32C32
+    from sana_cli.models.dc_ae import DCAE
+    from sana_cli.models.streaming import graphed_decoder
+    from sana_cli.models.streaming.autoencoder import prepare
+    from sana_cli.pipeline.plan import GPU_STRIP_BYTES
+
+    device, dtype = options.device, getattr(torch, wide(options.device))
+    with torch.device(device):
+        plain = DCAE(DC_AE_F32C32).decoder.requires_grad_(False)
+    prepare(plain, dtype)
+    decoder = graphed_decoder.GraphedDecoder(plain)
+    for side in (32,) if options.quick else (256, 512):
+        shape = (1, 32, side // 32, side // 32)
+        latent = torch.randn(shape, generator=torch.Generator().manual_seed(7)).to(device, dtype)
+
+        def decodes(graphed: bool, latent: Any = latent) -> tuple[Any, float, float]:
+            """The last of several images, the least seconds, and the share of the launches."""
+            least, share = float("inf"), 0.0
+            for _ in range(3 if options.quick else TIMES):
+                began = time.perf_counter()
+                made = decoder.decode(
+                    *(latent,),
+                    resized=None,
+                    size=None,
+                    strip_bytes=GPU_STRIP_BYTES,
+                    graphed=graphed,
+                )
+                least = min(least, time.perf_counter() - began)
+                share = share if decoder.graph.nbytes else decoder.launch_share
+            return made, least, share
+
+        without, seconds, _ = decodes(False)
+        with patch.object(graphed_decoder, "LAUNCH_BOUND", 0.0):  # captured even if it does not pay
+            made, graph_seconds, share = decodes(True)
+        facts: Row = {"side": side, "seconds": seconds, "graph_seconds": graph_seconds}
+        facts |= {"launch_share": share, "pays": share >= graphed_decoder.LAUNCH_BOUND}
+        facts |= {"graph_bytes": decoder.graph.nbytes, "error": decoder.graph.error}
+        equal = all(torch.equal(*pair) for pair in zip(made, without, strict=True))
+        captured = decoder.graph.nbytes > 0 or not device.startswith("cuda")
+        report.add("graph", **facts, ok=equal and captured)
