@@ -270,7 +270,7 @@ CARDS = {
 }
 HALVED = 4  # times by which GeForce cards multiply int8 faster: twice float16 with float16 sums
 STEPS = 20
-LAUNCH = {"PyTorch": 7e-6, "Triton": 20e-6}  # seconds of Python for a launch, estimated
+LAUNCHED_ON = CARDS | {"B200, 2.2 PFLOP/s and 8 TB/s as listed": (2.2e15, 8e12, 2)}
 
 
 def predicted() -> list[str]:
@@ -301,10 +301,9 @@ def predicted() -> list[str]:
 
 def launching() -> list[str]:
     """What Python takes to launch a decode, beside what GPUs are predicted to take for it."""
-    from sana_cli.bench.counted import Count
-    from sana_cli.bench.forecast import EFFICIENCY, Rates, seconds
+    from sana_cli.models.streaming.graphed_decoder import LAUNCH_BOUND
 
-    cards = [card.partition(",")[0] for card in CARDS]
+    cards = [card.partition(",")[0] for card in LAUNCHED_ON]
     kinds = {"8.9": "GeForce", "9.0": "H200"}
     rows = [
         f"| a decode | {' | '.join(f'launches on {one}, Python' for one in kinds.values())}"
@@ -314,13 +313,16 @@ def launching() -> list[str]:
     for side, found in measured("work.json")["decodes"].items():
         cells = []
         for kind in kinds:
-            launches, triton = found[kind]["count"]["operations"], found[kind]["triton"]
-            python = (launches - triton) * LAUNCH["PyTorch"] + triton * LAUNCH["Triton"]
+            launches, python = found[kind]["count"]["operations"], found[kind]["python"]
             cells.append(f"{launches}, {1000 * python:.2g} ms")
-        for flops, bandwidth, eight in CARDS.values():
-            count = Count(**found["8.9" if eight == HALVED else "9.0"]["count"])
-            took = seconds(count, Rates(flops, bandwidth), EFFICIENCY["cuda"])
-            cells.append(f"{1000 * took:.2g} ms" if took < 0.1 else f"{took:.2g} s")
+        for card, (_, _, eight) in LAUNCHED_ON.items():
+            facts = found["8.9" if eight == HALVED else "9.0"]
+            without, graphed = facts["seconds"][card]
+            share = facts["python"] / without
+            text = f"{1000 * without:.2g} ms" if without < 0.1 else f"{without:.2g} s"
+            text += f", {share:.0%}"
+            text += f"; {1000 * graphed:.2g} ms" if share >= LAUNCH_BOUND else ""
+            cells.append(text)
         rows.append(f"| {side}² | {' | '.join(cells)} |")
     return rows
 

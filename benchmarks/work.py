@@ -4,7 +4,9 @@
 
 Counted on the meta device in bfloat16; needs Triton. `models` has a step and a decode at 1024² on
 an RTX 4090 Laptop (sm_89). `decodes` has decodes of several sides on a GPU with the fused
-convolutions (8.9) and on one without (9.0), and how many of their operations are Triton's.
+convolutions (8.9) and on one without (9.0): how many of their operations are Triton's, how many
+seconds Python is predicted to launch them, and how many GPUs take, without a CUDA graph and with
+one.
 """
 
 import json
@@ -15,8 +17,10 @@ from typing import Any
 
 import torch
 
+from benchmarks.tables import HALVED, LAUNCHED_ON
 from sana_cli.bench.counted import SAMPLE, Count, cells_of, count_decode, count_step
-from sana_cli.bench.roofline import launches
+from sana_cli.bench.forecast import EFFICIENCY, Rates, seconds
+from sana_cli.bench.roofline import Launches, launches
 from sana_cli.models.architectures import DC_AE_F32C32
 from sana_cli.models.dc_ae import DCAE
 from sana_cli.models.streaming.autoencoder import decode, prepare
@@ -27,7 +31,8 @@ from sana_cli.weights.model_files import released_model
 
 MODELS = {"0.6B": "sana-0.6b-1024", "1.6B": "sana-1.6b-1024"}
 CAPABILITY = (8, 9)
-SIDES = (512, 1024, 2048, 4096)
+SIDES = (256, 512, 1024, 2048, 4096)
+LAUNCH = {False: 7e-6, True: 20e-6}  # seconds of Python for one by torch or Triton, estimated
 
 
 def counted(model: str) -> dict[str, dict[str, float]]:
@@ -59,10 +64,35 @@ def decodes(sides: Iterable[int]) -> dict[str, dict[str, Any]]:
                 capability,
             )
             count = asdict(Count(run.flops, run.bytes, run.count, 0, 0))
-            kernels = sum(n for name, n in run.calls.items() if name.endswith("_kernel"))
-            name = ".".join(map(str, capability))
-            found.setdefault(str(side), {})[name] = {"count": count, "triton": kernels}
+            kernels = [one.name.endswith("_kernel") for one in run.each]
+            cards = {
+                card: waiting(run, Rates(*rates))
+                for card, (*rates, eight) in LAUNCHED_ON.items()
+                if (eight == HALVED) == (capability == CAPABILITY)
+            }
+            facts = {"count": count, "triton": sum(kernels)}
+            facts |= {"python": sum(LAUNCH[kernel] for kernel in kernels), "seconds": cards}
+            found.setdefault(str(side), {})[".".join(map(str, capability))] = facts
     return found
+
+
+def waiting(run: Launches, rates: Rates) -> list[float]:
+    """Predict the seconds of a decode without a CUDA graph and with one.
+
+    Without one, each operation begins when the one before has ended and Python has launched it. The
+    FLOP of Triton's kernels are known as a sum, which is divided among them by their bytes.
+    """
+    kernels = {i for i, one in enumerate(run.each) if one.name.endswith("_kernel")}
+    flops = run.flops - sum(one.flops for one in run.each)
+    moved = sum(run.each[i].bytes for i in kernels)
+    launched = ended = busy = 0.0
+    for i, one in enumerate(run.each):
+        launched += LAUNCH[i in kernels]
+        share = flops * one.bytes / moved if i in kernels else one.flops
+        took = seconds(Count(share, one.bytes, 1, 0, 0), rates, EFFICIENCY["cuda"])
+        ended = max(ended, launched) + took
+        busy += took
+    return [ended, busy]
 
 
 if __name__ == "__main__":

@@ -26,13 +26,14 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from sana_cli.kernels.cases import Case
 from sana_cli.kernels.launch import meta_launches
 from sana_cli.kernels.linear import linear
 from sana_cli.kernels.rows8 import LARGEST, integer_products
@@ -197,17 +198,31 @@ WRITTEN_ONLY = {"copy_", "fill_", "zero_"}  # of what an operation in place may 
 NOT_LAUNCHED = {"empty", "empty_like", "new_empty", "_unsafe_view", "scalar_tensor"}
 
 
+class Launch(NamedTuple):
+    name: str  # of the Triton kernel or of torch's operation
+    bytes: int  # with every operand read once and every result written once
+    flops: int  # of an operation of torch; those of kernels are part of a sum alone
+
+
 @dataclass(frozen=True)
 class Launches:
     """What a GPU is given to do."""
 
-    calls: Counter[str]  # by the name of the Triton kernel or of torch's operation
-    bytes: int  # with every operand read once and every result written once
+    each: list[Launch]  # in order
     flops: int  # of matrix products and convolutions
 
     @property
+    def calls(self) -> Counter[str]:
+        """Return how many there are of each name."""
+        return Counter(launch.name for launch in self.each)
+
+    @property
+    def bytes(self) -> int:
+        return sum(launch.bytes for launch in self.each)
+
+    @property
     def count(self) -> int:
-        return self.calls.total()
+        return len(self.each)
 
 
 def launches(run: Callable[[], object], capability: tuple[int, int] | None = (8, 9)) -> Launches:
@@ -218,24 +233,31 @@ def launches(run: Callable[[], object], capability: tuple[int, int] | None = (8,
     counted. An operation of torch counts as one launch, although libraries may
     take several. Softmax attention, which does not run on `meta`, is missing.
     """
-    with torch.no_grad(), ExitStack() as stack, _Operations() as operated:
+    with torch.no_grad(), ExitStack() as stack:
         cases = [] if capability is None else stack.enter_context(meta_launches(capability))
+        operated = stack.enter_context(_Operations(cases))
         run()
-    calls, moved = operated.calls, operated.bytes
-    for case in cases:
-        name = case.kernel.__name__
-        calls[name] += 1
-        moved += sum(case.nbytes.values()) + (case.nbytes["x"] if name in IN_PLACE else 0)
-    return Launches(calls, moved, operations(run))
+    operated.take_kernels()
+    return Launches(operated.each, operations(run))
 
 
 class _Operations(TorchDispatchMode):
-    """Counts torch's operations on `meta`, and the bytes that they read and write."""
+    """Lists torch's operations on `meta`, and between them the kernels that `cases` grows by."""
 
-    def __init__(self) -> None:
+    def __init__(self, cases: list[Case]) -> None:
+        from torch.utils.flop_counter import flop_registry
+
         super().__init__()
-        self.calls: Counter[str] = Counter()
-        self.bytes = 0
+        self.registry = flop_registry
+        self.cases, self.taken = cases, 0
+        self.each: list[Launch] = []
+
+    def take_kernels(self) -> None:
+        for case in self.cases[self.taken :]:
+            name = case.kernel.__name__
+            moved = sum(case.nbytes.values()) + (case.nbytes["x"] if name in IN_PLACE else 0)
+            self.each.append(Launch(name, moved, 0))
+        self.taken = len(self.cases)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
@@ -255,8 +277,10 @@ class _Operations(TorchDispatchMode):
             read = [tensor for tensor in tree_iter(given) if _is_on_gpu(tensor)]
             if name in WRITTEN_ONLY:
                 del read[0]
-            self.calls[name] += 1
-            self.bytes += sum(_elements(tensor) * tensor.itemsize for tensor in read + made)
+            moved = sum(_elements(tensor) * tensor.itemsize for tensor in read + made)
+            flops = self.registry.get(func.overloadpacket, lambda *args, **kwargs: 0)
+            self.take_kernels()
+            self.each.append(Launch(name, moved, flops(*args, **kwargs, out_val=result)))
         return result
 
 

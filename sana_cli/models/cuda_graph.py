@@ -26,7 +26,7 @@ class RepeatedCall:
         """Free the graph. Also needed before the weights that it reads are moved."""
         self._graph: GraphedCall | None = None
         self._signature: object = None  # of the last call
-        self.calls = 0  # with that signature
+        self.calls = 0  # with that signature, without those that failed
         self.error: str | None = None
 
     @property
@@ -46,8 +46,7 @@ class RepeatedCall:
         if signature != self._signature:
             self.forget()
             self._signature = signature
-        self.calls += 1
-        if self.calls > 1 and pays and self._graph is None and self.error is None:
+        if self.calls > 0 and pays and self._graph is None and self.error is None:
             try:
                 self._graph = GraphedCall(function, inputs)
             except RuntimeError as error:
@@ -55,8 +54,11 @@ class RepeatedCall:
                 cause = error.__context__ or error
                 self.error = str(cause).partition("\n")[0]
         if self._graph is None:
-            return function(inputs)
-        return tuple(tensor.clone() for tensor in self._graph(inputs))
+            made = function(inputs)
+        else:
+            made = tuple(tensor.clone() for tensor in self._graph(inputs))
+        self.calls += 1
+        return made
 
 
 class GraphedCall:

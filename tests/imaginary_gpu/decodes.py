@@ -4,7 +4,9 @@ CONFIGS is JSON: those of autoencoders by name."""
 
 import json
 import sys
+from contextlib import suppress
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -12,6 +14,7 @@ from card import Cards, card
 from sana_cli.models import cuda_graph
 from sana_cli.models.configs import DCAEConfig
 from sana_cli.models.dc_ae import DCAE
+from sana_cli.models.streaming import graphed_decoder
 from sana_cli.models.streaming.autoencoder import prepare
 from sana_cli.models.streaming.graphed_decoder import GraphedDecoder
 
@@ -42,6 +45,15 @@ def decodes(decoder: GraphedDecoder, times: int, milliseconds: float, **changes:
     return told | {"error": decoder.graph.error, "bytes": decoder.graph.nbytes}
 
 
+def interrupted(decoder: GraphedDecoder) -> list[int]:
+    """Captures of what follows a decode of new shapes that fails after one that was captured."""
+    decodes(decoder, 3, FAST)
+    error = torch.OutOfMemoryError
+    with suppress(error), patch.object(graphed_decoder, "decode_pipeline", side_effect=error):
+        decodes(decoder, 1, FAST, grid=(2, 2))
+    return decodes(decoder, 3, FAST, grid=(2, 2))["captures"]
+
+
 other: dict[str, Any] = {"grid": (4, 3), "size": (100, 90)}
 document = {}
 with card() as launched:
@@ -65,4 +77,5 @@ with card() as launched:
         Cards.fail = torch.OutOfMemoryError("CUDA out of memory. Tried\nto allocate")
         told["out of memory"] = decodes(decoder, 4, FAST, **other)
         Cards.fail = None
+        told["interrupted"] = interrupted(decoder)
 sys.stdout.write(json.dumps(document))

@@ -144,6 +144,10 @@ def test_a_decode_that_cannot_be_captured_runs_and_says_why(decodes, kind):
     assert told["made"][0] == ["cpu", 100, 90, 3]
 
 
+def test_a_decode_that_failed_does_not_stand_for_the_first(decodes, kind):
+    assert decodes[kind]["interrupted"] == [0, 0, 1]
+
+
 def test_a_decode_waits_for_the_card_once(decodes, kind):
     waits = [told["waits"] for told in decodes[kind].values() if isinstance(told, dict)]
     assert waits == [[1] * len(each) for each in waits]

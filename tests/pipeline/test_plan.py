@@ -14,6 +14,7 @@ from benchmarks.memory import peaks
 from examples import exhaustive
 from reference import LIKE_1_6B, SPRINT, random_pipeline
 from sana_cli.errors import NotEnoughMemory
+from sana_cli.models.streaming.graphed_decoder import GraphedDecoder
 from sana_cli.pipeline.draw import Drawing, draw
 from sana_cli.pipeline.events import Event, Failure, ImageDone, Notice, Progress
 from sana_cli.pipeline.networks import Networks
@@ -325,6 +326,34 @@ def test_the_next_picture_of_the_run_is_not_affected(folders):
     decoder = result(run.load_decoder())
     (picture,) = pictures(run.decode(1, decoder))
     assert np.array_equal(picture, plain[1])
+
+
+def test_decodes_have_a_cuda_graph_only_where_both_networks_fit(folders, monkeypatch):
+    """Its memory is that of the decode, which then fits beside the transformer."""
+    files = open_model(folder_parts(folders("1.6B")))
+    one, seen = recipe(files, 256, 256), []
+    decode = GraphedDecoder.decode
+
+    def watched(*given, **words):
+        seen.append(words["graphed"])
+        return decode(*given, **words)
+
+    monkeypatch.setattr(GraphedDecoder, "decode", watched)
+    for keep in (True, False):
+        assert len(pictures(draw([one], files, Plan("cpu", keep_loaded=keep)))) == 1
+    assert seen == [True, False]
+
+
+def test_a_graph_that_cannot_be_captured_is_told(folders):
+    files = open_model(folder_parts(folders("1.6B")))
+    run = drawing([recipe(files, 256, 256)], files, Plan("cpu"))
+    list(run.encode_texts())
+    transformer, decoder = result(run.load_transformer()), result(run.load_decoder())
+    transformer.graph.error, decoder.graph.error = "no stream", "no memory"
+    events = [*run.denoise(0, transformer), *run.decode(0, decoder)]
+    remarks = [event.text for event in events if isinstance(event, Notice) and event.warning]
+    assert remarks == ["no CUDA graph of a step: no stream", "no CUDA graph of a decode: no memory"]
+    assert len(pictures(events)) == 1
 
 
 def test_where_nothing_helps_the_others_are_drawn(folders):

@@ -13,9 +13,9 @@ from sana_cli.models.streaming.autoencoder import decode_pipeline
 from sana_cli.models.streaming.ops import Size
 from sana_cli.models.streaming.strip_pipeline import Decoded
 
-# Of the time of a decode, spent by Python on its launches. The first stages have small maps, for
-# which the GPU waits, and the last ones large maps, for which Python does: from a half on, a graph
-# saves 6 to 26 % of the decode, as predicted in kernels/README.md.
+# Share of a decode's time that its launches take, from which on it pays to capture it. The GPU
+# waits for Python in the first stages, whose maps are small, and not in the last ones. By the
+# prediction in kernels/README.md a graph then saves a quarter of the decode or more.
 LAUNCH_BOUND = 0.5
 
 
