@@ -24,7 +24,7 @@ def depthwise_glu(x: Tensor, weight: Tensor, bias: Tensor, halo: bool = False) -
     y = F.conv2d(image, weight, bias, padding=padding, groups=len(weight))
     del image
     value, gate = y.movedim(1, -1).chunk(2, dim=-1)
-    return value.mul_(F.silu(gate, inplace=True))
+    return value * F.silu(gate, inplace=True)  # contiguous, as the next projection reads it
 
 
 def depthwise_glu8(x: Tensor, weight: Tensor, bias: Tensor) -> Rows8:

@@ -82,13 +82,15 @@ def project_qkv(
     if norm_k is not None:
         scale = torch.rsqrt(_wide(k).pow(2).mean(-1, keepdim=True) + eps)
         k = (k * scale).to(k.dtype) * norm_k
-    states = []
-    for keys, values in zip(k, v, strict=True):  # one by one, as views instead of copies
-        keys = _wide(F.relu(keys))
+    k = F.relu(k, inplace=True)
+    d = width // heads
+    state = torch.empty((len(k), heads, d + 1, d), dtype=_wide(k[:0]).dtype, device=k.device)
+    for keys, values, target in zip(k, v, state, strict=True):  # as views instead of copies
+        keys = _wide(keys)
         products = _heads(_wide(values), heads).transpose(1, 2) @ _heads(keys, heads)
         sums = keys.sum(0).unflatten(0, (heads, 1, -1))
-        states.append(torch.cat([products, sums], dim=1))
-    return q, torch.stack(states)
+        torch.cat([products, sums], dim=1, out=target)
+    return q, state
 
 
 def attend_tokens(q: Tensor, state: Tensor) -> Tensor:

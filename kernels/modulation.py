@@ -1,6 +1,5 @@
 """LayerNorm without weights, then scale and shift (adaLN-single, PixArt-α, section 2.3)."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -14,7 +13,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
         from sana_cli.kernels import modulation_triton
 
         return modulation_triton.modulate(x, shift, scale, eps)
-    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=eps), 1 + scale)
+    return F.layer_norm(x, x.shape[-1:], 1 + scale, shift, eps)
 
 
 def modulate8(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Rows8:

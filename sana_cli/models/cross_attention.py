@@ -27,8 +27,8 @@ class ConstantText(NamedTuple):
 
 
 class FoldedText(NamedTuple):
-    queries: Tensor  # (heads·L, D)
-    bias: Tensor  # (heads·L,); -inf where padded
+    queries: Tensor  # (heads·L, D), on the CPU (L·heads, D)
+    bias: Tensor  # (heads·L,) in the same order; -inf where padded
     results: Tensor  # (D, heads·L)
 
 
@@ -74,11 +74,14 @@ class TextAttention(nn.Module):
         of_query = self.to_q.weight.float().unflatten(0, (self.heads, -1))  # (heads, d, D)
         of_bias = cast(Tensor, self.to_q.bias).float().unflatten(0, (self.heads, -1, 1))
         of_value = self.to_out.weight.float().unflatten(1, (self.heads, -1))  # (D, heads, d)
-        results = v.float() @ of_value.permute(1, 2, 0)
+        queries, result = k @ of_query, v.float() @ of_value.permute(1, 2, 0)
+        scores = (k @ of_bias)[..., 0] + bias.float()
+        if caption.is_cpu:  # where a softmax is many times faster if its dimension is not the last
+            queries, result, scores = (t.transpose(0, 1) for t in (queries, result, scores))
         return FoldedText(
-            (k @ of_query).flatten(0, 1).to(caption.dtype),
-            ((k @ of_bias)[..., 0] + bias.float()).flatten().to(caption.dtype),
-            results.flatten(0, 1).t().contiguous().to(caption.dtype),
+            queries.flatten(0, 1).to(caption.dtype),
+            scores.flatten().to(caption.dtype),
+            result.flatten(0, 1).t().contiguous().to(caption.dtype),
         )
 
     def forward(self, x: Tensor, text: TextContext) -> None:
@@ -87,8 +90,12 @@ class TextAttention(nn.Module):
             x += text.result
             return
         if isinstance(text, FoldedText):
-            scores = linear(x, text.queries, text.bias).unflatten(-1, (self.heads, -1))
-            weights = scores.softmax(-1).flatten(-2)
+            scores = linear(x, text.queries, text.bias)
+            if x.is_cpu:
+                weights = scores.unflatten(-1, (-1, self.heads)).softmax(-2)
+            else:
+                weights = scores.unflatten(-1, (self.heads, -1)).softmax(-1)
+            weights = weights.flatten(-2)
             gated_residual_linear_(x, weights, text.results, self.to_out.bias, None)
             return
         bias = text.bias if text.bias.numel() else None

@@ -91,7 +91,7 @@ class FusedBlock(nn.Module):
         self.has_8_bits = True
 
     def pack(self, mapped: bool) -> None:
-        """Pack the weights of all PROJECTIONS, float32 on the CPU.
+        """Lay out the weights as oneDNN reads them, and pack all PROJECTIONS: float32 on the CPU.
 
         `mapped`: they are in a mapped file or nobody else's, and leave memory one by one.
         """
@@ -100,6 +100,7 @@ class FusedBlock(nn.Module):
             setattr(self, name, frozen(pack(before)))
             if mapped:
                 drop_pages(before)
+        self.depth = frozen(self.depth.contiguous())
 
     def projection(self, name: str) -> Tensor:
         """Return the weight of one of PROJECTIONS, which is not in 8 bits."""
