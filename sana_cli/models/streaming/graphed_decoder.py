@@ -48,9 +48,9 @@ class GraphedDecoder(nn.Module):
     ) -> Decoded:
         """`autoencoder.decode`; if `graphed`, with a CUDA graph for maps in one strip.
 
-        The second decode of equal shapes is timed, by this process's clock and by the GPU's. If it
-        was bound by its launches, the next one is captured. A graph that is held is freed unless
-        `graphed`.
+        From the second decode of equal shapes on, each is timed by this process's clock and by the
+        GPU's. If one was bound by its launches, the next is captured. A graph that is held is freed
+        unless `graphed`.
         """
         function = partial(self._decode_flat, resized, size, strip_bytes)
         if not latent.is_cuda:
