@@ -69,6 +69,21 @@ def cpu_engines() -> list[str]:
     return rows
 
 
+def cpu_floor() -> list[str]:
+    rows = [
+        "| image | a step | at least | reached | decode | at least | reached |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for size in measured("cpu-floor.json")["sizes"]:
+        cells = [f"{size['width']}²"]
+        for phase, times in (("denoise", size["recipe"]["steps"]), ("decode", 1)):
+            facts = size["phases"][phase]
+            seconds = facts["seconds"]["median"], facts["floor_seconds"]
+            cells += [f"{each / times:.2f} s" for each in seconds] + [percent(facts["share"])]
+        rows.append(f"| {' | '.join(cells)} |")
+    return rows
+
+
 def startup() -> list[str]:
     facts = measured("startup.json")
     usage, picture = facts["help"], facts["picture"]
@@ -389,6 +404,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "models": models,
     "cpu": cpu,
     "cpu-engines": cpu_engines,
+    "cpu-floor": cpu_floor,
     "startup": startup,
     "batch": batch,
     "decode": decode,

@@ -19,7 +19,7 @@ from sana_cli.kernels.projection import gated_residual_linear_, linear_silu
 from sana_cli.kernels.rows8 import Rows8, Weight8, dequantise_weight
 from sana_cli.models.cross_attention import TextAttention, TextContext
 from sana_cli.models.dit import Block, PatchEmbed, position_axes
-from sana_cli.system.devices import drop_pages
+from sana_cli.system.devices import REUSED_BYTES, drop_pages
 
 PROJECTIONS = ("qkv", "out", "up", "down")  # of a block, which may run in 8 bits
 
@@ -142,8 +142,13 @@ class FusedBlock(nn.Module):
             for chunk in stream.split(tokens or stream.shape[1], 1):
                 self.text_attention(chunk, text)
         if tokens is None:
-            y = self._gated_conv(self._modulate(x, shift_ff, scale_ff), grid)
-            return gated_residual_linear_(x, y, self._weight("down"), None, gate_ff)
+            hidden_bytes = x.shape[0] * x.shape[1] * len(self.up_bias) * x.itemsize
+            # Activations whose memory is mapped anew in every block would cost more than the sums.
+            apart = x.is_cpu and hidden_bytes > REUSED_BYTES
+            for part in x.split(1) if apart else (x,):
+                y = self._gated_conv(self._modulate(part, shift_ff, scale_ff), grid)
+                gated_residual_linear_(part, y, self._weight("down"), None, gate_ff)
+            return x
         for stream in x.split(1):
             above = stream[:, :0]  # a copy of the row above the chunk, before it was overwritten
             for i, chunk in enumerate(stream.split(tokens, 1)):
