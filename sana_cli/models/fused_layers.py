@@ -167,11 +167,11 @@ class FusedBlock(nn.Module):
 
     def _gated_conv(self, tokens: Tensor | Rows8, grid: tuple[int, int]) -> Tensor | Rows8:
         """The Mix-FFN up to its last projection: (B, N, D) -> (B, N, 2.5·D)."""
-        hidden = linear_silu(tokens, self._weight("up"), self.up_bias).unflatten(1, grid)
-        del tokens  # frees memory if the caller holds no other reference
+        hidden = [linear_silu(tokens, self._weight("up"), self.up_bias).unflatten(1, grid)]
+        del tokens  # frees memory if the caller holds no other reference, as here for `hidden`
         if self.has_8_bits:
-            return depthwise_glu8(hidden, self.depth, self.depth_bias)
-        return depthwise_glu(hidden, self.depth, self.depth_bias).flatten(1, 2)
+            return depthwise_glu8(hidden.pop(), self.depth, self.depth_bias)
+        return depthwise_glu(hidden.pop(), self.depth, self.depth_bias).flatten(1, 2)
 
     def _attend(
         self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor, tokens: int | None
