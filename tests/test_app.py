@@ -34,8 +34,8 @@ ORDER = """
     sheet
     remote session
     replay resolve
-    pipeline: draw guidance oom_retry plan peaks text_encoder weight_cache text_cache networks
-              packing solver timings events
+    pipeline: draw canvases guidance oom_retry plan peaks text_encoder weight_cache text_cache
+              networks packing solver timings events
     images:   contact_sheet names masks files metadata other_tools a1111 claims formats
     weights:  fetch lora download model_files single_file hub_cache checkpoint original_names
               lora_choice catalogue vocabulary config_files headers layout tensor_cache

@@ -29,7 +29,7 @@ class ConstantText(NamedTuple):
 class FoldedText(NamedTuple):
     queries: Tensor  # (heads·L, D), on the CPU (L·heads, D)
     bias: Tensor  # (heads·L,) in the same order; -inf where padded
-    results: Tensor  # (D, heads·L)
+    results: Tensor  # (D, heads·L), its columns in that order too
 
 
 class KeyValueText(NamedTuple):

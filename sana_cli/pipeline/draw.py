@@ -15,11 +15,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from sana_cli.errors import BadImage, NotEnoughMemory, UsageError
-from sana_cli.images.masks import cells, fit, on_canvas, on_result, outpainted, paste
 from sana_cli.instruction import normalise_prompt
 from sana_cli.kernels import selfcheck
 from sana_cli.kernels.dispatch import fallback_reason
@@ -32,6 +30,7 @@ from sana_cli.models.streaming.autoencoder import encode, prepare
 from sana_cli.models.streaming.graphed_decoder import GraphedDecoder
 from sana_cli.models.streaming.strip_pipeline import Decoded
 from sana_cli.pipeline import packing, weight_cache
+from sana_cli.pipeline.canvases import Canvases, Images
 from sana_cli.pipeline.events import Event, Failure, ImageDone, Latents, Notice, Preview, Progress
 from sana_cli.pipeline.guidance import GuidedVelocity
 from sana_cli.pipeline.networks import NetworkKey, Networks, identity_of
@@ -40,7 +39,6 @@ from sana_cli.pipeline.plan import Plan, decode_strip_bytes, is_guided
 from sana_cli.pipeline.solver import SOLVERS, Repaint, advance, first_step
 from sana_cli.pipeline.text_cache import TextCache
 from sana_cli.recipe import Recipe, adapters_of
-from sana_cli.shapes import parse_outpaint
 from sana_cli.system.devices import (
     cap_memory,
     is_out_of_memory,
@@ -54,8 +52,6 @@ from sana_cli.weights.model_files import ModelFiles
 
 if TYPE_CHECKING:
     from sana_cli.pipeline.text_encoder import TextEncoder
-
-Images = Mapping[str, np.ndarray]  # SHA-256 of an input image -> uint8 RGB (height, width, 3)
 
 TURN = 4  # images denoised, then decoded, where only one network fits at a time
 
@@ -113,7 +109,7 @@ class Drawing:
         self.previews = previews
         self.yields_latents, self.decoded = yields_latents, decoded
         self.networks, self.cache = networks, cache
-        self.images, self.loras = images or {}, loras or {}
+        self.canvases, self.loras = Canvases(images or {}, files.vae.compression), loras or {}
         self.text_states: dict[tuple[str, str], Tensor] = {}  # of (instruction, text)
         self.image_latents: dict[tuple[str, Recipe], Tensor] = {}  # by role and `start_of` a recipe
         self.latents: dict[int, Tensor] = {}  # of a recipe's index, waiting to be decoded
@@ -323,46 +319,15 @@ class Drawing:
         wanted |= {("control", start_of(r)): None for r in self.recipes if r.control}
         for i, (role, start) in enumerate(wanted):
             began = time.perf_counter()
-            image = self.canvas(start)[0] if role == "init" else self.control_canvas(start)
+            if role == "init":
+                image, _ = self.canvases.canvas(start)
+            else:
+                image = self.canvases.control(start)
             attempt = partial(self.latents_of, encoder, torch.from_numpy(np.array(image)))
             size = f"{start.native_width}x{start.native_height}"
             retry = self.retry("image", f"the image at {size}", "encoder")
             self.image_latents[role, start] = yield from retry.attempt(attempt)
             yield self.done("image", i + 1, len(wanted), began)
-
-    def control_canvas(self, recipe: Recipe) -> Image.Image:
-        """The control image of a recipe, on the native canvas."""
-        assert recipe.control is not None
-        image, mode = Image.fromarray(self.images[recipe.control]), recipe.image_fit or "stretch"
-        native = recipe.native_width, recipe.native_height
-        size = native if mode == "stretch" else (recipe.width, recipe.height)
-        return on_canvas(image, size, native, mode)
-
-    def input_of(self, recipe: Recipe) -> tuple[np.ndarray, np.ndarray | None]:
-        """The input image of a recipe and its mask, if it has one, with the margins around."""
-        assert recipe.image is not None
-        pixels = self.images[recipe.image]
-        mask = self.images[recipe.mask] if recipe.mask else None
-        if recipe.outpaint:
-            pixels, mask = outpainted(pixels, mask, parse_outpaint(recipe.outpaint))
-        return pixels, mask
-
-    def canvas(self, recipe: Recipe) -> tuple[Image.Image, Image.Image | None]:
-        """The input image of a recipe and its mask, on the native canvas."""
-        pixels, mask = self.input_of(recipe)
-        mode = recipe.image_fit or "stretch"
-        size, native = (recipe.width, recipe.height), (recipe.native_width, recipe.native_height)
-        if mode == "stretch" and mask is None:
-            size = native  # the whole canvas, as the reference does for SANA-Sprint
-        image = on_canvas(Image.fromarray(pixels), size, native, mode)
-        return image, None if mask is None else on_canvas(Image.fromarray(mask), size, native, mode)
-
-    def cells_of(self, recipe: Recipe) -> np.ndarray | None:
-        """The latent cells that a recipe repaints, bool (h, w); None for all."""
-        if not recipe.mask and not recipe.outpaint:
-            return None
-        _, mask = self.canvas(recipe)
-        return cells(np.asarray(mask), self.files.vae.compression)
 
     def latents_of(self, encoder: Encoder, pixels: Tensor, plan: Plan) -> Tensor:
         latents = encode(encoder.to(plan.device), pixels, strip_bytes=plan.strip_bytes)
@@ -414,7 +379,7 @@ class Drawing:
         if recipe.image:
             start = self.image_latents["init", start_of(recipe)]
             sample = torch.lerp(start, sample, schedule.sigmas[first])
-            painted = self.cells_of(recipe)
+            painted = self.canvases.cells_of(recipe)
             if painted is not None:
                 mask = torch.from_numpy(painted).float()[None, None]
                 repaint = Repaint(start.to(self.plan.device), mask.to(self.plan.device))
@@ -467,7 +432,7 @@ class Drawing:
             self.previews = 0
             yield Notice("no more previews: out of memory", warning=True)
         else:
-            pixels = self.with_kept_pixels(decoded.pixels.numpy(), recipe)
+            pixels = self.canvases.with_kept_pixels(decoded.pixels.numpy(), recipe)
             yield Preview(i, step, recipe.steps, pixels)
 
     def decode(self, i: int, decoder: GraphedDecoder) -> Iterator[Event]:
@@ -489,20 +454,7 @@ class Drawing:
         if fault := fault_of(decoded):
             raise bad_image(recipe, fault)
         yield self.done("decode", self.images_done, len(self.recipes), began)
-        yield ImageDone(i, self.with_kept_pixels(decoded.pixels.numpy(), recipe))
-
-    def with_kept_pixels(self, pixels: np.ndarray, recipe: Recipe) -> np.ndarray:
-        """Put the pixels of the input image back wherever the recipe does not repaint."""
-        painted = self.cells_of(recipe)
-        if painted is None:
-            return pixels
-        image, mask = self.input_of(recipe)
-        assert mask is not None  # there are cells to repaint
-        size, mode = (recipe.width, recipe.height), recipe.image_fit or "stretch"
-        cell = self.files.vae.compression
-        area = np.repeat(np.repeat(painted.astype(np.uint8) * 255, cell, 0), cell, 1)
-        old, where = (np.asarray(fit(Image.fromarray(x), size, mode)) for x in (image, mask))
-        return paste(pixels, old, where, on_result(area, size))
+        yield ImageDone(i, self.canvases.with_kept_pixels(decoded.pixels.numpy(), recipe))
 
     def pixels_of(
         self,
