@@ -185,7 +185,8 @@ def test_drawing_begins_with_the_check_and_says_what_failed(script, monkeypatch)
     recipe = SimpleNamespace(
         dit_dtype="float16", vae_dtype="float32", quant="w8a8", steps=1, strength=None
     )
-    drawing = draw.Drawing([recipe], None, Plan("cpu"), Networks(), None, None)
+    files = SimpleNamespace(vae=SimpleNamespace(compression=32))
+    drawing = draw.Drawing([recipe], files, Plan("cpu"), Networks(), None, None)
     (began,) = drawing.start_selfcheck()
     assert began.text.startswith("compiling and checking the kernels")
     assert not list(drawing.start_selfcheck())
