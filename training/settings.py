@@ -145,9 +145,9 @@ THINGS = replace(
     tokenizer_size=2400,
     text_steps=4000,
     low_images=24_576,
-    low_steps=4_000,
+    low_steps=3_500,
     high_images=14_336,
-    high_steps=10_000,
+    high_steps=8_000,
     average_decay=0.9995,
 )
 TOY = replace(
