@@ -24,6 +24,7 @@ from sana_cli.system.signals import exit_at_once
 
 GENERATE = 'to draw: sana generate "a red fox"; sana --help lists the commands'
 DASHED = 'before a prompt that begins with a dash put --: sana generate -- "-a red fox"'
+READER_LEFT = 141  # what the shell reports for a writer whose reader left
 # Options of other image generators, and of diffusers.
 ELSEWHERE = {
     **dict.fromkeys(("-W", "-H", "-w", "--width", "--height", "--size"), "--res 1280x720"),
@@ -98,7 +99,9 @@ def main() -> None:
         from sana_cli.ui import close_stdout_quietly
 
         close_stdout_quietly()
-        code = 141  # what the shell reports for a writer whose reader left
+        code = READER_LEFT
+    except SystemExit as end:  # Rich ends a command so when the reader of its tables left
+        code = READER_LEFT if isinstance(end.__context__, BrokenPipeError) else end.code
     except Exception as error:
         code = _report(error, found)
         _drop_unwritten()

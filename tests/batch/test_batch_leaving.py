@@ -62,3 +62,11 @@ def test_a_reader_that_leaves_ends_it_quietly(program, here):
     run = subprocess.run(["bash", "-c", command], capture_output=True, timeout=60)
     assert (run.stderr, len(run.stdout.splitlines())) == (b"", 1)
     assert 1 <= len(lines("jobs-images", "done")) < 60
+
+
+@pytest.mark.parametrize("words", ["models list", "models list --json", "--help", "generate -h"])
+def test_whatever_is_printed_a_reader_that_left_is_one_exit_code(program, words):
+    """The pipe has no reader from the beginning, so that no race decides."""
+    command = f"exec 3> >(exec true); wait $!; {program} {words} >&3"
+    run = subprocess.run(["bash", "-c", command], capture_output=True, timeout=60)
+    assert (run.returncode, run.stderr) == (141, b"")
