@@ -108,10 +108,15 @@ def pytest_terminal_summary(
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch) -> Path:
-    """The folder of what is kept between runs: empty for every test, and never the user's."""
+def cache(request, tmp_path_factory, monkeypatch) -> Path:
+    """The folder of what is kept between runs: empty for every test, and never the user's.
+
+    So is the folder of the weights' lock, except for tests of the released weights.
+    """
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("SANA_CACHE_DIR", str(folder))
+    if request.node.get_closest_marker("weights") is None:
+        monkeypatch.setenv("SANA_DATA_DIR", str(folder / "data"))
     return folder
 
 

@@ -90,11 +90,10 @@ def pull(
     lacking = [s for s in sources if not is_here(s) and not (update and s in moving)]
     listings = list_sources(lacking, console)
     for newest in list_sources(moving, console, newest=True):
-        if newest.commit == pinned_commit(newest.source):
-            continue
-        if update:
+        changed = newest.commit != pinned_commit(newest.source)
+        if update and (changed or not is_here(newest.source)):
             listings.append(newest)
-        else:
+        elif changed:
             console.warn(
                 f"{newest.source.repo} has changed: {newest.source.revision} was"
                 f" {pinned_commit(newest.source)} and is now {newest.commit}. The former stays in"

@@ -286,7 +286,10 @@ def _explained(repo: str) -> Iterator[None]:
             "accept it on the repository's page, then `hf auth login` or set HF_TOKEN",
         ) from None
     except errors.RevisionNotFoundError:
-        raise MissingModel(f"{repo} does not have the revision that weights.toml names") from None
+        raise MissingModel(
+            f"{repo} has not, or no longer, the commit that is asked for",
+            "if an earlier download chose it, `sana models pull --update` takes the newest one",
+        ) from None
     except errors.RepositoryNotFoundError:
         raise MissingModel(
             f"the hub has no repository {repo}, or does not show it to you",

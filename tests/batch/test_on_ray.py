@@ -246,7 +246,10 @@ def test_a_node_without_the_model_fetches_it_once(tiny_model, many, tmp_path):
     shared = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "7" * 64}
     homes = {
-        at: os.environ | shared | token | {"HF_HOME": str(tmp_path / at)}
+        at: os.environ
+        | shared
+        | token
+        | {"HF_HOME": str(tmp_path / at), "SANA_DATA_DIR": str(tmp_path / at / "data")}
         for at in ("node", "driver")
     }
     ray = shutil.which("ray", path=str(Path(SANA).parent))

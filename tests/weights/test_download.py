@@ -507,6 +507,25 @@ def test_files_lost_after_a_change_are_fetched_from_the_pinned_commit(laptop, mo
     assert lock[f"{MAIN.repo}@main"]["commit"] == moved[0]
 
 
+def test_a_commit_that_is_gone_upstream_brings_the_way_to_the_newest(laptop, hub, moved):
+    del hub.repos[MAIN.repo].commits[moved[0]]
+    for path in (laptop.home / "hf").rglob("snapshots/*/scheduler/scheduler_config.json"):
+        path.unlink()
+    said = polite(laptop.sana("generate", "a", "-m", MOVING, "--steps", "1", code=5))
+    assert f"{MAIN.repo} has not, or no longer, the commit" in said and "pull --update" in said
+    laptop.sana("models", "pull", MOVING, "--update")
+    assert laptop.row(MOVING)["cached"]
+
+
+def test_update_also_fetches_what_is_lost_of_an_unchanged_model(laptop, hub, published):
+    hub.push(MAIN.repo, published[0])
+    laptop.sana("models", "pull", MOVING)
+    for path in (laptop.home / "hf").rglob("snapshots/*/scheduler/scheduler_config.json"):
+        path.unlink()
+    laptop.sana("models", "pull", MOVING, "--update")
+    assert laptop.row(MOVING)["cached"]
+
+
 def test_update_takes_the_change(laptop, moved):
     laptop.sana("models", "pull", MOVING, "--update")
     drawn = laptop.sana("generate", "a", "-m", MOVING, "--steps", "1", "--json", "-o", "a.png")
