@@ -81,6 +81,9 @@ OPENINGS = (
     "the picture shows ",
 )
 
+# Words that state nothing. "On" and "over" are not among them: they can be relations.
+FILLERS = {"the", "and", "with", "in", "front", "near", "before", "against", "background"}
+
 
 @dataclass(frozen=True)
 class Caption:
@@ -109,7 +112,7 @@ def score(caption: Caption, scene: Scene) -> float:
 def caption(scene: Scene, rng: np.random.Generator, nonsense: float = NONSENSE) -> Caption:
     """Sample one of several captions by their scores (paper §4, CLIP-score-based sampler).
 
-    A share `nonsense` of them has random letters at one end.
+    A share `nonsense` of them has random letters at one end or amid the words.
     """
     found = [candidate(scene, rng, nonsense) for _ in range(CANDIDATES)]
     weights = np.exp(np.array([score(one, scene) for one in found]) / TEMPERATURE)
@@ -187,7 +190,8 @@ def _name(
 
 
 def article(words: str) -> str:
-    return f"an {words}" if words[0] in "aeiou" else f"a {words}"
+    vowel = words[0] in "aeiou" and not words.startswith("uni")  # as in "a unicorn"
+    return f"{'an' if vowel or words.startswith('hour') else 'a'} {words}"
 
 
 def setting(where: str, groups: list[Group], scene: Scene, pick: Pick) -> str:
@@ -250,7 +254,18 @@ def _tidy(text: str) -> str:
 
 
 def with_nonsense(text: str, rng: np.random.Generator) -> str:
-    """Add random letters at one end, which teaches the encoder to ignore unknown words."""
+    """Add random letters, at one end or amid the text, where they also replace `FILLERS`.
+
+    This teaches the encoder to ignore unknown words and to read what follows them.
+    """
     letters = np.array(list("aabcdeeeefghiijklmnnooprrssttuuvwxyz"))
-    words = ["".join(rng.choice(letters, rng.integers(2, 9))) for _ in range(rng.integers(1, 4))]
-    return " ".join([*words, text] if rng.random() < 0.6 else [text, *words])
+
+    def word() -> str:
+        return "".join(rng.choice(letters, rng.integers(2, 9)))
+
+    if rng.random() < 0.5:
+        noise = [word() for _ in range(rng.integers(1, 4))]
+        return " ".join([*noise, text] if rng.random() < 0.6 else [text, *noise])
+    words = [word() if w in FILLERS and rng.random() < 0.5 else w for w in text.split()]
+    words.insert(int(rng.integers(len(words) + 1)), word())
+    return " ".join(words)

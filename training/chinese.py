@@ -1,5 +1,7 @@
 """Chinese words of the captions, sentences of them, and Chinese captions of scenes and shapes."""
 
+import re
+
 import numpy as np
 
 from training import scenes, shapes
@@ -79,6 +81,8 @@ RELATIONS = {
     "below": ("在{}的下方", "在{}下面"),
     "on": ("站在{}上", "在{}的顶上"),
 }
+JOINTS = re.compile(" [-/] |[ ·，和与的有]")  # what states nothing between two parts of a caption
+RANDOM = ((0x4E00, 0x9FA5), (0x61, 0x7A), (0x23, 0x2F))  # Chinese characters, letters, "#" to "/"
 OPENINGS = ("", "", "", "画", "一幅画，", "图中是", "请看，", "我想要")
 
 
@@ -161,12 +165,16 @@ def on_ground(what: str, behind: str, pick: Pick) -> str:
 
 
 def with_nonsense(text: str, rng: np.random.Generator) -> str:
-    """Add random characters or letters before or after a text, which teaches to ignore them.
+    """Add random characters before or after a text, or put them in place of one of `JOINTS`.
 
-    They touch the text or not, as Chinese has no spaces.
+    This teaches the encoder to ignore them. They touch the text or not, as Chinese has no spaces.
     """
-    first, last = (0x4E00, 0x9FA5) if rng.random() < 0.7 else (0x61, 0x7A)
+    first, last = RANDOM[int(rng.choice(len(RANDOM), p=(0.6, 0.2, 0.2)))]
     noise = "".join(chr(int(code)) for code in rng.integers(first, last + 1, rng.integers(1, 7)))
+    joints = list(JOINTS.finditer(text))
+    if joints and rng.random() < 0.5:
+        start, end = joints[int(rng.integers(len(joints)))].span()
+        return text[:start] + noise[:3] + text[end:]
     joint = str(rng.choice(["", "", " ", "，", ": ", "!"]))
     return joint.join([noise, text] if rng.random() < 0.5 else [text, noise])
 

@@ -35,7 +35,7 @@ class World:
         nonsense: float = captions.NONSENSE,
         withhold: bool = False,
     ) -> Caption:
-        """Caption a sample; a share `nonsense` has random letters at one end, except of shapes in
+        """Caption a sample; a share `nonsense` has random letters somewhere, except of shapes in
         English.
 
         `withhold` leaves out the names of things that the transformer must not see.

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sana_cli.weights.vocabulary import SELECTOR, is_chinese, unknown_parts, words
-from training import emoji, emoji_captions
+from training import captions, chinese, emoji, emoji_captions
 from training.emoji_captions import LANGUAGES, candidate, withheld
 from training.noto import rendering, things
 from training.npm import PackageUnavailable
@@ -120,6 +120,31 @@ def test_all_words_of_captions_are_in_the_vocabulary(known):
     for _ in range(1000):
         text = world.describe(world.sample(rng), rng, nonsense=0).text
         assert not [part for word in words(text) for part in unknown_parts(word, known)], text
+
+
+def test_nonsense_keeps_all_that_a_caption_states():
+    rng = np.random.default_rng(8)
+
+    def follows(parts, text) -> bool:
+        """Whether the parts occur in a text, in their order."""
+        place = 0
+        for part in parts:
+            place = text.find(part, place) + len(part)
+            if place < len(part):
+                return False
+        return True
+
+    for _ in range(300):
+        sample = THINGS.world.sample(rng)
+        text = THINGS.world.describe(sample, rng, nonsense=0).text
+        stated = [word for word in text.split() if word not in captions.FILLERS]
+        assert follows(stated, captions.with_nonsense(text, rng)), text
+        assert follows(chinese.JOINTS.sub("", text), chinese.with_nonsense(text, rng)), text
+
+
+def test_articles_follow_the_sound():
+    told = [captions.article(word) for word in ("owl", "unicorn", "hourglass", "hut")]
+    assert told == ["an owl", "a unicorn", "an hourglass", "a hut"]
 
 
 def test_prompts_are_200_a_language_held_out_and_in_other_words(prompts, scenes):
