@@ -82,7 +82,19 @@ OPENINGS = (
 )
 
 # Words that state nothing. "On" and "over" are not among them: they can be relations.
-FILLERS = {"the", "and", "with", "in", "front", "near", "before", "against", "background"}
+FILLERS = {
+    "the",
+    "and",
+    "with",
+    "in",
+    "front",
+    "near",
+    "before",
+    "against",
+    "background",
+    "far",
+    "away",
+}
 
 
 @dataclass(frozen=True)
