@@ -1,6 +1,7 @@
 """Chinese words of the captions, sentences of them, and Chinese captions of scenes and shapes."""
 
 import re
+from functools import cache
 
 import numpy as np
 
@@ -164,13 +165,28 @@ def on_ground(what: str, behind: str, pick: Pick) -> str:
     )
 
 
+@cache
+def fragments() -> list[str]:
+    """Return the characters that occur in names and state nothing alone, as the 生 of 生日蛋糕."""
+    names = [name for one in things() for name in one.chinese]
+    names += [name for _, found in KINDS.values() for name in found]
+    stated = {name for name in names if len(name) == 1}
+    tables = (COLOURS, NUMBERS, SIZES, WHEN, LANDS, PLACES, RELATIONS)
+    stated |= {c for table in tables for words in table.values() for word in words for c in word}
+    return sorted({character for name in names for character in name} - stated)
+
+
 def with_nonsense(text: str, rng: np.random.Generator) -> str:
     """Add random characters before or after a text, or put them in place of one of `JOINTS`.
 
     This teaches the encoder to ignore them. They touch the text or not, as Chinese has no spaces.
     """
-    first, last = RANDOM[int(rng.choice(len(RANDOM), p=(0.6, 0.2, 0.2)))]
-    noise = "".join(chr(int(code)) for code in rng.integers(first, last + 1, rng.integers(1, 7)))
+    length = int(rng.integers(1, 7))
+    if rng.random() < 0.35:
+        noise = "".join(rng.choice(fragments(), length))
+    else:
+        first, last = RANDOM[int(rng.choice(len(RANDOM), p=(0.6, 0.2, 0.2)))]
+        noise = "".join(chr(int(code)) for code in rng.integers(first, last + 1, length))
     joints = list(JOINTS.finditer(text))
     if joints and rng.random() < 0.5:
         start, end = joints[int(rng.integers(len(joints)))].span()
