@@ -32,6 +32,7 @@ def shell(quick):
     return run
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(not all(map(shutil.which, ("bash", "jq", "make"))), reason="needs jq and make")
 def test_every_command_on_the_scripting_page_runs(shell, here):
     """In order, in one folder, as someone would who reads from top to bottom."""

@@ -244,6 +244,7 @@ def test_an_unknown_precision_is_refused(sana):
     assert "--text-precision" in run.err
 
 
+@pytest.mark.exhaustive
 def test_bitsandbytes_is_imported_for_int8_only_quietly_and_without_a_download(tmp_path):
     """With the package `kernels` installed, importing bitsandbytes would fetch code with it."""
     (tmp_path / "kernels.py").write_text("raise SystemExit('kernels was imported')")

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from examples import exhaustive
 from training.captions import TEMPERATURE, all_facts, candidate, caption, score
 from training.checker import check
 from training.painter import paint
@@ -44,7 +45,7 @@ def folder_bytes(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-@pytest.mark.parametrize("preset", ["toy", "toy-things"])
+@pytest.mark.parametrize("preset", ["toy", *exhaustive("toy-things")])
 def test_a_run_makes_a_model_that_draws(preset, tmp_path, one_thread):
     from training.__main__ import main
     from training.noto import NOTO
