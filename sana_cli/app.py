@@ -1,7 +1,7 @@
 """The `sana` command: its verbs, and the conversion of errors to messages and exit codes.
 
 0 done · 1 other failure · 2 usage · 3 a batch with failures · 4 not enough memory · 5 model missing
-· 6 not enough disk · 7 bad image · 130 interrupted · 143 terminated
+· 6 not enough disk · 7 bad image · 130 interrupted · 141 its reader left · 143 terminated
 """
 
 import atexit

@@ -288,7 +288,7 @@ def _explained(repo: str) -> Iterator[None]:
     except errors.RevisionNotFoundError:
         raise MissingModel(
             f"{repo} has not, or no longer, the commit that is asked for",
-            "if an earlier download chose it, `sana models pull --update` takes the newest one",
+            "if an earlier download chose it, `sana models pull --update NAME` takes the newest",
         ) from None
     except errors.RepositoryNotFoundError:
         raise MissingModel(

@@ -245,13 +245,11 @@ def test_a_node_without_the_model_fetches_it_once(tiny_model, many, tmp_path):
     hub.push("someone/finetune", tiny_model)
     shared = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "7" * 64}
-    homes = {
-        at: os.environ
-        | shared
-        | token
-        | {"HF_HOME": str(tmp_path / at), "SANA_DATA_DIR": str(tmp_path / at / "data")}
+    places = {
+        at: {"HF_HOME": str(tmp_path / at), "SANA_DATA_DIR": str(tmp_path / at / "data")}
         for at in ("node", "driver")
     }
+    homes = {at: os.environ | shared | token | place for at, place in places.items()}
     ray = shutil.which("ray", path=str(Path(SANA).parent))
     start = [ray, "start", "--head", "--num-cpus=2", f"--port={free_port()}", "--block"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
