@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX sig
 def test_asked_to_stop_it_sums_up_and_goes_on_next_time(sana, program, number, code):
     Path("jobs.txt").write_text("\n".join(f"{text} {i}" for text in PROMPTS for i in range(2)))
     with started(
-        program, "jobs.txt", "-m", "demo", "-r", "256", "--steps", "8", "--json"
+        program, "jobs.txt", "-m", "demo", "-r", "256", "--steps", "20", "--json"
     ) as process:
         head: list[bytes] = []
         while len(events(b"".join(head).decode())) < 2:
@@ -37,7 +37,7 @@ def test_asked_to_stop_it_sums_up_and_goes_on_next_time(sana, program, number, c
     assert found[-1]["drawn"] == len(drawn) < 6 and found[-1]["left"] == 6 - len(drawn)
     assert len(lines("jobs-images", "done")) == len(pictures("jobs-images")) == len(drawn)
     assert b"Traceback" not in err and b"error:" not in err
-    run = sana("batch", "jobs.txt", "-m", "demo", "-r", "256", "--steps", "8")
+    run = sana("batch", "jobs.txt", "-m", "demo", "-r", "256", "--steps", "20")
     assert (run.code, len(run.out.split())) == (0, 6 - len(drawn))
 
 

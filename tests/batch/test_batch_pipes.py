@@ -49,5 +49,5 @@ def test_asked_to_stop_while_it_waits_for_a_pipe_it_goes(program, here):
         process.stdout.readline()
         time.sleep(0.3)
         process.send_signal(signal.SIGTERM)
-        process.wait(timeout=5)
+        process.wait(timeout=60)
     assert process.returncode == 143

@@ -91,7 +91,7 @@ def test_networks_stay_loaded_between_requests(served):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
 def test_a_signal_finishes_the_image_and_refuses_the_rest(serving, number, code):
     with serving("-m", "demo") as served:
-        drawn = Asking(served, steps=60)
+        drawn = Asking(served, steps=400)  # far more than are drawn before the signal arrives
         served.until(lambda: [job["state"] for job in served.jobs()] == ["drawing"])
         waiting = Asking(served)
         served.until(lambda: len(served.jobs()) == 2)
