@@ -147,8 +147,7 @@ THINGS = replace(
     low_images=24_576,
     low_steps=3_500,
     high_images=14_336,
-    high_steps=8_000,
-    average_decay=0.9995,
+    high_steps=10_000,
 )
 TOY = replace(
     CPU,
