@@ -92,8 +92,8 @@ def test_a_folder_without_images_is_an_error(sana, here):
     "words",
     [
         *exhaustive(
-            ("a red circle on a blue background", "-s", "7", "-o", "1.png"),
-            ("-s 7", "--res", "320x200", "--fit", "exact", "--instruction", "-o", "1.png"),
+            (("a red circle on a blue background", "-s", "7", "-o", "1.png"),),
+            (("-s 7", "--res", "320x200", "--fit", "exact", "--instruction", "-o", "1.png"),),
         ),
         (
             *('it\'s "a" $HOME `b`\n!star,\n\n\ttab 🦊 \\', "--negative", "-x 'y' #"),
