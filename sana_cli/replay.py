@@ -49,8 +49,9 @@ def settings_of(recipe: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     # Only the transformer runs in float16; the device decides the precision of the rest.
     if text == "int8" or (text and dit not in (None, "float16", text)):
         settings["text_precision"] = TEXT_PRECISIONS[text]
-    if recipe.get("image"):
+    if recipe.get("image") or recipe.get("control"):
         settings["image_fit"] = recipe.get("image_fit") or "stretch"  # as version 0.1 did
+    if recipe.get("image"):
         if recipe.get("outpaint"):
             settings["outpaint"] = recipe["outpaint"]
         remarks.append(f"it started from an image whose RGB bytes have SHA-256 {recipe['image']!r}")
