@@ -295,6 +295,12 @@ class Batch:
         states = [manifest.status(job.id) for job in jobs]
         todo = [job for job, state in zip(jobs, states, strict=True) if self.policy.is_todo(state)]
         there, failed = states.count("done"), states.count("failed")
+        if not self.policy.restart:
+            # Before the run begins: each line of it is about one of the jobs that it has to draw.
+            for job, state in zip(jobs, states, strict=True):
+                if state == "done":
+                    manifest.adopt(job.id)
+            self.there += there
         shard = str(self.shard) if self.shard else None
         manifest.begin(jobs=len(jobs), todo=len(todo), file=self.source, shard=shard)
         if self.policy.restart:
@@ -303,11 +309,6 @@ class Batch:
                 for job, state in zip(jobs, states, strict=True)
                 if state != "open"
             )
-        else:
-            for job, state in zip(jobs, states, strict=True):
-                if state == "done":
-                    manifest.adopt(job.id)
-            self.there += there
         if not self.policy.restart and not self.policy.retry_failed:
             self.failed_before += failed
         self.todo += len(todo)

@@ -1,9 +1,13 @@
 """What is known of a batch afterwards."""
 
 import json
+import signal
+import sys
 from pathlib import Path
 
-from batches import DEMO, pictures
+import pytest
+
+from batches import DEMO, PROMPTS, lines, pictures, started
 
 
 def test_status_tells_which_shards_to_run_again(sana):
@@ -17,6 +21,22 @@ def test_status_tells_which_shards_to_run_again(sana):
         assert sana("batch", "jobs.txt", *DEMO, "-n", "4", "--shard", shard, "-o", "out").code == 0
     run = sana("batch", "status", "out")
     assert (run.code, run.out) == (0, "12 done\n")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
+def test_an_image_of_a_killed_run_is_none_of_those_that_the_next_run_has_drawn(sana, program):
+    Path("first.txt").write_text(PROMPTS[0])
+    assert sana("batch", "first.txt", *DEMO, "-o", "out").code == 0
+    manifest = Path("out/manifest.jsonl")
+    manifest.write_text("".join(manifest.read_text().splitlines(keepends=True)[:-1]))
+    assert not lines("out", "done"), "as a run leaves it that was killed before this line"
+    with started(program, "jobs.txt", *DEMO, "-n", "20", "-o", "out", "-q") as process:
+        assert process.stdout.readline()
+        process.send_signal(signal.SIGKILL)
+    run = sana("batch", "status", "out", "--json")
+    document = json.loads(run.out)
+    assert run.code == 3
+    assert document["done"] >= 2 and document["done"] + document["left"] == 60
 
 
 def test_status_of_no_batch_is_refused(sana):
