@@ -366,6 +366,7 @@ def status(
     runs = [_run_row(name, lines) for name, lines in ledger.runs.items()]
     for row in runs:
         row["running"] = ledger.store.is_held(row["manifest"].removesuffix(".jsonl"))
+    current = _last_division(runs)
     failures = [ledger.last[id] for id, state in states.items() if state == "failed"]
     gone = [ledger.last[id] for id, state in states.items() if state == "open"]
     document = {
@@ -373,8 +374,8 @@ def status(
         "done": sum(state == "done" for state in states.values()),
         "failed": len(failures),
         "gone": sum(line["status"] == "done" for line in gone),
-        "left": sum(row["left"] for row in runs),
-        "resubmit": _shards_to_resubmit(runs),
+        "left": sum(row["left"] for row in current),
+        "resubmit": _shards_to_resubmit(current),
         "runs": runs,
         "failures": failures,
     }
@@ -395,14 +396,25 @@ def _run_row(name: str, lines: list[dict[str, Any]]) -> dict[str, Any]:
     return {"manifest": name, **facts, "left": left}
 
 
-def _shards_to_resubmit(runs: list[dict[str, Any]]) -> list[str]:
-    """Return the shards of the newest division that were never started, or ended unfinished."""
-    shards = [row for row in runs if row["shard"]]
-    if not shards:
-        return []
-    count = max(shards, key=lambda row: row["time"])["shard"].split("/")[1]
-    fine = {row["shard"] for row in shards if row["running"] or not row["left"]}
-    names = [f"{number}/{count}" for number in range(1, int(count) + 1)]
+def _last_division(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the runs that divide the jobs as the newest one does: itself, or all of its shards.
+
+    What runs of another division have left is among the jobs of these.
+    """
+    newest = max(runs, key=lambda row: row["time"], default=None)
+    return [row for row in runs if newest and _shard_count(row) == _shard_count(newest)]
+
+
+def _shard_count(row: dict[str, Any]) -> int:
+    """The number of shards of a run's division; 0 for a run of all jobs."""
+    return int(row["shard"].split("/")[1]) if row["shard"] else 0
+
+
+def _shards_to_resubmit(division: list[dict[str, Any]]) -> list[str]:
+    """Return the shards of a division that were never started, or ended unfinished."""
+    count = _shard_count(division[0]) if division else 0
+    fine = {row["shard"] for row in division if row["running"] or not row["left"]}
+    names = [f"{number}/{count}" for number in range(1, count + 1)]
     return [name for name in names if name not in fine]
 
 

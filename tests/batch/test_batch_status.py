@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from batches import DEMO, PROMPTS, lines, pictures, started
+from sana_cli.batch.manifest import Manifest
+from sana_cli.batch.shards import parse_shard
 
 
 def test_status_tells_which_shards_to_run_again(sana):
@@ -37,6 +39,22 @@ def test_an_image_of_a_killed_run_is_none_of_those_that_the_next_run_has_drawn(s
     document = json.loads(run.out)
     assert run.code == 3
     assert document["done"] >= 2 and document["done"] + document["left"] == 60
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [(None, ["1/2", "2/2"]), ("1/3", [None])], ids=["shards", "whole"]
+)
+def test_what_another_division_of_the_work_had_left_is_not_left_when_all_is_done(
+    sana, before, after
+):
+    with Manifest(Path("out"), parse_shard(before, {}) if before else None) as manifest:
+        manifest.begin(jobs=3, todo=3, file="jobs.txt", shard=before)  # and is killed
+    assert sana("batch", "status", "out").code == 3
+    for shard in after:
+        words = ("--shard", shard) if shard else ()
+        assert sana("batch", "jobs.txt", *DEMO, *words, "-o", "out").code == 0
+    run = sana("batch", "status", "out")
+    assert (run.code, run.out) == (0, "3 done\n")
 
 
 def test_status_of_no_batch_is_refused(sana):
