@@ -307,6 +307,8 @@ def _checked(number: int, values: dict[str, Any], used: Collection[str]) -> Iter
             columns[name] = _as_text(given[name] if several else value)
         except ValueError as error:
             faults.append(Fault(number, name, str(error)))
+        except RecursionError:
+            faults.append(Fault(number, name, "has lists in lists, too deep"))
     yield from faults
     if not faults:
         yield Row(number, given, columns)
@@ -402,20 +404,29 @@ class Pipe:
     """Rows of a pipe, in rounds as they arrive."""
 
     def __init__(self, descriptor: int, format: str, used: Collection[str], note: Note) -> None:
-        self.found: queue.SimpleQueue[RowOrFault | None] = queue.SimpleQueue()
+        # What is read, then None or the error that ended the reading.
+        self.found: queue.SimpleQueue[RowOrFault | Exception | None] = queue.SimpleQueue()
         work = (descriptor, format, used, note)
         threading.Thread(target=self._read, args=work, daemon=True).start()
 
     def _read(self, descriptor: int, format: str, used: Collection[str], note: Note) -> None:
-        for found in parse(_chunks(descriptor), format, used, note):
-            self.found.put(found)
-        self.found.put(None)
+        end: Exception | None = None
+        try:
+            for found in parse(_chunks(descriptor), format, used, note):
+                self.found.put(found)
+        except Exception as error:
+            end = error
+        self.found.put(end)
 
     def rounds(
         self, stopping: Callable[[], bool], whole: bool = False
     ) -> Iterator[list[RowOrFault]]:
-        """Yield lists of rows: those within ROUND_SECONDS of the first; with `whole`, all."""
+        """Yield lists of rows: those within ROUND_SECONDS of the first; with `whole`, all.
+
+        An error that ended the reading is raised after the rows before it.
+        """
         ended = False
+        error: Exception | None = None
         while not ended and not stopping():
             batch: list[RowOrFault] = []
             until = None
@@ -431,17 +442,28 @@ class Pipe:
                     if until is not None and time.monotonic() >= until:
                         break
                     continue
-                if found is None:
-                    ended = True
+                if found is None or isinstance(found, Exception):
+                    ended, error = True, found
                     break
                 batch.append(found)
                 if until is None and not whole:
                     until = time.monotonic() + ROUND_SECONDS
             if batch:
                 yield batch
+        if error is not None:
+            raise error
 
 
 def _chunks(descriptor: int) -> Iterator[bytes]:
-    """Read without sys.stdin, whose lock a thread that waits for input would hold at exit."""
-    while chunk := os.read(descriptor, 1 << 16):
-        yield chunk
+    """Read without sys.stdin, whose lock a thread that waits for input would hold at exit.
+
+    UsageError if that fails.
+    """
+    try:
+        while chunk := os.read(descriptor, 1 << 16):
+            yield chunk
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UsageError(
+            f"stdin cannot be read: {reason}", "give a file of jobs, or a pipe"
+        ) from None

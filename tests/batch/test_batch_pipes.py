@@ -1,7 +1,9 @@
 """Rows from a pipe, drawn as they come."""
 
 import json
+import os
 import signal
+import subprocess
 import sys
 import time
 
@@ -40,6 +42,14 @@ def test_a_pipe_whose_first_rows_are_wrong_is_refused(process):
     run = process("batch", "-", *DEMO, "--input-format", "jsonl", input=b'{"promt": "x"}\n')
     assert (run.returncode, run.stdout) == (2, b"")
     assert b"stdin, row 1, column promt: is not a field; did you mean prompt?" in run.stderr
+
+
+def test_a_pipe_that_cannot_be_read_is_refused_and_not_waited_for(program):
+    words = ("batch", "-", *DEMO, "-o", "out")
+    with open(os.devnull, "wb") as unreadable:  # as nohup leaves it
+        run = subprocess.run([program, *words], stdin=unreadable, capture_output=True, timeout=60)
+    assert (run.returncode, run.stdout) == (2, b"")
+    assert run.stderr.startswith(b"error: stdin cannot be read: ") and b"Trace" not in run.stderr
 
 
 def test_asked_to_stop_while_it_waits_for_a_pipe_it_goes(program, here):

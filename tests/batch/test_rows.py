@@ -1,8 +1,10 @@
 """What a file of jobs may look like, and how its faults are told."""
 
+import bisect
 import csv
 import io
 import itertools
+import json
 
 import pytest
 from hypothesis import example, given
@@ -51,6 +53,21 @@ def test_json_lines_hold_the_options_by_their_names():
         {"prompt": "a fox", "text_precision": "fp32", "steps": 4, "seed": "1,5", "res": "512"},
         {"prompt": "x", "guidance": 2.0, "instruction": False},
     ]
+
+
+def test_json_of_any_depth_is_at_most_the_fault_of_its_row():
+    def too_deep(depth: int) -> bool:
+        try:
+            return json.loads("[" * depth + "0" + "]" * depth) is None
+        except RecursionError:
+            return True
+
+    limit = bisect.bisect(range(50_000), False, key=too_deep)  # of Python's parser
+    for depth in range(limit - 60, limit + 5):
+        deep = "[" * depth + "]" * depth
+        found, good = rows(f'{{"prompt": "a fox", "seed": {deep}}}\n{{"prompt": "x"}}', "jsonl")
+        assert isinstance(found, Fault) and found.row == 1
+        assert isinstance(good, Row)
 
 
 def test_a_table_names_its_columns_and_an_empty_cell_is_none():
