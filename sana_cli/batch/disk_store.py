@@ -11,7 +11,7 @@ from sana_cli.batch.lines import Line, parse
 from sana_cli.batch.shards import Shard
 from sana_cli.batch.store import Taken
 from sana_cli.errors import DiskFull, SanaError
-from sana_cli.system.disk import FULL, PARTIAL, Lock, save, sync
+from sana_cli.system.disk import FULL, PARTIAL, Lock, is_locked, save, sync
 
 
 class DiskStore:
@@ -55,21 +55,14 @@ class DiskStore:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             return _FileLog(self.folder, stem, shard, alone)
-        except BlockingIOError as error:
-            raise Taken(str(error.filename)) from None
         except OSError as error:
             raise _cannot_write(self.folder / f"{stem}.jsonl", error) from None
 
     def is_held(self, stem: str) -> bool:
-        path = self.folder / f"{PARTIAL}-{stem}.lock"
         try:
-            if path.exists():
-                Lock(path).release()
-        except BlockingIOError:
-            return True
-        except OSError:  # a read-only disk
-            pass
-        return False
+            return is_locked(self.folder / f"{PARTIAL}-{stem}.lock")
+        except OSError:  # of another user
+            return False
 
     def remove_manifests(self, start: str) -> None:
         for path in self.folder.glob(f"{start}*.jsonl"):
@@ -81,7 +74,7 @@ class _FileLog:
     """A manifest that is locked and only appended to; each append is synced to disk."""
 
     def __init__(self, folder: Path, stem: str, shard: Shard | None, alone: bool) -> None:
-        """BlockingIOError, whose file name is the manifest that another process holds."""
+        """Taken if another process holds it, or one that may have the same jobs."""
         self.path = folder / f"{stem}.jsonl"
         with ExitStack() as stack:
             lock = stack.enter_context(_lock(folder, stem, shard, alone))
@@ -108,21 +101,21 @@ class _FileLog:
 
 
 def _lock(folder: Path, stem: str, shard: Shard | None, alone: bool) -> Lock:
-    """BlockingIOError if another process holds this manifest, or one that may have the same jobs,
-    unless there are several writers and so this one is not `alone`."""
-    taken = stem
+    """Taken if another process holds this manifest, or one that may have the same jobs, unless
+    there are several writers and so this one is not `alone`."""
+    try:
+        lock = Lock(folder / f"{PARTIAL}-{stem}.lock")
+    except BlockingIOError:
+        raise Taken(stem) from None
     with ExitStack() as stack:
-        try:
-            lock = stack.enter_context(Lock(folder / f"{PARTIAL}-{stem}.lock"))
-            for path in folder.glob(f"{PARTIAL}-manifest*.lock") if alone else ():
-                taken = path.stem.removeprefix(f"{PARTIAL}-")
-                brother = shard and re.search(rf"-of-{shard.count}(-|$)", taken)
-                if taken != stem and not brother:
-                    Lock(path).release()
-        except BlockingIOError as error:
-            raise BlockingIOError(error.errno, error.strerror, taken) from None
+        stack.push(lock)
+        for path in folder.glob(f"{PARTIAL}-manifest*.lock") if alone else ():
+            other = path.stem.removeprefix(f"{PARTIAL}-")
+            brother = shard and re.search(rf"-of-{shard.count}(-|$)", other)
+            if other != stem and not brother and is_locked(path):
+                raise Taken(other)
         stack.pop_all()
-        return lock
+    return lock
 
 
 def repair(path: Path) -> None:

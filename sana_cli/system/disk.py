@@ -7,6 +7,7 @@ that can mean "not supported"; an error for lost data or a full disk always ends
 
 import errno
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,6 +21,8 @@ UNSUPPORTED = frozenset(
     | {errno.EPERM, errno.EACCES}
 )
 PARTIAL = ".sana"  # prefix of temporary file names
+LOOK_SECONDS = 0.3  # far more than `is_locked` takes
+POLL_SECONDS = 0.02
 
 
 def sync(descriptor: int) -> None:
@@ -128,15 +131,19 @@ class Lock:
     """
 
     def __init__(self, path: Path, wait: bool = False) -> None:
-        """BlockingIOError if another process holds it and `wait` is not set; OSError if the file
-        cannot be opened."""
+        """BlockingIOError if another process holds it, not only for a look by `is_locked`, and
+        `wait` is not set; OSError if the file cannot be opened."""
         from filelock import lock_descriptor
 
         self.missing: str | None = None
         self.held = False
         self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
+        until = time.monotonic() + LOOK_SECONDS
         try:
             self.held = lock_descriptor(self.descriptor, blocking=wait)
+            while not self.held and time.monotonic() < until:
+                time.sleep(POLL_SECONDS)
+                self.held = lock_descriptor(self.descriptor, blocking=False)
         except OSError as error:  # drivers without locks return various numbers
             self.missing = error.strerror or str(error)
         except BaseException:
@@ -158,3 +165,30 @@ class Lock:
 
     def __exit__(self, *_: object) -> None:
         self.release()
+
+
+def is_locked(path: Path) -> bool:
+    """Whether another process holds the lock on a file. OSError if the file cannot be read.
+
+    The look takes a shared lock, so that processes that look at the same time do not see each
+    other.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows, where the lock itself is tried
+        try:
+            Lock(path).release()
+        except BlockingIOError:
+            return True
+        return False
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:  # with any other number there are no locks
+        return error.errno in (errno.EAGAIN, errno.EACCES)
+    finally:
+        os.close(descriptor)
+    return False

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from sana_cli.batch.disk_store import repair
+from sana_cli.batch.disk_store import DiskStore, repair
 from sana_cli.batch.lines import read_lines
 from sana_cli.batch.manifest import Ledger, Manifest
 from sana_cli.batch.shards import Shard
@@ -200,6 +200,20 @@ with Manifest(pathlib.Path(sys.argv[1]), {others!r}) as manifest:
         other.kill()
     with Manifest(tmp_path, mine):  # a lock does not outlive its process
         pass
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs shared locks")
+def test_two_that_look_at_once_whether_a_batch_runs_do_not_see_each_other(tmp_path):
+    """`status` looks, and so do shards that start together where another division has ended."""
+    import fcntl
+
+    with Manifest(tmp_path):
+        pass
+    with (tmp_path / ".sana-manifest.lock").open("rb+") as look:
+        fcntl.flock(look, fcntl.LOCK_SH)
+        assert not DiskStore(tmp_path).is_held("manifest")
+        with Manifest(tmp_path, Shard(1, 2)):
+            pass
 
 
 def test_temporary_files_of_the_dead_are_swept_and_those_of_others_are_not(tmp_path):

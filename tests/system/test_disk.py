@@ -5,6 +5,7 @@ import fcntl
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -154,6 +155,19 @@ def test_a_lock_keeps_others_out_until_its_process_ends(tmp_path):
         other.kill()
     with disk.Lock(path, wait=True) as lock:
         assert lock.held and lock.missing is None
+
+
+def test_a_look_at_a_lock_keeps_nobody_out(tmp_path):
+    path = tmp_path / "lock"
+    assert not disk.is_locked(path) and not path.exists()
+    with disk.Lock(path):
+        assert disk.is_locked(path)
+    with open(path, "rb") as look:
+        fcntl.flock(look, fcntl.LOCK_SH)
+        assert not disk.is_locked(path)
+        threading.Timer(0.05, fcntl.flock, (look, fcntl.LOCK_UN)).start()
+        with disk.Lock(path) as lock:
+            assert lock.held
 
 
 def test_the_hub_clients_own_lock_is_the_same_one(tmp_path):
