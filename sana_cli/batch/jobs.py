@@ -10,10 +10,11 @@ order and any shard.
 import hashlib
 import json
 import re
-from collections import Counter
+from collections import ChainMap
 from collections.abc import Callable, Iterable, Iterator
-from copy import deepcopy
+from copy import copy
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,7 +88,7 @@ class RowReader:
                 faults.append(row)
                 continue
             try:
-                specs += self._specs(row)
+                specs += list(self._specs(row))  # all or, after an error, none
             except UsageError as error:
                 faults.append(fault(row, error))
             except _ColumnError as error:
@@ -154,13 +155,15 @@ class JobBuilder:
         """`memory` is the user's limit in bytes."""
         self.memory = memory
         self.count = 0
-        self.repeats: Counter[str] = Counter()
-        self.names: dict[
-            str, int
-        ] = {}  # case-folded path -> row, for file systems that ignore case
+        self.repeats: ChainMap[str, int] = ChainMap()
+        # Case-folded path -> row, for file systems that ignore case.
+        self.names: ChainMap[str, int] = ChainMap()
 
-    def copy(self) -> "JobBuilder":
-        return deepcopy(self)
+    def draft(self) -> "JobBuilder":
+        """Return a builder that goes on where this one is, and leaves it there."""
+        draft = copy(self)
+        draft.repeats, draft.names = self.repeats.new_child(), self.names.new_child()
+        return draft
 
     def build(
         self,
@@ -170,16 +173,27 @@ class JobBuilder:
         survived: type[SanaError] = UsageError,
     ) -> tuple[list[Job], list[Fault]]:
         """Build the jobs of some specs. `prepare` returns the files of a model and a resolution
-        whose LoRAs are identified. Errors of class `survived` become faults of the row; others
-        are raised."""
+        whose LoRAs are identified. Errors of class `survived` become faults of the row, of which
+        no job is built then; others are raised."""
         jobs: list[Job] = []
         faults: list[Fault] = []
-        for spec in specs:
-            try:
-                resolution, files = prepare(spec.resolution)
-                jobs += self._jobs(replace(spec, resolution=resolution), files, device)
-            except survived as error:
-                faults.append(fault(spec.row, error))
+        for _, row in groupby(specs, key=lambda spec: spec.row.number):
+            draft = self.draft()
+            built: list[Job] = []
+            errors: list[Fault] = []
+            for spec in row:
+                try:
+                    resolution, files = prepare(spec.resolution)
+                    built += draft._jobs(replace(spec, resolution=resolution), files, device)
+                except survived as error:
+                    errors.append(fault(spec.row, error))
+            if errors:
+                faults += errors
+                continue
+            jobs += built
+            self.count = draft.count
+            self.repeats.update(draft.repeats.maps[0])
+            self.names.update(draft.names.maps[0])
         return jobs, faults
 
     def _jobs(self, spec: JobSpec, files: "ModelFiles", device: str) -> Iterator[Job]:
@@ -197,8 +211,8 @@ class JobBuilder:
         for i in range(count):
             seed = None if spec.seeds is None else spec.seeds[i]
             alike = _hash(what | precision | {"seed": seed})
-            before = self.repeats[alike]
-            self.repeats[alike] += 1
+            before = self.repeats.get(alike, 0)
+            self.repeats[alike] = before + 1
             self.count += 1
             recipe = replace(first, seed=start + before if seed is None else seed)
             id = _hash(what | precision | {"seed": recipe.seed, "before": before})[:ID_DIGITS]

@@ -216,7 +216,9 @@ class Batch:
                 texts.setdefault(resolution.model, []).extend((settings.prompt, settings.negative))
         for (model, *_), files in self.files.items():
             self._warn_of_unknown_words(model, texts.pop(model, []), files)
-        return [job for job in jobs if self.shard is None or self.shard.holds(job.id)]
+        wrong = {fault.row for fault in faults}
+        good = [job for job in jobs if job.row not in wrong]
+        return [job for job in good if self.shard is None or self.shard.holds(job.id)]
 
     def _rehearse(self, specs: list[JobSpec], rows: int) -> "Iterator[BatchEvent]":
         """Find faults of rows before a download, where the model's configs are known."""
@@ -227,7 +229,7 @@ class Batch:
                 for model in models:
                     known[model] = self.session.open(model, dry_run=True)
                 device = self.session.device
-                _, faults = self.builder.copy().build(
+                _, faults = self.builder.draft().build(
                     specs, lambda resolution: (resolution, known[resolution.model]), device
                 )
                 yield from self._report_faults(faults, rows)

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from batches import DEMO, PROMPTS, started
+from batches import DEMO, PROMPTS, pictures, started
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
 
@@ -26,6 +26,23 @@ def test_a_pipe_is_drawn_as_it_comes(program):
     # What was drawn is not undone by a later row that is wrong.
     assert process.returncode == 3
     assert b"stdin, row 3: a prompt is longer" in err
+
+
+def test_of_a_row_that_is_skipped_nothing_is_drawn_or_taken(program):
+    twice = {"prompt": "a {red|blue} ring on grey", "output": "a.png"}
+    once = twice | {"prompt": PROMPTS[2]}
+    twins = {"prompt": PROMPTS[2], "output": "b.png", "count": 2}
+    words = ("--expand", "--input-format", "jsonl", "-o", "out", "-q")
+    with started(program, "-", *DEMO, *words) as process:
+        process.stdin.write(json.dumps({"prompt": PROMPTS[0], "output": "first.png"}).encode())
+        process.stdin.write(b"\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == b"out/first.png\n"
+        process.stdin.write("\n".join(map(json.dumps, (twice, twins, once))).encode())
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (3, b"out/a.png\n")
+    assert b"row 2" in err and b"row 3" in err and err.count(b"is the name twice") == 2
+    assert sorted(pictures("out")) == ["a.png", "first.png"]
 
 
 def test_no_mark_of_a_pipe_from_windows_reaches_a_prompt(process):
