@@ -29,6 +29,7 @@ from sana_cli.reporter import TransferReporter
 from sana_cli.resolve import Inputs
 from sana_cli.session import Session
 from sana_cli.settings import FileOptions
+from sana_cli.system.signals import CODES, held_back
 
 if TYPE_CHECKING:
     from sana_cli.weights.model_files import ModelFiles
@@ -101,7 +102,7 @@ class Processes:
                 yield recorder.fail(message.job, message.error)
             case _Ready():
                 self.early_deaths = 0
-                process.is_idle, process.jobs = True, []
+                process.is_ready, process.is_idle, process.jobs = True, True, []
             case _Report(kind, text):
                 if (kind, text) not in self.told:  # the processes say the same
                     self.told.add((kind, text))
@@ -176,13 +177,15 @@ class _Process:
     def __init__(self, context: Any, placement: Placement, work: Work, stop: Any) -> None:
         self.placement = placement
         self.jobs: list[Job] = []  # handed to it, and not back yet
+        self.is_ready = False  # once its imports are done
         self.is_idle = False
         self.connection, other = context.Pipe()
         session = {"cache": work.session.cache, "keep_loaded": work.session.keep_loaded}
         self.process = context.Process(
             target=_serve, args=(other, placement, session, work.options, stop), daemon=True
         )
-        self.process.start()
+        with held_back():  # or Ctrl-C would interrupt the imports, which come before `_serve`
+            self.process.start()
         other.close()  # so that the end of the process ends the connection
 
     def take(self, chunk: _Chunk) -> None:
@@ -196,8 +199,8 @@ class _Process:
         self.jobs = [one for one in self.jobs if one.id != job.id]
 
     def dismiss(self) -> None:
-        """Ask an idle process to end; kill one that is drawing."""
-        if self.jobs:
+        """Ask an idle process to end; kill one that is starting or drawing."""
+        if self.jobs or not self.is_ready:
             self.process.kill()
             return
         try:
@@ -252,7 +255,7 @@ def _serve(
     stop: Any,
 ) -> None:
     """Draw the chunks that come through a connection, until None or its end."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # which the terminal sends to all processes
+    for number in CODES:  # which a terminal or a scheduler sends to all processes
         signal.signal(number, signal.SIG_IGN)
     if placement.visible is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = placement.visible

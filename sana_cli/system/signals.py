@@ -72,6 +72,22 @@ def stop_on_signal(stop: Callable[[], None]) -> Iterator[StopRequest]:
 
 
 @contextmanager
+def held_back() -> Iterator[None]:
+    """Hold back Ctrl-C and termination, and in processes that start meanwhile for good.
+
+    Windows cannot.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, CODES)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
 def _handler_installed(handler) -> Iterator[None]:  # type: ignore[no-untyped-def]
     if (
         threading.current_thread() is not threading.main_thread()

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from batches import DEMO, PROMPTS, SANA, events, lines, pictures, started
+from examples import exhaustive
 from sana_cli.batch import processes
 
 WORKERS = ("--workers", "2", "--device", "cpu")
@@ -99,6 +100,30 @@ def test_a_pipe_is_drawn_as_it_comes(program):
 def workers_of(pid: int) -> list[int]:
     found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     return [int(one) for one in found if b"spawn_main" in Path(f"/proc/{one}/cmdline").read_bytes()]
+
+
+MOMENTS = (  # seconds after the first worker; they import then
+    (0.2, signal.SIGINT),
+    *exhaustive(
+        *((0, signal.SIGINT), (0, signal.SIGTERM), (0.2, signal.SIGTERM)),
+        *((0.6, signal.SIGINT), (0.6, signal.SIGTERM)),
+    ),
+)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize(("seconds", "number"), MOMENTS)
+def test_stopped_while_its_workers_start_it_says_so_and_no_more(number, seconds):
+    command = [SANA, "batch", "jobs.txt", *DEMO, *WORKERS]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, start_new_session=True, **pipes) as process:
+        while not workers_of(process.pid):
+            assert process.poll() is None
+        time.sleep(seconds)
+        os.killpg(process.pid, number)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert b"Traceback" not in err and b"error:" not in err
 
 
 @pytest.mark.exhaustive
