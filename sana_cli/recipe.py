@@ -32,7 +32,7 @@ class Recipe:
     native_height: int
     fit: str  # "trained" or "exact"
     model: str
-    revision: str | None
+    revision: str | None  # a commit of the hub, or "local:" and a hash of the user's own files
     text_dtype: str
     dit_dtype: str
     vae_dtype: str

@@ -4,10 +4,11 @@ import re
 import shlex
 from typing import Any
 
+from sana_cli.errors import SanaError
 from sana_cli.instruction import INSTRUCTION
 from sana_cli.settings import flag
 from sana_cli.weights.catalogue import HUB_ID, choose_model, known_models
-from sana_cli.weights.hub_cache import commit_of
+from sana_cli.weights.hub_cache import LOCAL, commit_of
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 SPECIAL = re.compile(rf"{CONTROL.pattern}|['!\\]")  # in quotes, to a shell or to its printf
@@ -64,9 +65,14 @@ def _about_model(recipe: dict[str, Any]) -> list[str]:
     name = recipe.get("model")
     if name is None:
         return ["its model is not known; one is chosen by the size"]
-    if name not in known_models() and not HUB_ID.fullmatch(name):
+    drawn_with = recipe.get("revision")
+    is_local = (drawn_with or "").startswith(LOCAL)
+    if is_local or (name not in known_models() and not HUB_ID.fullmatch(name)):
         return [f"its model was a folder called {name!r}, wherever that is"]
-    drawn_with, here = recipe.get("revision"), commit_of(choose_model(name, None))
+    try:
+        here = commit_of(choose_model(name, None))
+    except SanaError as error:  # of a folder that is called like a repository
+        return [error.message]
     if drawn_with != here:
         return [f"it was drawn with revision {drawn_with!r} of the model; {here!r} is used here"]
     return []

@@ -38,7 +38,8 @@ ORDER = """
               networks packing solver timings events
     images:   contact_sheet names masks files metadata other_tools a1111 claims formats
     weights:  fetch lora download model_files single_file hub_cache checkpoint original_names
-              lora_choice catalogue vocabulary config_files headers layout tensor_cache
+              lora_choice catalogue vocabulary config_files headers layout fingerprint
+              tensor_cache
     models:   streaming.graphed_decoder streaming.autoencoder streaming.strip_pipeline
               streaming.layers fused_dit w8a8
               fused_controlnet fused_layers controlnet streaming.subpixel int8 cross_attention

@@ -1,6 +1,7 @@
 """`sana generate --from IMAGE`: the same pixels again, or with something changed."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -9,6 +10,7 @@ from PIL import Image, PngImagePlugin
 
 from recipes import RECIPE
 from sana_cli.replay import command_of
+from sana_cli.weights.catalogue import known_models
 
 FAST = ("-m", "demo", "-r", "256", "--steps", "2", "--dtype", "float32")
 
@@ -106,6 +108,17 @@ def test_a_changed_model_is_said_aloud(sana, drawn):
     Image.new("RGB", (8, 8)).save("other.png", pnginfo=info)
     run = sana("generate", "--from", "other.png", "--dry-run")
     assert "warning: flow_shift is 3.0, and was 6.0 for the image" in run.err
+
+
+def test_a_model_in_a_folder_is_not_taken_for_one_of_the_same_name(sana, drawn):
+    shutil.copytree(known_models()["demo"].folder, "other/demo")
+    size = ("-r", "128x128", "--fit", "exact")
+    path = drawn("a red circle on white", "-s", "7", "-m", "other/demo", *size)
+    run = sana("generate", "--from", path, "--dry-run")
+    assert run.code == 0 and "and was 'local:" in run.err
+    run = sana("generate", "--from", path, "-m", "other/demo", "--dry-run")
+    assert run.code == 0 and "warning" not in run.err
+    assert "its model was a folder called 'demo'" in sana("info", path, "--command").err
 
 
 def test_a_picture_drawn_from_a_picture_needs_it_again(sana, tmp_path):

@@ -70,14 +70,17 @@ class Model:
         return self.squares or ((self.side,) if self.side else ())
 
     @property
+    def is_bundled(self) -> bool:
+        return self.folder is not None and Path(self.folder).parent == PACKAGE
+
+    @property
     def source(self) -> str:
         """The origin of the weights, for messages."""
         if self.sources:
             return self.sources[0].repo
         if self.file is not None:
             return self.file
-        bundled = self.folder is not None and Path(self.folder).parent == PACKAGE
-        return "bundled" if bundled else self.folder or ""
+        return "bundled" if self.is_bundled else self.folder or ""
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from typing import Any
 from sana_cli.errors import BrokenModel, SanaError
 from sana_cli.system.disk import Lock, replace
 from sana_cli.weights.catalogue import Model, Source
+from sana_cli.weights.fingerprint import fingerprint
 from sana_cli.weights.layout import (
     COMPONENTS,
     CONFIGS,
@@ -31,6 +32,7 @@ from sana_cli.weights.layout import (
 )
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
+LOCAL = "local:"  # in the place of a commit, before a hash of contents
 
 
 @dataclass(frozen=True)
@@ -82,10 +84,32 @@ def pinned_commit(source: Source) -> str | None:
 
 
 def commit_of(model: Model) -> str | None:
-    """Return the commit of a model's weights; its revision before a download; None of a folder."""
+    """Return the commit of a model's weights; its revision before a download.
+
+    Of the user's own folder or file it is "local:" and a hash of its contents. None of the bundled
+    model. BrokenModel for a folder that lacks a part, or cannot be read.
+    """
+    if not model.sources and not model.is_bundled:
+        try:
+            return LOCAL + fingerprint(_own_files(model))
+        except OSError as error:
+            raise BrokenModel(f"{error.filename} cannot be read: {error.strerror}") from None
     if not model.sources:
         return None
     return pinned_commit(model.sources[0]) or model.sources[0].revision
+
+
+def _own_files(model: Model) -> Iterator[tuple[str, Path]]:
+    """Yield the files that make a model in a folder, or in a file, and what each of them is."""
+    if model.file is not None:
+        yield "transformer", Path(model.file)
+        return
+    folder = Path(model.folder or "")
+    yield INDEX, folder / INDEX
+    for name, part in folder_parts(folder).items():
+        for path in (*(part.folder / config for config in CONFIGS[name]), *part.files):
+            if path.is_file():
+                yield name, path
 
 
 def find_parts(model: Model) -> Parts | None:

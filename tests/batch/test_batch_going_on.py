@@ -1,10 +1,12 @@
 """A batch that is run again draws what is missing."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 from batches import DEMO, PROMPTS, lines, pictures
+from sana_cli.weights.catalogue import known_models
 
 
 def test_run_again_it_draws_what_is_missing_and_nothing_else(sana):
@@ -26,6 +28,21 @@ def test_run_again_it_draws_what_is_missing_and_nothing_else(sana):
     assert Path(changed).read_bytes() == b"edited"
     assert Path(lost).read_bytes() == before[Path(lost).name]
     assert sana("batch", "jobs.txt", *DEMO).out == ""
+
+
+def test_other_weights_in_a_folder_of_the_same_name_draw_other_jobs(sana):
+    Path("jobs.txt").write_text(PROMPTS[0])
+    words = ("batch", "jobs.txt", "--steps", "1", "-r", "128x128", "--fit", "exact", "-o", "out")
+    shutil.copytree(known_models()["demo"].folder, "run1/model")
+    assert sana(*words, "-m", "run1/model").code == 0
+    for name in ("copied", "trained"):
+        shutil.copytree("run1/model", f"{name}/model", copy_function=shutil.copy)
+    weights = Path("trained/model/text_encoder/model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-400] + bytes(400))
+    run = sana(*words, "-m", "copied/model", "--check")
+    assert (run.code, run.out) == (0, "1 job, 0 to draw into out\n")
+    run = sana(*words, "-m", "trained/model", "--check")
+    assert (run.code, run.out) == (0, "1 job, 1 to draw into out\n")
 
 
 def test_a_restart_draws_all_again_in_place(sana):
