@@ -128,7 +128,7 @@ def make_plan(
         used = CONTEXT_BYTES
     elif limit is not None:
         used = resident_bytes() if overhead is None else overhead
-    free = int((free_memory(device) + held) * (1 - KEPT_FREE)) if limit is None else limit
+    free = int(free_memory(device, held) * (1 - KEPT_FREE)) if limit is None else limit
     budget = free - used
     plan = _default_plan(device, budget)
     bounds = _upper_bounds(recipe, files, plan.strip_bytes)
@@ -184,21 +184,24 @@ def fits(model: Model, device: str, free: int) -> str:
     return "yes" if fast <= room else "tight" if lean <= room else "no"
 
 
-def free_memory(device: str) -> int:
+def free_memory(device: str, held: int = 0) -> int:
     """Return the free bytes on a device; a very large number where the system does not report.
 
-    On a GPU they include what torch holds for reuse. A CUDA graph's memory is part of that.
+    `held` is the bytes of loaded networks, which count as free. On a GPU what torch holds for reuse
+    does too; a CUDA graph's memory is part of that.
     """
     if device.startswith("cuda"):
         import torch
 
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
+        return torch.cuda.mem_get_info(device)[0] + unused + held
     facts = memory()
-    return min(
-        (n for n in (facts["available_bytes"], facts["limit_bytes"]) if n is not None),
-        default=2**62,
-    )
+    free = [facts["available_bytes"], facts["limit_free_bytes"]]
+    bounds = [n + held for n in free if n is not None]
+    if facts["limit_bytes"] is not None:
+        # Of what networks hold, the part that is swapped out is not in use.
+        bounds.append(facts["limit_bytes"])
+    return min(bounds, default=2**62)
 
 
 def is_guided(recipe: Recipe, files: ModelFiles) -> bool:

@@ -160,7 +160,7 @@ def test_what_is_not_rehearsed_would_need_less_than_was_taken_for_granted(name, 
 
 
 def test_on_a_laptop_gpu_of_16_gb_a_usual_picture_waits_for_no_rehearsal(monkeypatch):
-    monkeypatch.setattr("sana_cli.pipeline.plan.free_memory", lambda device: int(15.5e9))
+    monkeypatch.setattr("sana_cli.pipeline.plan.free_memory", lambda *_: int(15.5e9))
     files = released_model(known_models()["sana-1.6b-1024"])
     halves = dict.fromkeys(("dit_dtype", "vae_dtype"), "bfloat16")
     one = recipe(files, 1024, 1024, text_dtype="int8", **halves)
