@@ -24,6 +24,7 @@ from sana_cli.pipeline.plan import (
     Plan,
     _decode_peak,
     _denoise_peak,
+    _image_peak,
     _upper_bounds,
     fits,
     make_plan,
@@ -212,6 +213,36 @@ def test_a_limit_is_kept_and_the_picture_is_the_same(folders):
     assert not [event for event in events if isinstance(event, Notice)]
     (picture,) = pictures(events)
     assert np.abs(picture.astype(int) - roomy).max() <= 1
+
+
+def test_a_plan_is_for_every_recipe_whatever_their_order(folders):
+    files = open_model(folder_parts(folders("1.6B")))
+    plain = recipe(files, 1024, 1024, guidance=1.0)
+    guided = replace(plain, guidance=4.5, pag=3.0)
+    small = recipe(files, 512, 512, image="x", guidance=1.0)
+    one, both = (make_plan(some, files, "cpu", predict=True) for some in ([plain], [plain, guided]))
+    assert one.peaks["denoise"] < both.peaks["denoise"]
+    limit = (one.peaks["denoise"] + both.peaks["denoise"]) // 2
+    plan = make_plan([plain, guided, small], files, "cpu", limit, overhead=0)
+    assert plan == make_plan([small, guided, plain], files, "cpu", limit, overhead=0)
+    assert set(plan.peaks) == {"encode", "image", "denoise", "decode"}
+    for each in (plain, guided, small):
+        assert _denoise_peak(PeakCache(), plan, each, files) <= plan.peaks["denoise"] <= limit
+
+
+@pytest.mark.parametrize(
+    "lean", [{}, *exhaustive({"batched_cfg": False, "row_chunk": 32, "strip_bytes": 1 << 18})]
+)
+def test_of_two_recipes_of_one_area_the_wider_needs_as_much_or_more(folders, lean):
+    """Plans are made for it alone. The strips of a small decode differ by a few percent."""
+    files = open_model(folder_parts(folders("1.6B")))
+    plan = Plan("cpu", **lean)
+    for peak in (_denoise_peak, _decode_peak, _image_peak):
+        sizes = [(512, 2048), (1024, 1024), (2048, 512)]
+        high, square, wide = (
+            peak(PeakCache(), plan, recipe(files, *size), files) for size in sizes
+        )
+        assert high < 1.03 * square < 1.03**2 * wide, peak.__name__
 
 
 @pytest.mark.exhaustive
