@@ -122,6 +122,12 @@ class Inputs(Mapping[str, "np.ndarray"]):
             self._by_file[file] = image
         return image
 
+    def most_pixels(self, path: str) -> int:
+        """Return how many pixels an image may have, also once its canvas has grown."""
+        from sana_cli.images.files import MAX_PIXELS, UPLOAD_PIXELS
+
+        return UPLOAD_PIXELS if path in self._uploads else MAX_PIXELS
+
     def _read(self, path: str, role: Role) -> "tuple[Loaded, np.ndarray, str]":
         from sana_cli.images.files import load, rgb
         from sana_cli.images.masks import to_mask
@@ -346,6 +352,12 @@ def _with_image(resolution: Resolution, path: str, images: Inputs) -> Resolution
     width, height = image.width, image.height
     if margins:
         width, height = width + margins.left + margins.right, height + margins.top + margins.bottom
+        if width * height > (most := images.most_pixels(path)):
+            raise UsageError(
+                f"--outpaint {asked.outpaint} grows --image to {width}x{height} pixels; at most"
+                f" {most / 1e6:.0f} million are taken",
+                "give fewer pixels, as in --outpaint 256",
+            )
     found = replace(resolution, image=image, mask=mask, margins=margins)
     if resolution.aspect is None and (request is None or request.side is not None):
         found = replace(found, aspect=width / height)
