@@ -13,7 +13,7 @@ from sana_cli.models.architectures import GEMMA_2_2B
 from sana_cli.models.streaming import STRIP_BYTES
 from sana_cli.pipeline.peaks import PeakCache
 from sana_cli.recipe import Recipe
-from sana_cli.system.devices import resident_bytes
+from sana_cli.system.devices import int8_fault, resident_bytes
 from sana_cli.system.inventory import memory
 from sana_cli.units import gigabytes
 from sana_cli.weights.catalogue import Model, known_models
@@ -384,20 +384,26 @@ def _what_fits(
 ) -> str | None:
     """Return the smallest change that fits, as options: a smaller text encoder, then image.
 
-    The text encoder is tried first, as its peak is computed fast.
+    The text encoder is tried first, as its peak is computed fast. A smaller image takes another
+    model, for which a LoRA or a ControlNet may not be made.
     """
     defaults = {model.side: model for model in reversed(known_models().values()) if model.sources}
     area = max(recipe.native_width * recipe.native_height for recipe in recipes)
     sides = sorted((side for side in defaults if side and side**2 < area), reverse=True)
+    if any(recipe.lora or recipe.control for recipe in recipes):
+        sides = []
     for side in (None, *sides):
         words = ["use"]
         if side is not None:
             files = released_model(defaults[side])
             recipes = [replace(r, native_width=side, native_height=side) for r in recipes]
-            words.append(f"--res {side}")
+            # Both, as the call may name a model, or another size.
+            words.append(f"--model {defaults[side].name} --res {side}")
         if _peak("encode", plan, cache, recipes, files) > plan.budget:
+            if int8_fault(plan.device) is not None:
+                continue
             eight = [replace(recipe, text_dtype="int8") for recipe in recipes]
-            if plan.device == "mps" or _peak("encode", plan, cache, eight, files) > plan.budget:
+            if _peak("encode", plan, cache, eight, files) > plan.budget:
                 continue
             words.append("--text-precision int8")
         *_, peaks = _fit_all(plan, cache, recipes, files)

@@ -253,14 +253,30 @@ def test_a_limit_below_every_plan_is_refused_with_what_fits(new_interpreter):
     assert (run.returncode, run.stdout) == (4, b"")
     error, hint = run.stderr.decode().splitlines()[-2:]
     assert error.startswith("error: to encode 4096x4096 takes 4.")
-    assert hint == "hint: use --res 1024 --text-precision int8, which fits"
+    assert hint == "hint: use --model sana-0.6b-1024 --res 1024 --text-precision int8, which fits"
 
 
-@pytest.mark.exhaustive
-def test_what_a_refusal_suggests_fits(process):
-    words = ("-r", "1024", "--text-precision", "int8", "--dtype", "bfloat16", "--dry-run")
-    suggested = process("generate", "a fox", *words, "--memory", "3GB")
-    assert suggested.returncode == 0
+@pytest.mark.parametrize("given", ["", *exhaustive("-r 1024")])
+def test_what_a_refusal_suggests_fits(process, given):
+    words = ("--text-precision", "int8", "--dtype", "bfloat16", "--memory", "3GB", "--dry-run")
+    call = ("generate", "a fox", "-m", "sana-1.6b-1024", *given.split(), *words)
+    run = process(*call)
+    assert run.returncode == 4
+    hint = run.stderr.decode().splitlines()[-1]
+    assert hint == "hint: use --model sana-0.6b-512 --res 512, which fits"
+    assert process(*call, *hint.removeprefix("hint: use ").split(",")[0].split()).returncode == 0
+
+
+def test_a_refusal_suggests_int8_only_where_it_runs(monkeypatch):
+    files = released_model(known_models()["sana-0.6b-512"])
+    hints = []
+    for fault in (None, "bitsandbytes is not installed"):
+        monkeypatch.setattr("sana_cli.pipeline.plan.int8_fault", lambda device, fault=fault: fault)
+        with pytest.raises(NotEnoughMemory) as error:
+            make_plan([recipe(files, 512, 512)], files, "cpu", 5 * 10**9, overhead=0)
+        hints.append(error.value.hint)
+    assert hints[0] == "use --text-precision int8, which fits"
+    assert hints[1].startswith("it fits in --memory ")
 
 
 def test_the_budgets_of_the_design_hold():
