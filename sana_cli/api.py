@@ -185,18 +185,18 @@ class Pipeline:
         self,
         prompt: str | Iterable[str],
         *,
-        seed: int | Iterable[int] | None = None,
+        seed: int | str | Iterable[int] | None = None,
         count: int | None = None,
         progress: Watch = None,
         **settings: Any,
     ) -> list[SanaImage]:
         """Draw every prompt with every seed: all seeds of the first prompt come first.
 
-        `seed` is one, with the `count - 1` after it, or several, or None for a random one; the
-        rest means what the options of `sana generate` mean, and gives the same pixels. `progress`
-        is called with each event of `sana_cli.pipeline.draw`: Progress as a step is done or a
-        network loaded, ImageDone as an image is finished. Without, bars are shown on a terminal,
-        but not for `progress=False`.
+        `seed` is one, with the `count - 1` after it, or several, also as a text such as "1..8", or
+        None for a random one; the rest means what the options of `sana generate` mean, and gives
+        the same pixels. `progress` is called with each event of `sana_cli.pipeline.draw`: Progress
+        as a step is done or a network loaded, ImageDone as an image is finished. Without, bars are
+        shown on a terminal, but not for `progress=False`.
 
         A SanaError is raised for what no model takes (UsageError), weights that are not here
         (MissingModel) or unusable (BrokenModel), too little memory (NotEnoughMemory) or disk
@@ -204,8 +204,9 @@ class Pipeline:
         finished before it reach `progress` only.
         """
         _refuse_unknown(settings, "generate", PER_CALL, {"Pipeline": AT_LOAD})
-        seeds = [seed] if isinstance(seed, int) else seed
-        numbers = parse_seeds(None if seeds is None else ",".join(map(str, seeds)), count)
+        if seed is not None and not isinstance(seed, str):
+            seed = ",".join(map(str, seed if isinstance(seed, Iterable) else [seed]))
+        numbers = parse_seeds(seed, count)
         asked = self._asked(prompt, settings)
         if not asked:
             return []

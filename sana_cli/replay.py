@@ -10,6 +10,7 @@ from sana_cli.weights.catalogue import HUB_ID, choose_model, known_models
 from sana_cli.weights.hub_cache import commit_of
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+SPECIAL = re.compile(rf"{CONTROL.pattern}|['!\\]")  # in quotes, to a shell or to its printf
 # Fields of a recipe that are settings of the same name.
 DIRECT = (
     *("prompt", "negative", "model", "fit", "steps", "guidance", "solver"),
@@ -48,8 +49,9 @@ def settings_of(recipe: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     # Only the transformer runs in float16; the device decides the precision of the rest.
     if text == "int8" or (text and dit not in (None, "float16", text)):
         settings["text_precision"] = TEXT_PRECISIONS[text]
-    if recipe.get("image"):
+    if recipe.get("image") or recipe.get("control"):
         settings["image_fit"] = recipe.get("image_fit") or "stretch"  # as version 0.1 did
+    if recipe.get("image"):
         if recipe.get("outpaint"):
             settings["outpaint"] = recipe["outpaint"]
         remarks.append(f"it started from an image whose RGB bytes have SHA-256 {recipe['image']!r}")
@@ -81,7 +83,7 @@ def command_of(recipe: dict[str, Any]) -> tuple[str, list[str]]:
         for one in (recipe.get(name) or "").split(","):
             if one:  # a hash, and the scale of a LoRA
                 scale = one.partition(":")[1:]
-                words += [flag(name), name.upper() + "".join(scale)]
+                words += [flag(name), _quoted(name.upper() + "".join(scale))]
                 remarks.append(f"replace {name.upper()} by {what}")
     for name, value in settings.items():
         if isinstance(value, bool):
@@ -98,12 +100,11 @@ def command_of(recipe: dict[str, Any]) -> tuple[str, list[str]]:
 
 
 def _quoted(word: str) -> str:
-    """Quote for any shell; words with control characters for bash and zsh only."""
+    """Quote for any POSIX shell. printf makes control characters, which a terminal would obey."""
     if not CONTROL.search(word):
         return shlex.quote(word)
-    plain = word.replace("\\", "\\\\").replace("'", "\\'")
-    return "$'" + CONTROL.sub(_octal, plain) + "'"
+    return f"\"$(printf %b '{SPECIAL.sub(_octal, word)}')\""
 
 
 def _octal(found: re.Match[str]) -> str:
-    return "".join(f"\\{byte:03o}" for byte in found[0].encode())
+    return "".join(f"\\0{byte:03o}" for byte in found[0].encode())

@@ -113,11 +113,17 @@ class Inputs(Mapping[str, "np.ndarray"]):
             return self._by_file[file]
         loaded, pixels, convention = self._read(path, role)
         sha256 = hashlib.sha256(pixels.tobytes()).hexdigest()
-        self._last[role] = sha256, pixels
         height, width = pixels.shape[:2]
         more = convention, loaded.turned, tuple(loaded.notes)
         image = InputImage(role, path, sha256, width, height, *more)
+        alike = self._inputs.get(sha256, image)
+        if (alike.width, alike.height) != (width, height):  # both of one colour, as blank masks are
+            raise UsageError(
+                f"{path} has the same bytes as {alike.path}, in another shape",
+                "use them in separate runs",
+            )
         self._inputs[sha256] = image
+        self._last[role] = sha256, pixels
         if file is not None:
             self._by_file[file] = image
         return image

@@ -72,7 +72,7 @@ def write_sheet(sheet: Path, images: Sequence[Path], force: bool, reporter: Repo
     if not entries:
         raise SanaError("no image is there for --sheet")
     if sheet.suffix.lower() in PAGES:
-        data = _page(entries, sheet).encode()
+        data = _page(entries, sheet).encode(errors="backslashreplace")  # names that are not UTF-8
     else:
         sizes = [(entry.width, entry.height) for entry in entries]
         pixels = draw_sheet(sizes, map(_thumbnail, entries))
@@ -86,7 +86,7 @@ def _read(images: Sequence[Path], reporter: Reporter) -> Iterator[_Entry]:
             with Image.open(path) as image:
                 image.load()
                 width, height = image.size
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except Exception as error:  # decoders raise whatever they like
             reason = getattr(error, "strerror", None) or "it is damaged"
             reporter.warn(f"{path} is not on the sheet: {reason}")
             continue

@@ -14,6 +14,7 @@ import sys
 import threading
 from dataclasses import MISSING, fields
 
+import numpy as np
 import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -74,6 +75,14 @@ def test_all_seeds_of_a_prompt_come_before_the_next_prompt():
     alone = Pipeline("demo").generate("a blue ring", seed=5, steps=1)[0]
     assert alone.tobytes() == pictures[2].tobytes()
     assert alone.recipe == pictures[2].recipe
+
+
+@pytest.mark.parametrize(
+    ("seed", "expected"), [("17", [17]), ("1..3", [1, 2, 3]), (np.int64(7), [7]), ((5, 2), [5, 2])]
+)
+def test_seeds_are_numbers_or_what_the_option_takes(tiny_model, seed, expected):
+    images = Pipeline(tiny_model).generate("a", seed=seed, steps=1, res="64x64")
+    assert [image.recipe.seed for image in images] == expected
 
 
 def test_seeds_are_counted_up_and_a_random_one_is_in_the_recipe():

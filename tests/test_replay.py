@@ -144,3 +144,9 @@ def test_the_command_has_a_place_for_every_file_of_the_recipe():
     assert [one for one in remarks if "replace LORA by the LoRA" in one]
     assert [one for one in remarks if "replace MASK by the mask" in one]
     assert "--mask" not in command_of(RECIPE.as_dict())[0]
+
+
+@pytest.mark.parametrize("role", ["image", "control"])
+def test_the_command_fits_its_image_as_before(role):
+    line, _ = command_of(replace(RECIPE, **{role: "a" * 64, "image_fit": "pad"}).as_dict())
+    assert "--image-fit pad" in line

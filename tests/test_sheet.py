@@ -2,8 +2,10 @@
 
 import html
 import json
+import os
 import re
 import shutil
+import sys
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -68,10 +70,22 @@ def test_numbers_in_names_are_in_order(sana, folder):
 
 def test_an_image_that_cannot_be_read_is_left_out_and_named(sana, folder):
     (folder / "cut.png").write_bytes((folder / "red-2.png").read_bytes()[:60])
+    with Image.open(folder / "red-2.png") as image:
+        image.save(folder / "cut.avif")
+    data = bytearray((folder / "cut.avif").read_bytes())
+    data[-len(data) // 2 :] = bytes(len(data) - len(data) // 2)  # its decoder raises RuntimeError
+    (folder / "cut.avif").write_bytes(data)
     run = sana("info", "--sheet", "sheet.png", "out")
     assert run.code == 0 and "cut.png is not on the sheet" in run.err
     run = sana("info", "--sheet", "sheet.png", "out/cut.png")
     assert (run.code, run.out) == (1, "") and "error: no image is there" in run.err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs names that are not UTF-8")
+def test_a_name_that_is_not_utf_8_is_on_the_page(sana, folder):
+    os.rename(folder / "red-2.png", os.fsencode(folder) + b"/caf\xe9.png")
+    assert sana("info", "--sheet", "page.html", "out").code == 0
+    assert r"caf\udce9.png" in Path("page.html").read_text(encoding="utf-8")
 
 
 def test_a_sheet_is_never_overwritten_and_never_on_itself(sana, folder):

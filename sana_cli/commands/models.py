@@ -9,7 +9,7 @@ import typer
 from sana_cli.commands._completion import hub_model
 from sana_cli.commands._help import Command, Group
 from sana_cli.commands._options import Color, Json, Quiet, Verbose
-from sana_cli.errors import MissingModel, UsageError
+from sana_cli.errors import MissingModel, SanaError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -212,7 +212,12 @@ def rm(
     if going and not yes:
         if not sys.stdin.isatty():
             raise UsageError("removing asks first, and nobody is at the terminal", "add -y")
-        typer.confirm("Remove them?", abort=True, err=True)
+        try:
+            agreed = typer.confirm("Remove them?", err=True)
+        except typer.Abort:  # the input has ended
+            agreed = False
+        if not agreed:
+            raise SanaError("nothing was removed", "add -y to remove without a question")
     freed = sum(remove(source, files_of) for source, files_of, _ in going)
     console.info(f"freed {gigabytes(freed)}" if going else "nothing of that is on this machine")
     if json_output:

@@ -35,6 +35,9 @@ KNOWN = {
     "dit_dtype": ("float32", "bfloat16", "float16"),
     "vae_dtype": ("float32", "bfloat16"),
 }
+HASH = "[0-9a-f]{64}"
+SCALED = f"{HASH}:-?[0-9.]+(e-?[0-9]+)?"
+HASHES = dict.fromkeys(("image", "mask", "control"), HASH) | {"lora": f"{SCALED}(,{SCALED})*"}
 KINDS = {name: get_args(kind) or (kind,) for name, kind in get_type_hints(Recipe).items()}
 SAME_SAMPLERS = {  # of other tools, on our flow
     **dict.fromkeys(("euler", "k_euler"), "flow-euler"),
@@ -57,6 +60,8 @@ def checked(name: str, value: object) -> Any:
         if "\0" in value or (name in ("prompt", "model") and not value.strip()):
             raise ValueError
         if name in KNOWN and value not in KNOWN[name]:
+            raise ValueError
+        if name in HASHES and not re.fullmatch(HASHES[name], value):
             raise ValueError
     elif isinstance(value, int | float):
         low, high = LIMITS.get(name, (-math.inf, math.inf))

@@ -75,7 +75,9 @@ def fit(image: Image.Image, size: Size, mode: str) -> Image.Image:
         return image.resize(size, resampling)
     if mode == "crop":
         return ImageOps.fit(image, size, resampling)
-    inside = ImageOps.contain(image, size, resampling)
+    scale = min(size[0] / image.width, size[1] / image.height)
+    width, height = (max(1, round(side * scale)) for side in image.size)  # one may be very short
+    inside = image.resize((width, height), resampling)
     left, top = (size[0] - inside.width) // 2, (size[1] - inside.height) // 2
     around = (
         (top, size[1] - inside.height - top),

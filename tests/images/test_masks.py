@@ -93,6 +93,12 @@ def test_every_fit_gives_the_size_and_the_same_size_is_left_alone(mode, size):
     assert fit(image, image.size, mode) is image
 
 
+@pytest.mark.parametrize("shape", [(3000, 1), (1, 3000)])
+def test_a_very_thin_image_is_a_line_when_padded(shape):
+    padded = np.asarray(fit(Image.fromarray(np.full((*shape, 3), 7, np.uint8)), (64, 64), "pad"))
+    assert padded.shape == (64, 64, 3) and (padded == 7).all()
+
+
 def test_a_crop_keeps_the_middle_and_a_pad_keeps_everything():
     image = np.zeros((40, 80, 3), np.uint8)
     image[:, 40:] = 255

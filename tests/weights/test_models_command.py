@@ -6,6 +6,7 @@ import pytest
 
 from laptop import NAME, OWN, TRANSFORMER, assert_whole, polite
 from sana_cli.weights.catalogue import known_models
+from terminal import at_terminal
 
 
 def test_list_tells_what_is_here(laptop):
@@ -63,6 +64,14 @@ def test_rm_keeps_what_another_model_uses(laptop, hub, published):
 def test_rm_asks_first_and_does_nothing_unasked(laptop):
     laptop.pull()
     polite(laptop.sana("models", "rm", NAME, code=2))
+    assert laptop.row()["cached"]
+
+
+@pytest.mark.parametrize("answer", [b"n\n", b"\x04"], ids=["no", "end-of-input"])
+def test_rm_does_nothing_when_the_answer_is_no(laptop, answer):
+    laptop.pull()
+    code, seen, _ = at_terminal(laptop.command("models", "rm", NAME), typed=answer, env=laptop.env)
+    assert code == 1 and b"nothing was removed" in seen
     assert laptop.row()["cached"]
 
 
