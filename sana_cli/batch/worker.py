@@ -76,8 +76,10 @@ class Worker:
                     continue
                 if isinstance(error, NotEnoughMemory) and alike:
                     raise error
-                waiting[:0] = parts = _divide(left, error)
-                for job in [] if parts else left:
+                if parts := _divide(left, error):
+                    waiting[:0] = parts
+                    continue
+                for job in left:
                     yield Failed(job, error)
 
     def _draw(
