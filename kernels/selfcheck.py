@@ -190,13 +190,13 @@ def examine(
     found: dict[str, Outcome] = {}
     todo, workers = list(operations), WORKERS
     while todo:
-        told, began, end = _told_by_process(device, dtype, workers, todo)
+        told, began, late, end = _told_by_process(device, dtype, workers, todo)
         found |= told
         todo = [operation for operation in todo if operation not in told]
         if not began:
             found |= dict.fromkeys(todo, Outcome(None, f"the check of the kernels {end}", False))
             break
-        if todo and workers == 1:  # it was this one
+        if todo and workers == 1 and not (late and told):  # it was this one
             found[todo.pop(0)] = Outcome(None, f"its check {end}")
         workers = 1
     if all(outcome.lasting for outcome in found.values()):
@@ -234,16 +234,18 @@ def _run(
 
 def _told_by_process(
     device: torch.device, dtype: torch.dtype, workers: int, operations: list[str]
-) -> tuple[dict[str, Outcome], bool, str]:
-    """Run the process; return the outcomes that it told, whether it began, and how it ended."""
+) -> tuple[dict[str, Outcome], bool, bool, str]:
+    """Run the process; return the outcomes that it told, whether it began, whether it took too
+    long, and how it ended."""
     command = [*COMMAND, str(device), name_of(dtype), str(workers), *operations]
+    is_late = False
     try:
         done = subprocess.run(command, capture_output=True, timeout=SECONDS)
         output, end = done.stdout, f"crashed, exit code {done.returncode}"
         last = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
         end = ": ".join([end, *last])
     except subprocess.TimeoutExpired as late:
-        output, end = late.stdout or b"", f"took more than {SECONDS} seconds"
+        is_late, output, end = True, late.stdout or b"", f"took more than {SECONDS} seconds"
     except OSError as error:
         output, end = b"", f"could not be started: {error}"
     told, lines = {}, output.decode(errors="replace").splitlines()
@@ -254,7 +256,7 @@ def _told_by_process(
             document = json.loads(line)
             operation = document.pop("operation")
             told[operation] = Outcome(**document)
-    return told, BEGUN in lines, end
+    return told, BEGUN in lines, is_late, end
 
 
 # --- what is kept ------------------------------------------------------------------------------

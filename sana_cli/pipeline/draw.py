@@ -120,7 +120,7 @@ class Drawing:
     def events(self) -> Iterator[Event]:
         reuse_freed_blocks()
         if self.plan.budget:
-            cap_memory(self.plan.device, self.plan.budget, self.networks.held_bytes)
+            cap_memory(self.plan.device, self.plan.budget, self.networks.held_on(self.plan.device))
         yield from self.start_selfcheck()
         yield from self.encode_texts()
         self.done_with("text_encoder")

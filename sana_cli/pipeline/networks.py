@@ -44,6 +44,12 @@ class _Loaded:
         """Return the bytes of its weights and of its CUDA graph."""
         return self.weights + (self.graph.nbytes if self.graph else 0)
 
+    def device(self, key: NetworkKey) -> str:
+        """Return the kind of device that it is on, such as "cuda"."""
+        if key.device:
+            return key.device.partition(":")[0]
+        return next(self.network.parameters()).device.type
+
 
 class Networks:
     """Loaded networks by key. With `keep` they stay loaded after the call that loaded them.
@@ -59,6 +65,14 @@ class Networks:
     def held_bytes(self) -> int:
         """Return the bytes of the weights of all loaded networks."""
         return sum(loaded.weights for loaded in list(self._loaded.values()))  # as of one moment
+
+    def held_on(self, device: str) -> int:
+        """Return those on a device: a network that did not fit there may be on the CPU."""
+        return sum(self._loaded[key].weights for key in self._keys_on(device))
+
+    def _keys_on(self, device: str) -> list[NetworkKey]:
+        wanted = device.partition(":")[0]
+        return [key for key, loaded in self._loaded.items() if loaded.device(key) == wanted]
 
     @property
     def loaded(self) -> list[NetworkKey]:
@@ -81,7 +95,7 @@ class Networks:
 
         `needed` includes the weights of the network in use, which stays.
         """
-        others = [key for key in self._loaded if key != using]
+        others = [key for key in self._keys_on(device) if key != using]
         released = False
         for key in list(others) if using.adapters else ():
             # Of one network with LoRAs the last stays: a server is asked for ever new scales.

@@ -18,10 +18,11 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 REUSED_BYTES = 32 << 20  # the most that glibc accepts as M_MMAP_THRESHOLD
 MADV_DONTNEED = 4  # sys/mman.h
 # Parts of messages. In order: CUDA's runtime, Triton and MPS; CUDA's driver; cuBLAS, older cuDNN;
-# newer cuDNN; the CPU allocator on Linux and macOS, and on Windows; C++; one buffer beyond what
-# Metal has in all.
+# newer cuDNN; a convolution none of whose algorithms finds memory to work in; the CPU allocator on
+# Linux and macOS, and on Windows; C++; one buffer beyond what Metal has in all.
 OUT_OF_MEMORY = (
     *("out of memory", "out_of_memory", "_alloc_failed", "_allocation_failed"),
+    "unable to find an engine",
     *("can't allocate memory", "not enough memory", "bad_alloc", "invalid buffer size"),
 )
 ENCODER_SHARE = 0.5  # of a GPU's memory; the rest is for other programs and other networks

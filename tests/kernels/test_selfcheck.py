@@ -5,6 +5,7 @@ The process that checks runs Triton's interpreter where there is no GPU.
 
 import functools
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -177,6 +178,24 @@ def test_without_a_check_nothing_runs_in_triton_this_time(cache, monkeypatch, co
     found = selfcheck.outcomes("cpu", FLOAT)
     assert all(reason in outcome.fault for outcome in found.values())
     assert kept(cache) == []
+
+
+def test_no_operation_is_blamed_for_the_time_that_all_take(cache, monkeypatch):
+    """On a machine whose compiler is slow the process ends late, having told some outcomes."""
+    passes = []
+
+    def late(command, **options):
+        passes.append(command[4:])
+        told = {"operation": command[-1], "decibels": 60.0, "fault": None, "lasting": True}
+        lines = f"{selfcheck.BEGUN}\n{json.dumps(told)}\n".encode()
+        raise subprocess.TimeoutExpired(command, options["timeout"], lines)
+
+    monkeypatch.setattr(selfcheck, "COMMAND", ["python"])
+    monkeypatch.setattr(subprocess, "run", late)
+    found = selfcheck.examine("cpu", FLOAT)
+    assert not any(outcome.fault for outcome in found.values())
+    assert [len(operations) for operations in passes] == list(range(len(OPERATIONS), 0, -1))
+    assert len(kept(cache)) == 1
 
 
 def test_drawing_begins_with_the_check_and_says_what_failed(script, monkeypatch):

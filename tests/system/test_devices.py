@@ -22,6 +22,7 @@ from sana_cli.system.inventory import memory
         "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
         "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
         "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+        "GET was unable to find an engine to execute this computation",
         "MPS backend out of memory (MPS allocated: 8.00 GB, max allowed: 9.07 GB)",
         "Invalid buffer size: 16.00 GB",
         "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory",
