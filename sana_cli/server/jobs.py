@@ -6,7 +6,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 
 from sana_cli.errors import SanaError
@@ -153,10 +153,11 @@ class JobQueue:
                 state, error = self._draw(job)
             except SanaError as failure:
                 state, error = "failed", of(failure)
-            except Exception as failure:
-                self.report(failure)
+            except BaseException as failure:  # whatever it is, the next job is drawn
                 state = "failed"
                 error = ApiError(500, "this is a bug of the server; its log has more")
+                with suppress(BaseException):
+                    self.report(failure)
             seconds = (time.monotonic() - began + self.seconds) / 2
             with self._change:
                 self.current, self.seconds = None, seconds
