@@ -257,17 +257,12 @@ class RemoteSession(Session):
 
     def _events(self, answer: "httpx2.Response") -> Iterator[tuple[str, Any]]:
         """The server-sent events of an answer, as far as this server writes them."""
-        import httpx2
-
         name = ""
-        try:
-            for line in answer.iter_lines():
-                if line.startswith("event: "):
-                    name = line.removeprefix("event: ")
-                elif line.startswith("data: "):
-                    yield name, _json(line.removeprefix("data: "))
-        except httpx2.TransportError:
-            raise self._gone() from None
+        for line in answer.iter_lines():
+            if line.startswith("event: "):
+                name = line.removeprefix("event: ")
+            elif line.startswith("data: "):
+                yield name, _json(line.removeprefix("data: "))
 
     # --- HTTP ----------------------------------------------------------------------------------
 
@@ -321,6 +316,8 @@ class RemoteSession(Session):
                 if answer.status_code != 429:
                     raise self._error(_json(answer.text), answer.status_code)
                 wait = answer.headers.get("Retry-After", "5")
+            except httpx2.TransportError:  # also where the answer is used
+                raise self._gone() from None
             finally:
                 answer.close()
             if not announced:
@@ -357,7 +354,9 @@ class RemoteSession(Session):
         )
 
     def _gone(self) -> SanaError:
-        return ServerGone(f"the server at {self.url} went away while it was drawing", AGAIN)
+        return ServerGone(
+            f"the server at {self.url} went away before its answer was complete", AGAIN
+        )
 
 
 def is_local(url: str) -> bool:

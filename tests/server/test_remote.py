@@ -4,6 +4,7 @@ import base64
 import json
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -155,7 +156,7 @@ def test_a_server_that_dies_is_one_line(sana, serving, tmp_path):
         words = ("-m", "demo", "--steps", "1000", "-o", f"{tmp_path}/a.png")
         run = sana("generate", PROMPT, *words, "--server", served.url)
     assert run.code == 1
-    assert "went away while it was drawing" in run.err
+    assert "went away before its answer was complete" in run.err
     assert not list(tmp_path.glob("*.png"))
 
 
@@ -177,6 +178,22 @@ def test_a_batch_goes_on_with_the_next_server(
     with serving("-m", "demo", "--port", str(served.address[1])):
         assert sana(*words).code == 0
     assert len(list(Path("there").glob("*.png"))) == 8
+
+
+def test_an_answer_that_breaks_off_is_one_line(sana):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer() -> None:
+            line, _ = listener.accept()
+            with line:
+                line.recv(65536)
+                line.sendall(b'HTTP/1.1 200 OK\r\nContent-Length: 5000\r\n\r\n{"object"')
+
+        threading.Thread(target=answer, daemon=True).start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        run = sana("generate", PROMPT, *FAST, "--server", url)
+    assert run.code == 1
+    assert "went away before its answer was complete" in run.err
 
 
 @pytest.fixture
