@@ -219,6 +219,12 @@ def test_nothing_of_a_request_reaches_the_log_unescaped(served):
     assert "\\x1b[31m\\r\\nevil line/[red]x[/red] 404" in line
 
 
+def test_a_word_of_a_stranger_is_no_label_of_a_count(served):
+    assert served.client.request("STRANGE", "/health").status_code == 405
+    assert served.client.get("/strange").status_code == 404
+    assert "strange" not in served.client.get("/metrics").text.lower()
+
+
 @pytest.mark.parametrize(
     "path",
     [
