@@ -93,7 +93,7 @@ class JobQueue:
 
     # --- from the loop -------------------------------------------------------------------------
 
-    def submit(self, job: Job) -> None:
+    def check_room(self) -> None:
         """ApiError 429 if the queue is full, 503 if the server is stopping."""
         with self._change:
             if self.stopping:
@@ -106,6 +106,11 @@ class JobQueue:
                     code="queue_full",
                     retry_after=min(max(1, round(wait)), LONGEST_WAIT),
                 )
+
+    def submit(self, job: Job) -> None:
+        """ApiError as of `check_room`."""
+        with self._change:
+            self.check_room()
             self.waiting.append(job)
             self._change.notify()
 

@@ -52,6 +52,9 @@ def test_a_full_queue_says_when_to_come_back_and_a_job_can_be_cancelled(small):
     assert refused.status_code == 429
     assert int(refused.headers["Retry-After"]) >= 1
     assert refused.json()["error"]["type"] == "rate_limit_error"
+    assert small.draw(dry_run=True).status_code == 200
+    edit = {"data": {"prompt": "a"}, "files": {"image": b"no image"}}
+    assert small.client.post("/v1/images/edits", **edit).status_code == 429  # and it is not read
     assert small.metric("sana_queue_waiting") == 1
     first, second = small.jobs()
     assert small.client.delete(f"/v1/jobs/{second['id']}").json()["cancelled"]
