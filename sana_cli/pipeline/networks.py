@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from sana_cli.recipe import Adapter
 from sana_cli.system.devices import release_unused_memory
 from sana_cli.weights.layout import Part
+from sana_cli.weights.single_file import SingleFile
 
 if TYPE_CHECKING:
     from sana_cli.models.cuda_graph import RepeatedCall
@@ -143,9 +144,10 @@ def identity_of(part: Part) -> tuple[Hashable, ...]:
     """
     identities: list[Any] = []
     for source in part.weights:
-        if isinstance(source, Path):
-            state = source.stat()
-            identities.append((str(source), state.st_size, state.st_mtime_ns))
+        file = source.path if isinstance(source, SingleFile) else source
+        if isinstance(file, Path):
+            state = file.stat()
+            identities.append((str(file), state.st_size, state.st_mtime_ns))
         else:
             identities.append(_SameObject(source))
     return tuple(identities)

@@ -138,7 +138,7 @@ def choose_text_precision(
     if asked in ("bf16", "fp32"):
         return {"bf16": "bfloat16", "fp32": "float32"}[asked], None
     if asked == "int8":
-        if fault := _int8_fault(device):
+        if fault := int8_fault(device):
             raise UsageError(f"--text-precision int8: {fault}", "use --text-precision auto")
         return "int8", None
     if dtype != "auto" or not device.startswith("cuda") or linear_weights <= LARGE_ENCODER:
@@ -150,13 +150,13 @@ def choose_text_precision(
         memory = torch.cuda.get_device_properties(device).total_memory
     if size <= ENCODER_SHARE * memory:
         return text_dtype, None
-    if fault := _int8_fault(device):
+    if fault := int8_fault(device):
         gb = size / 1e9
         return text_dtype, f"the text encoder takes {gb:.1f} GB, as it cannot run in int8: {fault}"
     return "int8", None
 
 
-def _int8_fault(device: str) -> str | None:
+def int8_fault(device: str) -> str | None:
     """Return why bitsandbytes' LLM.int8 cannot run on a device, or None."""
     if importlib.util.find_spec("bitsandbytes") is None:
         return "bitsandbytes is not installed"

@@ -4,14 +4,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from sana_cli.errors import NotEnoughMemory
 from sana_cli.models.cuda_graph import RepeatedCall
-from sana_cli.pipeline.networks import NetworkKey, Networks
+from sana_cli.pipeline.networks import NetworkKey, Networks, identity_of
 from sana_cli.pipeline.oom_retry import Notice, OOMRetry
 from sana_cli.pipeline.plan import Plan
 from sana_cli.recipe import Adapter
+from sana_cli.weights.layout import Part
+from sana_cli.weights.single_file import read_single_file
 
 
 def key(part: str) -> NetworkKey:
@@ -91,6 +94,21 @@ def test_of_one_network_with_loras_the_last_stays_beside_that_without(networks):
     networks.add(scaled[1], nn.Identity(), 100)
     networks.make_room(needed=0, budget=9000, using=key("transformer"), device="cpu")
     assert scaled[1] in networks.loaded
+
+
+def test_a_checkpoint_in_one_file_is_the_same_network_until_it_is_replaced(tmp_path, networks):
+    path = tmp_path / "mine.safetensors"
+
+    def opened() -> NetworkKey:
+        """As every call opens it."""
+        part = Part(tmp_path, (read_single_file(path),))
+        return NetworkKey("transformer", identity_of(part), "float32")
+
+    for side in (2, 3):
+        save_file({"patch_embed.proj.weight": torch.zeros(side, side)}, path)
+        assert networks.find(opened()) is None
+        networks.add(opened(), nn.Identity(), 100)
+        assert networks.find(opened()) is not None
 
 
 def running_out(times: int):

@@ -151,6 +151,13 @@ def test_uploads_are_checked_before_they_are_decoded(served, files, status, says
     assert says in answer.json()["error"]["message"]
 
 
+def test_an_upload_grows_no_further_than_an_upload_may_be(served):
+    data = {"prompt": "a", "steps": "1", "outpaint": "3200", "dry_run": "true"}
+    answer = served.client.post("/v1/images/edits", data=data, files={"image": picture("PNG")})
+    assert answer.status_code == 400
+    assert "to 6464x6464 pixels; at most 40 million" in answer.json()["error"]["message"]
+
+
 @pytest.mark.parametrize(
     "body",
     [
