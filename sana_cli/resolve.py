@@ -159,6 +159,10 @@ class Inputs(Mapping[str, "np.ndarray"]):
             self._last[image.role] = sha256, pixels
         return self._last[image.role][1]
 
+    def release(self) -> None:
+        """Drop the pixels in memory, which are read again when they are used."""
+        self._last.clear()
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._inputs)
 

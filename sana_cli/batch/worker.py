@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from sana_cli.batch.engine import Failed
 from sana_cli.batch.jobs import Job
-from sana_cli.errors import BrokenModel, NotEnoughMemory, SanaError
+from sana_cli.errors import BrokenModel, NotEnoughMemory, SanaError, ServerGone
 from sana_cli.pipeline.events import Failure, ImageDone, Notice, Progress
 from sana_cli.pipeline.plan import demands
 from sana_cli.resolve import Inputs
@@ -65,7 +65,8 @@ class Worker:
         """Draw jobs, all with the same networks together; each ends as Encoded or Failed.
 
         NotEnoughMemory if there is too little for a job and all jobs of the batch are `alike`:
-        then the machine is too small, and no job is at fault.
+        then the machine is too small, and no job is at fault. ServerGone if they are drawn
+        elsewhere, and nobody draws there any more.
         """
         for group in group_by_networks(jobs):
             waiting = [group[at : at + GROUP_SIZE] for at in range(0, len(group), GROUP_SIZE)]
@@ -109,6 +110,8 @@ class Worker:
                     if self.stopping() and not under_way and event.stage != "decode":
                         break
                     under_way = under_way or event.stage in ("denoise", "decode")
+        except ServerGone:
+            raise
         except Exception as error:
             return list(left.values()), plain_error(error)
         return list(left.values()), None
