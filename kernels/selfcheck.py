@@ -128,7 +128,8 @@ def _as_tuple(result: Any) -> tuple[Tensor, ...]:
 # --- in the process that draws -----------------------------------------------------------------
 
 
-# By device, dtype, and whether they are the operations of 8-bit rows.
+Kind = tuple[torch.dtype, bool]  # of kernels; the second says that those of 8-bit rows are meant
+# By device and kind.
 _started: dict[tuple[torch.device, torch.dtype, bool], Future[dict[str, Outcome]]] = {}
 _lock = threading.Lock()
 _said: set[str] = set()
@@ -147,11 +148,8 @@ def outcomes(
     return _started[_with_index(device), dtype, eight].result()
 
 
-def start(device: torch.device | str, kinds: Iterable[tuple[torch.dtype, bool]]) -> bool:
-    """Begin to check kernels in the background, if there is no outcome; whether any began.
-
-    `kinds` are dtypes, each with whether the operations of 8-bit rows are meant.
-    """
+def start(device: torch.device | str, kinds: Iterable[Kind]) -> bool:
+    """Begin to check kernels in the background, if there is no outcome; whether any began."""
     began, device = False, _with_index(device)
     with _lock:
         for kind in kinds:
@@ -168,7 +166,7 @@ def start(device: torch.device | str, kinds: Iterable[tuple[torch.dtype, bool]])
     return began
 
 
-def remarks(device: torch.device | str, kinds: Iterable[tuple[torch.dtype, bool]]) -> list[str]:
+def remarks(device: torch.device | str, kinds: Iterable[Kind]) -> list[str]:
     """Return what has to be said of the checks, each once in this process; waits for them."""
     found = [
         f"{operation} in {name_of(dtype)} runs as plain torch: {outcome.fault};"
