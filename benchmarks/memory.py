@@ -42,7 +42,7 @@ def peaks(model: Model) -> tuple[int, int]:
     *_, lean_denoise, _ = fast.fallback_plans("denoise")  # the last is the CPU
     *_, lean_decode, _ = fast.fallback_plans("decode")
     cache = PeakCache()
-    text = _text_peak(cache, recipe, files)
+    text = _text_peak(cache, fast, recipe, files)
     return (
         max(
             text,

@@ -128,7 +128,8 @@ def _as_tuple(result: Any) -> tuple[Tensor, ...]:
 # --- in the process that draws -----------------------------------------------------------------
 
 
-# By device, dtype, and whether they are the operations of 8-bit rows.
+Kind = tuple[torch.dtype, bool]  # of kernels; the second says that those of 8-bit rows are meant
+# By device and kind.
 _started: dict[tuple[torch.device, torch.dtype, bool], Future[dict[str, Outcome]]] = {}
 _lock = threading.Lock()
 _said: set[str] = set()
@@ -147,11 +148,8 @@ def outcomes(
     return _started[_with_index(device), dtype, eight].result()
 
 
-def start(device: torch.device | str, kinds: Iterable[tuple[torch.dtype, bool]]) -> bool:
-    """Begin to check kernels in the background, if there is no outcome; whether any began.
-
-    `kinds` are dtypes, each with whether the operations of 8-bit rows are meant.
-    """
+def start(device: torch.device | str, kinds: Iterable[Kind]) -> bool:
+    """Begin to check kernels in the background, if there is no outcome; whether any began."""
     began, device = False, _with_index(device)
     with _lock:
         for kind in kinds:
@@ -168,7 +166,7 @@ def start(device: torch.device | str, kinds: Iterable[tuple[torch.dtype, bool]])
     return began
 
 
-def remarks(device: torch.device | str, kinds: Iterable[tuple[torch.dtype, bool]]) -> list[str]:
+def remarks(device: torch.device | str, kinds: Iterable[Kind]) -> list[str]:
     """Return what has to be said of the checks, each once in this process; waits for them."""
     found = [
         f"{operation} in {name_of(dtype)} runs as plain torch: {outcome.fault};"
@@ -190,13 +188,13 @@ def examine(
     found: dict[str, Outcome] = {}
     todo, workers = list(operations), WORKERS
     while todo:
-        told, began, end = _told_by_process(device, dtype, workers, todo)
+        told, began, late, end = _told_by_process(device, dtype, workers, todo)
         found |= told
         todo = [operation for operation in todo if operation not in told]
         if not began:
             found |= dict.fromkeys(todo, Outcome(None, f"the check of the kernels {end}", False))
             break
-        if todo and workers == 1:  # it was this one
+        if todo and workers == 1 and not (late and told):  # it was this one
             found[todo.pop(0)] = Outcome(None, f"its check {end}")
         workers = 1
     if all(outcome.lasting for outcome in found.values()):
@@ -234,16 +232,18 @@ def _run(
 
 def _told_by_process(
     device: torch.device, dtype: torch.dtype, workers: int, operations: list[str]
-) -> tuple[dict[str, Outcome], bool, str]:
-    """Run the process; return the outcomes that it told, whether it began, and how it ended."""
+) -> tuple[dict[str, Outcome], bool, bool, str]:
+    """Run the process; return the outcomes that it told, whether it began, whether it took too
+    long, and how it ended."""
     command = [*COMMAND, str(device), name_of(dtype), str(workers), *operations]
+    is_late = False
     try:
         done = subprocess.run(command, capture_output=True, timeout=SECONDS)
         output, end = done.stdout, f"crashed, exit code {done.returncode}"
         last = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
         end = ": ".join([end, *last])
     except subprocess.TimeoutExpired as late:
-        output, end = late.stdout or b"", f"took more than {SECONDS} seconds"
+        is_late, output, end = True, late.stdout or b"", f"took more than {SECONDS} seconds"
     except OSError as error:
         output, end = b"", f"could not be started: {error}"
     told, lines = {}, output.decode(errors="replace").splitlines()
@@ -254,7 +254,7 @@ def _told_by_process(
             document = json.loads(line)
             operation = document.pop("operation")
             told[operation] = Outcome(**document)
-    return told, BEGUN in lines, end
+    return told, BEGUN in lines, is_late, end
 
 
 # --- what is kept ------------------------------------------------------------------------------

@@ -101,12 +101,15 @@ def choose(
         enough = UNSURE * product.cycles(best[0], *facts)
         good = [shape for shape in best if product.cycles(shape, *facts) <= enough]
         return max(good, key=lambda shape: math.prod(shape.tile))
-    if not _can_measure(x.device):
+    if not _runs(x.device):
         return best[0]
     kept, size = _kept(x.device), " ".join(map(str, (kernel, *product)))
     for shape in best:
         if list(shape.tile) == kept.get(size):
             return shape
+    # The pass before it has measured what a graph contains, and loaded it, which capture forbids.
+    if torch.cuda.is_current_stream_capturing():
+        return best[0]
     try:
         seconds = {shape: _seconds(partial(run, shape), x.device) for shape in best}
     except Exception as error:
@@ -120,11 +123,9 @@ def choose(
     return fastest
 
 
-def _can_measure(device: torch.device) -> bool:
+def _runs(device: torch.device) -> bool:
     """Whether kernels run, on a GPU, and are not just recorded."""
-    if device.type != "cuda" or launch.is_traced():
-        return False
-    return not torch.cuda.is_current_stream_capturing()
+    return device.type == "cuda" and not launch.is_traced()
 
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:

@@ -96,26 +96,23 @@ def main() -> None:
     except KeyboardInterrupt:
         code = 130
     except BrokenPipeError:
-        from sana_cli.ui import close_stdout_quietly
-
-        close_stdout_quietly()
         code = READER_LEFT
     except SystemExit as end:  # Rich ends a command so when the reader of its tables left
         code = READER_LEFT if isinstance(end.__context__, BrokenPipeError) else end.code
     except Exception as error:
         code = _report(error, found)
-        _drop_unwritten()
+    _drop_unwritten()
     sys.exit(code if isinstance(code, int) else 0)
 
 
 def _drop_unwritten() -> None:
-    """Forget what stdout cannot take, such as a full disk, or Python would try again at its end."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        from sana_cli.ui import close_stdout_quietly
-
-        close_stdout_quietly()
+    """Forget what a stream cannot take, as on a full disk or without a reader, or Python would try
+    again at its end and make the exit code 120."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _skip_last_collection() -> None:

@@ -44,3 +44,7 @@ class BadImage(SanaError):
     """The network produced NaN or a single flat colour."""
 
     exit_code = 7
+
+
+class ServerGone(SanaError):
+    """A server that cannot be asked any more, which is no fault of what it was to draw."""

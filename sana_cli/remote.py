@@ -23,6 +23,7 @@ from sana_cli.errors import (
     MissingModel,
     NotEnoughMemory,
     SanaError,
+    ServerGone,
     UsageError,
 )
 from sana_cli.pipeline.events import Event, Failure, ImageDone, Notice, Preview, Progress
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
 
 CONNECT_SECONDS = 10
 ROLES: dict[str, Role] = {"image": "init", "mask": "mask", "control": "control"}
+GONE = (502, 503, 504)  # as it is stopping, or as a proxy before it says
+AGAIN = "once it is back, type the command again"
 SILENT_SECONDS = 60  # a server says every ten that it is still there
 KINDS: dict[int, type[SanaError]] = {
     kind.exit_code: kind for kind in (UsageError, NotEnoughMemory, MissingModel, DiskFull, BadImage)
@@ -254,17 +257,12 @@ class RemoteSession(Session):
 
     def _events(self, answer: "httpx2.Response") -> Iterator[tuple[str, Any]]:
         """The server-sent events of an answer, as far as this server writes them."""
-        import httpx2
-
         name = ""
-        try:
-            for line in answer.iter_lines():
-                if line.startswith("event: "):
-                    name = line.removeprefix("event: ")
-                elif line.startswith("data: "):
-                    yield name, _json(line.removeprefix("data: "))
-        except httpx2.TransportError:
-            raise self._gone() from None
+        for line in answer.iter_lines():
+            if line.startswith("event: "):
+                name = line.removeprefix("event: ")
+            elif line.startswith("data: "):
+                yield name, _json(line.removeprefix("data: "))
 
     # --- HTTP ----------------------------------------------------------------------------------
 
@@ -306,7 +304,7 @@ class RemoteSession(Session):
                 request = self._client.build_request("POST", path, **content)  # type: ignore[arg-type]
                 answer = self._client.send(request, stream=True)
             except httpx2.TransportError as error:
-                raise SanaError(
+                raise ServerGone(
                     f"no server answers at {self.url}: {error or type(error).__name__}",
                     "start one with `sana serve`, or leave out --server and SANA_SERVER",
                 ) from None
@@ -318,6 +316,8 @@ class RemoteSession(Session):
                 if answer.status_code != 429:
                     raise self._error(_json(answer.text), answer.status_code)
                 wait = answer.headers.get("Retry-After", "5")
+            except httpx2.TransportError:  # also where the answer is used
+                raise self._gone() from None
             finally:
                 answer.close()
             if not announced:
@@ -329,11 +329,15 @@ class RemoteSession(Session):
         """The error that the command line would have shown on the server's machine."""
         error = document.get("error") if isinstance(document, dict) else None
         if status == 401:
-            return SanaError(f"the server at {self.url} wants a token", "set SANA_TOKEN to it")
-        if not isinstance(error, dict):
+            return ServerGone(f"the server at {self.url} wants a token", "set SANA_TOKEN to it")
+        error = error if isinstance(error, dict) else {}
+        message = f"the server at {self.url} says: {error.get('message', f'HTTP {status}')}"
+        if status in GONE or error.get("code") == "stopping":
+            return ServerGone(message, AGAIN)
+        if not error:
             return self._stranger()
         details = error.get("sana") or {
-            "message": f"the server at {self.url} says: {error.get('message')}",
+            "message": message,
             "hint": None,
             "exit_code": UsageError.exit_code if status in (400, 413) else SanaError.exit_code,
         }
@@ -350,7 +354,9 @@ class RemoteSession(Session):
         )
 
     def _gone(self) -> SanaError:
-        return SanaError(f"the server at {self.url} went away while it was drawing")
+        return ServerGone(
+            f"the server at {self.url} went away before its answer was complete", AGAIN
+        )
 
 
 def is_local(url: str) -> bool:

@@ -113,14 +113,26 @@ class Inputs(Mapping[str, "np.ndarray"]):
             return self._by_file[file]
         loaded, pixels, convention = self._read(path, role)
         sha256 = hashlib.sha256(pixels.tobytes()).hexdigest()
-        self._last[role] = sha256, pixels
         height, width = pixels.shape[:2]
         more = convention, loaded.turned, tuple(loaded.notes)
         image = InputImage(role, path, sha256, width, height, *more)
+        alike = self._inputs.get(sha256, image)
+        if (alike.width, alike.height) != (width, height):  # both of one colour, as blank masks are
+            raise UsageError(
+                f"{path} has the same bytes as {alike.path}, in another shape",
+                "use them in separate runs",
+            )
         self._inputs[sha256] = image
+        self._last[role] = sha256, pixels
         if file is not None:
             self._by_file[file] = image
         return image
+
+    def most_pixels(self, path: str) -> int:
+        """Return how many pixels an image may have, also once its canvas has grown."""
+        from sana_cli.images.files import MAX_PIXELS, UPLOAD_PIXELS
+
+        return UPLOAD_PIXELS if path in self._uploads else MAX_PIXELS
 
     def _read(self, path: str, role: Role) -> "tuple[Loaded, np.ndarray, str]":
         from sana_cli.images.files import load, rgb
@@ -146,6 +158,10 @@ class Inputs(Mapping[str, "np.ndarray"]):
                 raise SanaError(f"--image {image.path} has changed since this run began")
             self._last[image.role] = sha256, pixels
         return self._last[image.role][1]
+
+    def release(self) -> None:
+        """Drop the pixels in memory, which are read again when they are used."""
+        self._last.clear()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._inputs)
@@ -346,6 +362,12 @@ def _with_image(resolution: Resolution, path: str, images: Inputs) -> Resolution
     width, height = image.width, image.height
     if margins:
         width, height = width + margins.left + margins.right, height + margins.top + margins.bottom
+        if width * height > (most := images.most_pixels(path)):
+            raise UsageError(
+                f"--outpaint {asked.outpaint} grows --image to {width}x{height} pixels; at most"
+                f" {most / 1e6:.0f} million are taken",
+                "give fewer pixels, as in --outpaint 256",
+            )
     found = replace(resolution, image=image, mask=mask, margins=margins)
     if resolution.aspect is None and (request is None or request.side is not None):
         found = replace(found, aspect=width / height)

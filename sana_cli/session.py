@@ -254,7 +254,7 @@ class Session:
         from sana_cli.pipeline.plan import make_plan
         from sana_cli.system.devices import resident_bytes
 
-        held = self._networks.held_bytes if self._networks is not None else 0
+        held = self._networks.held_on(self.device) if self._networks is not None else 0
         if self.memory is not None and not held:
             import sana_cli.pipeline.draw  # noqa: F401 - its libraries count against the limit
 

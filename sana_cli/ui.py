@@ -1,6 +1,5 @@
 """Lines and progress bars on stderr; stdout carries results only."""
 
-import os
 import sys
 import threading
 import time
@@ -340,9 +339,3 @@ def visible(text: str) -> str:
 def write_stdout(data: bytes) -> None:
     sys.stdout.buffer.write(data)
     sys.stdout.buffer.flush()
-
-
-def close_stdout_quietly() -> None:
-    """Redirect stdout to the null device after the reader of a pipe has closed it, or a disk is
-    full."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from sana_cli.batch.engine import Failed
 from sana_cli.batch.jobs import Job
-from sana_cli.errors import BrokenModel, NotEnoughMemory, SanaError
+from sana_cli.errors import BrokenModel, NotEnoughMemory, SanaError, ServerGone
 from sana_cli.pipeline.events import Failure, ImageDone, Notice, Progress
+from sana_cli.pipeline.plan import demands
 from sana_cli.resolve import Inputs
 from sana_cli.session import DrawRequest, Session
 from sana_cli.settings import FileOptions
@@ -44,7 +45,7 @@ def group_by_networks(jobs: Iterable[Job]) -> list[list[Job]]:
 def need_the_same(jobs: Iterable[Job]) -> bool:
     """Whether all jobs need the same memory, so that a machine too small for one draws none."""
     groups = group_by_networks(jobs)
-    return len(groups) == 1 and len({_pixels(job) for job in groups[0]}) == 1
+    return len(groups) == 1 and len({demands(job.recipe) for job in groups[0]}) == 1
 
 
 class Worker:
@@ -64,7 +65,8 @@ class Worker:
         """Draw jobs, all with the same networks together; each ends as Encoded or Failed.
 
         NotEnoughMemory if there is too little for a job and all jobs of the batch are `alike`:
-        then the machine is too small, and no job is at fault.
+        then the machine is too small, and no job is at fault. ServerGone if they are drawn
+        elsewhere, and nobody draws there any more.
         """
         for group in group_by_networks(jobs):
             waiting = [group[at : at + GROUP_SIZE] for at in range(0, len(group), GROUP_SIZE)]
@@ -73,19 +75,12 @@ class Worker:
                 left, error = yield from self._draw(some, files_of(some[0]), inputs)
                 if error is None or not left:
                     continue
-                if isinstance(error, NotEnoughMemory):
-                    if alike:
-                        raise error
-                    size = max(map(_pixels, left))
-                    bad = [job for job in left if _pixels(job) == size]
-                    if smaller := [job for job in left if _pixels(job) < size]:
-                        waiting.insert(0, smaller)
-                elif len(left) == 1 or isinstance(error, BrokenModel):
-                    bad = left
-                else:  # of an unknown job: bisect
-                    half, bad = len(left) // 2, []
-                    waiting[:0] = [left[:half], left[half:]]
-                for job in bad:
+                if isinstance(error, NotEnoughMemory) and alike:
+                    raise error
+                if parts := _divide(left, error):
+                    waiting[:0] = parts
+                    continue
+                for job in left:
                     yield Failed(job, error)
 
     def _draw(
@@ -115,6 +110,8 @@ class Worker:
                     if self.stopping() and not under_way and event.stage != "decode":
                         break
                     under_way = under_way or event.stage in ("denoise", "decode")
+        except ServerGone:
+            raise
         except Exception as error:
             return list(left.values()), plain_error(error)
         return list(left.values()), None
@@ -127,8 +124,17 @@ class Worker:
         return Encoded(job, data, self.session.peak_bytes())
 
 
-def _pixels(job: Job) -> int:
-    return job.recipe.native_width * job.recipe.native_height
+def _divide(jobs: list[Job], error: SanaError) -> list[list[Job]]:
+    """Return two parts of the jobs, if the error may be of some only; else none."""
+    parts: list[list[Job]] = []
+    if isinstance(error, NotEnoughMemory):
+        kinds = sorted({demands(job.recipe) for job in jobs})
+        middle = kinds[len(kinds) // 2]
+        parts.append([job for job in jobs if demands(job.recipe) < middle])
+        parts.append([job for job in jobs if demands(job.recipe) >= middle])
+    elif not isinstance(error, BrokenModel):
+        parts += jobs[: len(jobs) // 2], jobs[len(jobs) // 2 :]
+    return parts if all(parts) else []
 
 
 def plain_error(error: Exception) -> SanaError:

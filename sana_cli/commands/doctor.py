@@ -357,7 +357,8 @@ def _lines(facts: Facts) -> Iterator[tuple[str, str]]:
         sets = ", ".join(cpu["instructions"] or [cpu["kernels"]])
         yield "cpu", f"{cpu['name'] or 'unknown'}, {_count(cpu['cores'], 'core')}; {sets}"
     if memory:
-        limit = f", of which this container may use {_size(memory['limit_bytes'])}"
+        limit = f"; this container may use {_size(memory['limit_bytes'])}"
+        limit += f", {_size(memory['limit_free_bytes'])} free"
         yield (
             "memory",
             f"{_size(memory['total_bytes'])}, {_size(memory['available_bytes'])} free"

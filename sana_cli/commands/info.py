@@ -129,12 +129,18 @@ def info(
 
 
 def _images_in(folder: str) -> list[str] | None:
-    """The image files of a folder, the newest first; None if it is no folder."""
+    """The image files of a folder, the newest first; None if it is no folder.
+
+    UsageError if it cannot be read.
+    """
     from sana_cli.images.names import SUFFIXES
 
     if not os.path.isdir(folder):
         return None
-    files = [Path(one.path) for one in os.scandir(folder) if one.is_file()]
+    try:
+        files = [Path(one.path) for one in os.scandir(folder) if one.is_file()]
+    except OSError as error:
+        raise UsageError(f"{folder} cannot be read: {error.strerror}") from None
     images = [path for path in files if path.suffix.lower() in SUFFIXES]
     return [str(path) for path in sorted(images, key=lambda path: -path.stat().st_mtime_ns)]
 

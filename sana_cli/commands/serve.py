@@ -1,9 +1,11 @@
 """`sana serve`: the models stay loaded behind OpenAI's Images API and a page."""
 
+import io
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import IO, Annotated, Any, cast
 
 import typer
 
@@ -101,6 +103,7 @@ def serve(
     from sana_cli.weights.catalogue import choose_model
 
     console = Console(quiet, verbose, color)
+    console.rich.file = cast(IO[str], _Log(sys.stderr))
     asked |= dict.fromkeys(apply_defaults(context, console))
     seconds = parse_duration(keep_alive, "--keep-alive")
     running = RunOptions(**{name: asked[name] for name in declared(RunOptions)})
@@ -147,13 +150,33 @@ def serve(
 
     def ready() -> None:
         if made:
-            console.line(f"token: {token}")
+            Console(color=color).line(f"token: {token}")  # which must not be lost
         console.info(f"serving on {session.device}; docs at {url}/docs")
         sys.stdout.write(f"{url}\n")
         sys.stdout.flush()
 
     code = run(app, service, listener, console, ready)
     raise typer.Exit(code)
+
+
+class _Log(io.TextIOBase):
+    """A stream that loses the lines that it cannot write, as to a reader that left or a full disk:
+    an exception would end the thread that draws."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self.stream = stream
+
+    def isatty(self) -> bool:
+        return self.stream.isatty()
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self.stream.flush()
 
 
 def _open(session: Any, model: str | None, console: Any) -> None:

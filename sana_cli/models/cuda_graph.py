@@ -50,9 +50,9 @@ class RepeatedCall:
             try:
                 self._graph = GraphedCall(function, inputs)
             except RuntimeError as error:
-                # Ending a failed capture fails as well; the first error is the cause.
-                cause = error.__context__ or error
-                self.error = str(cause).partition("\n")[0]
+                # Ending a failed capture fails as well; the first error is the cause. Its text
+                # alone is kept: its traceback holds all that the capture had allocated.
+                self.error = str(error.__context__ or error).partition("\n")[0]
         if self._graph is None:
             made = function(inputs)
         else:

@@ -120,8 +120,8 @@ class Drawing:
     def events(self) -> Iterator[Event]:
         reuse_freed_blocks()
         if self.plan.budget:
-            cap_memory(self.plan.device, self.plan.budget, self.networks.held_bytes)
-        yield from self.start_selfcheck()
+            cap_memory(self.plan.device, self.plan.budget, self.networks.held_on(self.plan.device))
+        yield from self.start_selfcheck(self.kernel_kinds)
         yield from self.encode_texts()
         self.done_with("text_encoder")
         if any(recipe.image or recipe.control for recipe in self.recipes):
@@ -135,7 +135,7 @@ class Drawing:
         for first in range(0, len(self.recipes), turn):
             indices = range(first, min(first + turn, len(self.recipes)))
             transformer = yield from self.load_transformer()
-            yield from self.remarks_of_selfcheck()
+            yield from self.remarks_of_selfcheck(self.kernel_kinds)
             for i in indices:
                 yield from self.finish(i, self.denoise(i, transformer))
             del transformer
@@ -162,24 +162,26 @@ class Drawing:
     # --- kernels -------------------------------------------------------------------------------
 
     @property
-    def kernel_kinds(self) -> list[tuple[torch.dtype, bool]]:
-        """The precisions of the kernels that run on the plan's device; which are of 8-bit rows."""
-        if fallback_reason(torch.device(self.plan.device)) is not None:
-            return []
+    def kernel_kinds(self) -> list[selfcheck.Kind]:
+        """The precisions of the kernels of these recipes."""
         recipe = self.recipes[0]
         kinds = [(dtype_of(recipe.dit_dtype), False), (dtype_of(recipe.vae_dtype), False)]
         if recipe.quant == "w8a8":
             kinds.append((dtype_of(recipe.dit_dtype), True))
         return list(dict.fromkeys(kinds))
 
-    def start_selfcheck(self) -> Iterator[Event]:
+    def start_selfcheck(self, kinds: list[selfcheck.Kind]) -> Iterator[Event]:
         """Begin to check the kernels, if they are new to this GPU, while networks are loaded."""
-        if selfcheck.start(self.plan.device, self.kernel_kinds):
+        if self.runs_kernels and selfcheck.start(self.plan.device, kinds):
             yield Notice("compiling and checking the kernels, once for this GPU")
 
-    def remarks_of_selfcheck(self) -> Iterator[Event]:
-        for text in selfcheck.remarks(self.plan.device, self.kernel_kinds):
+    def remarks_of_selfcheck(self, kinds: list[selfcheck.Kind]) -> Iterator[Event]:
+        for text in selfcheck.remarks(self.plan.device, kinds) if self.runs_kernels else ():
             yield Notice(text, warning=True)
+
+    @property
+    def runs_kernels(self) -> bool:
+        return fallback_reason(torch.device(self.plan.device)) is None
 
     # --- networks ------------------------------------------------------------------------------
 
@@ -443,7 +445,10 @@ class Drawing:
         decoded = yield from retry.attempt(attempt)
         yield from remarks_of_graph(decoder.graph, "a decode")
         if fault_of(decoded) and recipe.vae_dtype != "float32":
+            kinds = [(torch.float32, False)]
+            yield from self.start_selfcheck(kinds)
             decoded = yield from retry.attempt(partial(attempt, dtype="float32"))
+            yield from self.remarks_of_selfcheck(kinds)
             decoder.place(retry.plan.device, dtype_of(recipe.vae_dtype))
             yield Notice(
                 f"seed {recipe.seed} was decoded again in float32, as {recipe.vae_dtype} gave"

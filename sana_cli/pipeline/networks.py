@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from sana_cli.recipe import Adapter
 from sana_cli.system.devices import release_unused_memory
 from sana_cli.weights.layout import Part
+from sana_cli.weights.single_file import SingleFile
 
 if TYPE_CHECKING:
     from sana_cli.models.cuda_graph import RepeatedCall
@@ -43,6 +44,12 @@ class _Loaded:
         """Return the bytes of its weights and of its CUDA graph."""
         return self.weights + (self.graph.nbytes if self.graph else 0)
 
+    def device(self, key: NetworkKey) -> str:
+        """Return the kind of device that it is on, such as "cuda"."""
+        if key.device:
+            return key.device.partition(":")[0]
+        return next(self.network.parameters()).device.type
+
 
 class Networks:
     """Loaded networks by key. With `keep` they stay loaded after the call that loaded them.
@@ -58,6 +65,14 @@ class Networks:
     def held_bytes(self) -> int:
         """Return the bytes of the weights of all loaded networks."""
         return sum(loaded.weights for loaded in list(self._loaded.values()))  # as of one moment
+
+    def held_on(self, device: str) -> int:
+        """Return those on a device: a network that did not fit there may be on the CPU."""
+        return sum(self._loaded[key].weights for key in self._keys_on(device))
+
+    def _keys_on(self, device: str) -> list[NetworkKey]:
+        wanted = device.partition(":")[0]
+        return [key for key, loaded in self._loaded.items() if loaded.device(key) == wanted]
 
     @property
     def loaded(self) -> list[NetworkKey]:
@@ -80,7 +95,7 @@ class Networks:
 
         `needed` includes the weights of the network in use, which stays.
         """
-        others = [key for key in self._loaded if key != using]
+        others = [key for key in self._keys_on(device) if key != using]
         released = False
         for key in list(others) if using.adapters else ():
             # Of one network with LoRAs the last stays: a server is asked for ever new scales.
@@ -143,9 +158,10 @@ def identity_of(part: Part) -> tuple[Hashable, ...]:
     """
     identities: list[Any] = []
     for source in part.weights:
-        if isinstance(source, Path):
-            state = source.stat()
-            identities.append((str(source), state.st_size, state.st_mtime_ns))
+        file = source.path if isinstance(source, SingleFile) else source
+        if isinstance(file, Path):
+            state = file.stat()
+            identities.append((str(file), state.st_size, state.st_mtime_ns))
         else:
             identities.append(_SameObject(source))
     return tuple(identities)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from sana_cli import kernels, models, system
+from sana_cli.errors import BrokenModel
 from sana_cli.models.configs import ControlNetConfig, DCAEConfig, DiTConfig, GemmaConfig
 from sana_cli.system.devices import torch_version
 from sana_cli.system.disk import replace
@@ -97,7 +98,13 @@ class PeakCache:
         key = hashlib.sha256(repr((count.__qualname__, facts)).encode()).hexdigest()
         if key not in self._peaks:
             if key not in self.counted:
-                self.counted[key] = count()
+                try:
+                    self.counted[key] = count()
+                except Exception as error:  # the numbers are a stranger's, the code is torch's
+                    network = type(facts[0]).__name__.removesuffix("Config")
+                    raise BrokenModel(
+                        f"the model's {network} config describes no network: {error}"
+                    ) from error
             self._peaks[key] = self.counted[key]
             self._write()
         return self._peaks[key]

@@ -5,7 +5,7 @@ The peaks of the stages come from `peaks.py`. Nothing here imports torch unless 
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import partial
+from operator import ge
 from typing import Any, Literal
 
 from sana_cli.errors import NotEnoughMemory
@@ -13,7 +13,7 @@ from sana_cli.models.architectures import GEMMA_2_2B
 from sana_cli.models.streaming import STRIP_BYTES
 from sana_cli.pipeline.peaks import PeakCache
 from sana_cli.recipe import Recipe
-from sana_cli.system.devices import resident_bytes
+from sana_cli.system.devices import int8_fault, resident_bytes
 from sana_cli.system.inventory import memory
 from sana_cli.units import gigabytes
 from sana_cli.weights.catalogue import Model, known_models
@@ -114,13 +114,14 @@ def make_plan(
 ) -> Plan:
     """Make the fastest plan whose peaks stay under `limit` bytes, or what is free on the device.
 
-    With `predict` the peaks are predicted even if the upper bounds fit. `held` is the bytes of
-    loaded networks, which count as free, as they may be released. `overhead` is what the process
-    held before any network, if that was measured. `cache` holds peaks that are known already.
-    NotEnoughMemory, with the smallest change that would fit, if no plan fits.
+    The recipes are of one model and one precision; each of them fits. With `predict` the peaks are
+    predicted even if the upper bounds fit. `held` is the bytes of loaded networks, which count as
+    free, as they may be released. `overhead` is what the process held before any network, if that
+    was measured. `cache` holds peaks that are known already. NotEnoughMemory, with the smallest
+    change that would fit, if no plan fits.
     """
     cache = cache or PeakCache()
-    recipe = max(recipes, key=lambda r: r.native_width * r.native_height)
+    recipes = _most_demanding(recipes)
     # What is not tensors counts against the user's limit too: the context on a GPU, elsewhere the
     # interpreter and its libraries.
     used = 0
@@ -128,26 +129,23 @@ def make_plan(
         used = CONTEXT_BYTES
     elif limit is not None:
         used = resident_bytes() if overhead is None else overhead
-    free = int((free_memory(device) + held) * (1 - KEPT_FREE)) if limit is None else limit
+    free = int(free_memory(device, held) * (1 - KEPT_FREE)) if limit is None else limit
     budget = free - used
     plan = _default_plan(device, budget)
-    bounds = _upper_bounds(recipe, files, plan.strip_bytes)
+    bounds = _upper_bounds(max(recipes, key=demands), files, plan.strip_bytes)
     if limit is None and not predict and max(bounds.values()) < ROOMY * budget:
         together = bounds["denoise"] + bounds["decode"] < budget
         return replace(plan, bounds=bounds, keep_loaded=together)
-    peaks = {"encode": _text_peak(cache, recipe, files)}
-    if recipe.image is not None or recipe.control is not None:
-        plan, peaks["image"] = _fit(plan, "image", recipe, files, partial(_image_peak, cache))
-    denoise, decode = partial(_denoise_peak, cache), partial(_decode_peak, cache)
-    denoising, peaks["denoise"] = _fit(plan, "denoise", recipe, files, denoise)
-    plan, peaks["decode"] = _fit(plan, "decode", recipe, files, decode)
+    denoising, plan, peaks = _fit_all(plan, cache, recipes, files)
     worst = max(peaks, key=lambda stage: peaks[stage])
     if peaks[worst] > budget:
         least = peaks[worst] + used
+        chosen = denoising if worst == "denoise" else plan
+        recipe = max(recipes, key=lambda r: PEAKS[worst](cache, chosen, r, files))
         raise NotEnoughMemory(
             f"to {worst} {recipe.native_width}x{recipe.native_height} takes {gigabytes(least)},"
             f" more than the {gigabytes(budget + used)} there are",
-            _what_fits(cache, recipe, files, _default_plan(device, budget), peaks)
+            _what_fits(cache, recipes, files, _default_plan(device, budget))
             or f"it fits in --memory {least / 1e9 + 0.05:.1f}GB",
         )
     # More than either takes beside the other's weights.
@@ -155,7 +153,7 @@ def make_plan(
     if denoising.batched_cfg and not together and plan.strip_bytes > STRIP_BYTES:
         # Smaller strips take less time than loading the networks in turns.
         smaller = replace(plan, strip_bytes=plan.strip_bytes // 4)
-        needed = decode(smaller, recipe, files)
+        needed = _peak("decode", smaller, cache, recipes, files)
         together = peaks["denoise"] + needed < budget
         if together:
             plan, peaks["decode"] = smaller, needed
@@ -184,21 +182,24 @@ def fits(model: Model, device: str, free: int) -> str:
     return "yes" if fast <= room else "tight" if lean <= room else "no"
 
 
-def free_memory(device: str) -> int:
+def free_memory(device: str, held: int = 0) -> int:
     """Return the free bytes on a device; a very large number where the system does not report.
 
-    On a GPU they include what torch holds for reuse. A CUDA graph's memory is part of that.
+    `held` is the bytes of loaded networks, which count as free. On a GPU what torch holds for reuse
+    does too; a CUDA graph's memory is part of that.
     """
     if device.startswith("cuda"):
         import torch
 
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
+        return torch.cuda.mem_get_info(device)[0] + unused + held
     facts = memory()
-    return min(
-        (n for n in (facts["available_bytes"], facts["limit_bytes"]) if n is not None),
-        default=2**62,
-    )
+    free = [facts["available_bytes"], facts["limit_free_bytes"]]
+    bounds = [n + held for n in free if n is not None]
+    if facts["limit_bytes"] is not None:
+        # Of what networks hold, the part that is swapped out is not in use.
+        bounds.append(facts["limit_bytes"])
+    return min(bounds, default=2**62)
 
 
 def is_guided(recipe: Recipe, files: ModelFiles) -> bool:
@@ -209,7 +210,32 @@ def is_guided(recipe: Recipe, files: ModelFiles) -> bool:
 # --- peaks of the stages -----------------------------------------------------------------------
 
 
-Peak = Callable[[Plan, Recipe, ModelFiles], int]
+def demands(recipe: Recipe) -> tuple[int, ...]:
+    """Return what the peaks depend on, among recipes of one model and one precision.
+
+    A recipe of which no number is larger than another's needs no more memory in any stage, within a
+    few percent. The width is one of them, as rows and strips are whole.
+    """
+    negative = 1 if recipe.negative == "" else LONGEST_PROMPT  # tokens
+    return (
+        recipe.native_width * recipe.native_height,
+        recipe.native_width,
+        recipe.steps,
+        negative if recipe.guidance > 1 else 0,
+        int(recipe.pag is not None),
+        int(recipe.control is not None),
+        int(recipe.image is not None),
+    )
+
+
+def _most_demanding(recipes: list[Recipe]) -> list[Recipe]:
+    """Return one recipe of each kind that may need the most memory in some stage."""
+    kinds = {demands(recipe): recipe for recipe in recipes}
+    return [
+        recipe
+        for kind, recipe in kinds.items()
+        if not any(other != kind and all(map(ge, other, kind)) for other in kinds)
+    ]
 
 
 def _default_plan(device: str, budget: int = 0) -> Plan:
@@ -218,27 +244,47 @@ def _default_plan(device: str, budget: int = 0) -> Plan:
     return Plan(device, strip_bytes=strip_bytes, budget=budget)
 
 
+def _fit_all(
+    plan: Plan, cache: PeakCache, recipes: list[Recipe], files: ModelFiles
+) -> tuple[Plan, Plan, dict[str, int]]:
+    """Fit every stage: the plan to denoise by, that of the other stages, and the peaks."""
+    peaks = {"encode": _peak("encode", plan, cache, recipes, files)}
+    with_image = [r for r in recipes if r.image is not None or r.control is not None]
+    if with_image:
+        plan, peaks["image"] = _fit(plan, "image", cache, with_image, files)
+    denoising, peaks["denoise"] = _fit(plan, "denoise", cache, recipes, files)
+    plan, peaks["decode"] = _fit(plan, "decode", cache, recipes, files)
+    return denoising, plan, peaks
+
+
 def _fit(
-    first: Plan, stage: str, recipe: Recipe, files: ModelFiles, peak: Peak
+    first: Plan, stage: str, cache: PeakCache, recipes: list[Recipe], files: ModelFiles
 ) -> tuple[Plan, int]:
     """Return the first plan whose peak is within the budget, else the smallest; and its peak."""
     budget = first.budget
     # The last fallback, another device, is not planned for.
     others = [plan for plan in first.fallback_plans(stage) if plan.device == first.device][1:]
-    needed = peak(first, recipe, files)
+    needed = _peak(stage, first, cache, recipes, files)
     if needed <= budget or not others:
         return first, needed
-    least = peak(others[-1], recipe, files)
+    least = _peak(stage, others[-1], cache, recipes, files)
     if least > budget:
         return others[-1], least
     for plan in others:
-        needed = peak(plan, recipe, files)
+        needed = _peak(stage, plan, cache, recipes, files)
         if needed <= budget:
             break
     return plan, needed
 
 
-def _text_peak(cache: PeakCache, recipe: Recipe, files: ModelFiles) -> int:
+def _peak(
+    stage: str, plan: Plan, cache: PeakCache, recipes: list[Recipe], files: ModelFiles
+) -> int:
+    """Return the largest peak of a stage among the recipes."""
+    return max(PEAKS[stage](cache, plan, recipe, files) for recipe in recipes)
+
+
+def _text_peak(cache: PeakCache, plan: Plan, recipe: Recipe, files: ModelFiles) -> int:
     return cache.text_encoder(files.text, recipe.text_dtype, LONGEST_TEXT)
 
 
@@ -284,6 +330,14 @@ def _autoencoder_peak(
     return cache.autoencoder(files.vae, half, recipe.vae_dtype, grid, strip_bytes)
 
 
+PEAKS: dict[str, Callable[[PeakCache, Plan, Recipe, ModelFiles], int]] = {
+    "encode": _text_peak,
+    "image": _image_peak,
+    "denoise": _denoise_peak,
+    "decode": _decode_peak,
+}
+
+
 def decode_strip_bytes(plan: Plan, recipe: Recipe, files: ModelFiles) -> int:
     """Return the plan's `strip_bytes`, on a CPU at most a quarter of the decoder's last map.
 
@@ -326,32 +380,33 @@ def _upper_bounds(recipe: Recipe, files: ModelFiles, strip_bytes: int) -> dict[s
 
 
 def _what_fits(
-    cache: PeakCache, recipe: Recipe, files: ModelFiles, plan: Plan, peaks: dict[str, int]
+    cache: PeakCache, recipes: list[Recipe], files: ModelFiles, plan: Plan
 ) -> str | None:
     """Return the smallest change that fits, as options: a smaller text encoder, then image.
 
-    `peaks` are those of the recipe. The text encoder is tried first, as its peak is computed fast.
+    The text encoder is tried first, as its peak is computed fast. A smaller image takes another
+    model, for which a LoRA or a ControlNet may not be made.
     """
     defaults = {model.side: model for model in reversed(known_models().values()) if model.sources}
-    area = recipe.native_width * recipe.native_height
+    area = max(recipe.native_width * recipe.native_height for recipe in recipes)
     sides = sorted((side for side in defaults if side and side**2 < area), reverse=True)
+    if any(recipe.lora or recipe.control for recipe in recipes):
+        sides = []
     for side in (None, *sides):
         words = ["use"]
         if side is not None:
             files = released_model(defaults[side])
-            recipe = replace(recipe, native_width=side, native_height=side, image=None)
-            words.append(f"--res {side}")
-        if _text_peak(cache, recipe, files) > plan.budget:
-            eight = replace(recipe, text_dtype="int8")
-            if plan.device == "mps" or _text_peak(cache, eight, files) > plan.budget:
+            recipes = [replace(r, native_width=side, native_height=side) for r in recipes]
+            # Both, as the call may name a model, or another size.
+            words.append(f"--model {defaults[side].name} --res {side}")
+        if _peak("encode", plan, cache, recipes, files) > plan.budget:
+            if int8_fault(plan.device) is not None:
+                continue
+            eight = [replace(recipe, text_dtype="int8") for recipe in recipes]
+            if _peak("encode", plan, cache, eight, files) > plan.budget:
                 continue
             words.append("--text-precision int8")
-        if side is None:
-            drawn = max(peak for stage, peak in peaks.items() if stage != "encode")
-        else:
-            _, drawn = _fit(plan, "denoise", recipe, files, partial(_denoise_peak, cache))
-            if drawn <= plan.budget:
-                _, drawn = _fit(plan, "decode", recipe, files, partial(_decode_peak, cache))
-        if drawn <= plan.budget:
+        *_, peaks = _fit_all(plan, cache, recipes, files)
+        if max(peak for stage, peak in peaks.items() if stage != "encode") <= plan.budget:
             return f"{' '.join(words)}, which fits"
     return None

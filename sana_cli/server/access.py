@@ -8,6 +8,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sana_cli.server.metrics import Metrics
 
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+
 
 class Access:
     """The outermost layer: it sees what is refused as well."""
@@ -42,9 +44,9 @@ class Access:
             await self.app(scope, counted_receive, counted_send)
         finally:
             seconds = time.perf_counter() - began
-            route = scope.get("route")
-            path = getattr(route, "path", "other")  # a stranger's paths would grow without end
-            method = scope["method"] if route else "other"
+            # A stranger's paths and methods would grow without end.
+            path = getattr(scope.get("route"), "path", "other")
+            method = scope["method"] if scope["method"] in METHODS else "other"
             self.metrics.requests.labels(method, path, str(status)).inc()
             self.metrics.request_seconds.labels(path).observe(seconds)
             self.metrics.sent_bytes.inc(sent)

@@ -146,10 +146,10 @@ def serve(
     server = _Server(config)
 
     def stop() -> None:
-        text = "stopping after this image; a second signal stops at once"
-        reporter.info(text if service.queue.current else "stopping")
         service.queue.stop()
         server.should_exit = True
+        text = "stopping after this image; a second signal stops at once"
+        reporter.info(text if service.queue.current else "stopping")
 
     with stop_on_signal(stop) as asked:
         ready()

@@ -6,7 +6,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 
 from sana_cli.errors import SanaError
@@ -93,7 +93,7 @@ class JobQueue:
 
     # --- from the loop -------------------------------------------------------------------------
 
-    def submit(self, job: Job) -> None:
+    def check_room(self) -> None:
         """ApiError 429 if the queue is full, 503 if the server is stopping."""
         with self._change:
             if self.stopping:
@@ -106,6 +106,11 @@ class JobQueue:
                     code="queue_full",
                     retry_after=min(max(1, round(wait)), LONGEST_WAIT),
                 )
+
+    def submit(self, job: Job) -> None:
+        """ApiError as of `check_room`."""
+        with self._change:
+            self.check_room()
             self.waiting.append(job)
             self._change.notify()
 
@@ -153,10 +158,11 @@ class JobQueue:
                 state, error = self._draw(job)
             except SanaError as failure:
                 state, error = "failed", of(failure)
-            except Exception as failure:
-                self.report(failure)
+            except BaseException as failure:  # whatever it is, the next job is drawn
                 state = "failed"
                 error = ApiError(500, "this is a bug of the server; its log has more")
+                with suppress(BaseException):
+                    self.report(failure)
             seconds = (time.monotonic() - began + self.seconds) / 2
             with self._change:
                 self.current, self.seconds = None, seconds

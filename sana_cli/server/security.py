@@ -211,7 +211,8 @@ async def refuse(error: ApiError, send: Send) -> None:
 
 
 class PatientProtocol(H11Protocol):
-    """uvicorn's HTTP/1.1, which hangs up on who sends headers or reads answers too slowly."""
+    """uvicorn's HTTP/1.1, which hangs up on who sends headers, or the rest of a body after its
+    answer, or reads answers too slowly."""
 
     _headers_due: asyncio.TimerHandle | None = None
     _reading_due: asyncio.TimerHandle | None = None
@@ -222,9 +223,9 @@ class PatientProtocol(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        if self.conn.their_state is not h11.IDLE:
+        if self.conn.their_state is not h11.IDLE and self.conn.our_state is not h11.DONE:
             self._cancel_timers(reading=False)
-        elif self._headers_due is None:  # of a second request
+        elif self._headers_due is None:  # of a second request, or of a body after its answer
             self._headers_due = self.loop.call_later(HEADER_SECONDS, self.transport.abort)
 
     def send_400_response(self, msg: str) -> None:

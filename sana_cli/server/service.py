@@ -56,10 +56,13 @@ class Service:
         return self.default if is_default else name
 
     def request(self, asked: Asked, uploads: dict[str, bytes]) -> DrawRequest:
-        """Resolve a request, with the images that it carries. ApiError for what is wrong with it.
+        """Resolve a request, with the images that it carries. ApiError for what is wrong with it,
+        or if there is no room in the queue.
 
-        It takes a while: files are read, and images decoded.
+        It takes a while: files are read, and images decoded, of which none is kept for the wait.
         """
+        if not asked.dry_run:
+            self.queue.check_room()
         try:
             inputs = Inputs()
             values = dict(asked.settings)
@@ -74,6 +77,7 @@ class Service:
             check_size(request.recipes[0], asked.format)
             if asked.format == "jpeg" and asked.files.metadata == "full":
                 self.session.metadata(request.recipes[0]).as_exif("jpeg")
+            inputs.release()
             return request
         except SanaError as error:
             error.message = self.loras.without_folder(error.message)

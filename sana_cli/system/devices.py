@@ -18,10 +18,11 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 REUSED_BYTES = 32 << 20  # the most that glibc accepts as M_MMAP_THRESHOLD
 MADV_DONTNEED = 4  # sys/mman.h
 # Parts of messages. In order: CUDA's runtime, Triton and MPS; CUDA's driver; cuBLAS, older cuDNN;
-# newer cuDNN; the CPU allocator on Linux and macOS, and on Windows; C++; one buffer beyond what
-# Metal has in all.
+# newer cuDNN; a convolution none of whose algorithms finds memory to work in; the CPU allocator on
+# Linux and macOS, and on Windows; C++; one buffer beyond what Metal has in all.
 OUT_OF_MEMORY = (
     *("out of memory", "out_of_memory", "_alloc_failed", "_allocation_failed"),
+    "unable to find an engine",
     *("can't allocate memory", "not enough memory", "bad_alloc", "invalid buffer size"),
 )
 ENCODER_SHARE = 0.5  # of a GPU's memory; the rest is for other programs and other networks
@@ -138,7 +139,7 @@ def choose_text_precision(
     if asked in ("bf16", "fp32"):
         return {"bf16": "bfloat16", "fp32": "float32"}[asked], None
     if asked == "int8":
-        if fault := _int8_fault(device):
+        if fault := int8_fault(device):
             raise UsageError(f"--text-precision int8: {fault}", "use --text-precision auto")
         return "int8", None
     if dtype != "auto" or not device.startswith("cuda") or linear_weights <= LARGE_ENCODER:
@@ -150,13 +151,13 @@ def choose_text_precision(
         memory = torch.cuda.get_device_properties(device).total_memory
     if size <= ENCODER_SHARE * memory:
         return text_dtype, None
-    if fault := _int8_fault(device):
+    if fault := int8_fault(device):
         gb = size / 1e9
         return text_dtype, f"the text encoder takes {gb:.1f} GB, as it cannot run in int8: {fault}"
     return "int8", None
 
 
-def _int8_fault(device: str) -> str | None:
+def int8_fault(device: str) -> str | None:
     """Return why bitsandbytes' LLM.int8 cannot run on a device, or None."""
     if importlib.util.find_spec("bitsandbytes") is None:
         return "bitsandbytes is not installed"

@@ -29,6 +29,13 @@ NAMED_INSTRUCTIONS = {
     "sve2": "SVE2",
 }
 
+# Of version 2 and 1 of control groups: the files of the limit and of what is used, and in
+# memory.stat the part of it that the kernel frees when memory is short.
+CONTROL_GROUPS = (
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
+)
+
 
 def system() -> dict[str, Any]:
     return {
@@ -77,8 +84,9 @@ def cpu_name() -> str | None:
     return name[1].strip() if name else None
 
 
-def memory() -> dict[str, int | None]:
-    """Return memory in bytes. `limit` is the container's, where it is below the total."""
+def memory(groups: Path = Path("/sys/fs/cgroup")) -> dict[str, int | None]:
+    """Return memory in bytes. `limit` is the container's, where it is below the total, and
+    `limit_free` what is left of it."""
     total, available = _pages("SC_PHYS_PAGES"), _pages("SC_AVPHYS_PAGES")
     try:  # includes what the page cache can release
         text = Path("/proc/meminfo").read_text(encoding="ascii")
@@ -86,14 +94,28 @@ def memory() -> dict[str, int | None]:
             available = int(match[1]) * 1024
     except OSError:
         pass
-    limits = []
-    for place in ("memory.max", "memory/memory.limit_in_bytes"):
-        try:
-            limits.append(int((Path("/sys/fs/cgroup") / place).read_text()))
-        except (OSError, ValueError):  # no such control group, or "max"
-            continue
-    limit = min((bound for bound in limits if total and bound < total), default=None)
-    return {"total_bytes": total, "available_bytes": available, "limit_bytes": limit}
+    limit = limit_free = None
+    for place, usage, released in CONTROL_GROUPS:
+        bound = _number(groups / place)
+        if bound is not None and total and bound < min(total, limit or total):
+            stat = (groups / place).with_name("memory.stat")
+            used = (_number(groups / usage) or 0) - (_number(stat, f"{released} ") or 0)
+            limit, limit_free = bound, max(0, bound - used)
+    return {
+        "total_bytes": total,
+        "available_bytes": available,
+        "limit_bytes": limit,
+        "limit_free_bytes": limit_free,
+    }
+
+
+def _number(path: Path, name: str = "") -> int | None:
+    """Return the number on the first line that begins with a name; None where there is none."""
+    try:
+        match = re.search(rf"^{name}(\d+)$", path.read_text(encoding="ascii"), re.MULTILINE)
+    except (OSError, ValueError):
+        return None
+    return int(match[1]) if match else None
 
 
 def _pages(name: str) -> int | None:

@@ -187,13 +187,16 @@ def lock_path() -> Path:
 
 def read_lock() -> dict[str, Any]:
     try:
-        return json.loads(lock_path().read_text(encoding="utf-8"))
+        lock = json.loads(lock_path().read_text(encoding="utf-8"))
+        if not isinstance(lock, dict) or not all(isinstance(row, dict) for row in lock.values()):
+            raise ValueError("it is not an object of objects")
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise SanaError(
             f"{lock_path()} cannot be read: {error}", "delete it to start anew"
         ) from None
+    return lock
 
 
 def digests(source: Source) -> dict[str, Digest]:

@@ -118,9 +118,12 @@ def find_part(
 
 
 def refuse_pickle(path: Path) -> None:
-    """Raise BrokenModel if a file is a pickle, by its name or its first bytes."""
-    with path.open("rb") as file:
-        start = file.read(4)
+    """Raise BrokenModel if a file is a pickle, by its name or its first bytes, or unreadable."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(4)
+    except OSError as error:
+        raise BrokenModel(f"{path} cannot be read: {error.strerror}") from None
     # The length of a safetensors header can begin alike, but is followed by zeros.
     pickled = start[:1] == b"\x80" and start[1:2] in (b"\2", b"\3", b"\4", b"\5") and any(start[2:])
     if path.suffix in PICKLES or start == b"PK\3\4" or pickled:

@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Iterable, Set
 
+from sana_cli.errors import BrokenModel
 from sana_cli.instruction import normalise_prompt
 from sana_cli.weights.layout import Parts
 
@@ -70,12 +71,23 @@ def unknown_parts(word: str, known: Set[str]) -> list[str]:
 
 
 def vocabulary(parts: Parts) -> frozenset[str] | None:
-    """Return the words that a model was trained on; None if it has no such file."""
+    """Return the words that a model was trained on; None if it has no such file.
+
+    BrokenModel if the file is not a list of words.
+    """
     transformer = parts.get("transformer")
-    file = transformer.folder.parent / FILE if transformer else None
-    if file is None or not file.is_file():
+    if transformer is None or transformer.folder.name != "transformer":  # that of a single file
         return None
-    return frozenset(json.loads(file.read_text(encoding="utf-8")))
+    file = transformer.folder.parent / FILE
+    if not file.is_file():
+        return None
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise BrokenModel(f"{file} cannot be read: {error}") from None
+    if not isinstance(found, list) or not all(isinstance(word, str) for word in found):
+        raise BrokenModel(f"{file} is not a list of words")
+    return frozenset(found)
 
 
 def unknown_words(texts: Iterable[str], known: Set[str] | None) -> list[str]:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import pickle
 import shutil
 from pathlib import Path
@@ -22,6 +23,7 @@ from sana_cli.errors import BrokenModel
 from sana_cli.weights.layout import Part, folder_parts
 from sana_cli.weights.model_files import open_model, open_single_file, with_controlnet, with_vae
 from sana_cli.weights.single_file import SingleFile
+from sana_cli.weights.vocabulary import vocabulary
 
 
 def _first(tensors) -> str:
@@ -264,3 +266,40 @@ def test_a_config_that_tells_of_a_quantisation_is_enough(refused, model):
 def test_gguf_is_named(broken, model):
     (model / DIT).rename((model / DIT).with_suffix(".gguf"))
     broken("holds only diffusion_pytorch_model.gguf, quantised weights")
+
+
+@pytest.mark.parametrize(
+    ("part", "changes"),
+    [
+        ("vae", {"attention_head_dim": 0}),
+        ("vae", {"in_channels": 0}),
+        ("transformer", {"mlp_ratio": 0}),
+    ],
+    ids=["head-of-0", "no-channels", "no-feed-forward"],
+)
+def test_a_config_of_no_network_is_refused_by_a_dry_run(refused, model, part, changes):
+    edit(model / part / "config.json", **changes)
+    name = {"vae": "DCAE", "transformer": "DiT"}[part]
+    refused(1, "a fox", "-m", str(model), "--dry-run", says=(f"{name} config describes no",))
+
+
+@pytest.mark.parametrize("content", ["{", '{"a": 1}', "[1]", "[" * 100_000])
+def test_a_vocabulary_that_is_no_list_of_words_is_named(broken, model, content):
+    (model / "vocabulary.json").write_text(content)
+    broken("vocabulary.json")
+
+
+def test_a_file_beside_the_folder_of_a_single_file_is_no_vocabulary(tmp_path):
+    (tmp_path / "vocabulary.json").write_text("{")
+    (tmp_path / "models").mkdir()
+    file = tmp_path / "models" / "x.safetensors"
+    assert vocabulary({"transformer": Part(file.parent, (file,))}) is None
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may read anything")
+def test_what_may_not_be_read_is_named(refused, model, tmp_path):
+    file = tmp_path / "x.safetensors"
+    file.write_bytes(bytes(100))
+    file.chmod(0)
+    refused(1, "a fox", "-m", str(file), says=("x.safetensors", "Permission denied"))
+    refused(1, "a fox", "-m", str(model), "--lora", str(file), says=("Permission denied",))

@@ -11,6 +11,8 @@ from PIL import Image
 
 from batches import DEMO, PROMPTS, events, lines, pictures
 from examples import exhaustive
+from sana_cli.errors import NotEnoughMemory
+from sana_cli.pipeline.plan import make_plan
 
 
 def test_bad_jobs_do_not_stop_the_others(sana, broken, tiny_model, here):
@@ -72,6 +74,20 @@ def test_too_little_memory_for_any_job_is_no_fault_of_the_jobs(sana):
     assert "more than the 60.0 MB" in run.err
     assert not lines("jobs-images", "failed")
     assert sana("batch", "jobs.txt", *DEMO).code == 0
+
+
+def test_too_little_memory_for_one_kind_of_job_fails_that_kind(sana, monkeypatch):
+    def short(recipes, *given, **words):
+        if any(recipe.pag for recipe in recipes):
+            raise NotEnoughMemory("the test's")
+        return make_plan(recipes, *given, **words)
+
+    monkeypatch.setattr("sana_cli.pipeline.plan.make_plan", short)
+    rows = [{"prompt": PROMPTS[0], "pag": scale} for scale in (0, 3, 0, 2)]
+    Path("jobs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    run = sana("batch", "jobs.jsonl", *DEMO)
+    assert (run.code, len(run.out.split())) == (3, 2)
+    assert len(lines("jobs-images", "failed")) == 2
 
 
 @pytest.mark.parametrize("after", [4, *exhaustive(0, 2, 6, 8)])

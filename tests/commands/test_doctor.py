@@ -172,8 +172,9 @@ def test_without_torch_it_says_so_and_how_to_get_it(examine, tmp_path):
     assert facts["hub"] and facts["models"]
 
 
-def test_a_broken_lock_and_a_broken_cache_do_not_stop_it(examine, tmp_path):
-    (tmp_path / "weights.lock.json").write_text("{")
+@pytest.mark.parametrize("lock", ["{", "[]", '{"a": 1}'])
+def test_a_broken_lock_and_a_broken_cache_do_not_stop_it(examine, tmp_path, lock):
+    (tmp_path / "weights.lock.json").write_text(lock)
     (tmp_path / "hub").write_text("a file")
     variables = {"HF_HUB_CACHE": str(tmp_path / "hub"), "SANA_DATA_DIR": str(tmp_path)}
     facts, err = examine("--verbose", **variables)

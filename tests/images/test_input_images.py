@@ -302,3 +302,13 @@ def test_a_file_that_was_replaced_is_read_again_though_it_kept_size_and_time(tmp
         os.utime(path, (1, 1))
         hashes.add(inputs.add(str(Path(path).replace(tmp_path / "a.bmp"))).sha256)
     assert len(hashes) == 2
+
+
+def test_images_of_equal_bytes_in_two_shapes_are_not_confused(tmp_path):
+    inputs = Inputs()
+    wide = inputs.add(saved(tmp_path, Image.new("RGB", (64, 32), "white"), "wide.png"))
+    same = inputs.add(saved(tmp_path, Image.new("RGB", (64, 32), "white"), "same.png"))
+    assert wide.sha256 == same.sha256
+    with pytest.raises(UsageError, match="tall.png has the same bytes as .*same.png, in another"):
+        inputs.add(saved(tmp_path, Image.new("RGB", (32, 64), "white"), "tall.png"))
+    assert inputs[wide.sha256].shape == (32, 64, 3)

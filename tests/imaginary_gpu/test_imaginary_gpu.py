@@ -123,6 +123,13 @@ def test_a_decode_bound_by_its_launches_is_captured_and_then_replayed(decodes, k
     assert told["made"] == [["cpu", 128, 128, 3], "cuda"]
 
 
+@pytest.mark.exhaustive
+def test_the_benchmark_of_graphs_tells_what_pays(imagined):
+    (row,) = imagined("benches.py")
+    assert row["launch_share"] > 1 and row["pays"]
+    assert (row["graph_bytes"], row["error"], row["ok"]) == (1000, None, True)
+
+
 @pytest.mark.parametrize("how", ["bound by the card", "in strips", "without room"])
 def test_any_other_decode_has_no_graph(decodes, kind, how):
     told = decodes[kind][how]

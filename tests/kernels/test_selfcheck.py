@@ -5,8 +5,10 @@ The process that checks runs Triton's interpreter where there is no GPU.
 
 import functools
 import json
+import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +17,7 @@ import torch
 
 from examples import exhaustive
 from kernel_checks import DEVICE, DTYPES, MIN_TRITON
+from recipes import RECIPE
 
 pytest.importorskip("triton", minversion=MIN_TRITON)
 
@@ -24,8 +27,11 @@ from sana_cli.kernels.aot import all_cases
 from sana_cli.kernels.cases import Case
 from sana_cli.kernels.selfcheck import OPERATIONS, OPERATIONS8, Outcome, all_checks, decibels, least
 from sana_cli.pipeline import draw
+from sana_cli.pipeline.events import Notice
 from sana_cli.pipeline.networks import Networks
 from sana_cli.pipeline.plan import Plan
+from sana_cli.weights.layout import folder_parts
+from sana_cli.weights.model_files import open_model
 
 FLOAT = torch.float32
 
@@ -179,6 +185,24 @@ def test_without_a_check_nothing_runs_in_triton_this_time(cache, monkeypatch, co
     assert kept(cache) == []
 
 
+def test_no_operation_is_blamed_for_the_time_that_all_take(cache, monkeypatch):
+    """On a machine whose compiler is slow the process ends late, having told some outcomes."""
+    passes = []
+
+    def late(command, **options):
+        passes.append(command[4:])
+        told = {"operation": command[-1], "decibels": 60.0, "fault": None, "lasting": True}
+        lines = f"{selfcheck.BEGUN}\n{json.dumps(told)}\n".encode()
+        raise subprocess.TimeoutExpired(command, options["timeout"], lines)
+
+    monkeypatch.setattr(selfcheck, "COMMAND", ["python"])
+    monkeypatch.setattr(subprocess, "run", late)
+    found = selfcheck.examine("cpu", FLOAT)
+    assert not any(outcome.fault for outcome in found.values())
+    assert [len(operations) for operations in passes] == list(range(len(OPERATIONS), 0, -1))
+    assert len(kept(cache)) == 1
+
+
 def test_drawing_begins_with_the_check_and_says_what_failed(script, monkeypatch):
     script(telling(wrong="kv_state"))
     monkeypatch.setattr(draw, "fallback_reason", lambda device: None)
@@ -187,15 +211,34 @@ def test_drawing_begins_with_the_check_and_says_what_failed(script, monkeypatch)
     )
     files = SimpleNamespace(vae=SimpleNamespace(compression=32))
     drawing = draw.Drawing([recipe], files, Plan("cpu"), Networks(), None, None)
-    (began,) = drawing.start_selfcheck()
+    (began,) = drawing.start_selfcheck(drawing.kernel_kinds)
     assert began.text.startswith("compiling and checking the kernels")
-    assert not list(drawing.start_selfcheck())
-    warnings = list(drawing.remarks_of_selfcheck())
+    assert not list(drawing.start_selfcheck(drawing.kernel_kinds))
+    warnings = list(drawing.remarks_of_selfcheck(drawing.kernel_kinds))
     assert [event.text.split(" runs")[0] for event in warnings if event.warning] == [
         "kv_state in float16",
         "kv_state in float32",
     ]
-    assert not list(drawing.remarks_of_selfcheck())
+    assert not list(drawing.remarks_of_selfcheck(drawing.kernel_kinds))
+
+
+def test_a_decode_that_is_repeated_in_float32_has_its_kernels_checked_first(monkeypatch):
+    started: list[selfcheck.Kind] = []
+    monkeypatch.setattr(draw, "fallback_reason", lambda device: None)
+    monkeypatch.setattr(selfcheck, "start", lambda device, kinds: started.extend(kinds) or True)
+    monkeypatch.setattr(selfcheck, "remarks", lambda device, kinds: [f"of {kinds[-1][0]}"])
+    faults = iter(["NaN", None])
+    monkeypatch.setattr(draw, "fault_of", lambda decoded: next(faults))
+    files = open_model(folder_parts(Path(draw.__file__).parents[1] / "demo"))
+    sides = dict.fromkeys(("width", "height", "native_width", "native_height"), 256)
+    precision = {"dit_dtype": "bfloat16", "vae_dtype": "bfloat16"}
+    recipe = replace(RECIPE, steps=1, **sides, **precision)
+    notices = [e.text for e in draw.draw([recipe], files, Plan("cpu")) if isinstance(e, Notice)]
+    assert started == [(torch.bfloat16, False), (torch.float32, False)]
+    first, warned, second, again, told = notices
+    assert first == second == "compiling and checking the kernels, once for this GPU"
+    assert (warned, again) == ("of torch.bfloat16", "of torch.float32")
+    assert "decoded again in float32" in told
 
 
 @pytest.fixture

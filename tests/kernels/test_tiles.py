@@ -102,7 +102,8 @@ def timed(monkeypatch) -> Callable[..., list[Blocks]]:
     monkeypatch.setattr(tiles, "_fastest", {})
     monkeypatch.setattr(selfcheck, "_unkept", [])
     monkeypatch.setattr(selfcheck, "_said", set())
-    monkeypatch.setattr(tiles, "_can_measure", lambda device: True)
+    monkeypatch.setattr(tiles, "_runs", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
 
     def prepare(seconds: Callable[[Blocks], float]) -> list[Blocks]:
         found: list[Blocks] = []
@@ -143,6 +144,15 @@ def test_the_fastest_of_three_candidates_is_kept_for_a_size(timed, cache):
     assert len(found) == 3 * CANDIDATES, "another size, another kernel"
     (path,) = kept(cache)
     assert len(json.loads(path.read_text())) == 3
+
+
+def test_a_graph_contains_what_the_call_before_its_capture_chose(timed, monkeypatch):
+    found = timed(lambda shape: shape.m)
+    before = choose()
+    assert before != first(OUT)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert choose() == before
+    assert choose(UP) == first(UP) and len(found) == CANDIDATES, "nothing is measured in a capture"
 
 
 def test_the_prediction_has_to_be_beaten_clearly(timed):

@@ -4,14 +4,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from sana_cli.errors import NotEnoughMemory
 from sana_cli.models.cuda_graph import RepeatedCall
-from sana_cli.pipeline.networks import NetworkKey, Networks
+from sana_cli.pipeline.networks import NetworkKey, Networks, identity_of
 from sana_cli.pipeline.oom_retry import Notice, OOMRetry
 from sana_cli.pipeline.plan import Plan
 from sana_cli.recipe import Adapter
+from sana_cli.weights.layout import Part
+from sana_cli.weights.single_file import read_single_file
 
 
 def key(part: str) -> NetworkKey:
@@ -23,7 +26,7 @@ def networks() -> Networks:
     """Three of 100 bytes, the decoder used last."""
     made = Networks()
     for part in ("text_encoder", "transformer", "decoder"):
-        made.add(key(part), nn.Identity(), 100)
+        made.add(key(part), nn.Linear(1, 1), 100)
     return made
 
 
@@ -40,6 +43,17 @@ def test_what_fits_stays(networks):
 def test_the_least_recently_used_go_first_and_no_more_than_need_be(networks):
     networks.make_room(needed=300, budget=400, using=key("decoder"), device="cpu")
     assert parts(networks) == ["transformer", "decoder"]
+
+
+def test_a_network_that_fell_back_to_the_cpu_holds_nothing_of_the_gpu(networks):
+    networks.add(key("encoder"), nn.Linear(1, 1, device="meta"), 100)
+    networks.add(key("text_encoder")._replace(device="meta"), object(), 30)
+    assert (networks.held_on("meta:1"), networks.held_on("cpu")) == (130, 300)
+    networks.make_room(needed=300, budget=430, using=key("decoder"), device="meta")
+    assert len(networks.loaded) == 5
+    networks.make_room(needed=300, budget=400, using=key("decoder"), device="meta")
+    assert [loaded.part for loaded in networks.loaded if loaded.part == "encoder"] == []
+    assert networks.held_on("cpu") == 300
 
 
 def with_graph(networks: Networks, part: str, nbytes: int) -> RepeatedCall:
@@ -84,13 +98,28 @@ def test_the_network_in_use_stays_whatever_it_needs(networks):
 
 def test_of_one_network_with_loras_the_last_stays_beside_that_without(networks):
     scaled = [key("transformer")._replace(adapters=(Adapter("x", s),)) for s in (0.5, 1.0)]
-    networks.add(scaled[0], nn.Identity(), 100)
+    networks.add(scaled[0], nn.Linear(1, 1), 100)
     networks.make_room(needed=0, budget=9000, using=scaled[1], device="cpu")
     assert scaled[0] not in networks.loaded
     assert parts(networks) == ["text_encoder", "transformer", "decoder"]
-    networks.add(scaled[1], nn.Identity(), 100)
+    networks.add(scaled[1], nn.Linear(1, 1), 100)
     networks.make_room(needed=0, budget=9000, using=key("transformer"), device="cpu")
     assert scaled[1] in networks.loaded
+
+
+def test_a_checkpoint_in_one_file_is_the_same_network_until_it_is_replaced(tmp_path, networks):
+    path = tmp_path / "mine.safetensors"
+
+    def opened() -> NetworkKey:
+        """As every call opens it."""
+        part = Part(tmp_path, (read_single_file(path),))
+        return NetworkKey("transformer", identity_of(part), "float32")
+
+    for side in (2, 3):
+        save_file({"patch_embed.proj.weight": torch.zeros(side, side)}, path)
+        assert networks.find(opened()) is None
+        networks.add(opened(), nn.Linear(1, 1), 100)
+        assert networks.find(opened()) is not None
 
 
 def running_out(times: int):

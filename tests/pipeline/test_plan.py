@@ -24,6 +24,7 @@ from sana_cli.pipeline.plan import (
     Plan,
     _decode_peak,
     _denoise_peak,
+    _image_peak,
     _upper_bounds,
     fits,
     make_plan,
@@ -160,7 +161,7 @@ def test_what_is_not_rehearsed_would_need_less_than_was_taken_for_granted(name, 
 
 
 def test_on_a_laptop_gpu_of_16_gb_a_usual_picture_waits_for_no_rehearsal(monkeypatch):
-    monkeypatch.setattr("sana_cli.pipeline.plan.free_memory", lambda device: int(15.5e9))
+    monkeypatch.setattr("sana_cli.pipeline.plan.free_memory", lambda *_: int(15.5e9))
     files = released_model(known_models()["sana-1.6b-1024"])
     halves = dict.fromkeys(("dit_dtype", "vae_dtype"), "bfloat16")
     one = recipe(files, 1024, 1024, text_dtype="int8", **halves)
@@ -214,6 +215,36 @@ def test_a_limit_is_kept_and_the_picture_is_the_same(folders):
     assert np.abs(picture.astype(int) - roomy).max() <= 1
 
 
+def test_a_plan_is_for_every_recipe_whatever_their_order(folders):
+    files = open_model(folder_parts(folders("1.6B")))
+    plain = recipe(files, 1024, 1024, guidance=1.0)
+    guided = replace(plain, guidance=4.5, pag=3.0)
+    small = recipe(files, 512, 512, image="x", guidance=1.0)
+    one, both = (make_plan(some, files, "cpu", predict=True) for some in ([plain], [plain, guided]))
+    assert one.peaks["denoise"] < both.peaks["denoise"]
+    limit = (one.peaks["denoise"] + both.peaks["denoise"]) // 2
+    plan = make_plan([plain, guided, small], files, "cpu", limit, overhead=0)
+    assert plan == make_plan([small, guided, plain], files, "cpu", limit, overhead=0)
+    assert set(plan.peaks) == {"encode", "image", "denoise", "decode"}
+    for each in (plain, guided, small):
+        assert _denoise_peak(PeakCache(), plan, each, files) <= plan.peaks["denoise"] <= limit
+
+
+@pytest.mark.parametrize(
+    "lean", [{}, *exhaustive({"batched_cfg": False, "row_chunk": 32, "strip_bytes": 1 << 18})]
+)
+def test_of_two_recipes_of_one_area_the_wider_needs_as_much_or_more(folders, lean):
+    """Plans are made for it alone. The strips of a small decode differ by a few percent."""
+    files = open_model(folder_parts(folders("1.6B")))
+    plan = Plan("cpu", **lean)
+    for peak in (_denoise_peak, _decode_peak, _image_peak):
+        sizes = [(512, 2048), (1024, 1024), (2048, 512)]
+        high, square, wide = (
+            peak(PeakCache(), plan, recipe(files, *size), files) for size in sizes
+        )
+        assert high < 1.03 * square < 1.03**2 * wide, peak.__name__
+
+
 @pytest.mark.exhaustive
 def test_a_limit_below_every_plan_is_refused_with_what_fits(new_interpreter):
     """In a process of its own: what the interpreter holds counts against the limit."""
@@ -222,14 +253,30 @@ def test_a_limit_below_every_plan_is_refused_with_what_fits(new_interpreter):
     assert (run.returncode, run.stdout) == (4, b"")
     error, hint = run.stderr.decode().splitlines()[-2:]
     assert error.startswith("error: to encode 4096x4096 takes 4.")
-    assert hint == "hint: use --res 1024 --text-precision int8, which fits"
+    assert hint == "hint: use --model sana-0.6b-1024 --res 1024 --text-precision int8, which fits"
 
 
-@pytest.mark.exhaustive
-def test_what_a_refusal_suggests_fits(process):
-    words = ("-r", "1024", "--text-precision", "int8", "--dtype", "bfloat16", "--dry-run")
-    suggested = process("generate", "a fox", *words, "--memory", "3GB")
-    assert suggested.returncode == 0
+@pytest.mark.parametrize("given", ["", *exhaustive("-r 1024")])
+def test_what_a_refusal_suggests_fits(process, given):
+    words = ("--text-precision", "int8", "--dtype", "bfloat16", "--memory", "3GB", "--dry-run")
+    call = ("generate", "a fox", "-m", "sana-1.6b-1024", *given.split(), *words)
+    run = process(*call)
+    assert run.returncode == 4
+    hint = run.stderr.decode().splitlines()[-1]
+    assert hint == "hint: use --model sana-0.6b-512 --res 512, which fits"
+    assert process(*call, *hint.removeprefix("hint: use ").split(",")[0].split()).returncode == 0
+
+
+def test_a_refusal_suggests_int8_only_where_it_runs(monkeypatch):
+    files = released_model(known_models()["sana-0.6b-512"])
+    hints = []
+    for fault in (None, "bitsandbytes is not installed"):
+        monkeypatch.setattr("sana_cli.pipeline.plan.int8_fault", lambda device, fault=fault: fault)
+        with pytest.raises(NotEnoughMemory) as error:
+            make_plan([recipe(files, 512, 512)], files, "cpu", 5 * 10**9, overhead=0)
+        hints.append(error.value.hint)
+    assert hints[0] == "use --text-precision int8, which fits"
+    assert hints[1].startswith("it fits in --memory ")
 
 
 def test_the_budgets_of_the_design_hold():

@@ -157,6 +157,7 @@ def test_outpainting_keeps_the_image_and_paints_around_it(sana, tmp_path, scene)
         (("--image", "scene.png", "--mask", "small.png"), "--mask is 8x8 and --image 512x512"),
         (("--image", "scene.png", "--mask", "alpha"), "has no transparent part"),
         (("--image", "scene.png", "--outpaint", "x"), "--outpaint 'x' does not say"),
+        (("--image", "scene.png", "--outpaint", "99999"), "pixels; at most 134 million are taken"),
         (("--image", "scene.png", "--image-fit", "tile"), "tile"),
         (("--image", "scene.png", "--image", "small.png"), "--image is given twice"),
         (("--control", "scene.png", "--control", "small.png"), "--control is given twice"),

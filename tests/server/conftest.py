@@ -16,7 +16,9 @@ def serving(program, tmp_path_factory):
     from contextlib import contextmanager
 
     @contextmanager
-    def start(*words: str, token: str | None = None, **environment: str) -> Iterator[Served]:
+    def start(
+        *words: str, token: str | None = None, stderr: int | None = None, **environment: str
+    ) -> Iterator[Served]:
         folder = tmp_path_factory.mktemp("served")
         log = folder / "log"
         command = [program, "serve", "--port", "0", *words]
@@ -24,7 +26,11 @@ def serving(program, tmp_path_factory):
         more |= {"SANA_TOKEN": token} if token else {}
         with log.open("w") as err:
             process = subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=err, text=True, env=os.environ | more
+                command,
+                stdout=subprocess.PIPE,
+                stderr=stderr or err,
+                text=True,
+                env=os.environ | more,
             )
         try:
             url = process.stdout.readline().strip()

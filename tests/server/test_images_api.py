@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import tracemalloc
 
 import numpy as np
 import openai
@@ -10,7 +11,18 @@ import pytest
 from PIL import Image
 
 from sana_cli.images.metadata import recipe_of
-from sana_cli.server.fields import ALIASES, PROTOCOL, by_name, request_model, uploads
+from sana_cli.server.fields import (
+    ALIASES,
+    PROTOCOL,
+    by_name,
+    parse,
+    read_or_refuse,
+    request_model,
+    uploads,
+)
+from sana_cli.server.jobs import JobQueue
+from sana_cli.server.service import Service
+from sana_cli.session import Session
 from sana_cli.settings import FileOptions, RunOptions, Seeds, Settings, declared, is_path
 
 PROMPT = "a red circle on a blue background"
@@ -73,6 +85,23 @@ def test_what_open_webui_sends_is_taken(served, picture):
     files = {"image[]": ("image.png", picture[0].read_bytes(), "image/png")}
     edited = served.client.post("/v1/images/edits", data=form | {"steps": "1"}, files=files)
     assert edited.json()["data"][0]["b64_json"]
+
+
+def test_a_request_that_waits_holds_no_decoded_image(picture):
+    session = Session(device="cpu", offline=True)
+    queue = JobQueue(session, most_waiting=1, keep_alive=0)
+    service = Service(session, queue, "demo")
+    asked = read_or_refuse(parse({"prompt": PROMPT}))
+    files = dict(zip(("image", "mask"), (path.read_bytes() for path in picture), strict=True))
+    service.request(asked, files)  # with all imports
+    tracemalloc.start()
+    request = service.request(asked, files)
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    sizes = [request.inputs[sha256].nbytes for sha256 in request.inputs]
+    assert sizes == [256 * 256 * 3, 256 * 256]
+    assert held < sum(sizes) / 2
+    queue.stop()
 
 
 def test_an_edit_may_be_a_document_with_base64(served, picture):

@@ -1,11 +1,17 @@
 """The queue: bounded, cancelled by who leaves, emptied by a signal; networks go when idle."""
 
+import asyncio
+import os
 import signal
+import sys
 import threading
 
 import httpx2
 import pytest
 
+from recipes import RECIPE
+from sana_cli.server.jobs import Job, JobQueue
+from sana_cli.session import DrawRequest, Session
 from servers import TINY
 
 LONG = {"steps": 1000}  # far more than will be drawn
@@ -46,6 +52,9 @@ def test_a_full_queue_says_when_to_come_back_and_a_job_can_be_cancelled(small):
     assert refused.status_code == 429
     assert int(refused.headers["Retry-After"]) >= 1
     assert refused.json()["error"]["type"] == "rate_limit_error"
+    assert small.draw(dry_run=True).status_code == 200
+    edit = {"data": {"prompt": "a"}, "files": {"image": b"no image"}}
+    assert small.client.post("/v1/images/edits", **edit).status_code == 429  # and it is not read
     assert small.metric("sana_queue_waiting") == 1
     first, second = small.jobs()
     assert small.client.delete(f"/v1/jobs/{second['id']}").json()["cancelled"]
@@ -115,6 +124,47 @@ def test_a_second_signal_stops_at_once(serving):
 def _lost(served) -> None:
     with pytest.raises(httpx2.TransportError):
         httpx2.post(f"{served.url}/v1/images/generations", json=TINY | LONG, timeout=300)
+
+
+def without_reader() -> int:
+    reader, writer = os.pipe()
+    os.close(reader)
+    return writer
+
+
+def on_a_full_disk() -> int:
+    if not os.path.exists("/dev/full"):
+        pytest.skip("needs /dev/full")
+    return os.open("/dev/full", os.O_WRONLY)
+
+
+@pytest.mark.parametrize("stderr", [without_reader, on_a_full_disk])
+def test_a_line_that_cannot_be_written_costs_nothing_else(serving, stderr):
+    lost = stderr()
+    with serving("-m", "demo", stderr=lost) as served:
+        os.close(lost)
+        for _ in range(2):  # each warns of a word that the model does not know
+            assert served.draw(prompt="a wombat").status_code == 200
+        assert served.stop() == 0
+
+
+class Ending(Session):
+    def draw(self, *_, **__):
+        raise SystemExit(1)
+
+
+def test_the_thread_outlives_whatever_a_job_and_its_report_raise():
+    async def statuses() -> list[int]:
+        queue = JobQueue(Ending(), most_waiting=2, keep_alive=0, report=sys.exit)
+        jobs = [Job(DrawRequest(None, None, [RECIPE])) for _ in range(2)]
+        for job in jobs:
+            queue.submit(job)
+        ends = [[await job.events.get() for _ in range(2)][-1] for job in jobs]
+        queue.stop()
+        queue.join()
+        return [end.error.status for end in ends]
+
+    assert asyncio.run(asyncio.wait_for(statuses(), 60)) == [500, 500]
 
 
 def test_a_port_that_is_taken_is_one_line(served, process):

@@ -2,16 +2,21 @@
 
 import base64
 import json
+import re
+import signal
+import socket
 import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from subprocess import PIPE
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from examples import exhaustive
 from recipes import RECIPE
 
 PROMPT = "a red circle on a blue background"
@@ -151,8 +156,44 @@ def test_a_server_that_dies_is_one_line(sana, serving, tmp_path):
         words = ("-m", "demo", "--steps", "1000", "-o", f"{tmp_path}/a.png")
         run = sana("generate", PROMPT, *words, "--server", served.url)
     assert run.code == 1
-    assert "went away while it was drawing" in run.err
+    assert "went away before its answer was complete" in run.err
     assert not list(tmp_path.glob("*.png"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, *exhaustive(signal.SIGTERM)])
+def test_a_batch_goes_on_with_the_next_server(
+    sana, serving, program, tmp_path, monkeypatch, number
+):
+    monkeypatch.chdir(tmp_path)
+    Path("jobs.txt").write_text("".join(f"a star {i}\n" for i in range(8)))
+    with serving("-m", "demo") as served:
+        words = ("batch", "jobs.txt", *FAST, "-o", "there/", "--server", served.url)
+        with subprocess.Popen([program, *words], stdout=PIPE, stderr=PIPE, text=True) as batch:
+            assert batch.stdout.readline()
+            served.process.send_signal(number)
+            _, err = batch.communicate(timeout=60)
+    assert batch.returncode == 1, err
+    assert re.search(r"^\d drawn, \d left", err, re.MULTILINE)
+    assert '"failed"' not in Path("there/manifest.jsonl").read_text()
+    with serving("-m", "demo", "--port", str(served.address[1])):
+        assert sana(*words).code == 0
+    assert len(list(Path("there").glob("*.png"))) == 8
+
+
+def test_an_answer_that_breaks_off_is_one_line(sana):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer() -> None:
+            line, _ = listener.accept()
+            with line:
+                line.recv(65536)
+                line.sendall(b'HTTP/1.1 200 OK\r\nContent-Length: 5000\r\n\r\n{"object"')
+
+        threading.Thread(target=answer, daemon=True).start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        run = sana("generate", PROMPT, *FAST, "--server", url)
+    assert run.code == 1
+    assert "went away before its answer was complete" in run.err
 
 
 @pytest.fixture

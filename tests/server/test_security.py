@@ -151,6 +151,13 @@ def test_uploads_are_checked_before_they_are_decoded(served, files, status, says
     assert says in answer.json()["error"]["message"]
 
 
+def test_an_upload_grows_no_further_than_an_upload_may_be(served):
+    data = {"prompt": "a", "steps": "1", "outpaint": "3200", "dry_run": "true"}
+    answer = served.client.post("/v1/images/edits", data=data, files={"image": picture("PNG")})
+    assert answer.status_code == 400
+    assert "to 6464x6464 pixels; at most 40 million" in answer.json()["error"]["message"]
+
+
 @pytest.mark.parametrize(
     "body",
     [
@@ -219,6 +226,12 @@ def test_nothing_of_a_request_reaches_the_log_unescaped(served):
     assert "\\x1b[31m\\r\\nevil line/[red]x[/red] 404" in line
 
 
+def test_a_word_of_a_stranger_is_no_label_of_a_count(served):
+    assert served.client.request("STRANGE", "/health").status_code == 405
+    assert served.client.get("/strange").status_code == 404
+    assert "strange" not in served.client.get("/metrics").text.lower()
+
+
 @pytest.mark.parametrize(
     "path",
     [
@@ -271,7 +284,7 @@ def patient(monkeypatch):
             await send({"type": "http.response.body", "body": b""})
             return
         await send({"type": "http.response.start", "status": 200, "headers": []})
-        for _ in range(400):
+        for _ in range(400 if scope["path"] == "/large" else 0):
             await send({"type": "http.response.body", "body": bytes(1 << 20), "more_body": True})
         await send({"type": "http.response.body", "body": b""})
 
@@ -301,6 +314,16 @@ def test_slow_second_headers_are_hung_up_on(patient):
             answer += connection.recv(1000)
         assert answer.startswith(b"HTTP/1.1 200")
         connection.sendall(b"GET /read HTTP/1.1\r\nX-")
+        assert connection.recv(1000) == b""
+
+
+def test_a_slow_body_that_nobody_reads_is_hung_up_on(patient):
+    with socket.create_connection(patient, timeout=10) as connection:
+        connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n")
+        answer = b""
+        while not answer.endswith(b"0\r\n\r\n"):
+            answer += connection.recv(1000)
+        connection.sendall(b"{")  # which ends the wait of uvicorn for a second request
         assert connection.recv(1000) == b""
 
 

@@ -9,6 +9,7 @@ import torch
 
 from sana_cli.pipeline.plan import free_memory
 from sana_cli.system.devices import cap_memory, is_out_of_memory
+from sana_cli.system.inventory import memory
 
 
 @pytest.mark.parametrize(
@@ -21,6 +22,7 @@ from sana_cli.system.devices import cap_memory, is_out_of_memory
         "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
         "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
         "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+        "GET was unable to find an engine to execute this computation",
         "MPS backend out of memory (MPS allocated: 8.00 GB, max allowed: 9.07 GB)",
         "Invalid buffer size: 16.00 GB",
         "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory",
@@ -118,6 +120,33 @@ def test_torch_may_take_no_more_of_a_gpu_than_the_plan_has(gpu):
     assert gpu == {0: pytest.approx(8 / 16), 1: pytest.approx(10 / 16)}
     cap_memory("cuda", budget=20 * 10**9, held=0)
     assert gpu[0] == 1.0
+
+
+CONTAINERS = {
+    "version 2": {
+        "memory.max": "1000000000\n",
+        "memory.current": "900000000\n",
+        "memory.stat": "file 400000000\ninactive_file 300000000\nslab 3\n",
+    },
+    "version 1": {
+        "memory/memory.limit_in_bytes": "1000000000\n",
+        "memory/memory.usage_in_bytes": "900000000\n",
+        "memory/memory.stat": "inactive_file 5\ntotal_inactive_file 300000000\n",
+    },
+}
+
+
+@pytest.mark.parametrize("version", CONTAINERS)
+def test_what_a_container_uses_of_its_memory_is_not_free(version, tmp_path, monkeypatch):
+    (tmp_path / "memory").mkdir()
+    for name, text in CONTAINERS[version].items():
+        (tmp_path / name).write_text(text)
+    facts = memory(tmp_path)
+    assert (facts["limit_bytes"], facts["limit_free_bytes"]) == (10**9, 4 * 10**8)
+    of_host = {"available_bytes": 60 * 10**9}
+    monkeypatch.setattr("sana_cli.pipeline.plan.memory", lambda: facts | of_host)
+    free = [free_memory("cpu", held) for held in (0, 5 * 10**8, 9 * 10**8)]
+    assert free == [4 * 10**8, 9 * 10**8, 10**9]
 
 
 def test_memory_that_torch_keeps_for_reuse_is_free(gpu):
