@@ -38,12 +38,11 @@ def test_bad_jobs_do_not_stop_the_others(sana, broken, tiny_model, here):
     assert status.code == 3
     assert status.out.splitlines()[0] == "1 done, 2 failed"
     assert "row 3: seed" in status.out
-    # Mended under the same name, they are the same jobs.
+    # Other weights under the same name draw other jobs, which have not failed.
     shutil.rmtree(broken)
     shutil.copytree(tiny_model, broken)
-    run = sana("batch", "jobs.jsonl", "--steps", "1", "--retry-failed")
+    run = sana("batch", "jobs.jsonl", "--steps", "1")
     assert (run.code, len(run.out.split())) == (0, 2), run.err
-    assert sana("batch", "status", "jobs-images").code == 0
 
 
 def test_a_batch_stops_after_the_failures_that_are_allowed(sana, broken):
