@@ -84,8 +84,8 @@ class Settings:
         metavar="NAME|FOLDER",
         complete="model",
         at_load=True,
-        help="A model's name, a folder in the diffusers layout, or OWNER/NAME on the hub."
-        " [dim]default: by --res[/dim]",
+        help="A model's name, a folder in the diffusers layout, a transformer's .safetensors file,"
+        " or OWNER/NAME on the hub. [dim]default: by --res[/dim]",
     )
     negative: str = option("", metavar="TEXT", help="What to steer away from.", panel=EVERYDAY)
     steps: int | None = option(
@@ -123,9 +123,9 @@ class Settings:
         metavar="0-1",
         bounds=(0.01, 1),
         kept=False,  # it means nothing without an image
-        help="Share of the steps that are run, and so how much of --image is replaced. It bites"
-        " early: 0.5 begins at 75 % noise with the 1K models' flow shift of 3, at 86 % with the"
-        " 4K model's of 6. [dim]default: 0.6; 1 with --mask or --outpaint[/dim]",
+        help="Share of the steps that are run, and so how much of --image is replaced. Low values"
+        " already change much: 0.5 begins at 75 % noise with the 1K models (flow shift 3), at"
+        " 86 % with the 4K model (6). [dim]default: 0.6; 1 with --mask or --outpaint[/dim]",
     )
     image_fit: str | None = option(
         None,
@@ -160,7 +160,7 @@ class Settings:
         metavar="FILE",
         kept=False,
         upload=True,
-        help="An image that the ControlNet follows, in the form it was trained on.",
+        help="An image that the ControlNet follows, of the kind it was trained on, such as edges.",
     )
     control_scale: float | None = option(
         None,
@@ -179,8 +179,8 @@ class Settings:
         None,
         metavar="SCALE",
         bounds=(0, 100),
-        help="Perturbed-attention guidance, which sharpens structure; 2 to 3 is usual. It costs a"
-        " third stream behind the perturbed layer. [dim]default: off[/dim]",
+        help="Perturbed-attention guidance, which sharpens structure; 2 to 3 is usual. Each step"
+        " takes longer, by one more pass from --pag-layer on. [dim]default: off[/dim]",
     )
     pag_layer: int | None = option(
         None,
@@ -275,8 +275,8 @@ class Seeds:
         flag="-s",
         metavar="SEED",
         kept=False,  # kept, it would draw the same image every time
-        help="7, 1,5,9 or 1..8. [dim]default: random, and printed; in a batch a hash of the"
-        " job[/dim]",
+        help="A seed (7), a list (1,5,9) or a range (1..8). [dim]default: random, and printed; in a"
+        " batch a hash of the job[/dim]",
     )
 
 
@@ -309,7 +309,7 @@ class FileOptions:
         panel=FILES,
         column=False,
         http=False,
-        help="Of JPEG, WebP and AVIF.",
+        help="Quality of JPEG, WebP and AVIF. [dim]default: 92, 90, 80[/dim]",
     )
     metadata: str = option(
         "full",
@@ -348,7 +348,7 @@ class RunOptions:
         column=False,
         http=False,
         at_load=True,
-        help="Keep what the text encoder computes, and use it again.",
+        help="Keep what the text encoder computes, and 8-bit weights, and use them again.",
     )
     offline: bool = option(
         False,

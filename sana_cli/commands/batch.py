@@ -72,7 +72,7 @@ class _Run(Command):
     context_class = _BatchContext
 
 
-app = typer.Typer(cls=_RunsByDefault, help="Draw the jobs of a file or a pipe; resume.")
+app = typer.Typer(cls=_RunsByDefault, help="Draw the jobs of a file or a pipe; rerun to resume.")
 
 
 @app.command(cls=_Run)
@@ -108,7 +108,7 @@ def run(
         bool,
         typer.Option(
             "--expand",
-            help="Take {red|blue} in a prompt each in turn, in all combinations.",
+            help="Replace {red|blue} in prompts by each of its alternatives, in all combinations.",
             rich_help_panel=JOBS,
         ),
     ] = False,
@@ -124,7 +124,7 @@ def run(
         str | None,
         typer.Option(
             metavar="I/N|auto",
-            help="Draw the I-th of N shares; auto asks SLURM and other schedulers.",
+            help="Draw the I-th of N shares; auto reads what SLURM and other schedulers set.",
             rich_help_panel=JOBS,
         ),
     ] = None,
@@ -157,7 +157,7 @@ def run(
         str | None,
         typer.Option(
             metavar="FILE",
-            help="In the end, write a contact sheet of the folder's images, or with .html a page"
+            help="At the end, write a contact sheet of the finished images, or with .html a page"
             " with their recipes.",
             rich_help_panel=FILES,
         ),
@@ -178,8 +178,9 @@ def run(
         int | None,
         typer.Option(
             metavar="N",
-            help="Draw in several processes that share the CPU; with --device cpu. On Ray, the"
-            " most actors. [dim]default there: one a GPU[/dim]",
+            help="Draw in several processes that share the CPU; needs --device cpu. With"
+            " --engine ray, the most actors. [dim]default there: one for each GPU, else for each"
+            " node[/dim]",
             rich_help_panel=RUNNING,
         ),
     ] = None,
@@ -195,7 +196,7 @@ def run(
         str | None,
         typer.Option(
             metavar="HOST:PORT|auto",
-            help="Of the Ray cluster. [dim]default: RAY_ADDRESS, else one on this machine[/dim]",
+            help="Address of the Ray cluster. [dim]default: RAY_ADDRESS, else start one here[/dim]",
             rich_help_panel=RUNNING,
         ),
     ] = None,
@@ -356,7 +357,7 @@ def status(
     json_output: Json = False,
     color: Color = True,
 ) -> None:
-    """Show the progress of a batch and its failures; exit code 3 if any job is left."""
+    """Show the progress of a batch and its failures; exit code 3 if jobs failed or are left."""
     from sana_cli.batch.manifest import Ledger
 
     ledger = Ledger(folder)

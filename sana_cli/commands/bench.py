@@ -68,7 +68,7 @@ def bench(
         typer.Option(
             "--against",
             metavar="|".join(Competitor),
-            help="Measure diffusers too, on the same weights and seeds, turn and turn about.",
+            help="Measure diffusers too, on the same weights and seeds, alternating with sana.",
         ),
     ] = None,
     save: Annotated[
@@ -82,7 +82,7 @@ def bench(
         typer.Option(
             "--compare",
             metavar="FILE",
-            help="Show how this stands to a result kept by --save.",
+            help="Compare the result with one written by --save.",
             rich_help_panel=FILES,
         ),
     ] = None,
@@ -92,7 +92,7 @@ def bench(
     color: RunColor = True,
     **asked: Any,
 ) -> None:
-    """Measure how long each phase takes, how much memory, and what this machine could do at best.
+    """Measure the time and memory of each phase, and the least time that this machine would need.
 
     Every run loads the model, reads the prompt, denoises, decodes and saves; shown are medians.
     Nothing is downloaded.

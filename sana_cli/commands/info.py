@@ -30,7 +30,7 @@ def info(
     ],
     command: Annotated[
         bool,
-        typer.Option("--command", help="Print only the shell line that draws it again, one each."),
+        typer.Option("--command", help="Print only the command that redraws each image."),
     ] = False,
     sheet: Annotated[
         str | None,
@@ -44,10 +44,10 @@ def info(
     verbose: Verbose = False,
     color: Color = True,
 ) -> None:
-    """Show the recipe inside an image, from sana or, as far as it maps, from other tools.
+    """Show the recipe inside an image, written by sana or another tool.
 
-    [dim]A1111, Civitai, ComfyUI, Draw Things, Easy Diffusion, Fooocus, Forge, InvokeAI, mflux,
-    NovelAI, SD.Next, stable-diffusion.cpp, SwarmUI.[/dim]
+    [dim]Other tools: A1111, Civitai, ComfyUI, Draw Things, Easy Diffusion, Fooocus, Forge,
+    InvokeAI, mflux, NovelAI, SD.Next, stable-diffusion.cpp, SwarmUI.[/dim]
 
     Of a folder, list the newest images, a line each. Of a LoRA file, show the container, the ranks
     and the models that it fits.

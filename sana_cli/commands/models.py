@@ -21,7 +21,11 @@ app = typer.Typer(cls=Group, no_args_is_help=True, help="List, fetch, check and 
 
 Names = Annotated[
     list[str],
-    typer.Argument(metavar="NAME…", help="Models, as `list` calls them.", autocompletion=hub_model),
+    typer.Argument(
+        metavar="NAME…",
+        help="Models, as `list` calls them; or models and LoRAs on the hub, as OWNER/NAME.",
+        autocompletion=hub_model,
+    ),
 ]
 
 

@@ -32,7 +32,7 @@ def serve(
         ),
     ] = "127.0.0.1",
     port: Annotated[
-        int, typer.Option(metavar="N", min=0, max=65535, help="0 takes a free one.")
+        int, typer.Option(metavar="N", min=0, max=65535, help="Port to listen on; 0: any free one.")
     ] = PORT,
     keep_alive: Annotated[
         str,
@@ -43,7 +43,12 @@ def serve(
     ] = "5m",
     queue: Annotated[
         int,
-        typer.Option(metavar="N", min=1, max=10_000, help="Requests that may wait; more are 429."),
+        typer.Option(
+            metavar="N",
+            min=1,
+            max=10_000,
+            help="Requests that may wait; further ones are answered with status 429.",
+        ),
     ] = 64,
     *,
     loras: Annotated[
@@ -56,7 +61,7 @@ def serve(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Its first line is the token, which is else in SANA_TOKEN. [dim]default: none on"
+            help="Its first line is the token; without a file SANA_TOKEN is. [dim]default: none on"
             " this machine's own address; else one is made and printed[/dim]",
             rich_help_panel=ACCESS,
         ),
@@ -65,7 +70,7 @@ def serve(
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help="A name that this server has, as behind a proxy; repeatable.",
+            help="Another host name by which clients reach it, as behind a proxy; repeatable.",
             rich_help_panel=ACCESS,
         ),
     ] = None,
@@ -73,7 +78,7 @@ def serve(
         list[str] | None,
         typer.Option(
             metavar="URL",
-            help="A web site whose pages may ask (CORS); repeatable.",
+            help="A web site whose pages may send requests (CORS); repeatable.",
             rich_help_panel=ACCESS,
         ),
     ] = None,
