@@ -25,7 +25,7 @@ UPLOAD_PIXELS = 40_000_000  # of an uploaded image: more than the largest model 
 class Loaded(NamedTuple):
     """A decoded input image, upright."""
 
-    image: Image.Image
+    image: Image.Image  # L, RGB or RGBA
     notes: list[str]  # what of it was not used
     turned: bool  # by its EXIF
 
@@ -69,6 +69,7 @@ def load(path: str, data: bytes | None = None, option: str = "--image") -> Loade
                     notes.append(f"{name} has {frames} frames, of which the first is used")
                 image.load()
                 turned = _turn(image, name, notes)
+                image = _plain(image)
     except UsageError:
         raise
     except Image.DecompressionBombError:
@@ -80,9 +81,20 @@ def load(path: str, data: bytes | None = None, option: str = "--image") -> Loade
         raise UsageError(f"{what} cannot be read: {reason}") from None
     except Exception as error:  # a damaged file can make any of the decoders raise anything
         raise UsageError(f"{what} cannot be read: it is damaged ({error})") from None
-    if image.mode.startswith("I;16"):  # Pillow's own conversion would clip, not scale
-        image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
     return Loaded(image, notes, turned)
+
+
+def _plain(image: Image.Image) -> Image.Image:
+    """Convert an image to L, RGB or RGBA, the modes that every later step takes."""
+    if not isinstance(image.info.get("transparency"), int | bytes | tuple):
+        image.info.pop("transparency", None)  # a PNG's text of that name
+    if image.mode.startswith("I;16"):  # Pillow's own conversion would clip, not scale
+        return Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+    if image.has_transparency_data:
+        return image if image.mode == "RGBA" else image.convert("RGBA")
+    if image.mode in ("1", "L"):
+        return image.convert("L")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _refuse(image: Image.Image, what: str) -> None:
@@ -136,9 +148,8 @@ def _turn(image: Image.Image, name: str, notes: list[str]) -> bool:
 def rgb(loaded: Loaded, path: str) -> np.ndarray:
     """Return uint8 RGB (height, width, 3), on white; a note is added where that shows."""
     image, notes, _ = loaded
-    if not image.has_transparency_data:
+    if image.mode != "RGBA":
         return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
-    image = image.convert("RGBA")
     on_white = Image.new("RGB", image.size, "white")
     on_white.paste(image, mask=image.getchannel("A"))
     pixels = np.asarray(on_white)

@@ -40,12 +40,12 @@ def to_mask(loaded: Loaded, path: str, alpha: bool = False) -> tuple[np.ndarray,
 
 
 def mask_of(image: Image.Image) -> tuple[np.ndarray, str]:
-    """Convert an image to a mask, and return it with the convention it follows.
+    """Convert an L, RGB or RGBA image to a mask, and return it with the convention it follows.
 
     If the alpha channel is not constant, transparent pixels are repainted, else white ones.
     """
-    if image.has_transparency_data:
-        alpha = np.asarray(image.convert("RGBA").getchannel("A"))
+    if image.mode == "RGBA":
+        alpha = np.asarray(image.getchannel("A"))
         if alpha.min() != alpha.max():
             return np.where(alpha < 128, 255, 0).astype(np.uint8), TRANSPARENT
     grey = np.asarray(image.convert("L"))

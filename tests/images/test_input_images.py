@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from sana_cli.errors import UsageError
 from sana_cli.images.files import MAX_PIXELS, read, read_with_notes
@@ -253,6 +253,23 @@ def test_what_is_too_large_or_no_file_is_refused_with_its_option(tmp_path, role,
     for path, says in ((large, "12000x12000 pixels"), (str(tmp_path), "is not a regular file")):
         with pytest.raises(UsageError, match=f"^{option} .*{says}"):
             Inputs().add(path, role)
+
+
+@pytest.mark.parametrize("role", ["init", "mask", "control"])
+def test_odd_images_that_pillow_reads_are_inputs_as_others_are(tmp_path, role):
+    white = Image.new("RGB", (8, 8), "white")
+    text = PngImagePlugin.PngInfo()
+    text.add_text("transparency", "x")
+    for path in (
+        saved(tmp_path, white, "a.png", pnginfo=text),
+        saved(tmp_path, white.convert("LAB"), "a.tiff"),
+    ):
+        inputs = Inputs()
+        assert inputs[inputs.add(path, role).sha256].min() > 250
+        uploads = Inputs()
+        if path.endswith("png"):
+            uploads.add_bytes("image", Path(path).read_bytes())
+            assert uploads[uploads.add("image", role).sha256].min() > 250
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
