@@ -40,6 +40,7 @@ A1111_FIELDS = {
     **{"Flow shift": "flow_shift", "Denoising strength": "strength"},  # where they are ours
 }
 MAX_NODES = 10_000
+MAX_STEPS = 1_000_000  # over nodes and inputs of a graph, where honest graphs take thousands
 LONGEST_PATH = 50  # links between nodes
 
 
@@ -203,8 +204,12 @@ def _easy_diffusion(texts: Texts) -> Claims | None:
 
 def _draw_things(texts: Texts) -> Claims | None:
     for text in texts.get("xmp", ()):
-        for inner in re.findall(r"<rdf:li[^>]*>\s*(\{.*?\})\s*</rdf:li>", text, re.DOTALL):
-            document = _json(html.unescape(inner))
+        for before in text.split("</rdf:li>")[:-1]:
+            inner = before.rpartition("<rdf:li")[2].partition(">")[2].strip()
+            try:
+                document = _json(html.unescape(inner))
+            except ValueError:  # of a character with more digits than Python converts
+                continue
             if "c" in document and "sampler" in document:
                 return Claims("Draw Things", _named(document))
     return None
@@ -240,13 +245,14 @@ class _Graph:
 
     def __init__(self, nodes: dict[str, Node]) -> None:
         self.nodes = nodes
+        self.steps_left = MAX_STEPS
 
     def settings(self) -> list[tuple[str, str | None, Any]]:
         sampler = self._sampler()
         if sampler is None:
             return []
         latent = self._link(sampler, "latent_image") or {}
-        return [
+        settings = [
             ("prompt", "prompt", self._text(sampler, "positive")),
             ("negative", "negative", self._text(sampler, "negative")),
             ("seed", "seed", self._nearest(sampler, "seed", "noise_seed")),
@@ -259,13 +265,16 @@ class _Graph:
             ("height", "height", self._nearest(latent, "height")),
             ("model", "model", self._nearest(sampler, "ckpt_name", "unet_name", "model_name")),
         ]
+        if self.steps_left <= 0:
+            settings.append(("graph", None, "has too many links to follow all"))
+        return settings
 
     def _sampler(self) -> Node | None:
         """Return the sampler that starts from an empty latent, else the first one."""
         samplers = [
             node
             for _, node in sorted(self.nodes.items(), key=lambda item: (len(item[0]), item[0]))
-            if "sampler" in str(node.get("class_type")).lower() and self._link(node, "latent_image")
+            if "sampler" in _class(node) and self._link(node, "latent_image")
         ]
         for node in samplers:
             if "width" in _inputs(self._link(node, "latent_image") or {}):
@@ -276,18 +285,22 @@ class _Graph:
         return self._linked(_inputs(node).get(name))
 
     def _linked(self, value: Any) -> Node | None:
-        if isinstance(value, list) and len(value) == 2:
+        if isinstance(value, list) and len(value) == 2 and isinstance(value[0], str | int):
             return self.nodes.get(str(value[0]))
         return None
 
     def _upwards(self, node: Node, through: str = "") -> Iterator[Node]:
-        """Yield a node and all that it is computed from, the nearest first; a node that has an
-        input called `through` is followed only along that."""
+        """Yield a node and all that it is computed from, the nearest first, while steps are left;
+        a node that has an input called `through` is followed only along that."""
         level, seen = [node], {id(node)}
         for _ in range(LONGEST_PATH):
-            yield from level
             above = []
-            for inputs in map(_inputs, level):
+            for node in level:
+                inputs = _inputs(node)
+                self.steps_left -= 1 + len(inputs)
+                if self.steps_left <= 0:
+                    return
+                yield node
                 for name in [through] if through in inputs else inputs:
                     linked = self._linked(inputs[name])
                     if linked is not None and id(linked) not in seen:
@@ -327,25 +340,35 @@ class _Graph:
             linked = self._linked(value)
             if isinstance(value, str):
                 found.append(value)
-            elif linked is not None and "clip" not in str(linked.get("class_type")).lower():
+            elif linked is not None and "clip" not in _class(linked):
                 strings = (self._strings(above) for above in self._upwards(linked))
                 found += next(filter(None, strings), [])
         return "\n".join(dict.fromkeys(found)) if found else None
 
     def _strings(self, node: Node) -> list[str]:
         """Return the texts in a node: the result of its wildcards, or else all of them."""
-        held = {k: v for k, v in _inputs(node).items() if isinstance(v, str) and HELD.search(k)}
+        held = {
+            k: v
+            for k, v in _inputs(node).items()
+            if isinstance(v, str) and HELD.search(k, 0, LONGEST_NAME)
+        }
         return [held["populated_text"]] if "populated_text" in held else list(held.values())
 
 
 TEXTS = ("text", "text_g", "text_l", "clip_l", "t5xxl", "prompt")  # of nodes that encode
 HOLDERS = ("value", "int", "float", "number", "string")  # of nodes that hold a value
 HELD = re.compile("text|string|prompt|value")
+LONGEST_NAME = 100  # of which words are looked for
 
 
 def _inputs(node: Node) -> dict[str, Any]:
     inputs = node.get("inputs")
     return inputs if isinstance(inputs, dict) else {}
+
+
+def _class(node: Node) -> str:
+    name = node.get("class_type")
+    return name[:LONGEST_NAME].lower() if isinstance(name, str) else ""
 
 
 def _is_plain(value: Any) -> bool:

@@ -13,6 +13,7 @@ from recipes import RECIPE
 from sana_cli.errors import SanaError
 from sana_cli.images import a1111
 from sana_cli.images.metadata import read, recipe_of
+from sana_cli.images.other_tools import read as read_texts
 
 EXIF_TAGS = {"ImageDescription": 0x010E, "Make": 0x010F, "Model": 0x0110, "Software": 0x0131}
 INNER_TAGS = {"UserComment": 0x9286, "MakerNote": 0x927C}
@@ -539,9 +540,32 @@ def test_any_graph_gives_valid_fields_or_one_error(tmp_path, nodes):
 def test_a_graph_of_circles_ends():
     every = {name: ["1", 0] for name in ("text", "positive", "model", "seed", "string", "value")}
     nodes = {"1": {"class_type": "KSampler", "inputs": every | {"latent_image": ["1", 0]}}}
-    from sana_cli.images.other_tools import read as read_texts
-
     assert read_texts({"prompt": [dumps(nodes)]}).tool == "ComfyUI"
+
+
+@pytest.mark.parametrize("through", ["seed", "text", "positive"])
+def test_a_graph_whose_nodes_all_lead_to_all_does_not_hang_it(through):
+    hub = ["hub", 0]
+    nodes = {str(i): {"class_type": "x", "inputs": {through: hub}} for i in range(9998)}
+    every = {key: [key, 0] for key in nodes}
+    sampler = {"latent_image": hub, "positive": hub, "model": hub}
+    nodes |= {
+        "sampler": {"class_type": "KSampler", "inputs": sampler},
+        "hub": {"class_type": "x", "inputs": every},
+    }
+    claims = read_texts({"prompt": [dumps(nodes)]})
+    assert ("graph", None, "has too many links to follow all") in claims.settings
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    ["<rdf:li>{" * 100_000, "<rdf:li" * 100_000, "<rdf:li>{</rdf:li>" * 50_000]
+    + ["<rdf:li>{&#" + "9" * 5000 + ";}</rdf:li>"],
+    ids=lambda text: text[:18],
+)
+def test_hostile_xmp_neither_hangs_it_nor_hides_what_follows(hostile):
+    after = XMP.format(dumps(DRAW_THINGS).replace('"', "&quot;"))
+    assert read_texts({"xmp": [hostile + after]}).tool == "Draw Things"
 
 
 def test_a_recipe_of_ours_is_preferred_to_any_other_text(tmp_path):
