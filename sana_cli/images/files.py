@@ -86,10 +86,17 @@ def load(path: str, data: bytes | None = None, option: str = "--image") -> Loade
 
 def _plain(image: Image.Image) -> Image.Image:
     """Convert an image to L, RGB or RGBA, the modes that every later step takes."""
-    if not isinstance(image.info.get("transparency"), int | bytes | tuple):
+    clear = image.info.get("transparency")
+    if not isinstance(clear, int | bytes | tuple):
         image.info.pop("transparency", None)  # a PNG's text of that name
     if image.mode.startswith("I;16"):  # Pillow's own conversion would clip, not scale
-        return Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+        values = np.asarray(image)
+        image = Image.fromarray((values // 256).astype(np.uint8))
+        if isinstance(clear, int):
+            image.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+    elif image.mode == "RGB" and isinstance(clear, tuple) and max(clear) > 255:
+        # Of 16 bits, of which Pillow reads the upper 8 of the pixels only.
+        image.info["transparency"] = tuple(value // 256 for value in clear)
     if image.has_transparency_data:
         return image if image.mode == "RGBA" else image.convert("RGBA")
     if image.mode in ("1", "L"):

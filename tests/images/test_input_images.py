@@ -77,6 +77,28 @@ def test_every_kind_of_transparency_is_seen(tmp_path, mode, name):
     assert notes == [f"{name} is transparent in parts, which are taken as white"]
 
 
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+@pytest.mark.parametrize(("color", "channels"), [(0, 1), (2, 3)], ids=["grey", "RGB"])
+def test_a_transparent_colour_of_16_bits_is_seen(tmp_path, color, channels):
+    """Pillow writes none: a PNG of two pixels, the first of them transparent."""
+    row = b"\0" + b"\x12\x34" * channels + b"\x56\x78" * channels
+    chunks = {
+        b"IHDR": struct.pack(">IIBBBBB", 2, 1, 16, color, 0, 0, 0),
+        b"tRNS": b"\x12\x34" * channels,
+        b"IDAT": zlib.compress(row),
+        b"IEND": b"",
+    }
+    data = b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*parts) for parts in chunks.items())
+    path = written(tmp_path, "a.png", data)
+    pixels, notes = read_with_notes(path)
+    assert pixels[0].tolist() == [[255] * 3, [0x56] * 3]
+    assert notes == ["a.png is transparent in parts, which are taken as white"]
+    assert read_mask(path, alpha=True)[0].tolist() == [[255, 0]]
+
+
 def test_an_opaque_alpha_channel_is_not_spoken_of(tmp_path):
     image = Image.fromarray(PIXELS).convert("RGBA")
     pixels, notes = read_with_notes(saved(tmp_path, image, "a.png"))
