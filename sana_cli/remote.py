@@ -292,7 +292,9 @@ class RemoteSession(Session):
         """Post a request, waiting while the queue is full. SanaError unless the answer is good."""
         import httpx2
 
-        files = {name: ("image", upload(getattr(settings, name))) for name in self._files(settings)}
+        files = {
+            name: ("image", upload(name, getattr(settings, name))) for name in self._files(settings)
+        }
         path, content = "/v1/images/generations", {"json": body}
         if files:
             path = "/v1/images/edits"
@@ -364,18 +366,18 @@ def is_local(url: str) -> bool:
     return host.startswith(("127.", "localhost", "[::1]"))
 
 
-def upload(path: str) -> bytes:
-    """The file of an image, in a format that a server takes."""
+def upload(name: str, path: str) -> bytes:
+    """The file of an image for the option `name`, in a format that a server takes."""
     from PIL import Image
 
-    from sana_cli.images.files import UPLOADS, encode, read
+    from sana_cli.images.files import UPLOADS, encode, load, rgb
 
     file = Path(os.path.expanduser(path))
     try:
         with Image.open(file, formats=UPLOADS):
             return file.read_bytes()
     except OSError:
-        return encode(read(path), "png", None, None)
+        return encode(rgb(load(path, option=f"--{name}"), path), "png", None, None)
 
 
 def png_of(data: Any) -> bytes:

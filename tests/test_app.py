@@ -36,7 +36,7 @@ ORDER = """
     replay resolve
     pipeline: draw canvases guidance oom_retry plan peaks text_encoder weight_cache text_cache
               networks packing solver timings events
-    images:   contact_sheet names masks files metadata other_tools a1111 claims formats
+    images:   contact_sheet names masks files metadata other_tools a1111 claims formats profiles
     weights:  fetch lora download model_files single_file hub_cache checkpoint original_names
               lora_choice catalogue vocabulary config_files headers layout fingerprint
               tensor_cache

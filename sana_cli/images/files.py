@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 from sana_cli.errors import UsageError
 from sana_cli.images import formats
 from sana_cli.images.metadata import Metadata
+from sana_cli.images.profiles import to_srgb
 
 MAX_PIXELS = 1 << 27  # of an input image: 400 MB as RGB; phones take up to 108 million
 ORIENTATION = 274  # of EXIF
@@ -26,7 +27,7 @@ class Loaded(NamedTuple):
     """A decoded input image, upright."""
 
     image: Image.Image  # L, RGB or RGBA
-    notes: list[str]  # what of it was not used
+    notes: list[str]  # what of it was not used, or was converted
     turned: bool  # by its EXIF
 
 
@@ -47,8 +48,9 @@ def read_with_notes(path: str, data: bytes | None = None) -> tuple[np.ndarray, l
 def load(path: str, data: bytes | None = None, option: str = "--image") -> Loaded:
     """Open and decode an image in any format of Pillow.
 
-    EXIF orientation is applied; the first of several frames is used, which the notes tell. `data`
-    holds the file's bytes if `path` is only its name. UsageError, which names the `option`, if the
+    EXIF orientation is applied; the first of several frames is used, which the notes tell. The
+    colours of an `--image` are converted to sRGB. `data` holds the file's bytes if `path` is only
+    its name. UsageError, which names the `option`, if the
     file is not an image, is too large, or its values do not define black and white.
     """
     shown = path[:200]
@@ -69,7 +71,9 @@ def load(path: str, data: bytes | None = None, option: str = "--image") -> Loade
                     notes.append(f"{name} has {frames} frames, of which the first is used")
                 image.load()
                 turned = _turn(image, name, notes)
-                image = _plain(image)
+                plain = _plain(image)
+                if option == "--image":  # masks and controls are values, not colours
+                    plain = to_srgb(image, plain, name, notes)
     except UsageError:
         raise
     except Image.DecompressionBombError:
@@ -81,7 +85,7 @@ def load(path: str, data: bytes | None = None, option: str = "--image") -> Loade
         raise UsageError(f"{what} cannot be read: {reason}") from None
     except Exception as error:  # a damaged file can make any of the decoders raise anything
         raise UsageError(f"{what} cannot be read: it is damaged ({error})") from None
-    return Loaded(image, notes, turned)
+    return Loaded(plain, notes, turned)
 
 
 def _plain(image: Image.Image) -> Image.Image:

@@ -1,6 +1,7 @@
 """Images to start from: what is read of any file, what is said about it, and what is refused."""
 
 import os
+import re
 import struct
 import warnings
 import zlib
@@ -11,10 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageCms, PngImagePlugin
+from PIL._util import DeferredError
 
 from sana_cli.errors import UsageError
-from sana_cli.images.files import MAX_PIXELS, read, read_with_notes
+from sana_cli.images.files import MAX_PIXELS, load, read, read_with_notes
 from sana_cli.images.masks import read_mask
 from sana_cli.resolve import Inputs
 
@@ -104,6 +106,57 @@ def test_an_opaque_alpha_channel_is_not_spoken_of(tmp_path):
     pixels, notes = read_with_notes(saved(tmp_path, image, "a.png"))
     np.testing.assert_array_equal(pixels, PIXELS)
     assert notes == []
+
+
+# --- colour profiles ---------------------------------------------------------------------------
+
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+
+
+def swapped() -> bytes:
+    """A profile of sRGB with red and blue exchanged."""
+    profile = bytearray(SRGB)
+    at = {name: profile.index(name) + 4 for name in (b"rXYZ", b"bXYZ")}  # offset and size in it
+    red, blue = (slice(start, start + 8) for start in at.values())
+    profile[red], profile[blue] = profile[blue], profile[red]
+    return bytes(profile)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
+def test_colours_are_converted_from_the_profile_of_an_image_only(tmp_path, mode):
+    image = Image.new("RGB", (4, 4), RED).convert(mode)
+    if mode == "RGBA":
+        image.putalpha(128)
+    path = saved(tmp_path, image, "a.png", icc_profile=swapped())
+    loaded = load(path)
+    color = loaded.image.getpixel((0, 0))
+    assert loaded.notes == ["a.png was converted from its colour profile to sRGB"]
+    assert color[2] >= 254 and max(color[:2]) <= 1 and color[3:] == (128,) * (mode == "RGBA")
+    for option in ("--mask", "--control"):
+        stored = load(path, option=option)
+        assert (stored.image.getpixel((0, 0))[:3], stored.notes) == (RED, [])
+
+
+def test_a_profile_of_srgb_changes_nothing(tmp_path):
+    path = saved(tmp_path, Image.fromarray(PIXELS), "a.png", icc_profile=SRGB)
+    pixels, notes = read_with_notes(path)
+    np.testing.assert_array_equal(pixels, PIXELS)
+    assert notes == []
+
+
+@pytest.mark.parametrize("why", ["damaged", "of other colours", "no LittleCMS"])
+def test_of_a_profile_that_cannot_be_used_a_note_is_made(tmp_path, monkeypatch, why):
+    if why == "no LittleCMS":
+        monkeypatch.setattr(ImageCms, "core", DeferredError(ImportError("not built")))
+    profile = {"damaged": b"x" * 200, "of other colours": SRGB.replace(b"RGB ", b"CMYK", 1)}
+    path = saved(
+        tmp_path, Image.fromarray(PIXELS), "a.png", icc_profile=profile.get(why, swapped())
+    )
+    pixels, (note,) = read_with_notes(path)
+    np.testing.assert_array_equal(pixels, PIXELS)
+    assert re.fullmatch(
+        r"a.png has a colour profile that cannot be used \(.+\); sRGB is assumed", note
+    )
 
 
 # --- frames, EXIF, size ------------------------------------------------------------------------
