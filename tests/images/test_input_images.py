@@ -1,5 +1,6 @@
 """Images to start from: what is read of any file, what is said about it, and what is refused."""
 
+import io
 import os
 import re
 import struct
@@ -18,6 +19,7 @@ from PIL._util import DeferredError
 from sana_cli.errors import UsageError
 from sana_cli.images.files import MAX_PIXELS, load, read, read_with_notes
 from sana_cli.images.masks import read_mask
+from sana_cli.remote import upload
 from sana_cli.resolve import Inputs
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (32, 64, 3), np.uint8)
@@ -135,6 +137,13 @@ def test_colours_are_converted_from_the_profile_of_an_image_only(tmp_path, mode)
     for option in ("--mask", "--control"):
         stored = load(path, option=option)
         assert (stored.image.getpixel((0, 0))[:3], stored.notes) == (RED, [])
+
+
+@pytest.mark.parametrize(("option", "color"), [("image", (0, 0, 255)), ("mask", RED)])
+def test_a_client_encodes_for_a_server_what_it_would_read_itself(tmp_path, option, color):
+    path = saved(tmp_path, Image.new("RGB", (4, 4), RED), "a.tiff", icc_profile=swapped())
+    sent = Image.open(io.BytesIO(upload(option, path)))
+    assert sent.getpixel((0, 0)) == color
 
 
 def test_a_profile_of_srgb_changes_nothing(tmp_path):
