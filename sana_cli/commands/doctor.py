@@ -357,7 +357,7 @@ def _lines(facts: Facts) -> Iterator[tuple[str, str]]:
         sets = ", ".join(cpu["instructions"] or [cpu["kernels"]])
         yield "cpu", f"{cpu['name'] or 'unknown'}, {_count(cpu['cores'], 'core')}; {sets}"
     if memory:
-        limit = f"; this container may use {_size(memory['limit_bytes'])}"
+        limit = f"; this process may use {_size(memory['limit_bytes'])}"
         limit += f", {_size(memory['limit_free_bytes'])} free"
         yield (
             "memory",
