@@ -396,7 +396,8 @@ def _lines(facts: Facts) -> Iterator[tuple[str, str]]:
             for side in sorted(sides)
             if sides[side] != "no"
         ]
-        yield "fits", ", ".join(fitting) or "no released model"
+        if any(sides.values()):  # without torch none is known
+            yield "fits", ", ".join(fitting) or "no released model"
         yield from _time_lines(facts["models"])
     terminal = facts["terminal"]
     if terminal:
