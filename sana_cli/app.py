@@ -11,6 +11,7 @@ import gc
 import os
 import re
 import sys
+from contextlib import suppress
 from typing import Annotated, Any
 
 import typer
@@ -158,7 +159,8 @@ def _report(error: Exception, found: dict[str, Any]) -> int:
     if verbose:
         import traceback
 
-        traceback.print_exc()
+        with suppress(OSError):  # whoever would read it has left; the exit code remains
+            traceback.print_exc()
     if type(error).__name__ == "NoArgsIsHelpError":  # the help is on the screen
         return UsageError.exit_code
     if hasattr(error, "format_message"):  # Typer's own usage errors, whichever Click it carries
@@ -176,7 +178,8 @@ def _report(error: Exception, found: dict[str, Any]) -> int:
         error = _unexpected(error, verbose)
     if isinstance(error, UsageError):
         error = _with_origin(error, found)
-    Console(color=color and "--no-color" not in sys.argv).error(error)
+    with suppress(OSError, SystemExit):  # Rich ends the program where the reader has left
+        Console(color=color and "--no-color" not in sys.argv).error(error)
     return error.exit_code
 
 

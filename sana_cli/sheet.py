@@ -6,6 +6,7 @@ names; the page shows the images themselves, with their recipes and the commands
 
 import html
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from PIL import Image
 from sana_cli.errors import SanaError, UsageError
 from sana_cli.images import metadata
 from sana_cli.images.contact_sheet import draw_sheet
-from sana_cli.images.files import encode
+from sana_cli.images.files import encode, read
 from sana_cli.images.names import SUFFIXES, check_format, check_writable, natural_order
 from sana_cli.replay import command_of
 from sana_cli.reporter import Reporter
@@ -46,19 +47,26 @@ def check_sheet(path: str) -> Path:
 
 
 def images_in(paths: Sequence[str], sheet: Path) -> list[Path]:
-    """Find the images among files and in folders, in the order of their names, without the sheet.
+    """Find the images among files and in folders, in the order of their names, without the sheet
+    and earlier ones of its name.
 
     UsageError if there are none.
     """
+    earlier = re.compile(rf"{re.escape(sheet.stem)}(-\d+)?{re.escape(sheet.suffix)}")
     found: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
             inside = (file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
-            whole = (file for file in inside if not file.name.startswith(PARTIAL))
+            whole = (f for f in inside if not f.name.startswith(PARTIAL) and f.is_file())
             found += sorted(whole, key=lambda file: natural_order(str(file)))
         else:
             found.append(path)
-    found = [path for path in dict.fromkeys(found) if path.resolve() != sheet.resolve()]
+    folder = sheet.parent.resolve()
+    found = [
+        path
+        for path in dict.fromkeys(found)
+        if path.parent.resolve() != folder or not earlier.fullmatch(path.name)
+    ]
     if not found:
         raise UsageError(f"{', '.join(paths)[:200]} holds no image", "give a folder with images")
     return found
@@ -85,12 +93,10 @@ def write_sheet(sheet: Path, images: Sequence[Path], force: bool, reporter: Repo
 def _read(images: Sequence[Path], reporter: Reporter) -> Iterator[_Entry]:
     for path in images:
         try:
-            with Image.open(path) as image:
-                image.load()
-                width, height = image.size
-        except Exception as error:  # decoders raise whatever they like
-            reason = getattr(error, "strerror", None) or "it is damaged"
-            reporter.warn(f"{path} is not on the sheet: {reason}")
+            height, width, _ = read(str(path)).shape
+        except UsageError as error:
+            reason = error.message.removeprefix(f"--image {str(path)[:200]} ")
+            reporter.warn(f"{path} is not on the sheet: it {reason}")
             continue
         try:
             yield _Entry(path, width, height, metadata.read(str(path)))
@@ -107,9 +113,7 @@ def _thumbnail(entry: _Entry) -> tuple[Image.Image, str]:
     caption = entry.path.stem
     if not caption.isascii():
         caption = "" if seed is None else f"seed {seed}"
-    image = Image.open(entry.path)
-    image.draft("RGB", (512, 512))  # of a JPEG: decoded at a lower resolution
-    return image, caption
+    return Image.fromarray(read(str(entry.path))), caption
 
 
 # --- as a page ---------------------------------------------------------------------------------

@@ -71,7 +71,7 @@ class Console:
         if not self.quiet:
             # Wrapped between words on a terminal; never for programs, which read lines.
             broken = self.rich.is_terminal
-            self.rich.print(f"[dim]{escape(text)}[/dim]", soft_wrap=not broken)
+            self.rich.print(f"[dim]{_safe(text)}[/dim]", soft_wrap=not broken)
 
     def detail(self, text: str) -> None:
         if self.verbose:
@@ -79,7 +79,7 @@ class Console:
 
     def warn(self, text: str) -> None:
         if not self.quiet:
-            self.rich.print(f"[yellow]warning:[/yellow] {escape(text)}", soft_wrap=True)
+            self.rich.print(f"[yellow]warning:[/yellow] {_safe(text)}", soft_wrap=True)
 
     def confirm(self, question: str) -> bool:
         """Ask a yes-no question on a terminal; elsewhere the answer is yes."""
@@ -92,7 +92,7 @@ class Console:
 
     def line(self, text: str) -> None:
         """Print a line even when quiet, as the context of an error."""
-        self.rich.print(escape(" ".join(text.split())), soft_wrap=True)
+        self.rich.print(_safe(" ".join(text.split())), soft_wrap=True)
 
     def transfer(self) -> "Downloads":
         """Return a context manager that shows bars for a download."""
@@ -100,9 +100,9 @@ class Console:
 
     def error(self, error: SanaError) -> None:
         one_line = " ".join(error.message.split())
-        self.rich.print(f"[bold red]error:[/bold red] {escape(one_line)}", soft_wrap=True)
+        self.rich.print(f"[bold red]error:[/bold red] {_safe(one_line)}", soft_wrap=True)
         if error.hint:
-            self.rich.print(f"[bold]hint:[/bold] {escape(error.hint)}", soft_wrap=True)
+            self.rich.print(f"[bold]hint:[/bold] {_safe(error.hint)}", soft_wrap=True)
 
 
 class _LiveBars:
@@ -334,6 +334,11 @@ def visible(text: str) -> str:
     return "".join(
         c if c in kept or unicodedata.category(c) not in hidden else ascii(c)[1:-1] for c in text
     )
+
+
+def _safe(text: str) -> str:
+    """Escape text for Rich, and what of it a stranger's file may have brought for the terminal."""
+    return escape(visible(text))
 
 
 def write_stdout(data: bytes) -> None:

@@ -91,8 +91,33 @@ def test_a_name_that_is_not_utf_8_is_on_the_page(sana, folder):
 def test_a_sheet_is_never_overwritten_and_never_on_itself(sana, folder):
     first = sana("info", "--sheet", "out/sheet.png", "out").out
     second = sana("info", "--sheet", "out/sheet.png", "out").out
-    assert (first, second) == ("out/sheet.png\n", "out/sheet-2.png\n")
-    assert Path("out/sheet.png").read_bytes() == Path("out/sheet-2.png").read_bytes()
+    third = sana("info", "--sheet", "out/sheet.png", "out").out
+    assert [first, second, third] == [f"out/sheet{n}.png\n" for n in ("", "-2", "-3")]
+    assert len({Path(made.strip()).read_bytes() for made in (first, second, third)}) == 1
+
+
+def test_images_are_shown_as_other_programs_show_them(sana, tmp_path, monkeypatch):
+    """Upright, on white where they are transparent, and 16 bits as their upper eight."""
+    monkeypatch.chdir(tmp_path)
+    Path("out").mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: the left edge is the top
+    half = Image.new("RGB", (64, 32), "black")
+    half.paste("white", (0, 0, 32, 32))
+    half.save("out/a.png", exif=exif)
+    Image.new("RGBA", (32, 64), (0, 0, 0, 0)).save("out/b.png")
+    Image.fromarray(np.full((64, 32), 0x8000, np.uint16)).save("out/c.png")
+    if hasattr(os, "mkfifo"):
+        os.mkfifo("out/d.png")
+    assert sana("info", "--sheet", "sheet.png", "out").code == 0
+    with Image.open("sheet.png") as sheet:
+        grey = np.asarray(sheet.convert("L"))[:-30]  # above the names
+    middle = (grey.shape[0] + 30 - 16) // 2
+    below, across = np.nonzero(grey < 10)
+    assert (len(below), np.ptp(below), np.ptp(across)) == (32 * 32, 31, 31)
+    assert abs(below.min() - middle) < 8, "the left half was white, and so is the upper one"
+    assert np.count_nonzero(grey == 0x80) == 32 * 64
+    assert np.count_nonzero(grey > 250) == grey.size - 32 * 32 - 32 * 64
 
 
 @pytest.mark.parametrize(

@@ -168,7 +168,7 @@ def _list(folder: str, images: list[str], console: "Console", color: bool) -> No
         line = Text.assemble(
             (visible(image), "bold"),
             "  ",
-            (", ".join(filter(None, facts)), "dim"),
+            (visible(" ".join(", ".join(filter(None, facts)).split())), "dim"),
             "  ",
             visible(" ".join(text.split())),
         )

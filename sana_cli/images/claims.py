@@ -111,7 +111,7 @@ def _converted(name: str | None, value: Any, ours: bool) -> dict[str, Any]:
         return {side: checked(side, pixels) for side, pixels in sides}
     if name == "solver":
         value = SAME_SAMPLERS.get(str(value).lower(), value)
-    if name == "model" and not ours and value not in known_models():
+    if name == "model" and not ours and not (isinstance(value, str) and value in known_models()):
         raise ValueError
     if name in LIMITS and isinstance(value, str):
         whole = int in KINDS[name]

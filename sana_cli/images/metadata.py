@@ -118,7 +118,9 @@ def recipe_of(path: str) -> tuple[dict[str, Any], list[str]]:
     """
     found = read(path)
     if not found.recipe:
-        raise SanaError(f"{path[:200]} was made by {found.tool}; no setting in it could be read")
+        raise SanaError(
+            f"{path[:200]} was made by {_tool_name(found)}; no setting in it could be read"
+        )
     return found.recipe, found.notes
 
 
@@ -282,7 +284,7 @@ def _note(found: ImageMetadata) -> None:
         if missing:
             found.notes.append(f"its recipe does not say {', '.join(missing)}")
     elif not recipe:
-        found.notes.append(f"made by {found.tool}; no setting in it could be read")
+        found.notes.append(f"made by {_tool_name(found)}; no setting in it could be read")
     else:
         whose = "A1111's text" if found.source == "a1111" else f"the text of {_tool_name(found)}"
         found.notes.append(f"read from {whose}, which does not hold all that decides an image")

@@ -69,6 +69,11 @@ def parse_output(output: str | None, format: str | None) -> Output:
     else:
         if "\0" in output:
             raise UsageError("--output holds a NUL character")
+        if URL.match(output):
+            raise UsageError(
+                f"--output {output[:200]} is a URL, and images are written to files",
+                "sana batch writes the images of its jobs into an object store",
+            )
         expanded = os.path.expanduser(output)
         if expanded.endswith(("/", os.sep)) or os.path.isdir(expanded):
             folder, template = expanded, DEFAULT_TEMPLATE

@@ -27,6 +27,7 @@ from faults import FAST, brief, named
         (("a fox", "--steps", "0"), "--steps"),
         (("a fox", "--steps", "-1"), "--steps"),
         (("a fox", "--steps", "100000"), "--steps"),
+        (("a fox", "-o", "s3://bucket/x.png"), "is a URL"),
         (("a fox", "--steps", "2.5"), "--steps"),
         (("a fox", "--solver", "ddim"), "--solver"),
         (("a fox", "--dtype", "int8"), "--dtype"),

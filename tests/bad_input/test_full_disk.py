@@ -58,6 +58,16 @@ def test_a_disk_that_fills_up_keeps_the_pictures_before(sana, model, here, monke
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 @pytest.mark.parametrize(
+    ("words", "code"),
+    [(("generate", ""), 2), (("generate", "a", "-m", "a/b", "--offline", "-v"), 5)],
+)
+def test_an_error_that_cannot_be_printed_keeps_its_exit_code(program, words, code):
+    with open("/dev/full", "w") as full:
+        assert subprocess.run([program, *words], stderr=full).returncode == code
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize(
     "words",
     [("-o", "-"), *exhaustive([], ["--json"], ["--dry-run"])],
     ids=["picture", "path", "json", "plan"],

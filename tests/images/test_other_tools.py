@@ -548,3 +548,29 @@ def test_a_recipe_of_ours_is_preferred_to_any_other_text(tmp_path):
     own = dumps({"recipe": RECIPE.as_dict()})
     found = read(png(tmp_path, sana=own, parameters=f"{LINES}{PAIRS}", prompt=dumps(graph())))
     assert (found.source, found.tool, found.recipe) == ("sana", "sana", RECIPE.as_dict())
+
+
+@pytest.mark.parametrize(
+    ("keyword", "text"),
+    [
+        ("parameters", {"sui_image_params": {"prompt": "x", "model": ["a"]}}),
+        ("parameters", {"sui_image_params": {"swarm_version": "\ud800\x1b]0;title\x07"}}),
+        ("sana", {"recipe": {"prompt": "x", "model": "m\x1b[31m\nforged"}, "made": {}}),
+    ],
+    ids=["a-list-of-models", "half-a-pair", "control-characters"],
+)
+@pytest.mark.parametrize(
+    "verb", [("info",), ("info", "--json"), ("generate", "--dry-run", "--from")]
+)
+def test_nothing_of_a_strangers_text_ends_the_command_or_reaches_the_terminal(
+    tmp_path, monkeypatch, sana, keyword, text, verb
+):
+    monkeypatch.chdir(tmp_path)
+    info = PngImagePlugin.PngInfo()
+    info.add_text(keyword, json.dumps(text))
+    Image.new("RGB", (8, 8)).save("a.png", pnginfo=info)
+    run = sana(*verb, "a.png")
+    assert run.code in (0, 1, 2) and "Error" not in run.err, run.err
+    listed = sana("info", ".")
+    assert (listed.code, len(listed.out.splitlines())) == (0, 1)
+    assert "\x1b" not in run.out + run.err + listed.out + listed.err
