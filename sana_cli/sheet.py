@@ -18,7 +18,7 @@ from sana_cli.errors import SanaError, UsageError
 from sana_cli.images import metadata
 from sana_cli.images.contact_sheet import draw_sheet
 from sana_cli.images.files import encode, read
-from sana_cli.images.names import SUFFIXES, check_writable, natural_order
+from sana_cli.images.names import SUFFIXES, check_format, check_writable, natural_order
 from sana_cli.replay import command_of
 from sana_cli.reporter import Reporter
 from sana_cli.system.disk import PARTIAL, save
@@ -40,7 +40,9 @@ def check_sheet(path: str) -> Path:
     if sheet.suffix.lower() not in (*SUFFIXES, *PAGES):
         known = ", ".join((*SUFFIXES, PAGES[0]))
         raise UsageError(f"--sheet {path[:200]} ends in no known suffix", f"use one of {known}")
-    check_writable(sheet.parent)
+    if sheet.suffix.lower() in SUFFIXES:
+        check_format(SUFFIXES[sheet.suffix.lower()])
+    check_writable(sheet.parent, "--sheet")
     return sheet
 
 

@@ -115,6 +115,10 @@ class OnRay:
         nodes = [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
         gpus = sum(int(node.get("GPU", 0)) for node in nodes)
         on_gpus = options.device == "cuda" or (options.device == "auto" and gpus > 0)
+        if not on_gpus:  # the head often has no CPUs, to be left alone
+            nodes = [node for node in nodes if node.get("CPU", 0) >= 1]
+            if not nodes:
+                raise SanaError("Ray: no node has a CPU core for actors", "see `ray status`")
         self.workers = options.workers or (max(1, gpus) if on_gpus else len(nodes))
         # On CPUs the actors of a node, as many on each, divide its cores and its memory.
         together = -(-self.workers // len(nodes))

@@ -122,6 +122,10 @@ def bench(
         raise UsageError(f"--warmup {warmup} is not between 0 and {MAX_RUNS}")
     if asked["force"] and save is None:
         raise UsageError("--force has no effect without --save", "leave it out")
+    if save is not None:
+        from sana_cli.images.names import check_writable
+
+        check_writable(save.parent, "--save")
     limit = parse_memory(asked["memory"])
     sizes = parse_sizes(res)
     names = ("steps", "guidance", "dtype", "quant", "text_precision")

@@ -181,16 +181,21 @@ def _print(document: dict[str, Any], color: bool) -> None:
 
 def _check(name: str, value: Any) -> None:
     """Check what an option's type alone does not. UsageError."""
-    from sana_cli.images.names import check_quality
-    from sana_cli.settings import Settings
+    from sana_cli.settings import check_text, check_value, declared
     from sana_cli.shapes import parse_aspect, parse_resolution
+    from sana_cli.system.devices import check_device_name
     from sana_cli.units import parse_memory
 
-    if name in ("negative", "steps", "guidance"):
-        Settings("any", **{name: value})
-    if name == "quality":
-        check_quality(value, {"webp"})
-    checks = {"res": parse_resolution, "ar": parse_aspect, "memory": parse_memory}
+    if name in declared():
+        check_value(declared()[name], value)
+    if name == "negative":
+        check_text(value, "--negative")
+    checks = {
+        "res": parse_resolution,
+        "ar": parse_aspect,
+        "memory": parse_memory,
+        "device": check_device_name,
+    }
     if name in checks:
         checks[name](value)
 

@@ -357,7 +357,7 @@ def _lines(facts: Facts) -> Iterator[tuple[str, str]]:
         sets = ", ".join(cpu["instructions"] or [cpu["kernels"]])
         yield "cpu", f"{cpu['name'] or 'unknown'}, {_count(cpu['cores'], 'core')}; {sets}"
     if memory:
-        limit = f"; this container may use {_size(memory['limit_bytes'])}"
+        limit = f"; this process may use {_size(memory['limit_bytes'])}"
         limit += f", {_size(memory['limit_free_bytes'])} free"
         yield (
             "memory",
@@ -396,7 +396,8 @@ def _lines(facts: Facts) -> Iterator[tuple[str, str]]:
             for side in sorted(sides)
             if sides[side] != "no"
         ]
-        yield "fits", ", ".join(fitting) or "no released model"
+        if any(sides.values()):  # without torch none is known
+            yield "fits", ", ".join(fitting) or "no released model"
         yield from _time_lines(facts["models"])
     terminal = facts["terminal"]
     if terminal:

@@ -60,6 +60,7 @@ class Output:
 def parse_output(output: str | None, format: str | None) -> Output:
     """Parse `--output` and `--format`, and check all that can be checked before drawing."""
     if output == "-":
+        check_format(format or "png")
         return Output("", "", format or "png", to_stdout=True)
     if not output:
         if output is not None:
@@ -138,7 +139,20 @@ def _named(folder: str, template: str, format: str | None, known: tuple[str, ...
     if len(template.encode()) > LONGEST_NAME_BYTES + 15:
         raise UsageError("--output has too long a file name", "use at most 255 bytes")
     columns = tuple(dict.fromkeys(field for field in named if field not in JOB_FIELDS))
-    return Output(folder, template, implied or format or "png", columns=columns)
+    format = implied or format or "png"
+    check_format(format)
+    return Output(folder, template, format, columns=columns)
+
+
+def check_format(format: str) -> None:
+    """UsageError for a format that this build of Pillow does not write."""
+    if format in ("webp", "avif"):  # of libraries that a build may lack
+        from PIL import features
+
+        if not features.check(format):
+            raise UsageError(
+                f"this build of Pillow does not write {format.upper()}", "use png or jpeg"
+            )
 
 
 def check_size(recipe: Recipe, format: str) -> None:
@@ -185,17 +199,17 @@ def _check_fields(template: str, known: tuple[str, ...] | None) -> list[str]:
     return found
 
 
-def check_writable(folder: Path) -> None:
-    """Check before drawing that the nearest existing folder takes new files."""
+def check_writable(folder: Path, option: str = "--output") -> None:
+    """Check before drawing that the nearest existing folder takes new files; `option` names it."""
     try:
         while not folder.exists():
             folder = folder.parent
     except OSError as error:
         raise UsageError(
-            f"--output cannot be used: {error.strerror}", "use a shorter path"
+            f"{option} cannot be used: {error.strerror}", "use a shorter path"
         ) from None
     if not folder.is_dir():
-        raise UsageError(f"--output: {folder} is not a folder", "use another -o")
+        raise UsageError(f"{option}: {folder} is not a folder", f"use another {option}")
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass
@@ -204,7 +218,7 @@ def check_writable(folder: Path) -> None:
             return  # a full disk is not a usage error; the write itself reports it
         reason = error.strerror
         raise UsageError(
-            f"--output: cannot write in {folder}: {reason}", "use another -o"
+            f"{option}: cannot write in {folder}: {reason}", f"use another {option}"
         ) from None
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
 
 from sana_cli.errors import UsageError
-from sana_cli.images.names import check_quality
+from sana_cli.images.names import check_format, check_quality
 from sana_cli.recipe import parse_seeds
 from sana_cli.server.errors import ApiError, of
 from sana_cli.settings import (
@@ -222,6 +222,7 @@ def read(body: BaseModel) -> Asked:
             values[name] = str(values[name])
     for name, value in values.items():
         check_value(options[name], value)
+    check_format(values.get("format", "png"))
     effort = EFFORT.get(given.get("quality", "auto"))
     if effort is not None and "steps" in values:
         raise UsageError("--quality and --steps both say how many steps", "leave one out")

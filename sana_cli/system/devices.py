@@ -4,6 +4,7 @@ import ctypes
 import functools
 import importlib.util
 import os
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -36,18 +37,14 @@ def choose_device(name: str) -> str:
     """
     if name == "cpu" or (name == "auto" and not _may_have_gpu()):
         return "cpu"
+    check_device_name(name)
     import torch
 
     if name == "auto":
         if torch.cuda.is_available():
             return "cuda"
         return "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        kind = torch.device(name).type
-    except RuntimeError:
-        raise UsageError(
-            f"--device {name!r} is not a device", "use auto, cpu, cuda or mps"
-        ) from None
+    kind = torch.device(name).type
     here = {
         "cpu": True,
         "cuda": torch.cuda.is_available(),
@@ -62,6 +59,12 @@ def choose_device(name: str) -> str:
     if kind == "cuda" and index >= torch.cuda.device_count():
         raise UsageError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices")
     return name
+
+
+def check_device_name(name: str) -> None:
+    """UsageError for what is no device of any machine."""
+    if not re.fullmatch("auto|(cpu|cuda|mps)(:(0|[1-9][0-9]?))?", name):
+        raise UsageError(f"--device {name!r} is not a device", "use auto, cpu, cuda or mps")
 
 
 @functools.cache

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 NAMED_INSTRUCTIONS = {
@@ -29,11 +29,12 @@ NAMED_INSTRUCTIONS = {
     "sve2": "SVE2",
 }
 
-# Of version 2 and 1 of control groups: the files of the limit and of what is used, and in
-# memory.stat the part of it that the kernel frees when memory is short.
+# Of version 2 and 1 of control groups: the controller, which is also the folder of its groups, the
+# files of the limit and of what is used, and in memory.stat the part of it that the kernel frees
+# when memory is short.
 CONTROL_GROUPS = (
-    ("memory.max", "memory.current", "inactive_file"),
-    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
+    ("", "memory.max", "memory.current", "inactive_file"),
+    ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 )
 
 
@@ -84,9 +85,11 @@ def cpu_name() -> str | None:
     return name[1].strip() if name else None
 
 
-def memory(groups: Path = Path("/sys/fs/cgroup")) -> dict[str, int | None]:
-    """Return memory in bytes. `limit` is the container's, where it is below the total, and
-    `limit_free` what is left of it."""
+def memory(
+    groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
+) -> dict[str, int | None]:
+    """Return memory in bytes. `limit` is the least of a container, a job of SLURM or a unit of
+    systemd, where it is below the total, and `limit_free` the least that is left of any of them."""
     total, available = _pages("SC_PHYS_PAGES"), _pages("SC_AVPHYS_PAGES")
     try:  # includes what the page cache can release
         text = Path("/proc/meminfo").read_text(encoding="ascii")
@@ -94,19 +97,35 @@ def memory(groups: Path = Path("/sys/fs/cgroup")) -> dict[str, int | None]:
             available = int(match[1]) * 1024
     except OSError:
         pass
-    limit = limit_free = None
-    for place, usage, released in CONTROL_GROUPS:
-        bound = _number(groups / place)
-        if bound is not None and total and bound < min(total, limit or total):
-            stat = (groups / place).with_name("memory.stat")
-            used = (_number(groups / usage) or 0) - (_number(stat, f"{released} ") or 0)
-            limit, limit_free = bound, max(0, bound - used)
+    limits, free = [], []
+    for controller, bound, usage, released in CONTROL_GROUPS:
+        for level in _levels(own, controller):
+            group = groups / controller / level
+            limit = _number(group / bound)
+            if limit is not None and total and limit < total:
+                unused = _number(group / "memory.stat", f"{released} ") or 0
+                limits.append(limit)
+                free.append(max(0, limit - (_number(group / usage) or 0) + unused))
     return {
         "total_bytes": total,
         "available_bytes": available,
-        "limit_bytes": limit,
-        "limit_free_bytes": limit_free,
+        "limit_bytes": min(limits, default=None),
+        "limit_free_bytes": min(free, default=None),
     }
+
+
+def _levels(own: Path, controller: str) -> list[PurePosixPath]:
+    """Return the paths of this process's control group and of all its parents, up to the root."""
+    try:
+        lines = os.fsdecode(own.read_bytes()).splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controller in controllers.split(","):
+            level = PurePosixPath(path.lstrip("/"))
+            return [level, *level.parents]
+    return [PurePosixPath()]
 
 
 def _number(path: Path, name: str = "") -> int | None:

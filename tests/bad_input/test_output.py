@@ -1,10 +1,13 @@
 """Places to write to that cannot be, and names that no disk would take."""
 
 import os
+import sys
 
 import pytest
 
 from faults import FAST, assert_polite, brief, edit, named
+from sana_cli.errors import UsageError
+from sana_cli.server.fields import read, request_model
 
 
 @pytest.mark.parametrize(
@@ -43,6 +46,20 @@ from faults import FAST, assert_polite, brief, edit, named
 )
 def test_a_wrong_output_is_refused(refused, model, words, says):
     refused(2, "a fox", "-m", str(model), *FAST, *words, says=(says,))
+
+
+@pytest.mark.parametrize("format", ["webp", "avif"])
+def test_a_format_that_this_pillow_does_not_write_is_refused_before_drawing(
+    refused, model, sana, monkeypatch, format
+):
+    monkeypatch.setitem(sys.modules, f"PIL._{format}", None)  # as in a build without it
+    says = (f"Pillow does not write {format.upper()}",)
+    for words in (("-o", f"fox.{format}"), ("-o", "-", "--format", format)):
+        refused(2, "a fox", "-m", str(model), *FAST, *words, says=says)
+    run = sana("info", str(model), "--sheet", f"sheet.{format}")
+    assert (run.code, run.out) == (2, "") and says[0] in run.err
+    with pytest.raises(UsageError, match=says[0]):
+        read(request_model()(prompt="a fox", output_format=format))
 
 
 @pytest.mark.parametrize("output", ["file/fox.png", "file/a/b/fox.png", "file/", "file/{seed}"])

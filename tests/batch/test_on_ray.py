@@ -8,12 +8,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 
 from batches import DEMO, PROMPTS, SANA, events, lines, pictures
 from hub import Hub
+from sana_cli.batch import on_ray
 from sana_cli.batch.on_ray import DriverSession
+from sana_cli.errors import SanaError
 from sana_cli.weights.catalogue import known_models
 
 ON_RAY = ("--engine", "ray", "--workers", "2")
@@ -52,6 +56,52 @@ def test_a_driver_fetches_no_weights_of_a_released_model():
     with DriverSession(device="cpu", offline=True) as session:
         files = session.open(known_models()["sana-0.6b-512"])
     assert (files.parts, files.side) == ({}, 512)
+
+
+class NoCluster:
+    """What `OnRay` asks of Ray to divide a cluster of these nodes, which is not there."""
+
+    def __init__(self, *resources: dict[str, float]) -> None:
+        self.resources = resources
+        affinity = SimpleNamespace(NodeAffinitySchedulingStrategy=lambda *_, **__: None)
+        self.util = SimpleNamespace(scheduling_strategies=affinity)
+
+    def nodes(self) -> list[dict]:
+        return [{"Alive": True, "Resources": one} for one in self.resources]
+
+    def get_runtime_context(self) -> SimpleNamespace:
+        return SimpleNamespace(get_node_id=lambda: "head")
+
+    def remote(self, **_):
+        return lambda kind: SimpleNamespace(remote=lambda: None)
+
+
+@pytest.fixture
+def divided(monkeypatch):
+    """Divide a cluster among actors on CPUs: how many there are, the cores of each as asked of Ray
+    and as told to torch, and how many share a node."""
+
+    def divide(workers: int | None, *resources: dict[str, float]) -> tuple[int, int, int, int]:
+        monkeypatch.setattr(sys, "stdout", sys.stdout)  # restored afterwards
+        monkeypatch.setattr(on_ray, "import_ray", lambda: NoCluster(*resources))
+        monkeypatch.setattr(on_ray, "_connect", lambda *_: None)
+        settings = {"memory": None, "cache": True, "offline": False, "reporter": Mock()}
+        manifest = SimpleNamespace(store=SimpleNamespace(address="out"), shard=None)
+        session = SimpleNamespace(**settings)
+        work = SimpleNamespace(session=session, manifest=manifest, options=None)
+        engine = on_ray.OnRay(work, on_ray.RayOptions(None, workers, "cpu"))
+        setup = engine.setup
+        return engine.workers, engine.needs["num_cpus"], setup.threads, setup.together
+
+    return divide
+
+
+def test_a_head_without_cpus_takes_no_part(divided):
+    nodes = ({"memory": 1.0}, {"CPU": 0.0}, *[{"CPU": 32.0}] * 4)
+    assert divided(None, *nodes) == (4, 32, 32, 1)
+    assert divided(16, *nodes) == (16, 8, 8, 4)
+    with pytest.raises(SanaError, match="no node has a CPU core"):
+        divided(None, *nodes[:2])
 
 
 # --- on a cluster ------------------------------------------------------------------------------

@@ -205,6 +205,7 @@ def test_diffusers_compiled_draws_the_same(command):
         (["-m", "demo", "-r", "128,,256"], 2, "empty size"),
         (["-m", "demo", "-r", "77q"], 2, "77q"),
         (["-m", "demo", "--force"], 2, "--force has no effect without --save"),
+        (["-m", "demo", "--save", "/dev/null/a.json"], 2, "--save: /dev/null is not a folder"),
         (["-m", "demo", "--against", "diffusers", "--text-precision", "int8"], 2, "int8"),
         (["-m", "someone/else", "--random-weights"], 5, "its configuration is unknown"),
         (["-m", "demo", "--compare", "nothere.json"], 2, "cannot be read"),

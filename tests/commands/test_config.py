@@ -14,6 +14,7 @@ from PIL import Image
 
 from sana_cli import app
 from sana_cli.commands._defaults import ONE_CALL
+from sana_cli.settings import declared
 
 VERBS = app.command().commands
 GENERATE = {p.name: p for p in VERBS["generate"].params}
@@ -402,6 +403,8 @@ def test_set_and_unset_keep_comments_order_and_other_keys(sana):
         (("steps", "many"), "steps cannot be 'many'"),
         (("steps", "0"), "--steps 0 is not between"),
         (("res", "77q"), "'77q' is not a resolution"),
+        (("device", "foo"), "--device 'foo' is not a device"),
+        (("device", "cuda:01"), "--device 'cuda:01' is not a device"),
         (("memory", "lots"), "'lots' is not an amount"),
         (("quality", "101"), "--quality 101 is not between"),
         (("stepz", "3"), "did you mean steps?"),
@@ -414,6 +417,17 @@ def test_what_cannot_stand_is_not_set(sana, words, reason):
     run = sana("config", "set", *words)
     assert run.code == 2
     assert reason in run.err
+    assert not user_file().exists()
+
+
+BOUNDED = {name: one.option.bounds for name, one in declared().items() if one.option.bounds}
+
+
+@pytest.mark.parametrize("name", sorted(BOUNDED.keys() & set(KEYS)))
+def test_a_number_out_of_its_bounds_is_not_set(sana, name):
+    run = sana("config", "set", name, str(int(BOUNDED[name][1]) + 1))
+    assert run.code == 2
+    assert "is not between" in run.err
     assert not user_file().exists()
 
 

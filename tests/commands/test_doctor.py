@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sana_cli.commands.doctor import _has_token
+from sana_cli.commands.doctor import _has_token, _lines
 from sana_cli.system.inventory import image_protocol
 from sana_cli.weights.catalogue import known_models
 from sana_cli.weights.layout import CONFIGS
@@ -170,6 +170,8 @@ def test_without_torch_it_says_so_and_how_to_get_it(examine, tmp_path):
     assert "torch cannot be imported" in facts["problems"][0]
     assert facts["next"]["command"].startswith("python -m pip install")
     assert facts["hub"] and facts["models"]
+    shown = dict(_lines(facts))
+    assert "models" in shown and "fits" not in shown
 
 
 @pytest.mark.parametrize("lock", ["{", "[]", '{"a": 1}'])
@@ -230,6 +232,7 @@ def test_people_get_aligned_lines_with_the_next_command_last(sana):
     lines = run.out.splitlines()
     assert all(line[11] == " " != line[12] for line in lines)
     names = [line[:12].strip() for line in lines]
+    assert "fits" in names
     assert names[:4] == ["sana", "system", "torch", "cpu"]
     assert names[-2:] == ["next", ""]
     if not torch.cuda.is_available():

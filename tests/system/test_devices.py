@@ -149,5 +149,42 @@ def test_what_a_container_uses_of_its_memory_is_not_free(version, tmp_path, monk
     assert free == [4 * 10**8, 9 * 10**8, 10**9]
 
 
+@pytest.mark.parametrize(
+    ("folder", "own", "files"),
+    [
+        (".", "0::/job/step\n", ("memory.max", "memory.current", "inactive_file")),
+        (
+            "memory",
+            "9:name=systemd:/else\n4:hugetlb,memory:/job/step\n0::/\n",
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ),
+    ],
+    ids=["version 2", "version 1"],
+)
+@pytest.mark.parametrize(
+    ("groups", "found"),  # of each group the limit, what is used, and of that the unneeded part
+    [
+        ({"job": (1000, 900, 300)}, (1000, 400)),
+        ({"job/step": (1000, 900, 300)}, (1000, 400)),
+        ({"job": (2000, 1900, 50), "job/step": (1000, 100, 0)}, (1000, 150)),
+        ({"job": ("max", 900, 300)}, (None, None)),
+        ({"else": (1000, 900, 300)}, (None, None)),
+    ],
+)
+def test_the_limit_of_a_job_or_a_unit_holds_in_the_groups_below(
+    tmp_path, folder, own, files, groups, found
+):
+    limit, usage, unneeded = files
+    for name, values in groups.items():
+        group = tmp_path / folder / name
+        group.mkdir(parents=True, exist_ok=True)
+        (group / limit).write_text(f"{values[0]}\n")
+        (group / usage).write_text(f"{values[1]}\n")
+        (group / "memory.stat").write_text(f"{unneeded} {values[2]}\n")
+    (tmp_path / "own").write_text(own)
+    facts = memory(tmp_path, tmp_path / "own")
+    assert (facts["limit_bytes"], facts["limit_free_bytes"]) == found
+
+
 def test_memory_that_torch_keeps_for_reuse_is_free(gpu):
     assert free_memory("cuda:1") == 12 * 10**9
