@@ -147,7 +147,7 @@ THINGS = replace(
     low_images=24_576,
     low_steps=3_500,
     high_images=14_336,
-    high_steps=10_000,
+    high_steps=8_500,
 )
 TOY = replace(
     CPU,
