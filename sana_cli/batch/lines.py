@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 Line = dict[str, Any]
+SHARD = re.compile(r"\d{1,6}/\d{1,6}", re.ASCII)
 STATUSES = ("run", "writing", "done", "failed", "again")
 
 
@@ -34,8 +35,9 @@ def parse(text: bytes) -> Line | None:
     if not isinstance(line, dict) or line.get("status") not in STATUSES:
         return None
     if line["status"] == "run":
-        shard = re.fullmatch(r"\d{1,6}/\d{1,6}", str(line.get("shard") or "1/1"))
-        return line if shard and isinstance(line.get("todo", 0), int) else None
+        shard = line.get("shard")
+        is_whole = shard is None or (isinstance(shard, str) and SHARD.fullmatch(shard))
+        return line if is_whole and isinstance(line.get("todo", 0), int) else None
     needed = {"writing": ("id", "path", "sha256"), "done": ("id", "path", "sha256")}
     wanted = needed.get(line["status"], ("id",))
     return line if all(isinstance(line.get(name), str) for name in wanted) else None

@@ -94,6 +94,7 @@ STRANGE = st.fixed_dictionaries(
 @example([{"status": "writing", "id": "", "shard": [0], "path": "", "sha256": ""}])
 @example([{"status": "done", "id": "a", "path": "\0", "sha256": ""}])
 @example([{"status": "run", "todo": True, "shard": "0/9"}])
+@example([{"status": "run", "shard": []}])
 @given(st.lists(STRANGE, max_size=4))
 def test_no_line_is_too_strange_for_a_manifest(sana, tmp_path_factory, lines):
     folder = tmp_path_factory.mktemp("strange")
