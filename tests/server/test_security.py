@@ -300,6 +300,15 @@ def patient(monkeypatch):
     thread.join(30)
 
 
+def answer_to(connection: socket.socket, request: bytes) -> bytes:
+    """Send a request; the bytes of its answer, whose body comes in chunks."""
+    connection.sendall(request)
+    answer = b""
+    while not answer.endswith(b"0\r\n\r\n"):
+        answer += connection.recv(1000)
+    return answer
+
+
 def test_slow_headers_are_hung_up_on(patient):
     with socket.create_connection(patient, timeout=60) as connection:
         connection.sendall(b"GET /read HTTP/1.1\r\nHost: localhost\r\nX-")
@@ -308,10 +317,7 @@ def test_slow_headers_are_hung_up_on(patient):
 
 def test_slow_second_headers_are_hung_up_on(patient):
     with socket.create_connection(patient, timeout=60) as connection:
-        connection.sendall(b"GET /read HTTP/1.1\r\nHost: localhost\r\n\r\n")
-        answer = b""
-        while not answer.endswith(b"0\r\n\r\n"):
-            answer += connection.recv(1000)
+        answer = answer_to(connection, b"GET /read HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert answer.startswith(b"HTTP/1.1 200")
         connection.sendall(b"GET /read HTTP/1.1\r\nX-")
         assert connection.recv(1000) == b""
@@ -319,10 +325,8 @@ def test_slow_second_headers_are_hung_up_on(patient):
 
 def test_a_slow_body_that_nobody_reads_is_hung_up_on(patient):
     with socket.create_connection(patient, timeout=10) as connection:
-        connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n")
-        answer = b""
-        while not answer.endswith(b"0\r\n\r\n"):
-            answer += connection.recv(1000)
+        request = b"GET / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n"
+        answer_to(connection, request)
         connection.sendall(b"{")  # which ends the wait of uvicorn for a second request
         assert connection.recv(1000) == b""
 
